@@ -1,0 +1,328 @@
+"""Every setting, once: frozen dataclasses, and recipes in TOML that fill them.
+
+A recipe has the sections ``[model] [data] [optim] [train] [sample]``, whose keys are the fields below; ``--set
+section.key=value`` overrides one. A key that no dataclass has is an error that offers the nearest name. The classes
+check what can be checked without the data; they import nothing heavy, so a wrong recipe fails at once.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common.errors import UserError
+
+
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _check(section: str, ok: bool, what: str, found: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{section}.{what} = {found!r}: expected {expected}")
+
+
+def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
+    _check(section, getattr(config, name) in allowed, name, getattr(config, name), "one of " + ", ".join(allowed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer: sizes, and the choices in which published architectures differ.
+
+    ``family`` names the Hugging Face architecture that the model is saved as; families.py fills the choices it implies.
+    """
+
+    family: str = _field("gpt2", "architecture on disk: gpt2, llama, qwen3")
+    n_layer: int = _field(4, "blocks")
+    n_head: int = _field(4, "query heads")
+    n_kv_head: int = _field(0, "key and value heads; 0 = n_head")
+    n_embd: int = _field(128, "width")
+    head_dim: int = _field(0, "width of a head; 0 = n_embd / n_head")
+    n_hidden: int = _field(0, "width of the MLP; 0 = 4 n_embd, gated: 8/3 n_embd rounded up to 64")
+    block_size: int = _field(256, "longest context, tokens")
+    vocab_size: int = _field(0, "rows of the embedding; 0 = the tokenizer's size")
+    norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm)")
+    norm_eps: float = _field(1e-5, "epsilon inside the norm's square root")
+    activation: str = _field("gelu_tanh", "gelu_tanh, gelu (erf) or silu")
+    gated: bool = _field(False, "gated MLP: proj(act(gate(x)) * fc(x))")
+    position: str = _field("learned", "learned (wpe) or rope")
+    rope_theta: float = _field(10000.0, "base of the rotary frequencies")
+    qk_norm: bool = _field(False, "RMSNorm over head_dim on every query and key head, before rope")
+    fused_qkv: bool = _field(True, "one matrix c_attn in place of q_proj, k_proj, v_proj")
+    qkv_bias: bool = _field(True, "biases on the query, key and value projections")
+    out_bias: bool = _field(True, "bias on the attention's output projection")
+    mlp_bias: bool = _field(True, "biases in the MLP")
+    norm_bias: bool = _field(True, "biases in LayerNorm")
+    tied: bool = _field(True, "the head is the embedding, transposed")
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size"):
+            _check("model", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        _one_of("model", self, "norm", "layer", "rms")
+        _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu")
+        _one_of("model", self, "position", "learned", "rope")
+        _check("model", self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        if not self.head_dim:
+            divides = self.n_embd % self.n_head == 0
+            _check("model", divides, "n_embd", self.n_embd, f"a multiple of model.n_head = {self.n_head}")
+            object.__setattr__(self, "head_dim", self.n_embd // self.n_head)
+        if not self.n_kv_head:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if not self.n_hidden:
+            gated = -(-8 * self.n_embd // 3 // 64) * 64
+            object.__setattr__(self, "n_hidden", gated if self.gated else 4 * self.n_embd)
+        divides = self.n_head % self.n_kv_head == 0
+        _check("model", divides, "n_kv_head", self.n_kv_head, f"a divisor of model.n_head = {self.n_head}")
+        rope_ok = self.position != "rope" or self.head_dim % 2 == 0
+        _check("model", rope_ok, "head_dim", self.head_dim, "an even number, which rope needs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into batches."""
+
+    source: str = _field("pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder of them, prepared shards, a flat .bin")
+    text_key: str = _field("text", "key or column that holds a document in .jsonl and .parquet")
+    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or a path to tokenizer.json, .model or a folder")
+    vocab_size: int = _field(2048, "size of a tokenizer trained here; char ignores it")
+    val_fraction: float = _field(0.1, "share of documents, by hash, that validates; one long document is cut at this share")
+    sampling: str = _field("random", "random (windows with replacement) or epoch (a permutation an epoch)")
+    workers: int = _field(0, "processes that prepare the corpus; 0 = one a core")
+
+    def __post_init__(self) -> None:
+        _one_of("data", self, "sampling", "random", "epoch")
+        _check("data", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _check("data", self.vocab_size > 0, "vocab_size", self.vocab_size, "a positive number")
+        _check("data", self.workers >= 0, "workers", self.workers, "0 or a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The update rule and its schedule. Decay acts on matrices only; eps lies outside the square root."""
+
+    name: str = _field("adamw", "adamw, or muon for the blocks' matrices with adamw for the rest")
+    lr: float = _field(1e-3, "peak learning rate")
+    min_lr: float = _field(1e-4, "learning rate at the last step; constant ignores it")
+    beta1: float = _field(0.9, "decay of the first moment")
+    beta2: float = _field(0.99, "decay of the second moment")
+    eps: float = _field(1e-8, "added to the root of the second moment")
+    weight_decay: float = _field(0.1, "decoupled decay, times the learning rate; matrices only")
+    clip: float = _field(1.0, "largest global gradient norm; 0 = no clipping")
+    schedule: str = _field("cosine", "cosine, linear, constant or wsd (warmup-stable-decay)")
+    warmup: int = _field(100, "steps of linear warm-up")
+    decay_fraction: float = _field(0.2, "wsd: share of the steps, at the end, in which the rate falls")
+    muon_lr: float = _field(0.02, "muon: peak learning rate of the matrices, same schedule shape")
+    muon_momentum: float = _field(0.95, "muon: Nesterov momentum")
+
+    def __post_init__(self) -> None:
+        _one_of("optim", self, "name", "adamw", "muon")
+        _one_of("optim", self, "schedule", "cosine", "linear", "constant", "wsd")
+        for name in ("lr", "eps", "muon_lr"):
+            _check("optim", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("min_lr", "weight_decay", "clip", "warmup"):
+            _check("optim", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            _check("optim", 0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        _check("optim", 0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "above 0 and at most 1")
+        _check("optim", self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most optim.lr = {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: length, batch, precision, regularisation, and when to look and to save."""
+
+    steps: int = _field(1000, "updates; the length of the schedule")
+    batch_size: int = _field(16, "rows of the global batch: one update")
+    micro_batch_size: int = _field(0, "rows that pass through the model at once; 0 = batch_size")
+    seed: int = _field(1337, "initial weights, batches and dropout are functions of it")
+    dropout: float = _field(0.0, "on embeddings, attention weights and both residual branches")
+    label_smoothing: float = _field(0.0, "share of the target's probability spread over the vocabulary")
+    z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps the logits' scale in check")
+    compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
+    checkpoint_activations: bool = _field(False, "recompute each block in the backward pass: less memory, a third more time")
+    loss_chunk: int = _field(0, "tokens of a chunk of head and loss; 0 = all at once")
+    compile: bool = _field(True, "mx.compile; torch.compile only where a GPU is used")
+    deterministic: bool = _field(False, "accelerators: deterministic kernels only")
+    eval_every: int = _field(250, "steps between validations; 0 = never")
+    eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, each token once")
+    sample_every: int = _field(0, "steps between printed samples; 0 = only at the end")
+    save_every: int = _field(500, "steps between checkpoints; 0 = only at the end")
+    keep: int = _field(2, "newest checkpoints kept beside best and last; 0 = all")
+    background: bool = _field(True, "write checkpoints on a second thread")
+    early_stop: int = _field(0, "validations without a better loss after which to stop; 0 = never")
+    log_every: int = _field(10, "steps between printed lines where there is no terminal")
+    tensorboard: bool = _field(False, "also write TensorBoard events (extra: tensorboard)")
+    wandb: str = _field("", "W&B project to log to (extra: wandb); empty = off")
+
+    def __post_init__(self) -> None:
+        _one_of("train", self, "compute_dtype", "float32", "bfloat16")
+        for name in ("steps", "batch_size"):
+            _check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("micro_batch_size", "z_loss", "loss_chunk", "eval_every", "eval_batches", "sample_every", "save_every",
+                     "keep", "early_stop", "seed"):  # fmt: skip
+            _check("train", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        _check("train", self.log_every > 0, "log_every", self.log_every, "a positive number")
+        for name in ("dropout", "label_smoothing"):
+            _check("train", 0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the next token is drawn; common/sampling.py is the specification."""
+
+    prompt: str = _field("\n", "text that samples start from")
+    max_tokens: int = _field(100, "new tokens at the most")
+    temperature: float = _field(0.8, "divides the logits; 0 = greedy")
+    top_k: int = _field(0, "keep the k likeliest tokens; 0 = all")
+    top_p: float = _field(1.0, "keep the likeliest tokens that hold this probability; 1 = all")
+    min_p: float = _field(0.0, "keep tokens at least this share as likely as the likeliest; 0 = all")
+    repetition_penalty: float = _field(1.0, "divides positive and multiplies negative logits of tokens seen; 1 = off")
+    seed: int = _field(0, "the noise is a function of it")
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "temperature", "top_k", "seed"):
+            _check("sample", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        _check("sample", 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check("sample", 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _check("sample", self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+}
+
+# What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False, qkv_bias=False,
+                  out_bias=False, mlp_bias=False, norm_bias=False),
+    "qwen3": dict(norm="rms", norm_eps=1e-6, activation="silu", gated=True, position="rope", rope_theta=1e6, qk_norm=True,
+                  fused_qkv=False, qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False),
+}  # fmt: skip
+
+
+def nearest(name: str, known: Any) -> str:
+    """`` (did you mean 'x'?)`` for the likeliest intended name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
+    """``value`` as the field's type; int passes for float, and nothing else is bent."""
+    kind = type(field.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{section}.{field.name} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
+    """A Recipe from plain dicts; unknown sections and keys are errors that offer the nearest name.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type, or one outside its range.
+    """
+    made = {}
+    for section, values in sections.items():
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} = {values!r}: expected a section [{section}]")
+        fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+        for key in values:
+            if key not in fields:
+                raise UserError(f"{where}: unknown key {section}.{key}{nearest(key, fields)}")
+        if section == "model":
+            family = values.get("family", "gpt2")
+            if family not in FAMILY_DEFAULTS:
+                known = ", ".join(FAMILY_DEFAULTS)
+                raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
+            values = FAMILY_DEFAULTS[family] | values
+        made[section] = SECTIONS[section](**{key: _convert(section, fields[key], value) for key, value in values.items()})
+    return Recipe(**made)
+
+
+def parse_value(text: str) -> Any:
+    """The value of ``--set key=value``: TOML where it parses as one value, else a plain string."""
+    try:
+        parsed = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["v"] if len(parsed) == 1 else text
+
+
+def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str, dict[str, Any]]:
+    """``sections`` with each ``section.key=value`` of ``sets`` applied; the input stays as it is."""
+    result = {section: dict(values) for section, values in sections.items()}
+    for item in sets:
+        path, equals, text = item.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not equals or not dot:
+            raise UserError(f"--set {item}: expected section.key=value, such as train.steps=200")
+        if section not in SECTIONS:
+            raise UserError(f"--set {item}: unknown section {section!r}{nearest(section, SECTIONS)}")
+        names = [field.name for field in dataclasses.fields(SECTIONS[section])]
+        if key not in names:
+            raise UserError(f"--set {item}: unknown key {section}.{key}{nearest(key, names)}")
+        value = parse_value(text.strip())
+        wants_text = isinstance(next(f.default for f in dataclasses.fields(SECTIONS[section]) if f.name == key), str)
+        result.setdefault(section, {})[key] = text.strip() if wants_text and not isinstance(value, str) else value
+    return result
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The sections of a recipe file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL
+        import json
+
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every field written out, each with its meaning as a comment; ``build`` reads it back equal."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"[{section}]")
+        for field in dataclasses.fields(kind):
+            value = _toml_value(getattr(getattr(recipe, section), field.name))
+            lines.append(f"{field.name} = {value}  # {field.metadata['help']}")
+        lines.append("")
+    return "\n".join(lines)

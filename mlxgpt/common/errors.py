@@ -1,0 +1,9 @@
+"""The two errors a user may see. The command line prints each as one line; anything else is a bug."""
+
+
+class UserError(Exception):
+    """Wrong usage or input: exit code 2. The message names what, where, what was found and what was expected."""
+
+
+class RunError(Exception):
+    """A check failed or a run broke after it had started: exit code 1."""
