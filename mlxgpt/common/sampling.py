@@ -1,0 +1,77 @@
+"""How the next token is drawn: the specification, in numpy, that both frameworks' generate.py must equal token for token.
+
+    logits (B, V) float32 of the last position
+    1. repetition penalty   a token seen in the prompt or since: logit / r where positive, * r where negative (Keskar et al. 2019)
+       temperature 0        the largest of these, the lowest index among equals; nothing below applies
+    2. temperature          logits / T
+    3. top-k                keep the k largest; all tokens equal to the k-th stay; k >= V keeps all (Fan et al. 2018)
+    4. top-p                of what is left, keep the likeliest tokens until they hold probability p, the one that crosses it
+                            included and all tokens equal to the last one kept; always at least one (Holtzman et al. 2020)
+    5. min-p                keep tokens with at least min_p times the probability of the likeliest (Nguyen et al. 2024)
+    6. draw                 argmax(logits + Gumbel noise), a sample of their softmax (Gumbel 1954)
+
+The order is transformers'. The noise of vocabulary entry v at a step is a hash of v under the 32-bit key
+``key32(seed, "sample", copy, step)``: no generator state, so a resumed or batched run draws what a single one would.
+B rows, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+
+from mlxgpt.common import rng
+from mlxgpt.common.config import SampleConfig
+
+
+def step_keys(seed: int, copies: list[int], step: int) -> np.ndarray:
+    """The noise keys (B,) uint32 of one step, from 0.
+
+    ``copies[b]`` counts the equal prompts before row b: a prompt draws the same in any batch, its repetitions differ.
+    """
+    return np.array([rng.key32(seed, "sample", copy, step) for copy in copies], dtype=np.uint32)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """lowbias32 (Chris Wellons, hash-prospector) on every uint32."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def gumbel(keys: np.ndarray, size: int) -> np.ndarray:
+    """Gumbel noise (B, V) float32 under the keys (B,): -log(-log(1 - v)), v of 31 bits in (0, 1)."""
+    bits = mix(np.arange(size, dtype=np.uint32)[None, :] ^ mix(keys)[:, None]) >> np.uint32(1)
+    v = np.minimum((bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-31), np.float32(1 - 2**-24))
+    return -np.log(-np.log1p(-v))
+
+
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Repetition penalty where ``seen`` (B, V) bool."""
+    return np.where(seen, np.where(logits < 0, logits * np.float32(penalty), logits / np.float32(penalty)), logits)
+
+
+def keep(logits: np.ndarray, sample: SampleConfig) -> np.ndarray:
+    """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
+    if 0 < sample.top_k < logits.shape[-1]:
+        lowest = np.sort(logits, axis=-1)[:, -sample.top_k, None]
+        logits = np.where(logits < lowest, -np.inf, logits)
+    if sample.top_p < 1:
+        ordered = np.sort(logits, axis=-1)
+        weights = np.exp(ordered - ordered[:, -1:])
+        dropped = np.cumsum(weights, axis=-1) <= (1 - sample.top_p) * weights.sum(axis=-1, keepdims=True)
+        dropped[:, -1] = False
+        lowest = np.where(dropped, np.inf, ordered).min(axis=-1, keepdims=True)
+        logits = np.where(logits < lowest, -np.inf, logits)
+    if sample.min_p > 0:
+        lowest = logits.max(axis=-1, keepdims=True) + math.log(sample.min_p)
+        logits = np.where(logits < lowest, -np.inf, logits)
+    return logits
+
+
+def sample_tokens(logits: np.ndarray, seen: np.ndarray, keys: np.ndarray, sample: SampleConfig) -> np.ndarray:
+    """The next tokens (B,) from ``logits`` (B, V) float32, tokens ``seen`` (B, V) bool, and the step's keys (B,) uint32."""
+    logits = penalize(logits, seen, sample.repetition_penalty)
+    if sample.temperature == 0:
+        return logits.argmax(axis=-1)
+    logits = keep(logits / np.float32(sample.temperature), sample)
+    return (logits + gumbel(keys, logits.shape[-1])).argmax(axis=-1)
