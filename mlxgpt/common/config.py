@@ -146,7 +146,7 @@ class TrainConfig:
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
     checkpoint_activations: bool = _field(False, "recompute each block in the backward pass: less memory, a third more time")
     loss_chunk: int = _field(0, "tokens of a chunk of head and loss; 0 = all at once")
-    compile: bool = _field(True, "mx.compile; torch.compile only where a GPU is used")
+    compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "accelerators: deterministic kernels only")
     eval_every: int = _field(250, "steps between validations; 0 = never")
     eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, each token once")
@@ -161,6 +161,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train", self, "compute_dtype", "float32", "bfloat16")
+        _one_of("train", self, "compile", "auto", "on", "off")
         for name in ("steps", "batch_size"):
             _check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("micro_batch_size", "z_loss", "loss_chunk", "eval_every", "eval_batches", "sample_every", "save_every",

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.config import ModelConfig, nearest
+from mlxgpt.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,21 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 def count(config: ModelConfig) -> int:
     """The number of parameters."""
     return sum(int(np.prod(param.shape)) for param in table(config).values())
+
+
+def check(shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], where: str = "parameters") -> None:
+    """Holds arrays against the names and shapes that are expected of them; all are float32.
+
+    Raises:
+        UserError: the first name that is missing or unknown, or the first other shape or dtype.
+    """
+    for name in arrays:
+        if name not in shapes:
+            raise UserError(f"{where}: unknown tensor {name}{nearest(name, shapes)}")
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise UserError(f"{where}: tensor {name} is missing; expected shape {shape}")
+        if tuple(arrays[name].shape) != tuple(shape):
+            raise UserError(f"{where}: tensor {name} has shape {tuple(arrays[name].shape)}; expected {tuple(shape)}")
+        if arrays[name].dtype != np.float32:
+            raise UserError(f"{where}: tensor {name} is {arrays[name].dtype}; expected float32")

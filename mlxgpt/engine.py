@@ -1,0 +1,182 @@
+"""MLX's half of training: gradients, clipping and updates of one global batch, and the state that a checkpoint holds."""
+
+from functools import partial
+
+import numpy as np
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxgpt import device as devices
+from mlxgpt import losses, optim
+from mlxgpt.common import params as parameters
+from mlxgpt.common import rng
+from mlxgpt.common.batch import Batch, StepStats
+from mlxgpt.common.config import Recipe
+from mlxgpt.model import Dropout, Model
+from mlxgpt.noise import SITES
+
+
+class Engine:
+    """See common/batch.py, Engine. Masters and moments are float32; the blocks compute in train.compute_dtype.
+
+    Args:
+        recipe: model (with vocab_size), optim and train are read.
+        params: float32 arrays by the names of params.table.
+        device: ``auto``, ``cpu`` or ``gpu``.
+
+    Raises:
+        UserError: a parameter is missing, unknown or of another shape.
+    """
+
+    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+        self.device = devices.use(device)
+        self.recipe = recipe
+        self.table = parameters.table(recipe.model)
+        self.model = Model(recipe.model, getattr(mx, recipe.train.compute_dtype))
+        self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
+        self.m = {name: mx.zeros(param.shape) for name, param in self.table.items()}
+        self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
+        self.t = 0
+        self._put(params)
+        self._loss_and_grad = nn.value_and_grad(self.model, self._objective)
+        self.compiled = recipe.train.compile != "off"
+        state = [self.model.state, self.m, self.v]
+        compiled = partial(mx.compile, inputs=state) if self.compiled else lambda function, **_: function
+        self._run_step = compiled(self._step, outputs=state)
+        self._run_gradients = compiled(self._gradients)
+        self._run_update = compiled(self._update, outputs=state)
+        self._run_evaluate = compiled(self._evaluate)
+
+    def _put(self, params: dict[str, np.ndarray]) -> None:
+        parameters.check({name: param.shape for name, param in self.table.items()}, params)
+        self.model.update(tree_unflatten([(name, mx.array(params[name])) for name in self.table]))
+        self._settle()
+
+    def _settle(self, *more: mx.array) -> None:
+        """Computes what is pending: MLX is lazy."""
+        mx.eval(self.model.parameters(), self.m, self.v, *more)
+
+    def _arrays(self, batch: Batch) -> losses.Arrays:
+        fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
+        return losses.Arrays(*(None if field is None else mx.array(field) for field in fields))
+
+    def _dropout_keys(self, step: int) -> mx.array:
+        """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
+        seed, layers = self.recipe.train.seed, range(self.recipe.model.n_layer)
+        if not self.recipe.train.dropout:
+            return mx.zeros((1 + SITES * len(layers),), mx.uint32)
+        keys = [rng.key32(seed, "dropout", step, "embedding")]
+        keys += [rng.key32(seed, "dropout", step, layer, site) for layer in layers for site in range(SITES)]
+        return mx.array(np.array(keys, dtype=np.uint32))
+
+    def _objective(self, batch: losses.Arrays, keys: mx.array, first_row: mx.array) -> tuple[mx.array, mx.array]:
+        """The weighted sum that is differentiated, and its parts a row (B,), which the host adds in float64."""
+        rate = self.recipe.train.dropout
+        drop = Dropout(rate, keys, first_row) if rate else None
+        rows = (losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights).sum(axis=-1)
+        return rows.sum(), rows
+
+    def _gradients(
+        self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, total: dict[str, mx.array] | None = None
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Row losses of a micro-batch, and its gradients added to ``total``."""
+        (_, rows), grads = self._loss_and_grad(batch, keys, first_row)
+        grads = dict(tree_flatten(grads))
+        return rows, grads if total is None else {name: g + total[name] for name, g in grads.items()}
+
+    def _update(self, rows: mx.array, grads: dict[str, mx.array], scalars: mx.array) -> tuple[mx.array, mx.array]:
+        """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm.
+
+        ``scalars`` holds 1 / weight, then what optim.scalars lists.
+        """
+        config = self.recipe.optim
+        grads = {name: grads[name] * scalars[0] for name in self.table}
+        squares = mx.stack([mx.square(g).sum(axis=-1).sum() for g in grads.values()])
+        norm = mx.sqrt(squares.sum())
+        finite = mx.isfinite(norm) & mx.isfinite(rows.sum())
+        clip = mx.minimum(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
+        new = {}
+        for name, p in tree_flatten(self.model.parameters()):
+            g, m = grads[name] * clip, self.m[name]
+            if name in self.muon:
+                update = optim.muon(p, g, m, scalars[1:], config)
+            else:
+                update = optim.adamw(p, g, m, self.v[name], scalars[1:], self.table[name].decay, config)
+                self.v[name] = mx.where(finite, update.v, self.v[name])
+            self.m[name] = mx.where(finite, update.m, m)
+            new[name] = mx.where(finite, update.p, p)
+        self.model.update(tree_unflatten(list(new.items())))
+        return norm, squares
+
+    def _step(
+        self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, scalars: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        rows, grads = self._gradients(batch, keys, first_row)
+        return rows, *self._update(rows, grads, scalars)
+
+    def _evaluate(self, batch: losses.Arrays) -> mx.array:
+        return (losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights).sum(axis=-1)
+
+    def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
+        """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
+        keys = self._dropout_keys(step)
+        weight = sum(batch.weight for batch in micro_batches)
+        scalars = mx.array([1 / weight, *optim.scalars(self.recipe.optim, lr, self.t + 1)], mx.float32)
+        firsts = [mx.array(batch.first_row, mx.uint32) for batch in micro_batches]
+        if len(micro_batches) == 1:
+            rows, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
+        else:
+            parts, grads = [], None
+            for batch, first_row in zip(micro_batches, firsts, strict=True):
+                part, grads = self._run_gradients(self._arrays(batch), keys, first_row, grads)
+                mx.eval(part, grads)
+                parts.append(part)
+            rows = mx.concatenate(parts)
+            norm, squares = self._run_update(rows, grads, scalars)
+        self._settle(rows, norm, squares)
+        loss_sum = float(np.array(rows).sum(dtype=np.float64))
+        finite = bool(np.isfinite(norm.item()) and np.isfinite(loss_sum))
+        self.t += finite
+        zeros = tuple(name for name, square in zip(self.table, np.array(squares), strict=True) if square == 0)
+        return StepStats(loss_sum, weight, norm.item(), finite, zero_grads=zeros)
+
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
+        rows = np.array(self._run_evaluate(self._arrays(batch)))
+        return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
+
+    def snapshot(self) -> dict[str, object]:
+        """Host copies of weights, moments and the count of updates; the caller owns them."""
+        weights = dict(tree_flatten(self.model.parameters()))
+        groups = {"params": {name: weights[name] for name in self.table}, "m": self.m, "v": self.v}
+        copies = {key: {name: np.array(value) for name, value in group.items()} for key, group in groups.items()}
+        return {**copies, "t": self.t}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Takes a snapshot back.
+
+        Raises:
+            UserError: a tensor is missing, unknown, or of another shape or dtype.
+        """
+        shapes = {name: param.shape for name, param in self.table.items()}
+        for key, own in (("m", self.m), ("v", self.v)):
+            parameters.check({name: shapes[name] for name in own}, state[key], f"optimizer state {key}")
+        self._put(state["params"])
+        for key, own in (("m", self.m), ("v", self.v)):
+            for name in own:
+                own[name] = mx.array(state[key][name])
+        self.t = int(state["t"])
+        self._settle()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``active`` and ``peak``."""
+        return devices.memory()
+
+    def describe(self) -> dict[str, str]:
+        """The parts of the environment key that the framework knows."""
+        return {**devices.describe(self.device), "compiled": str(self.compiled)}

@@ -1,0 +1,44 @@
+"""What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
+
+from typing import NamedTuple
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+
+from mlxgpt.common.config import TrainConfig
+from mlxgpt.model import Dropout, Model
+
+
+class Arrays(NamedTuple):
+    """A batch on the device; see common/batch.py."""
+
+    tokens: mx.array  # (B, T) int32
+    targets: mx.array  # (B, T) int32
+    weights: mx.array  # (B, T) float32
+    positions: mx.array | None
+    segments: mx.array | None
+
+
+def cross_entropy(logits: mx.array, targets: mx.array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> mx.array:
+    """Loss (...) of float32 logits (..., V) against targets (...).
+
+    (1 - s) nll + s mean over V of -log p (Szegedy et al. 2016), plus z logsumexp^2 (Chowdhery et al. 2022, PaLM).
+    """
+    lse = mx.logsumexp(logits, axis=-1)
+    target = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    loss = lse - target
+    if label_smoothing:
+        loss = loss + label_smoothing * (target - logits.mean(axis=-1))
+    if z_loss:
+        loss = loss + z_loss * mx.square(lse)
+    return loss
+
+
+def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False) -> mx.array:
+    """Next-token losses (B, T); ``plain`` leaves out what only training adds (smoothing, z-loss)."""
+    recompute = config.checkpoint_activations and not plain
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
+    smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
+    return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)

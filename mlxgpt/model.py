@@ -1,0 +1,323 @@
+"""One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+
+Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
+D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
+"""
+
+from typing import NamedTuple
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxgpt import noise
+from mlxgpt.common import rotary
+from mlxgpt.common.config import ModelConfig
+
+
+class Dropout(NamedTuple):
+    """What the dropout of one forward pass is a function of."""
+
+    rate: float
+    keys: mx.array  # (1 + 3 n_layer,) uint32, a key a site
+    first_row: mx.array  # () uint32, index of row 0 in the global batch
+
+
+class Linear(nn.Module):
+    """y = x W^T + b in x's dtype; W is (n_out, n_in)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = mx.zeros((n_out, n_in))
+        if bias:
+            self.bias = mx.zeros((n_out,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(x.dtype)
+        if "bias" in self:
+            return mx.addmm(self.bias.astype(x.dtype), x, weight.T)
+        return x @ weight.T
+
+
+class Embedding(nn.Module):
+    """Rows of W (n_rows, C)."""
+
+    def __init__(self, n_rows: int, n_embd: int):
+        super().__init__()
+        self.weight = mx.zeros((n_rows, n_embd))
+
+    def __call__(self, index: mx.array) -> mx.array:
+        return self.weight[index]
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
+
+    def __init__(self, size: int, config: ModelConfig, bias: bool):
+        super().__init__()
+        self._rms, self._eps = config.norm == "rms", config.norm_eps
+        self.weight = mx.ones((size,))
+        if bias:
+            self.bias = mx.zeros((size,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(x.dtype)
+        if self._rms:
+            return mx.fast.rms_norm(x, weight, self._eps)
+        return mx.fast.layer_norm(x, weight, self.bias.astype(x.dtype) if "bias" in self else None, self._eps)
+
+
+class Cache:
+    """Keys and values of one layer: room for ``length`` tokens, of which ``offset`` are held."""
+
+    def __init__(self, batch: int, length: int, config: ModelConfig, dtype: mx.Dtype):
+        shape = (batch, config.n_kv_head, length, config.head_dim)
+        self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
+        self.offset = 0
+
+    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
+        start, self.offset = self.offset, self.offset + k.shape[2]
+        assert self.offset <= self.keys.shape[2]
+        self.keys[:, :, start : self.offset] = k
+        self.values[:, :, start : self.offset] = v
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+
+def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None) -> list[Cache]:
+    """One empty cache a layer; dtype defaults to the model's compute dtype."""
+    return [Cache(batch, length, model.config, dtype or model.dtype) for _ in model.h]
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns the pairs (x_i, x_{i + D/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, D / 2)."""
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, drop: Dropout | None) -> mx.array:
+    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
+    scale = q.shape[-1] ** -0.5
+    if drop is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, K, H // K, T, D)
+    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if mask is not None:
+        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
+    return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017) with grouped heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self._config = config
+        if config.fused_qkv:
+            self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
+        else:
+            self.q_proj = Linear(c, width, config.qkv_bias)
+            self.k_proj = Linear(c, kv, config.qkv_bias)
+            self.v_proj = Linear(c, kv, config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = Norm(config.head_dim, config, bias=False)
+            self.k_norm = Norm(config.head_dim, config, bias=False)
+        self.c_proj = Linear(width, c, config.out_bias)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        rope: tuple[mx.array, mx.array] | None,
+        cache: Cache | None,
+        drop: Dropout | None,
+    ) -> mx.array:
+        B, T, _ = x.shape
+        H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
+        if self._config.fused_qkv:
+            q, k, v = mx.split(self.c_attn(x), [H * D, (H + K) * D], axis=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
+        if self._config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attend(q, k, v, mask, drop)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D))
+
+
+def activate(x: mx.array, kind: str) -> mx.array:
+    """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
+    if kind == "gelu_tanh":
+        return nn.gelu_approx(x)
+    if kind == "gelu":
+        return nn.gelu(x)
+    assert kind == "silu"
+    return nn.silu(x)
+
+
+class MLP(nn.Module):
+    """proj(act(fc(x))), or gated (Shazeer 2020): proj(act(gate(x)) * fc(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._activation = config.activation
+        if config.gated:
+            self.c_gate = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "c_gate" in self:
+            return self.c_proj(activate(self.c_gate(x), self._activation) * self.c_fc(x))
+        return self.c_proj(activate(self.c_fc(x), self._activation))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        bias = config.norm == "layer" and config.norm_bias
+        self.ln_1 = Norm(config.n_embd, config, bias)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config.n_embd, config, bias)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        rope: tuple[mx.array, mx.array] | None = None,
+        cache: Cache | None = None,
+        drop: Dropout | None = None,
+    ) -> mx.array:
+        y = self.attn(self.ln_1(x), mask, rope, cache, drop)
+        x = x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[1], drop.first_row))
+        y = self.mlp(self.ln_2(x))
+        return x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[2], drop.first_row))
+
+
+class Model(nn.Module):
+    """tokens (B, T) -> logits (B, T, V) in float32.
+
+    Args:
+        config: sizes and choices; vocab_size must be set.
+        dtype: what the blocks compute in; weights may be kept in another.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
+        super().__init__()
+        self._config, self._dtype = config, dtype
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = Embedding(config.block_size, config.n_embd)
+        else:
+            self._cos, self._sin = (mx.array(table) for table in rotary.tables(config))
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration that the model was built from."""
+        return self._config
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that the blocks compute in."""
+        return self._dtype
+
+    def mask(
+        self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, fused: bool = True
+    ) -> mx.array | str | None:
+        """True where query i may look at key j: j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
+
+        None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
+        """
+        if segments is None and pad is None:
+            if T == 1:
+                return None
+            if fused and mx.default_device() == mx.Device(
+                mx.gpu
+            ):  # the CPU has no causal kernel and is faster with an array
+                return "causal"
+        i, j = mx.arange(S - T, S)[:, None], mx.arange(S)[None, :]
+        mask = j <= i
+        if segments is not None:
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        if pad is not None:
+            mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
+        return mask
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        positions: mx.array | None = None,
+        segments: mx.array | None = None,
+        pad: mx.array | None = None,
+        cache: list[Cache] | None = None,
+        drop: Dropout | None = None,
+        recompute: bool = False,
+    ) -> mx.array:
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
+        T = tokens.shape[1]
+        start = cache[0].offset if cache else 0
+        if positions is None:
+            positions = mx.arange(start, start + T)
+        mask = self.mask(T, start + T, segments, pad, fused=drop is None)
+        x = self.wte(tokens)
+        rope = None
+        if self._config.position == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rope = self._cos[positions].astype(self._dtype), self._sin[positions].astype(self._dtype)
+            if positions.ndim == 2:
+                rope = rope[0][:, None], rope[1][:, None]  # (B, 1, T, D / 2)
+        x = x.astype(self._dtype)
+        if drop is not None:
+            x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
+        for n, block in enumerate(self.h):
+            run = nn.utils.checkpoint(block) if recompute else block
+            site = 1 + noise.SITES * n
+            local = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
+            x = run(x, mask, rope, cache[n] if cache else None, local)
+        return self.ln_f(x)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits (..., V) in float32 of hidden states (..., C)."""
+        weight = (self.wte if self._config.tied else self.lm_head).weight
+        return (x @ weight.astype(x.dtype).T).astype(mx.float32)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        positions: mx.array | None = None,
+        segments: mx.array | None = None,
+        pad: mx.array | None = None,
+        cache: list[Cache] | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """Logits (B, T, V), or (B, 1, V) of the last position.
+
+        Args:
+            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            positions: (T,) or (B, T); default: what follows the cache.
+            segments: (B, T); a token sees its own segment only.
+            pad: (B,) left padding that nobody may look at.
+            cache: from make_cache; T tokens are appended.
+        """
+        x = self.hidden(tokens, positions, segments, pad, cache)
+        return self.head(x[:, -1:] if last_only else x)

@@ -1,0 +1,35 @@
+"""Random bits without a generator: a counter hash, integer arithmetic only, the same bits in both frameworks.
+
+The mixer is lowbias32 (Chris Wellons, hash-prospector). The bits of element e of row r under a 32-bit key are
+``mix(e ^ mix(r + key))``: a pure function, so a resumed run or another micro-batch draws what it would have drawn.
+"""
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+
+SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
+
+
+def mix(x: mx.array) -> mx.array:
+    """lowbias32 on every element; uint32 in and out."""
+    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
+    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
+    return x ^ (x >> 16)
+
+
+def bits(key: mx.array, first_row: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """24 random bits an element as uint32 of ``shape``; axis 0 counts rows from ``first_row``. key, first_row: uint32 scalars."""
+    rows = mix(mx.arange(shape[0], dtype=mx.uint32) + first_row + key)
+    size = 1
+    for n in shape[1:]:
+        size *= n
+    elements = mx.arange(size, dtype=mx.uint32)
+    return (mix(elements[None, :] ^ rows[:, None]) >> 8).reshape(shape)
+
+
+def dropout(x: mx.array, rate: float, key: mx.array, first_row: mx.array) -> mx.array:
+    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
+    keep = bits(key, first_row, x.shape) >= mx.array(int(rate * 2**24), mx.uint32)
+    return mx.where(keep, x * (1 / (1 - rate)), mx.array(0, x.dtype))

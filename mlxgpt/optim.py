@@ -1,0 +1,64 @@
+"""Update rules as functions of one tensor. Rates and bias corrections are computed on the host, in Python floats."""
+
+from typing import NamedTuple
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+
+from mlxgpt.common.config import OptimConfig
+from mlxgpt.common.params import Param
+
+
+def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:
+    """Muon updates the blocks' matrices; embeddings, head, norms and biases stay with AdamW."""
+    return config.name == "muon" and name.startswith("h.") and len(param.shape) == 2
+
+
+def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
+    """What update number ``t`` (from 1) needs: step size, 1 / sqrt of v's correction, AdamW's decay; Muon's rate and decay."""
+    muon_lr = lr * config.muon_lr / config.lr
+    return [
+        lr / (1 - config.beta1**t),
+        1 / (1 - config.beta2**t) ** 0.5,
+        1 - lr * config.weight_decay,
+        muon_lr,
+        1 - muon_lr * config.weight_decay,
+    ]
+
+
+class Update(NamedTuple):
+    """A tensor and its moments after an update; Muon has no second moment."""
+
+    p: mx.array
+    m: mx.array
+    v: mx.array | None
+
+
+def adamw(p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, decay: bool, config: OptimConfig) -> Update:
+    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars()."""
+    m = m + (1 - config.beta1) * (g - m)
+    v = config.beta2 * v + (1 - config.beta2) * g * g
+    p = p * s[2] if decay else p
+    return Update(p - s[0] * m / (mx.sqrt(v) * s[1] + config.eps), m, v)
+
+
+def orthogonalise(g: mx.array) -> mx.array:
+    """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[0] > g.shape[1]
+    x = g.T if tall else g
+    x = x / (mx.sqrt(mx.square(x).sum()) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def muon(p: mx.array, g: mx.array, m: mx.array, s: mx.array, config: OptimConfig) -> Update:
+    """Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), with decoupled decay."""
+    m = m + (1 - config.muon_momentum) * (g - m)
+    u = orthogonalise(g + config.muon_momentum * (m - g))
+    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+    return Update(p * s[4] - s[3] * scale * u, m, None)

@@ -1,0 +1,162 @@
+"""PyTorch's half of training: gradients, clipping and updates of one global batch, and the state that a checkpoint holds."""
+
+import os
+
+import numpy as np
+import torch
+
+from mlxgpt.common import params as parameters
+from mlxgpt.common import rng
+from mlxgpt.common.batch import Batch, StepStats
+from mlxgpt.common.config import Recipe
+from torch_ref import device as devices
+from torch_ref import losses, optim
+from torch_ref.model import Dropout, Model
+from torch_ref.noise import SITES
+
+
+class Engine:
+    """See common/batch.py, Engine. Masters and moments are float32; the blocks compute in train.compute_dtype.
+
+    Args:
+        recipe: model (with vocab_size), optim and train are read.
+        params: float32 arrays by the names of params.table.
+        device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: a parameter is missing, unknown or of another shape.
+    """
+
+    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+        self.device = devices.use(device)
+        if recipe.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.recipe = recipe
+        self.table = parameters.table(recipe.model)
+        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype)).to(self.device)
+        self.weights = dict(self.model.named_parameters())
+        self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
+        self.m = {name: torch.zeros_like(self.weights[name]) for name in self.table}
+        self.v = {name: torch.zeros_like(self.weights[name]) for name in self.table if name not in self.muon}
+        self.t = 0
+        self._put(params)
+        self.compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda")
+        compiled = torch.compile if self.compiled else lambda function: function
+        self._run_objective = compiled(self._objective)
+        self._run_evaluate = compiled(self._evaluate)
+
+    @torch.no_grad()
+    def _put(self, params: dict[str, np.ndarray]) -> None:
+        parameters.check({name: param.shape for name, param in self.table.items()}, params)
+        for name in self.table:
+            self.weights[name].copy_(torch.from_numpy(params[name]))
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _arrays(self, batch: Batch) -> losses.Arrays:
+        fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
+        return losses.Arrays(*(None if field is None else self._tensor(field) for field in fields))
+
+    def _dropout_keys(self, step: int) -> torch.Tensor:
+        """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
+        seed, layers = self.recipe.train.seed, range(self.recipe.model.n_layer)
+        if not self.recipe.train.dropout:
+            return torch.zeros((1 + SITES * len(layers),), dtype=torch.int32, device=self.device)
+        keys = [rng.key32(seed, "dropout", step, "embedding")]
+        keys += [rng.key32(seed, "dropout", step, layer, site) for layer in layers for site in range(SITES)]
+        return self._tensor(np.array(keys, dtype=np.uint32).view(np.int32))
+
+    def _objective(
+        self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum that is differentiated, and its parts a row (B,), which the host adds in float64."""
+        rate = self.recipe.train.dropout
+        drop = Dropout(rate, keys, first_row) if rate else None
+        rows = (losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights).sum(dim=-1)
+        return rows.sum(), rows.detach()
+
+    def _gradients(self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
+        """Row losses of a micro-batch; its gradients are added to the tensors' own."""
+        loss, rows = self._run_objective(batch, keys, first_row)
+        loss.backward()
+        return rows
+
+    @torch.no_grad()
+    def _update(self, rows: torch.Tensor, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
+        """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm."""
+        config = self.recipe.optim
+        grads = {name: self.weights[name].grad for name in self.table}
+        squares = torch.stack([torch.linalg.vector_norm(g).square() for g in grads.values()]) * inverse_weight**2
+        squares = squares.tolist()
+        norm = sum(squares) ** 0.5
+        if np.isfinite(norm) and bool(torch.isfinite(rows).all()):
+            clip = min(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
+            for name, p in self.weights.items():
+                g, m = grads[name].mul_(inverse_weight * clip), self.m[name]
+                if name in self.muon:
+                    optim.muon(p, g, m, scalars, config)
+                else:
+                    optim.adamw(p, g, m, self.v[name], scalars, self.table[name].decay, config)
+        self.model.zero_grad(set_to_none=True)
+        return norm, squares
+
+    @torch.no_grad()
+    def _evaluate(self, batch: losses.Arrays) -> torch.Tensor:
+        return (losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights).sum(dim=-1)
+
+    def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
+        """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
+        keys = self._dropout_keys(step)
+        weight = sum(batch.weight for batch in micro_batches)
+        scalars = optim.scalars(self.recipe.optim, lr, self.t + 1)
+        parts = []
+        for batch in micro_batches:
+            first_row = torch.tensor(batch.first_row, dtype=torch.int32, device=self.device)
+            parts.append(self._gradients(self._arrays(batch), keys, first_row))
+        rows = torch.cat(parts)
+        norm, squares = self._update(rows, 1 / weight, scalars)
+        loss_sum = float(rows.cpu().numpy().sum(dtype=np.float64))
+        finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
+        self.t += finite
+        zeros = tuple(name for name, square in zip(self.table, squares, strict=True) if square == 0)
+        return StepStats(loss_sum, weight, norm, finite, zero_grads=zeros)
+
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
+        rows = self._run_evaluate(self._arrays(batch)).cpu().numpy()
+        return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
+
+    def snapshot(self) -> dict[str, object]:
+        """Host copies of weights, moments and the count of updates; the caller owns them."""
+        groups = {"params": {name: self.weights[name] for name in self.table}, "m": self.m, "v": self.v}
+        copies = {
+            key: {name: np.array(value.detach().cpu().numpy()) for name, value in group.items()}
+            for key, group in groups.items()
+        }
+        return {**copies, "t": self.t}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, object]) -> None:
+        """Takes a snapshot back.
+
+        Raises:
+            UserError: a tensor is missing, unknown, or of another shape or dtype.
+        """
+        shapes = {name: param.shape for name, param in self.table.items()}
+        for key, own in (("m", self.m), ("v", self.v)):
+            parameters.check({name: shapes[name] for name in own}, state[key], f"optimizer state {key}")
+        self._put(state["params"])
+        for key, own in (("m", self.m), ("v", self.v)):
+            for name in own:
+                own[name].copy_(torch.from_numpy(state[key][name]))
+        self.t = int(state["t"])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: ``active`` and ``peak``."""
+        return devices.memory(self.device)
+
+    def describe(self) -> dict[str, str]:
+        """The parts of the environment key that the framework knows."""
+        return {**devices.describe(self.device), "compiled": str(self.compiled)}

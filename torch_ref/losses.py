@@ -1,0 +1,46 @@
+"""What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
+
+from typing import NamedTuple
+
+
+import torch
+import torch.nn.functional as F
+
+from mlxgpt.common.config import TrainConfig
+from torch_ref.model import Dropout, Model
+
+
+class Arrays(NamedTuple):
+    """A batch on the device; see common/batch.py."""
+
+    tokens: torch.Tensor  # (B, T) int32
+    targets: torch.Tensor  # (B, T) int32
+    weights: torch.Tensor  # (B, T) float32
+    positions: torch.Tensor | None
+    segments: torch.Tensor | None
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Loss (...) of float32 logits (..., V) against targets (...).
+
+    (1 - s) nll + s mean over V of -log p (Szegedy et al. 2016), plus z logsumexp^2 (Chowdhery et al. 2022, PaLM).
+    """
+    loss = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten().long(), reduction="none", label_smoothing=label_smoothing
+    )
+    loss = loss.reshape(targets.shape)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(logits, dim=-1).square()
+    return loss
+
+
+def lm(
+    model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False
+) -> torch.Tensor:
+    """Next-token losses (B, T); ``plain`` leaves out what only training adds (smoothing, z-loss)."""
+    recompute = config.checkpoint_activations and not plain
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
+    smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
+    return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)

@@ -1,0 +1,333 @@
+"""One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+
+Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
+D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mlxgpt.common import rotary
+from mlxgpt.common.config import ModelConfig
+from torch_ref import noise
+
+
+class Dropout(NamedTuple):
+    """What the dropout of one forward pass is a function of."""
+
+    rate: float
+    keys: torch.Tensor  # (1 + 3 n_layer,) int32, a key a site
+    first_row: torch.Tensor  # () int32, index of row 0 in the global batch
+
+
+class Linear(nn.Module):
+    """y = x W^T + b in x's dtype; W is (n_out, n_in)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((n_out, n_in)))
+        self.bias = nn.Parameter(torch.zeros((n_out,))) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows of W (n_rows, C)."""
+
+    def __init__(self, n_rows: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((n_rows, n_embd)))
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return F.embedding(index, self.weight)
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
+
+    def __init__(self, size: int, config: ModelConfig, bias: bool):
+        super().__init__()
+        self._rms, self._eps = config.norm == "rms", config.norm_eps
+        self.weight = nn.Parameter(torch.ones((size,)))
+        self.bias = nn.Parameter(torch.zeros((size,))) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(x.dtype)
+        if self._rms:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return F.rms_norm(wide, weight.shape, None, self._eps).to(x.dtype) * weight
+        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self._eps)
+
+
+class Cache:
+    """Keys and values of one layer: room for ``length`` tokens, of which ``offset`` are held."""
+
+    def __init__(self, batch: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        shape = (batch, config.n_kv_head, length, config.head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.offset = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
+        start, self.offset = self.offset, self.offset + k.shape[2]
+        assert self.offset <= self.keys.shape[2]
+        self.keys[:, :, start : self.offset] = k
+        self.values[:, :, start : self.offset] = v
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+
+def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:
+    """One empty cache a layer; dtype defaults to the model's compute dtype."""
+    device = model.wte.weight.device
+    return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x_i, x_{i + D/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | str | None, drop: Dropout | None
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
+    scale = q.shape[-1] ** -0.5
+    if drop is None:
+        causal = isinstance(mask, str)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if causal else mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, K, H // K, T, D)
+    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -float("inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
+    return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017) with grouped heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self._config = config
+        if config.fused_qkv:
+            self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
+        else:
+            self.q_proj = Linear(c, width, config.qkv_bias)
+            self.k_proj = Linear(c, kv, config.qkv_bias)
+            self.v_proj = Linear(c, kv, config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = Norm(config.head_dim, config, bias=False)
+            self.k_norm = Norm(config.head_dim, config, bias=False)
+        self.c_proj = Linear(width, c, config.out_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | str | None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: Cache | None,
+        drop: Dropout | None,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
+        if self._config.fused_qkv:
+            q, k, v = self.c_attn(x).split([H * D, K * D, K * D], dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
+        if self._config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attend(q, k, v, mask, drop)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D))
+
+
+def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
+    if kind == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if kind == "gelu":
+        return F.gelu(x)
+    assert kind == "silu"
+    return F.silu(x)
+
+
+class MLP(nn.Module):
+    """proj(act(fc(x))), or gated (Shazeer 2020): proj(act(gate(x)) * fc(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._activation = config.activation
+        self.c_gate = Linear(config.n_embd, config.n_hidden, config.mlp_bias) if config.gated else None
+        self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.c_gate is not None:
+            return self.c_proj(activate(self.c_gate(x), self._activation) * self.c_fc(x))
+        return self.c_proj(activate(self.c_fc(x), self._activation))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        bias = config.norm == "layer" and config.norm_bias
+        self.ln_1 = Norm(config.n_embd, config, bias)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config.n_embd, config, bias)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | str | None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        drop: Dropout | None = None,
+    ) -> torch.Tensor:
+        y = self.attn(self.ln_1(x), mask, rope, cache, drop)
+        x = x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[1], drop.first_row))
+        y = self.mlp(self.ln_2(x))
+        return x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[2], drop.first_row))
+
+
+class Model(nn.Module):
+    """tokens (B, T) -> logits (B, T, V) in float32.
+
+    Args:
+        config: sizes and choices; vocab_size must be set.
+        dtype: what the blocks compute in; weights may be kept in another.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self._config, self._dtype = config, dtype
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = Embedding(config.block_size, config.n_embd)
+        else:
+            cos, sin = (torch.from_numpy(table) for table in rotary.tables(config))
+            self.register_buffer("_cos", cos, persistent=False)
+            self.register_buffer("_sin", sin, persistent=False)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration that the model was built from."""
+        return self._config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in."""
+        return self._dtype
+
+    def mask(
+        self, T: int, S: int, segments: torch.Tensor | None, pad: torch.Tensor | None, fused: bool = True
+    ) -> torch.Tensor | str | None:
+        """True where query i may look at key j: j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
+
+        None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
+        """
+        if segments is None and pad is None:
+            if T == 1:
+                return None
+            if fused and T == S:  # torch aligns is_causal to the upper left, which is right only without a cache
+                return "causal"
+        i, j = (
+            torch.arange(S - T, S, device=self.wte.weight.device)[:, None],
+            torch.arange(S, device=self.wte.weight.device)[None, :],
+        )
+        mask = j <= i
+        if segments is not None:
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        if pad is not None:
+            mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
+        return mask
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        pad: torch.Tensor | None = None,
+        cache: list[Cache] | None = None,
+        drop: Dropout | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
+        T = tokens.shape[1]
+        start = cache[0].offset if cache else 0
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)
+        mask = self.mask(T, start + T, segments, pad, fused=drop is None)
+        x = self.wte(tokens)
+        rope = None
+        if self._config.position == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rope = self._cos[positions].to(self._dtype), self._sin[positions].to(self._dtype)
+            if positions.ndim == 2:
+                rope = rope[0][:, None], rope[1][:, None]  # (B, 1, T, D / 2)
+        x = x.to(self._dtype)
+        if drop is not None:
+            x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
+        for n, block in enumerate(self.h):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            site = 1 + noise.SITES * n
+            local = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
+            x = run(x, mask, rope, cache[n] if cache else None, local)
+        return self.ln_f(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) in float32 of hidden states (..., C)."""
+        weight = (self.wte if self._config.tied else self.lm_head).weight
+        return (x @ weight.to(x.dtype).T).to(torch.promote_types(x.dtype, torch.float32))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        pad: torch.Tensor | None = None,
+        cache: list[Cache] | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V), or (B, 1, V) of the last position.
+
+        Args:
+            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            positions: (T,) or (B, T); default: what follows the cache.
+            segments: (B, T); a token sees its own segment only.
+            pad: (B,) left padding that nobody may look at.
+            cache: from make_cache; T tokens are appended.
+        """
+        x = self.hidden(tokens, positions, segments, pad, cache)
+        return self.head(x[:, -1:] if last_only else x)

@@ -1,0 +1,33 @@
+"""Random bits without a generator: a counter hash, integer arithmetic only, the same bits in both frameworks.
+
+The mixer is lowbias32 (Chris Wellons, hash-prospector). The bits of element e of row r under a 32-bit key are
+``mix(e ^ mix(r + key))``: a pure function, so a resumed run or another micro-batch draws what it would have drawn.
+torch has no uint32 arithmetic, so int32 stands for it: it wraps alike, and a mask makes the shifts logical.
+"""
+
+import torch
+
+SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """lowbias32 on every element; int32 in and out."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def bits(key: torch.Tensor, first_row: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """24 random bits an element as int32 of ``shape``; axis 0 counts rows from ``first_row``. key, first_row: int32 scalars."""
+    rows = mix(torch.arange(shape[0], dtype=torch.int32, device=key.device) + first_row + key)
+    size = 1
+    for n in shape[1:]:
+        size *= n
+    elements = torch.arange(size, dtype=torch.int32, device=key.device)
+    return ((mix(elements[None, :] ^ rows[:, None]) >> 8) & 0xFFFFFF).reshape(shape)
+
+
+def dropout(x: torch.Tensor, rate: float, key: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
+    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
+    keep = bits(key, first_row, x.shape) >= int(rate * 2**24)
+    return torch.where(keep, x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
