@@ -1,0 +1,133 @@
+"""Generation, in MLX: a key-value cache, and tokens drawn on the device as common/sampling.py specifies.
+
+Sizes in the comments: B rows, T new tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from mlxgpt import noise
+from mlxgpt.common import continuation, sampling
+from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.continuation import OnText, Result, Row
+from mlxgpt.common.tokenizer import Tokenizer
+from mlxgpt.model import Model, make_cache
+
+PREFILL = 512  # tokens of a prompt that pass through the model at once
+
+
+def gumbel(keys: mx.array, size: int) -> mx.array:
+    """Gumbel noise (B, V) float32 under the keys (B,) uint32."""
+    elements = mx.arange(size, dtype=mx.uint32)
+    bits = noise.mix(elements[None, :] ^ noise.mix(keys)[:, None]) >> 1
+    v = mx.minimum((bits.astype(mx.float32) + 0.5) * 2**-31, 1 - 2**-24)
+    return -mx.log(-mx.log1p(-v))
+
+
+def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Repetition penalty where ``seen`` (B, V) bool."""
+    return mx.where(seen, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep(logits: mx.array, sample: SampleConfig) -> mx.array:
+    """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
+    if 0 < sample.top_k < logits.shape[-1]:
+        lowest = mx.topk(logits, sample.top_k, axis=-1).min(axis=-1, keepdims=True)
+        logits = mx.where(logits < lowest, -math.inf, logits)
+    if sample.top_p < 1:
+        ordered = mx.sort(logits, axis=-1)
+        weights = mx.exp(ordered - ordered[:, -1:])
+        dropped = mx.cumsum(weights, axis=-1) <= (1 - sample.top_p) * weights.sum(axis=-1, keepdims=True)
+        dropped = dropped & (ordered < ordered[:, -1:])
+        lowest = mx.where(dropped, math.inf, ordered).min(axis=-1, keepdims=True)
+        logits = mx.where(logits < lowest, -math.inf, logits)
+    if sample.min_p > 0:
+        lowest = logits.max(axis=-1, keepdims=True) + math.log(sample.min_p)
+        logits = mx.where(logits < lowest, -math.inf, logits)
+    return logits
+
+
+def sample_tokens(logits: mx.array, seen: mx.array | None, keys: mx.array, sample: SampleConfig) -> mx.array:
+    """The next tokens (B,) from ``logits`` (B, V) float32; -1 where a logit is not finite. ``seen`` None: no penalty."""
+    finite = mx.isfinite(logits).all(axis=-1)
+    if seen is not None:
+        logits = penalize(logits, seen, sample.repetition_penalty)
+    if sample.temperature > 0:
+        logits = keep(logits / sample.temperature, sample) + gumbel(keys, logits.shape[-1])
+    return mx.where(finite, mx.argmax(logits, axis=-1).astype(mx.int32), -1)
+
+
+def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) -> Iterator[list[int]]:
+    """Yields the next token of every row, step by step, as far as max_tokens and the context go.
+
+    Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
+    """
+    width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
+    tokens = mx.array([[0] * (width - len(row.prompt)) + row.prompt for row in rows])  # (B, T)
+    pads = [width - len(row.prompt) for row in rows]
+    pad = mx.array(pads) if any(pads) else None
+    cache = make_cache(model, len(rows), width + steps)
+    seen = None
+    if sample.repetition_penalty != 1:
+        seen = mx.array(np.array([np.isin(np.arange(n_vocab), row.prompt) for row in rows]))
+
+    def forward(tokens: mx.array) -> mx.array:
+        positions = None
+        if pad is not None:
+            positions = mx.arange(cache[0].offset, cache[0].offset + tokens.shape[1])
+            positions = mx.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
+        return model(tokens, positions, pad=pad, cache=cache, last_only=True)[:, -1, :n_vocab]
+
+    def draw(logits: mx.array, step: int) -> mx.array:
+        nonlocal seen
+        keys = mx.array(sampling.step_keys(sample.seed, [row.copy for row in rows], step))
+        drawn = sample_tokens(logits, seen, keys, sample)
+        if seen is not None:
+            seen = seen | (mx.arange(n_vocab)[None, :] == drawn[:, None])
+        return drawn
+
+    for start in range(0, width, PREFILL):
+        logits = forward(tokens[:, start : start + PREFILL])
+        mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
+    token = draw(logits, 0)
+    mx.async_eval(token)
+    for step in range(1, steps + 1):
+        # the next step is queued before this step's token is read, so the device never waits for the host
+        following = draw(forward(mx.maximum(token, 0)[:, None]), step) if step < steps else token
+        mx.async_eval(following)
+        yield token.tolist()
+        token = following
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | Sequence[int]],
+    sample: SampleConfig,
+    stop: Sequence[str] = (),
+    on_text: OnText | None = None,
+) -> list[Result]:
+    """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone.
+
+    Raises:
+        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        RunError: the model's logits are not finite.
+    """
+    rows = continuation.start_rows(model.config, tokenizer, prompts, stop)
+    n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
+    if rows and sample.max_tokens:
+        for tokens in decode(model, rows, sample, n_vocab):
+            if continuation.advance(model.config, rows, tokens, sample, on_text):
+                break
+    return [row.result() for row in rows]
+
+
+def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str:
+    """``sample.prompt`` and what follows it."""
+    return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text

@@ -1,0 +1,131 @@
+"""Generation, in PyTorch: a key-value cache, and tokens drawn on the device as common/sampling.py specifies.
+
+Sizes in the comments: B rows, T new tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from mlxgpt.common import continuation, sampling
+from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.continuation import OnText, Result, Row
+from mlxgpt.common.tokenizer import Tokenizer
+from torch_ref import noise
+from torch_ref.model import Model, make_cache
+
+PREFILL = 512  # tokens of a prompt that pass through the model at once
+
+
+def gumbel(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """Gumbel noise (B, V) float32 under the keys (B,) int32."""
+    elements = torch.arange(size, dtype=torch.int32, device=keys.device)
+    bits = (noise.mix(elements[None, :] ^ noise.mix(keys)[:, None]) >> 1) & 0x7FFFFFFF
+    v = torch.clamp((bits.to(torch.float32) + 0.5) * 2**-31, max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-v))
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Repetition penalty where ``seen`` (B, V) bool."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep(logits: torch.Tensor, sample: SampleConfig) -> torch.Tensor:
+    """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
+    if 0 < sample.top_k < logits.shape[-1]:
+        lowest = torch.topk(logits, sample.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
+        logits = torch.where(logits < lowest, -math.inf, logits)
+    if sample.top_p < 1:
+        ordered = torch.sort(logits, dim=-1).values
+        weights = torch.exp(ordered - ordered[:, -1:])
+        dropped = torch.cumsum(weights, dim=-1) <= (1 - sample.top_p) * weights.sum(dim=-1, keepdim=True)
+        dropped = dropped & (ordered < ordered[:, -1:])
+        lowest = torch.where(dropped, math.inf, ordered).amin(dim=-1, keepdim=True)
+        logits = torch.where(logits < lowest, -math.inf, logits)
+    if sample.min_p > 0:
+        lowest = logits.amax(dim=-1, keepdim=True) + math.log(sample.min_p)
+        logits = torch.where(logits < lowest, -math.inf, logits)
+    return logits
+
+
+def sample_tokens(
+    logits: torch.Tensor, seen: torch.Tensor | None, keys: torch.Tensor, sample: SampleConfig
+) -> torch.Tensor:
+    """The next tokens (B,) from ``logits`` (B, V) float32; -1 where a logit is not finite. ``seen`` None: no penalty."""
+    finite = torch.isfinite(logits).all(dim=-1)
+    if seen is not None:
+        logits = penalize(logits, seen, sample.repetition_penalty)
+    if sample.temperature > 0:
+        logits = keep(logits / sample.temperature, sample) + gumbel(keys, logits.shape[-1])
+    return torch.where(finite, torch.argmax(logits, dim=-1), -1)
+
+
+@torch.no_grad()
+def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) -> Iterator[list[int]]:
+    """Yields the next token of every row, step by step, as far as max_tokens and the context go.
+
+    Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
+    """
+    device = model.wte.weight.device
+    width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
+    tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
+    pads = [width - len(row.prompt) for row in rows]
+    pad = torch.tensor(pads, device=device) if any(pads) else None
+    cache = make_cache(model, len(rows), width + steps)
+    seen = None
+    if sample.repetition_penalty != 1:
+        seen = torch.tensor(np.array([np.isin(np.arange(n_vocab), row.prompt) for row in rows]), device=device)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        positions = None
+        if pad is not None:
+            positions = torch.arange(cache[0].offset, cache[0].offset + tokens.shape[1], device=device)
+            positions = torch.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
+        return model(tokens, positions, pad=pad, cache=cache, last_only=True)[:, -1, :n_vocab]
+
+    def draw(logits: torch.Tensor, step: int) -> torch.Tensor:
+        nonlocal seen
+        keys = sampling.step_keys(sample.seed, [row.copy for row in rows], step)
+        drawn = sample_tokens(logits, seen, torch.tensor(keys.view(np.int32), device=device), sample)
+        if seen is not None:
+            seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
+        return drawn
+
+    for start in range(0, width, PREFILL):
+        logits = forward(tokens[:, start : start + PREFILL])
+    token = draw(logits, 0)
+    for step in range(1, steps + 1):
+        # the next step is queued before this step's token is read, so the device never waits for the host
+        following = draw(forward(token.clip(0)[:, None]), step) if step < steps else token
+        yield token.tolist()
+        token = following
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | Sequence[int]],
+    sample: SampleConfig,
+    stop: Sequence[str] = (),
+    on_text: OnText | None = None,
+) -> list[Result]:
+    """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone.
+
+    Raises:
+        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        RunError: the model's logits are not finite.
+    """
+    rows = continuation.start_rows(model.config, tokenizer, prompts, stop)
+    n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
+    if rows and sample.max_tokens:
+        for tokens in decode(model, rows, sample, n_vocab):
+            if continuation.advance(model.config, rows, tokens, sample, on_text):
+                break
+    return [row.result() for row in rows]
+
+
+def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str:
+    """``sample.prompt`` and what follows it."""
+    return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
