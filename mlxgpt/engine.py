@@ -48,7 +48,7 @@ class Engine:
         state = [self.model.state, self.m, self.v]
         compiled = partial(mx.compile, inputs=state) if self.compiled else lambda function, **_: function
         self._run_step = compiled(self._step, outputs=state)
-        self._run_gradients = compiled(self._gradients)
+        self._run_gradients = compiled(self._gradients, outputs=state)
         self._run_update = compiled(self._update, outputs=state)
         self._run_evaluate = compiled(self._evaluate)
 
