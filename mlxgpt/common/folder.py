@@ -1,0 +1,256 @@
+"""Read and write a Hugging Face model folder in numpy: config.json, safetensors, tokenizer files.
+
+What is written loads in transformers and mlx-lm as it is; what they wrote is read strictly: every tensor that the
+config asks for, in its shape, finite, and nothing else.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from mlxgpt.common import families, params
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.tensors import (
+    Entry,
+    read_header,
+    read_json,
+    read_tensor,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+__all__ = ["find_tensors", "read_config", "read_params", "read_tensors", "write_model", "write_tensors"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_READABLE = ("F32", "F16", "BF16")
+
+
+class _Tokenizer(Protocol):
+    """What is needed of common.tokenizer.Tokenizer here."""
+
+    eos_id: int | None
+
+    def save(self, folder: Path) -> None: ...
+
+
+def find_tensors(folder: Path | str) -> dict[str, Entry]:
+    """Where every tensor of a model folder lies, by the name in its files; headers are checked, data is not read.
+
+    Raises:
+        UserError: no safetensors weights, a damaged file, an index that is not true or points outside the folder.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)[0]
+    if not (folder / INDEX).exists():
+        others = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+        found = f"found {others[0]}, " if others else ""
+        raise UserError(f"{folder}: {found}expected {SINGLE} or {INDEX}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: weight_map: expected file names by tensor name")
+    shards: dict[str, dict[str, Entry]] = {}
+    for file in sorted(set(weight_map.values())):
+        if file in ("", ".", "..") or "/" in file or "\\" in file:
+            raise UserError(f"{folder / INDEX}: weight_map names {file!r}: expected a file in the same folder")
+        shards[file] = read_header(folder / file)[0]
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise UserError(f"{folder / file}: {name} is missing, which {INDEX} says is there")
+    for file, entries in shards.items():
+        for name in entries:
+            if weight_map.get(name) != file:
+                raise UserError(
+                    f"{folder / file}: {name} is there, but {INDEX} says {weight_map.get(name, 'nothing')!r}"
+                )
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The model that a folder holds. The head is tied where its tensor is absent, or is the embedding's copy.
+
+    An untied head equal to the embedding stays untied where config.json says so.
+
+    Raises:
+        UserError: config.json is missing or asks for what is not supported; or the weights are damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
+    config = families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    entries = _by_name(folder, config, find_tensors(folder))
+    head, table = entries.get("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
+    if head is None:
+        tied = True
+    elif table is None or (head.dtype, head.shape) != (table.dtype, table.shape) or not config.tied:
+        tied = False
+    else:
+        tied = read_tensor(head).tobytes() == read_tensor(table).tobytes()
+    return families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"), tied=tied)
+
+
+def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """``entries`` without prefixes and buffers."""
+    made: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        plain = families.strip(config, name)
+        if plain is None:
+            continue
+        if plain in made:
+            raise UserError(f"{folder}: {plain} is there twice, with and without a prefix")
+        made[plain] = entry
+    return made
+
+
+def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
+
+    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape or dtype, not finite, or a bias that config.json calls
+            zero is not; or the files are damaged.
+    """
+    folder = Path(folder)
+    expected = families.from_foreign(config)
+    entries = _by_name(folder, config, find_tensors(folder))
+    if config.tied and "lm_head.weight" in entries:
+        _check_tied(folder, config, entries)
+    for name in expected:
+        if name not in entries:
+            raise UserError(f"{folder}: tensor {name} is missing, which config.json asks for")
+    for name in entries:
+        if name not in expected:
+            raise UserError(
+                f"{folder}: unexpected tensor {name} {list(entries[name].shape)}, for which config.json has no place"
+            )
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
+    for foreign, (name, transposed) in expected.items():
+        entry, shape = entries[foreign], shapes[name][::-1] if transposed else shapes[name]
+        if entry.shape != shape:
+            raise UserError(
+                f"{entry.path}: {foreign} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            )
+        if entry.dtype not in _READABLE:
+            raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(_READABLE)}")
+    wanted, made = params.table(config), {}
+    for foreign, (name, transposed) in expected.items():
+        array = read_tensor(entries[foreign])
+        bad = np.count_nonzero(~np.isfinite(array))
+        if bad:
+            raise UserError(f"{entries[foreign].path}: {foreign} has {bad} values that are not finite (NaN or Inf)")
+        if name not in wanted:
+            if array.any():
+                raise UserError(f"{entries[foreign].path}: {foreign} is not zero, but config.json says so under mlxgpt")
+            continue
+        made[name] = np.ascontiguousarray(array.T if transposed else array, dtype=dtype)
+    return {name: made[name] for name in wanted}
+
+
+def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
+    """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
+    head, table = entries.pop("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
+    if table is not None and read_tensor(head).tobytes() != read_tensor(table).tobytes():
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding, expected an equal or no head for a tied model"
+        )
+
+
+def write_model(
+    folder: Path | str,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    dtype: str = "float32",
+    extra: Mapping[str, Any] | None = None,
+    tokenizer: _Tokenizer | None = None,
+    max_shard: int = 5 * 10**9,
+) -> None:
+    """Writes config.json, generation_config.json, the weights and the tokenizer's files into ``folder``.
+
+    ``weights`` are exactly ``params.table(config)``, in any float type; ``extra`` goes into config.json as it is;
+    shards hold at most ``max_shard`` bytes, or one tensor.
+
+    Raises:
+        UserError: the family cannot hold the model, the folder holds one already, or a value does not fit ``dtype``.
+        RunError: a weight is not finite.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    values = families.config_to_hf(config)
+    held = [path.name for path in folder.glob("model*.safetensors*")] + [
+        name for name in ("config.json",) if (folder / name).exists()
+    ]
+    if held:
+        raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
+    _check_given(config, weights)
+    eos = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
+    values |= {"dtype": dtype, "torch_dtype": dtype} | eos | dict(extra or {})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        tokenizer.save(folder)
+    _write_weights(folder, config, weights, DTYPES[dtype], max_shard)
+    tokens = {key: values[key] for key in eos if values[key] is not None}
+    write_json(folder / "generation_config.json", {"_from_model_config": True} | tokens)
+    write_json(folder / "config.json", values)
+
+
+def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> None:
+    wanted = params.table(config)
+    assert set(weights) == set(wanted), f"not the model's parameters: {sorted(set(weights) ^ set(wanted))}"
+    for name, param in wanted.items():
+        assert weights[name].shape == param.shape, f"{name}: {weights[name].shape}, expected {param.shape}"
+        if not np.isfinite(weights[name]).all():
+            raise RunError(f"{name} has values that are not finite (NaN or Inf); nothing was written")
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype, max_shard: int
+) -> None:
+    """One file, or shards and their index; a shard is converted when it is written."""
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
+    names = families.from_foreign(config)
+
+    def convert(foreign: str) -> np.ndarray:
+        name, transposed = names[foreign]
+        if name not in weights:
+            return np.zeros(shapes[name], dtype)
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(weights[name].T if transposed else weights[name], dtype=dtype)
+        if not np.isfinite(array).all():
+            largest = np.abs(weights[name]).max()
+            raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
+        return array
+
+    sizes = {foreign: int(np.prod(shapes[name])) * dtype.itemsize for foreign, (name, _) in names.items()}
+    shards: list[list[str]] = [[]]
+    held = 0
+    for foreign, size in sizes.items():
+        if shards[-1] and held + size > max_shard:
+            shards.append([])
+            held = 0
+        shards[-1].append(foreign)
+        held += size
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE, {foreign: convert(foreign) for foreign in shards[0]})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, {foreign: convert(foreign) for foreign in shard})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(sizes.values())
+    metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})

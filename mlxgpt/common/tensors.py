@@ -1,0 +1,214 @@
+"""safetensors files in numpy: a header that is checked before a byte of data is believed, and an atomic write.
+
+A file is 8 bytes (length N of the header, little-endian), N bytes of JSON, and the tensors' bytes without gaps. Tensors are
+read one at a time and written one at a time, so memory never holds a file and its copy.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from mlxgpt.common.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes [start, stop) of ``path``."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at ``path`` complete and on disk, or not at all.
+
+    Raises:
+        UserError: the system refuses to write, such as with no space left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: the file is missing, or holds anything but one JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically; the metadata is ``{"format": "pt"}`` unless given.
+
+    Wide types come first, so that every tensor starts at a multiple of its item size.
+
+    Raises:
+        UserError: a dtype that the format does not have, or the system refuses to write.
+    """
+    path = Path(path)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        dtype = _NAMES.get(array.dtype.newbyteorder("<") if array.dtype.kind in "iuf" else array.dtype)
+        if dtype is None:
+            raise UserError(f"{path}: {name}: dtype {array.dtype}: expected one of {', '.join(DTYPES)}")
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = np.ascontiguousarray(tensors[name], dtype=DTYPES[header[name]["dtype"]]).reshape(-1)
+            file.write(flat.view(np.uint8).data)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return made
+
+
+def _whole(value: Any, length: int | None = None) -> bool:
+    fits = isinstance(value, list) and (length is None or len(value) == length)
+    return fits and all(type(number) is int and number >= 0 for number in value)
+
+
+def read_header(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors that a safetensors file holds, and its metadata; every number is checked against the file's size.
+
+    Raises:
+        UserError: the file is missing, truncated, has a header that is not true of it, or a dtype not in ``DTYPES``.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise UserError(
+                    f"{path}: truncated or not safetensors: header of {length} bytes in a file of {size} bytes"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: header is {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path}: __metadata__ in the header: expected strings by name")
+    entries = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise UserError(
+                f"{path}: {name}: data starts at byte {entry.start}, expected {end}, where the one before ends"
+            )
+        end = entry.stop
+    if end != size:
+        raise UserError(f"{path}: {size} bytes long, expected {end} by its header")
+    return entries, metadata
+
+
+def _entry(path: Path, name: str, entry: Any, base: int, size: int) -> Entry:
+    """One line of a header, checked on its own."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{path}: {name}: expected dtype, shape and data_offsets in the header")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise UserError(f"{path}: {name}: dtype {entry['dtype']!r}: expected one of {', '.join(DTYPES)}")
+    if not _whole(entry["shape"]) or not _whole(entry["data_offsets"], 2):
+        raise UserError(f"{path}: {name}: shape and data_offsets in the header: expected whole numbers, at least 0")
+    start, stop = (base + offset for offset in entry["data_offsets"])
+    expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+    if stop - start != expected:
+        found = f"{stop - start} bytes for {entry['dtype']} {entry['shape']}"
+        raise UserError(f"{path}: {name}: {found}, expected {expected}")
+    if stop > size:
+        raise UserError(f"{path}: {name}: truncated: data ends at byte {stop} of a file of {size} bytes")
+    return Entry(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """The tensor as stored: an array that owns its memory."""
+    dtype = DTYPES[entry.dtype]
+    try:
+        flat = np.fromfile(entry.path, dtype=np.uint8, count=entry.stop - entry.start, offset=entry.start)
+    except OSError as error:
+        raise UserError(f"{entry.path}: {error.strerror}") from None
+    if flat.nbytes != entry.stop - entry.start:
+        raise UserError(f"{entry.path}: truncated while it was read")
+    return flat.view(dtype).reshape(entry.shape)
+
+
+def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file; bfloat16 as ml_dtypes.bfloat16.
+
+    Raises:
+        UserError: see ``read_header``.
+    """
+    return {name: read_tensor(entry) for name, entry in read_header(path)[0].items()}
