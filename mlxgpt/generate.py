@@ -11,6 +11,7 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxgpt import noise
 from mlxgpt.common import continuation, sampling
@@ -20,6 +21,21 @@ from mlxgpt.common.tokenizer import Tokenizer
 from mlxgpt.model import Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
+
+
+def prepare(model: Model) -> None:
+    """Stores matrices by columns, on the CPU: the product of a single row and W^T then reads them a fourth faster.
+
+    Names, shapes and values stay. For a model that will only generate: an update would undo it.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        weights = tree_flatten(model.parameters())
+        while weights:  # one at a time, so that memory holds one twice
+            name, weight = weights.pop()
+            if weight.ndim == 2:
+                columns = mx.contiguous(weight.T)
+                mx.eval(columns)
+                model.load_weights([(name, columns.T)], strict=False)
 
 
 def gumbel(keys: mx.array, size: int) -> mx.array:

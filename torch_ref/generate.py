@@ -19,6 +19,17 @@ from torch_ref.model import Model, make_cache
 PREFILL = 512  # tokens of a prompt that pass through the model at once
 
 
+def prepare(model: Model) -> None:
+    """Stores matrices by columns, on the CPU: the product of a single row and W^T then reads them a fourth faster.
+
+    Names, shapes and values stay. For a model that will only generate: an update would undo it.
+    """
+    if model.wte.weight.device.type == "cpu":
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.data = weight.data.T.contiguous().T
+
+
 def gumbel(keys: torch.Tensor, size: int) -> torch.Tensor:
     """Gumbel noise (B, V) float32 under the keys (B,) int32."""
     elements = torch.arange(size, dtype=torch.int32, device=keys.device)

@@ -10,6 +10,8 @@ from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.tokenizer import StreamDecoder, Tokenizer
 
+CONTEXT = 16  # tokens of the prompt that the decoder is shown
+
 OnText = Callable[[int, str], None]
 """Called with a prompt's index and each new piece of its text as soon as it is certain."""
 
@@ -35,8 +37,8 @@ class Row:
         self._eos = tokenizer.eos_id if tokenizer else None
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         if self._decoder:
-            # the prompt's end decides how what follows is spelled: SentencePiece drops a space at the start of a text
-            for token in prompt:
+            # what follows is spelled as after the prompt: SentencePiece drops a space only at the start of a text
+            for token in prompt[-CONTEXT:]:
                 self._decoder.add(token)
 
     def add(self, token: int, limit: int, room: int) -> str:
@@ -119,7 +121,9 @@ def start_rows(
             raise UserError(f"{where}: {len(ids)} tokens; expected at most model.block_size = {config.block_size}")
         wrong = [token for token in ids if not 0 <= token < config.vocab_size]
         if wrong:
-            raise UserError(f"{where}: token id {wrong[0]}; expected 0 to {config.vocab_size - 1}, the model's vocabulary")
+            raise UserError(
+                f"{where}: token id {wrong[0]}; expected 0 to {config.vocab_size - 1}, the model's vocabulary"
+            )
         copy = sum(row.prompt == ids for row in rows)
         rows.append(Row(index, ids, copy, tokenizer, stop))
     return rows
@@ -135,7 +139,9 @@ def steps(config: ModelConfig, rows: list[Row], sample: SampleConfig) -> int:
     return min(sample.max_tokens, max((room(config, row) for row in rows), default=0))
 
 
-def advance(config: ModelConfig, rows: list[Row], tokens: list[int], sample: SampleConfig, on_text: OnText | None) -> bool:
+def advance(
+    config: ModelConfig, rows: list[Row], tokens: list[int], sample: SampleConfig, on_text: OnText | None
+) -> bool:
     """Gives each row that is not done its next token; True when all are done."""
     for row, token in zip(rows, tokens, strict=True):
         if not row.reason:
