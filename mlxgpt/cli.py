@@ -1,0 +1,279 @@
+"""The command line: declares every verb's arguments, runs it, and is the one place that prints errors and exits.
+
+Nothing heavy is imported before a verb runs, so that --help answers at once. Exit codes: 0 done, 1 a check failed or a
+run broke, 2 wrong usage or input, 130 interrupted, 143 terminated.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from mlxgpt import __version__
+from mlxgpt.common.errors import RunError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are UserErrors: one line, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class Verb(NamedTuple):
+    """A command: what it is for, the module:function that does it, what declares its arguments, examples of use."""
+
+    help: str
+    function: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None, backend: str | None = None) -> int:
+    """Runs one command and returns its exit code; ``backend`` is what the verbs use where --backend is not given."""
+    prog = "python -m torch_ref" if backend == "torch" else "mlxgpt"
+    terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv), prog, backend)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(prog, str(error), 2)
+    except RunError as error:
+        return _fail(prog, str(error), 1)
+    except BrokenPipeError:
+        # the reader, such as head, left; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(prog, f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted", 130)
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+
+
+def _run(argv: list[str], prog: str, backend: str | None) -> int:
+    if not argv:
+        raise UserError(f"expected a verb: one of {', '.join(_words([]))} (see {prog} --help)")
+    if argv[0] == "--version":
+        print(f"mlxgpt {__version__}")
+        return 0
+    path: list[str] = []
+    while " ".join(path) not in VERBS:
+        word = argv.pop(0) if argv else "--help"
+        if word in ("-h", "--help"):
+            print(_overview(prog, path))
+            return 0
+        if word not in _words(path):
+            known = _words(path)
+            raise UserError(f"unknown verb {' '.join([*path, word])!r}{_nearest(word, known)}: one of {', '.join(known)}")
+        path.append(word)
+    verb = VERBS[" ".join(path)]
+    parser = Parser(
+        prog=" ".join([prog, *path]),
+        description=verb.help[0].upper() + verb.help[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {prog} {example}" for example in verb.examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.declare(parser)
+    _check_flags(parser, argv)
+    args = parser.parse_args(argv)
+    if hasattr(args, "backend"):
+        from mlxgpt.common.backend import resolve
+
+        args.backend = resolve(args.backend or backend)
+    module, _, function = verb.function.partition(":")
+    return getattr(importlib.import_module(module), function)(args) or 0
+
+
+def _fail(prog: str, message: str, code: int) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    from mlxgpt.common.config import nearest
+
+    return nearest(word, known)
+
+
+def _words(path: list[str]) -> list[str]:
+    """What may follow the words of a verb."""
+    names = [name.split() for name in VERBS]
+    return list(dict.fromkeys(name[len(path)] for name in names if name[: len(path)] == path))
+
+
+def _overview(prog: str, path: list[str]) -> str:
+    verbs = {name: verb for name, verb in VERBS.items() if name.split()[: len(path)] == path}
+    return "\n".join([
+        f"usage: {' '.join([prog, *path])} VERB ...",
+        "",
+        "Train small GPTs in MLX or PyTorch: one recipe, seed and data give one loss curve in both.",
+        "",
+        "verbs:",
+        *(f"  {name:<18} {verb.help}" for name, verb in verbs.items()),
+        "",
+        f"{' '.join([prog, *path])} VERB --help shows a verb's arguments and examples.",
+    ])  # fmt: skip
+
+
+def _check_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Names the nearest flag to one that the verb does not have, before argparse misses what was meant."""
+    known = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+    for word in argv[: argv.index("--")] if "--" in argv else argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and " " not in flag and flag not in known:
+            raise UserError(f"unknown flag {flag}{_nearest(flag, known)} (see {parser.prog} --help)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
+    return int(text)
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=["mlx", "torch"], help="framework; default: MLX where it runs, else torch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu, mps, cuda or cuda:N; default: auto")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, metavar="DIR",
+        help="a run (its best, else its last checkpoint), a checkpoint, a model folder or a hub id")  # fmt: skip
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
+    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/RECIPE")
+    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its schedule")
+    add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key of the recipe; repeatable")
+    add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
+    add("--init-from", metavar="DIR", help="start from the weights of a run, a checkpoint, a model folder or a hub id")
+    _add_backend(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    import dataclasses
+
+    from mlxgpt.common.config import SampleConfig
+
+    _add_model(parser)
+    parser.add_argument("-p", "--prompt", action="append", required=True, metavar="TEXT", help="repeat it for a batch")
+    for field in dataclasses.fields(SampleConfig):
+        if field.name != "prompt":
+            flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
+            text = f"{field.metadata['help']}; default: {field.default}"
+            parser.add_argument(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    _add_json(parser)
+    _add_backend(parser)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
+    _add_json(parser)
+    _add_backend(parser)
+
+
+def _data_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the corpus, such as tinyshakespeare")
+    parser.add_argument("--from", dest="from_file", metavar="FILE", help="take this copy, if its checksum is right")
+    parser.add_argument("-o", "--out", metavar="DIR", help="where to put it; default: the cache folder")
+
+
+def _data_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--tokenizer", metavar="PATH", help="count tokens with this tokenizer.json, .model or folder")
+    _add_json(parser)
+
+
+def _data_prepare(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    add = parser.add_argument
+    add("-o", "--out", required=True, metavar="DIR", help="the folder of shards to make")
+    add("--tokenizer", default="bpe", metavar="T", help="char, bpe, sp-bpe, sp-unigram, or a path; default: bpe")
+    add("--vocab-size", type=_positive, default=2048, metavar="N", help="of a tokenizer trained here; default: 2048")
+    add("--val-fraction", type=float, default=0.1, metavar="X", help="share of documents that validates; default: 0.1")
+    add("--workers", type=_positive, metavar="N", help="processes; default: one a core")
+
+
+def _data_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run whose shards to pack")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make; elsewhere, data.source")
+
+
+def _tokenizer_train(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    add = parser.add_argument
+    add("-o", "--out", required=True, metavar="DIR", help="the tokenizer folder to make; transformers loads it")
+    add("--kind", choices=["char", "bpe", "sp-bpe", "sp-unigram"], default="bpe", help="default: bpe (byte-level)")
+    add("--vocab-size", type=_positive, default=2048, metavar="N", help="default: 2048; char ignores it")
+
+
+def _tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, or a folder that holds one")
+    parser.add_argument("--text", metavar="TEXT", help="show how this text is split")
+    _add_json(parser)
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
+        help="where its runs go, in place of an earlier demo's; default: runs/demo")  # fmt: skip
+
+
+VERBS = {
+    "train": Verb("train a GPT from a recipe, or go on with a run", "mlxgpt.common.start:train", _train, (
+        "train pydocs --out runs/first",
+        "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
+        "train --resume runs/first --backend torch",
+    )),
+    "generate": Verb("continue a prompt", "mlxgpt.common.generating:generate_command", _generate, (
+        "generate -m runs/first -p 'The list is'",
+        "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
+    )),
+    "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
+        "eval -m runs/first -d book.txt",
+        "eval -m runs/first -d book.txt --backend torch --json",
+    )),
+    "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.common.data_commands:fetch", _data_fetch, (
+        "data fetch tinyshakespeare",
+        "data fetch tinyshakespeare --from input.txt",
+    )),
+    "data inspect": Verb("what a corpus holds", "mlxgpt.common.data_commands:inspect", _data_inspect, (
+        "data inspect pydocs",
+        "data inspect corpus/ --tokenizer runs/first --json",
+    )),
+    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.common.data_commands:prepare", _data_prepare, (
+        "data prepare corpus.jsonl --out shards --vocab-size 8192",
+    )),
+    "data export": Verb("pack a run's shards for another machine", "mlxgpt.common.data_commands:export", _data_export, (
+        "data export runs/first --out packed",
+    )),
+    "tokenizer train": Verb(
+        "train a tokenizer on a corpus", "mlxgpt.common.data_commands:train_tokenizer", _tokenizer_train, (
+        "tokenizer train corpus/ --out tok --kind sp-unigram --vocab-size 4096",
+    )),
+    "tokenizer inspect": Verb(
+        "what a tokenizer is, and how it splits a text", "mlxgpt.common.data_commands:inspect_tokenizer",
+        _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
+    )),
+    "demo": Verb("train in MLX, resume and repeat in PyTorch, and compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+}  # fmt: skip
