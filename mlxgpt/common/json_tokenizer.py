@@ -1,0 +1,163 @@
+"""Tokenizers that a tokenizer.json defines, run by `tokenizers`, and by tiktoken where its ids are provably the same."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.fast_bpe import FastBPE
+from mlxgpt.common.tokenizer import EOS_NAMES, checked, read_json, sha256_of, write_files
+
+EOS = "<|endoftext|>"
+
+
+class JsonTokenizer:
+    """Any tokenizer.json, with the settings of the tokenizer_config.json beside it.
+
+    ``files`` are what the tokenizer was loaded from, name -> bytes; ``where`` is the folder, for messages.
+    """
+
+    def __init__(self, files: dict[str, bytes], where: Path) -> None:
+        self._files = files
+        self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
+        try:
+            self._backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as error:
+            raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {error}") from None
+        # A stored limit would cut long texts without a word.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        config = read_json(files, "tokenizer_config.json", where)
+        _add_tokens(self._backend, config)
+        vocabulary = self._backend.get_vocab()
+        self.n_vocab = max(vocabulary.values()) + 1
+        self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
+        self._fast = FastBPE.of(self._backend)
+        model = type(self._backend.model).__name__
+        self.kind = "byte-level BPE" if self._fast else model
+
+    @property
+    def fast(self) -> bool:
+        """Whether texts are encoded by tiktoken."""
+        return self._fast is not None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; a special token's text gives that token."""
+        return self.encode_batch([checked(text)])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        if not self._fast:
+            return self._slow(texts)
+        found = [self._fast.encode(text) for text in texts]
+        slow = iter(self._slow([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [next(slow) if ids is None else ids for ids in found]
+
+    def _slow(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(item.ids, dtype=np.int32) for item in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; ids outside the vocabulary are left out."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
+        write_files(folder, self._files)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict) -> None:
+    """Adds what tokenizer_config.json lists beyond tokenizer.json, as transformers does."""
+    listed = config.get("added_tokens_decoder") or {}
+    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        if isinstance(token, dict) and backend.token_to_id(token["content"]) is None:
+            flags = {
+                name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
+            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+
+
+def _eos(vocabulary: dict[str, int], *configs: dict) -> int | None:
+    """The id of the settings' eos_token, or of a well-known name."""
+    for config in configs:
+        named = config.get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        if named in vocabulary:
+            return vocabulary[named]
+    return next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+
+
+def made(backend: tokenizers.Tokenizer, settings: dict) -> JsonTokenizer:
+    """A JsonTokenizer of a backend built here, with the tokenizer_config.json that AutoTokenizer needs."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | settings
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+    }
+    return JsonTokenizer(files, Path("."))
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """GPT-2's kind of tokenizer: every byte, merges learned from ``texts``, and <|endoftext|> as id 0.
+
+    Raises:
+        UserError: ``vocab_size`` below 257, the bytes and <|endoftext|>.
+    """
+    if vocab_size < 257:
+        raise UserError(
+            f"tokenizer vocabulary of {vocab_size}: expected at least 257 for byte-level BPE (256 bytes and {EOS})"
+        )
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return made(backend, {"bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "add_prefix_space": False})
+
+
+def from_gpt2_files(files: dict[str, bytes], where: Path) -> JsonTokenizer:
+    """GPT-2's original pair: encoder.json + vocab.bpe, or the same as vocab.json + merges.txt.
+
+    Raises:
+        UserError: a damaged file, or another architecture's tokenizer, whose splitting only a tokenizer.json tells.
+    """
+    vocabulary_name, merges_name = (
+        ("vocab.json", "merges.txt") if "vocab.json" in files else ("encoder.json", "vocab.bpe")
+    )
+    named = read_json(files, "tokenizer_config.json", where).get("tokenizer_class", "GPT2Tokenizer")
+    if named not in ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"):
+        raise UserError(
+            f"{where}: {vocabulary_name} of a {named}: expected a tokenizer.json, which says how it splits text"
+        )
+    vocabulary = read_json(files, vocabulary_name, where)
+    try:
+        lines = files[merges_name].decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where / merges_name}: not UTF-8 at byte {error.start}") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        pair = line.rstrip("\r").split(" ")
+        if line.startswith("#version") or line.strip() == "":
+            continue
+        if len(pair) != 2 or any(part not in vocabulary for part in (*pair, "".join(pair))):
+            raise UserError(f"{where / merges_name} line {number}: {line!r}: expected two tokens of {vocabulary_name}")
+        merges.append((pair[0], pair[1]))
+    backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+    special = [name for name in EOS_NAMES if name in vocabulary][:1]
+    backend.add_special_tokens(special)
+    settings = {"bos_token": special[0], "eos_token": special[0], "unk_token": special[0]} if special else {}
+    return made(backend, settings | {"add_prefix_space": False})
