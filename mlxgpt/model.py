@@ -159,8 +159,8 @@ class Attention(nn.Module):
 
 def activate(x: mx.array, kind: str) -> mx.array:
     """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
-    if kind == "gelu_tanh":
-        return nn.gelu_approx(x)
+    if kind == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u), which MLX's CPU backend computes in half the time
+        return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     if kind == "gelu":
         return nn.gelu(x)
     assert kind == "silu"

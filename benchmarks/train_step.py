@@ -1,0 +1,212 @@
+"""One training step (forward, backward, clip, AdamW) against plain scripts of the same model, in tokens a second.
+
+    python -m benchmarks.train_step [--size tiny|baby] [--rounds 9] [--json]
+
+The peers are what one would write by hand: a GPT of nn.Linear, nn.LayerNorm and the frameworks' own attention, loss,
+clipping and AdamW, compiled with mx.compile in MLX, eager or compiled in PyTorch. ``installed`` is the MLX script with
+the BLAS that its wheel carries.
+"""
+
+import argparse
+import json
+
+import numpy as np
+
+from benchmarks.pairs import Contender, race, ratio
+
+SIZES = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "batch": 12, "steps": 20},
+    "baby": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "batch": 8, "steps": 2},
+}
+
+
+def batch_of(size: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and the tokens that follow them."""
+    rows = np.random.default_rng(0).integers(0, size["vocab_size"], (size["batch"], size["block_size"] + 1))
+    return rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
+
+
+def engine(package: str, name: str, compile: str = "auto"):
+    """Our engine of either framework."""
+    import importlib
+
+    from mlxgpt.common import params
+    from mlxgpt.common.batch import Batch
+    from mlxgpt.common.config import build
+
+    size = SIZES[name]
+    model = {key: size[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    recipe = build({"model": model, "train": {"batch_size": size["batch"], "compile": compile}})
+    engine = importlib.import_module(f"{package}.engine").Engine(recipe, params.init_params(recipe.model, 0), "cpu")
+    tokens, targets = batch_of(size)
+    batch = Batch(tokens, targets, np.ones(tokens.shape, np.float32))
+
+    def run() -> int:
+        for _ in range(size["steps"]):
+            engine.train_step(engine.t + 1, [batch], 1e-3)
+        return size["steps"] * tokens.size
+
+    return run
+
+
+def mlx_script(name: str, steps: str = "0"):
+    """A minimal compiled MLX training script."""
+    from mlxgpt import blas  # noqa: F401  (the same BLAS as ours, unless MLXGPT_BLAS says otherwise)
+
+    # isort: split
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optimizers
+
+    size = SIZES[name]
+    width, heads = size["n_embd"], size["n_head"]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def __call__(self, x):
+            B, T, C = x.shape
+            q, k, v = mx.split(self.qkv(self.ln_1(x)).reshape(B, T, 3 * heads, C // heads).swapaxes(1, 2), 3, axis=1)
+            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(C // heads) ** -0.5, mask="causal")
+            x = x + self.proj(y.swapaxes(1, 2).reshape(B, T, C))
+            return x + self.out(nn.gelu_approx(self.fc(self.ln_2(x))))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(size["vocab_size"], width), nn.Embedding(size["block_size"], width)
+            self.h, self.ln_f = [Block() for _ in range(size["n_layer"])], nn.LayerNorm(width)
+
+        def __call__(self, x):
+            x = self.wte(x) + self.wpe(mx.arange(x.shape[1]))
+            for block in self.h:
+                x = block(x)
+            return self.wte.as_linear(self.ln_f(x))
+
+    model = GPT()
+    optimizer = optimizers.AdamW(1e-3, betas=[0.9, 0.99], weight_decay=0.1, bias_correction=True)
+    mx.eval(model.parameters())
+    loss_and_grad = nn.value_and_grad(
+        model, lambda x, y: nn.losses.cross_entropy(model(x), y, reduction="mean")
+    )
+
+    def step(x, y):
+        loss, grads = loss_and_grad(x, y)
+        grads, _ = optimizers.clip_grad_norm(grads, 1.0)
+        optimizer.update(model, grads)
+        return loss
+
+    state = [model.state, optimizer.state]
+    compiled = mx.compile(step, inputs=state, outputs=state)
+    tokens, targets = (mx.array(a) for a in batch_of(size))
+    count = int(steps) or size["steps"]
+
+    def run() -> int:
+        for _ in range(count):
+            mx.eval(compiled(tokens, targets), state)
+        return count * tokens.size
+
+    return run
+
+
+def torch_script(name: str, compile: str = "off"):
+    """A plain PyTorch GPT, eager or compiled."""
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    size = SIZES[name]
+    width, heads = size["n_embd"], size["n_head"]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x):
+            B, T, C = x.shape
+            q, k, v = self.qkv(self.ln_1(x)).split(C, dim=2)
+            q, k, v = (a.view(B, T, heads, C // heads).transpose(1, 2) for a in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+            return x + self.out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(size["vocab_size"], width), nn.Embedding(size["block_size"], width)
+            self.h, self.ln_f = nn.ModuleList(Block() for _ in range(size["n_layer"])), nn.LayerNorm(width)
+
+        def forward(self, x, y):
+            h = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
+            for block in self.h:
+                h = block(h)
+            return F.cross_entropy(F.linear(self.ln_f(h), self.wte.weight).flatten(0, 1), y.flatten())
+
+    model = GPT()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    forward = torch.compile(model) if compile == "on" else model
+    tokens, targets = (torch.from_numpy(a).long() for a in batch_of(size))
+
+    def run() -> int:
+        for _ in range(size["steps"]):
+            loss = forward(tokens, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+        return size["steps"] * tokens.numel()
+
+    return run
+
+
+def measure(size: str, rounds: int, compiled: bool) -> list[dict]:
+    """Rows of the table for one size."""
+    me = "train_step"
+    ours, peer = Contender("mlxgpt", me, "engine", ("mlxgpt", size)), Contender("MLX script", me, "mlx_script", (size,))
+    race([ours, peer], rounds)
+    rows = [{"what": f"MLX step, {size}", "against": "minimal compiled MLX script, same BLAS", **ratio(ours, peer)}]
+    bare = Contender("MLX as installed", me, "mlx_script", (size, "1"), {"MLXGPT_BLAS": "none"})
+    ours = Contender("mlxgpt", me, "engine", ("mlxgpt", size))
+    race([ours, bare], 3)
+    rows.append({"what": f"MLX step, {size}", "against": "the same script as installed", **ratio(ours, bare)})
+    ours, peer = Contender("torch_ref", me, "engine", ("torch_ref", size)), Contender("torch", me, "torch_script", (size,))
+    race([ours, peer], rounds)
+    rows.append({"what": f"torch step, {size}", "against": "plain eager PyTorch GPT", **ratio(ours, peer)})
+    if compiled:
+        ours = Contender("torch_ref compiled", me, "engine", ("torch_ref", size, "on"))
+        peer = Contender("torch compiled", me, "torch_script", (size, "on"))
+        race([ours, peer], rounds)
+        rows.append({"what": f"torch step, {size}, compiled", "against": "that GPT compiled", **ratio(ours, peer)})
+    return rows
+
+
+def main() -> None:
+    """Prints the table, or with --json one object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, action="append", help="default: both")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes a minute to start")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = [row for size in args.size or SIZES for row in measure(size, args.rounds, not args.no_compiled)]
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'what':<26} {'against':<42} {'ours tok/s':>11} {'peer tok/s':>11} {'lower q':>8} {'median':>7}")
+    for row in rows:
+        print(
+            f"{row['what']:<26} {row['against']:<42} {row['ours']:>11.0f} {row['peer']:>11.0f} "
+            f"{row['lower_quartile']:>8.2f} {row['median']:>7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
