@@ -44,9 +44,7 @@ class Family:
     transposed: tuple[str, ...] = ()  # our modules whose matrix is stored [in, out]
     prefixes: tuple[str, ...] = ()  # what names in a file may start with besides
     ignored: str = r"(?!)"  # buffers that old files carry
-    activations: Mapping[str, str] = field(
-        default_factory=lambda: {"gelu_tanh": "gelu_pytorch_tanh"}
-    )  # ours -> written
+    tanh: str = "gelu_pytorch_tanh"  # what config.json calls gelu_tanh
     one_head_size: bool = False  # head_dim = n_embd / n_head and n_kv_head = n_head, with no key to say otherwise
 
 
@@ -134,7 +132,7 @@ FAMILIES: dict[str, Family] = {
         transposed=("h.{n}.attn.c_attn", "h.{n}.attn.c_proj", "h.{n}.mlp.c_fc", "h.{n}.mlp.c_proj"),
         prefixes=("transformer.",),
         ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
-        activations={"gelu_tanh": "gelu_new"},
+        tanh="gelu_new",
         one_head_size=True,
     ),
     "llama": Family(
@@ -188,9 +186,7 @@ def check(config: ModelConfig) -> None:
         if found != value:
             able = [other for other, row in FAMILIES.items() if row.fixed.get(name, found) == found]
             hint = f" ({', '.join(able)} can)" if able else ""
-            raise UserError(
-                f"model.{name} = {found!r}: family {config.family} has only {value!r} and cannot be saved otherwise{hint}"
-            )
+            raise UserError(f"model.{name} = {found!r}: family {config.family} can only be saved with {value!r}{hint}")
     for name, always in family.biases.items():
         if always is False and getattr(config, name):
             raise UserError(f"model.{name} = True: family {config.family} has no such biases; expected false")
@@ -240,8 +236,8 @@ def strip(config: ModelConfig, foreign: str) -> str | None:
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json for this model, without dtype and token ids.
 
-    Both spellings of rope are there: ``rope_parameters`` for transformers 5, ``rope_theta`` for what is older and for mlx-lm.
-    What the architecture cannot say stands under ``"mlxgpt"``.
+    Both spellings of rope are there: ``rope_parameters`` for transformers 5, ``rope_theta`` for older readers and
+    mlx-lm. What the architecture cannot say stands under ``"mlxgpt"``.
 
     Raises:
         UserError: see ``check``.
@@ -252,7 +248,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     for name, key in family.fields.items():
         values[key] = getattr(config, name)
     activation = family.fields["activation"]
-    values[activation] = family.activations.get(config.activation, config.activation)
+    values[activation] = family.tanh if config.activation == "gelu_tanh" else config.activation
     for name, key in family.biases.items():
         if isinstance(key, str):
             values[key] = getattr(disk, name)
@@ -261,7 +257,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.position == "rope":
         values["rope_theta"] = config.rope_theta
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    values |= family.must | family.writes
+    values |= {**family.must, **family.writes}
     ours = {name: False for name in BIASES if getattr(disk, name) and not getattr(config, name)}
     if ours:
         values["mlxgpt"] = {"format_version": FORMAT_VERSION} | ours
@@ -291,7 +287,7 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
     for key, value in family.must.items():
         if values.get(key, value) != value:
             raise UserError(f"{where}: {key} = {values[key]!r} is not supported: expected {value!r}")
-    made: dict[str, Any] = {"family": name} | family.fixed
+    made: dict[str, Any] = {"family": name, **family.fixed}
     for ours, key in family.fields.items():
         value = values.get(key, family.absent.get(ours))
         if value is None and ours in ("n_kv_head", "head_dim", "n_hidden"):
@@ -333,7 +329,7 @@ def _activation(where: str, key: str, name: str) -> str:
 
 
 def _rope_theta(where: str, values: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies; transformers 5 prefers ``rope_parameters`` and takes 10000 where nothing is said."""
+    """The base of the rotary frequencies; ``rope_parameters`` wins, and where nothing is said it is 10000."""
     theta = values.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
@@ -344,10 +340,9 @@ def _rope_theta(where: str, values: Mapping[str, Any]) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{where}: {key}: rope type {kind!r} is not supported: expected 'default'")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(
-                f"{where}: {key}.partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported: expected 1.0"
-            )
+        part = rope.get("partial_rotary_factor", 1.0)
+        if part != 1.0:
+            raise UserError(f"{where}: {key}.partial_rotary_factor = {part!r} is not supported: expected 1.0")
         theta = rope.get("rope_theta", theta)
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(

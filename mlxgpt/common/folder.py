@@ -119,8 +119,8 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape or dtype, not finite, or a bias that config.json calls
-            zero is not; or the files are damaged.
+        UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
+            calls zero is not; or the files are damaged.
     """
     folder = Path(folder)
     expected = families.from_foreign(config)

@@ -1,7 +1,7 @@
 """safetensors files in numpy: a header that is checked before a byte of data is believed, and an atomic write.
 
-A file is 8 bytes (length N of the header, little-endian), N bytes of JSON, and the tensors' bytes without gaps. Tensors are
-read one at a time and written one at a time, so memory never holds a file and its copy.
+A file is 8 bytes (length N of the header, little-endian), N bytes of JSON, and the tensors' bytes without gaps.
+Tensors are read and written one at a time, so memory never holds a file and its copy.
 """
 
 import json
