@@ -37,7 +37,8 @@ class Engine:
         self.device = devices.use(device)
         self.recipe = recipe
         self.table = parameters.table(recipe.model)
-        self.model = Model(recipe.model, getattr(mx, recipe.train.compute_dtype))
+        train = recipe.train
+        self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic)
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
         self.m = {name: mx.zeros(param.shape) for name, param in self.table.items()}
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlxgpt import noise
 from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
 
 
 class Dropout(NamedTuple):
@@ -41,15 +42,29 @@ class Linear(nn.Module):
         return x @ weight.T
 
 
+@mx.custom_function
+def gather(weight: mx.array, index: mx.array) -> mx.array:
+    """weight[index], whose gradient is a matrix product: a GPU's scatter adds in whatever order its threads arrive."""
+    return weight[index]
+
+
+@gather.vjp
+def _gather_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    weight, index = primals
+    one_hot = (index.reshape(-1, 1) == mx.arange(weight.shape[0])).astype(cotangent.dtype)
+    return one_hot.T @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
+
+
 class Embedding(nn.Module):
     """Rows of W (n_rows, C)."""
 
-    def __init__(self, n_rows: int, n_embd: int):
+    def __init__(self, n_rows: int, n_embd: int, deterministic: bool):
         super().__init__()
+        self._deterministic = deterministic
         self.weight = mx.zeros((n_rows, n_embd))
 
     def __call__(self, index: mx.array) -> mx.array:
-        return self.weight[index]
+        return gather(self.weight, index) if self._deterministic else self.weight[index]
 
 
 class Norm(nn.Module):
@@ -215,14 +230,15 @@ class Model(nn.Module):
     Args:
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
+        deterministic: gradients in one order of addition, also on a GPU.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, deterministic: bool = False):
         super().__init__()
         self._config, self._dtype = config, dtype
-        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd, deterministic)
         if config.position == "learned":
-            self.wpe = Embedding(config.block_size, config.n_embd)
+            self.wpe = Embedding(config.block_size, config.n_embd, deterministic)
         else:
             self._cos, self._sin = (mx.array(table) for table in rotary.tables(config))
         self.h = [Block(config) for _ in range(config.n_layer)]
@@ -275,6 +291,8 @@ class Model(nn.Module):
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
         T = tokens.shape[1]
         start = cache[0].offset if cache else 0
+        if start + T > self._config.block_size:
+            raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = mx.arange(start, start + T)
         mask = self.mask(T, start + T, segments, pad, fused=drop is None)
@@ -318,6 +336,9 @@ class Model(nn.Module):
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
+
+        Raises:
+            UserError: more tokens than block_size.
         """
         x = self.hidden(tokens, positions, segments, pad, cache)
         return self.head(x[:, -1:] if last_only else x)

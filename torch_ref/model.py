@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
 from torch_ref import noise
 
 
@@ -285,6 +286,8 @@ class Model(nn.Module):
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
         T = tokens.shape[1]
         start = cache[0].offset if cache else 0
+        if start + T > self._config.block_size:
+            raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
         mask = self.mask(T, start + T, segments, pad, fused=drop is None)
@@ -328,6 +331,9 @@ class Model(nn.Module):
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
+
+        Raises:
+            UserError: more tokens than block_size.
         """
         x = self.hidden(tokens, positions, segments, pad, cache)
         return self.head(x[:, -1:] if last_only else x)

@@ -147,7 +147,7 @@ class TrainConfig:
     checkpoint_activations: bool = _field(False, "recompute each block in the backward pass: less memory, a third more time")
     loss_chunk: int = _field(0, "tokens of a chunk of head and loss; 0 = all at once")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
-    deterministic: bool = _field(False, "accelerators: deterministic kernels only")
+    deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
     eval_every: int = _field(250, "steps between validations; 0 = never")
     eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, each token once")
     sample_every: int = _field(0, "steps between printed samples; 0 = only at the end")
