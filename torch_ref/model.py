@@ -286,7 +286,7 @@ class Model(nn.Module):
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
         T = tokens.shape[1]
         start = cache[0].offset if cache else 0
-        if start + T > self._config.block_size:
+        if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
