@@ -71,7 +71,9 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
             return 0
         if word not in _words(path):
             known = _words(path)
-            raise UserError(f"unknown verb {' '.join([*path, word])!r}{_nearest(word, known)}: one of {', '.join(known)}")
+            raise UserError(
+                f"unknown verb {' '.join([*path, word])!r}{_nearest(word, known)}: one of {', '.join(known)}"
+            )
         path.append(word)
     verb = VERBS[" ".join(path)]
     parser = Parser(
@@ -163,7 +165,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/RECIPE")
     add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its schedule")
     add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
-    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key of the recipe; repeatable")
+    add(
+        "-s",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set section.key of the recipe; repeatable",
+    )
     add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
     add("--init-from", metavar="DIR", help="start from the weights of a run, a checkpoint, a model folder or a hub id")
     _add_backend(parser)
@@ -175,7 +184,9 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     from mlxgpt.common.config import SampleConfig
 
     _add_model(parser)
-    parser.add_argument("-p", "--prompt", action="append", required=True, metavar="TEXT", help="repeat it for a batch")
+    add = parser.add_argument
+    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
     for field in dataclasses.fields(SampleConfig):
         if field.name != "prompt":
             flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
@@ -188,7 +199,11 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
+    add = parser.add_argument
+    add("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
+    add("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
+    add("--split", choices=["train", "val"], default="val", help="of prepared shards; default: val")
+    add("--stride", type=_positive, metavar="N", help="targets a window after the first; default: the whole context")
     _add_json(parser)
     _add_backend(parser)
 
