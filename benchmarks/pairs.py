@@ -1,8 +1,8 @@
 """Fair timings: contenders live in processes of their own and take turns, and ratios are taken round by round.
 
-A contender is a function ``setup() -> run`` in a module under benchmarks/; ``run()`` does one round's work and returns
-the units done (tokens, bytes). Its process is ``python -m benchmarks.pairs MODULE FUNCTION [ARG ...]``, which answers each
-line on stdin with the seconds and units of one round.
+A contender is a function ``setup(*args) -> run`` in a module under benchmarks/; ``run()`` does one round of work and
+returns the units done (tokens, bytes). Its process is ``python -m benchmarks.pairs MODULE FUNCTION [ARG ...]``, which
+answers each line on stdin with the seconds and units of one round.
 """
 
 import importlib
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+
+from benchmarks.report import Row
 
 
 @dataclass
@@ -67,17 +69,10 @@ def race(contenders: list[Contender], rounds: int) -> None:
         contender.stop()
 
 
-def ratio(ours: Contender, peer: Contender) -> dict[str, float]:
-    """Our rate over the peer's, pair by pair: lower quartile and median; and both medians."""
-    pairs = [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
-    lower = statistics.quantiles(pairs, n=4, method="inclusive")[0] if len(pairs) > 1 else pairs[0]
-    return {
-        "ours": statistics.median(ours.rates),
-        "peer": statistics.median(peer.rates),
-        "lower_quartile": lower,
-        "median": statistics.median(pairs),
-        "pairs": len(pairs),
-    }
+def row(what: str, against: str, unit: str, ours: Contender, peer: Contender, goal: str = "") -> Row:
+    """Rates of two that raced, and their ratios pair by pair."""
+    ratios = [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
+    return Row(what, against, unit, statistics.median(ours.rates), statistics.median(peer.rates), ratios, goal)
 
 
 def serve(module: str, function: str, *args: str) -> None:

@@ -8,11 +8,11 @@ the BLAS that its wheel carries.
 """
 
 import argparse
-import json
 
 import numpy as np
 
-from benchmarks.pairs import Contender, race, ratio
+from benchmarks.pairs import Contender, race, row
+from benchmarks.report import Row, finish
 
 SIZES = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "batch": 12, "steps": 20},
@@ -90,9 +90,7 @@ def mlx_script(name: str, steps: str = "0"):
     model = GPT()
     optimizer = optimizers.AdamW(1e-3, betas=[0.9, 0.99], weight_decay=0.1, bias_correction=True)
     mx.eval(model.parameters())
-    loss_and_grad = nn.value_and_grad(
-        model, lambda x, y: nn.losses.cross_entropy(model(x), y, reduction="mean")
-    )
+    loss_and_grad = nn.value_and_grad(model, lambda x, y: nn.losses.cross_entropy(model(x), y, reduction="mean"))
 
     def step(x, y):
         loss, grads = loss_and_grad(x, y)
@@ -167,45 +165,43 @@ def torch_script(name: str, compile: str = "off"):
     return run
 
 
-def measure(size: str, rounds: int, compiled: bool) -> list[dict]:
+def measure(size: str, rounds: int, compiled: bool) -> list[Row]:
     """Rows of the table for one size."""
-    me = "train_step"
+    me, unit, rows = "train_step", "tok/s", []
     ours, peer = Contender("mlxgpt", me, "engine", ("mlxgpt", size)), Contender("MLX script", me, "mlx_script", (size,))
     race([ours, peer], rounds)
-    rows = [{"what": f"MLX step, {size}", "against": "minimal compiled MLX script, same BLAS", **ratio(ours, peer)}]
-    bare = Contender("MLX as installed", me, "mlx_script", (size, "1"), {"MLXGPT_BLAS": "none"})
+    against = "minimal compiled MLX script, same BLAS"
+    rows.append(row(f"MLX step, {size}", against, unit, ours, peer, "lower quartile >= 0.95"))
     ours = Contender("mlxgpt", me, "engine", ("mlxgpt", size))
+    bare = Contender("MLX as installed", me, "mlx_script", (size, "1"), {"MLXGPT_BLAS": "none"})
     race([ours, bare], 3)
-    rows.append({"what": f"MLX step, {size}", "against": "the same script as installed", **ratio(ours, bare)})
-    ours, peer = Contender("torch_ref", me, "engine", ("torch_ref", size)), Contender("torch", me, "torch_script", (size,))
+    goal = ">= 6" if size == "tiny" else ">= 10"
+    rows.append(row(f"MLX step, {size}", "the same script as installed", unit, ours, bare, goal))
+    ours, peer = (
+        Contender("torch_ref", me, "engine", ("torch_ref", size)),
+        Contender("torch", me, "torch_script", (size,)),
+    )
     race([ours, peer], rounds)
-    rows.append({"what": f"torch step, {size}", "against": "plain eager PyTorch GPT", **ratio(ours, peer)})
+    rows.append(row(f"torch step, {size}", "plain eager PyTorch GPT", unit, ours, peer, "lower quartile >= 0.95"))
     if compiled:
         ours = Contender("torch_ref compiled", me, "engine", ("torch_ref", size, "on"))
         peer = Contender("torch compiled", me, "torch_script", (size, "on"))
         race([ours, peer], rounds)
-        rows.append({"what": f"torch step, {size}, compiled", "against": "that GPT compiled", **ratio(ours, peer)})
+        rows.append(row(f"torch step, {size}, compiled", "that GPT compiled", unit, ours, peer, "median >= 1"))
     return rows
 
 
 def main() -> None:
-    """Prints the table, or with --json one object."""
+    """Prints the table, or with --json the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, action="append", help="default: both")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile, which takes a minute to start")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="leave out torch.compile, which takes a minute to start"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [row for size in args.size or SIZES for row in measure(size, args.rounds, not args.no_compiled)]
-    if args.json:
-        print(json.dumps(rows))
-        return
-    print(f"{'what':<26} {'against':<42} {'ours tok/s':>11} {'peer tok/s':>11} {'lower q':>8} {'median':>7}")
-    for row in rows:
-        print(
-            f"{row['what']:<26} {row['against']:<42} {row['ours']:>11.0f} {row['peer']:>11.0f} "
-            f"{row['lower_quartile']:>8.2f} {row['median']:>7.2f}"
-        )
+    finish([row for size in args.size or SIZES for row in measure(size, args.rounds, not args.no_compiled)], args.json)
 
 
 if __name__ == "__main__":
