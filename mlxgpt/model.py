@@ -72,14 +72,16 @@ class Norm(nn.Module):
 
     def __init__(self, size: int, config: ModelConfig, bias: bool):
         super().__init__()
-        self._rms, self._eps = config.norm == "rms", config.norm_eps
-        self.weight = mx.ones((size,))
+        self._kind, self._eps = config.norm, config.norm_eps
+        self.weight = mx.zeros((size,))
         if bias:
             self.bias = mx.zeros((size,))
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self._kind == "rms1":  # Gemma scales before it rounds
+            return mx.fast.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self._eps).astype(x.dtype)
         weight = self.weight.astype(x.dtype)
-        if self._rms:
+        if self._kind == "rms":
             return mx.fast.rms_norm(x, weight, self._eps)
         return mx.fast.layer_norm(x, weight, self.bias.astype(x.dtype) if "bias" in self else None, self._eps)
 
@@ -107,24 +109,37 @@ def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None =
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns the pairs (x_i, x_{i + D/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, D / 2)."""
+    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, d / 2), d <= D."""
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return mx.concatenate([rotate(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, drop: Dropout | None) -> mx.array:
-    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
-    scale = q.shape[-1] ** -0.5
-    if drop is None:
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    mask: mx.array | str | None,
+    drop: Dropout | None,
+    scale: float,
+    softcap: float,
+) -> mx.array:
+    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
+    if drop is None and not softcap:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, K, H // K, T, D)
     scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if softcap:
+        scores = softcap * mx.tanh(scores / softcap)
     if mask is not None:
         scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
     weights = mx.softmax(scores, axis=-1, precise=True)
-    weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
+    if drop is not None:
+        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
 
 
@@ -141,9 +156,10 @@ class Attention(nn.Module):
             self.q_proj = Linear(c, width, config.qkv_bias)
             self.k_proj = Linear(c, kv, config.qkv_bias)
             self.v_proj = Linear(c, kv, config.qkv_bias)
-        if config.qk_norm:
-            self.q_norm = Norm(config.head_dim, config, bias=False)
-            self.k_norm = Norm(config.head_dim, config, bias=False)
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.q_norm = Norm(width if full else config.head_dim, config, bias=False)
+            self.k_norm = Norm(kv if full else config.head_dim, config, bias=False)
         self.c_proj = Linear(width, c, config.out_bias)
 
     def __call__(
@@ -156,19 +172,24 @@ class Attention(nn.Module):
     ) -> mx.array:
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
-        if self._config.fused_qkv:
+        if self._config.qkv_by_head:
+            qkv = self.c_attn(x).reshape(B, T, H, 3, D)
+            q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+        elif self._config.fused_qkv:
             q, k, v = mx.split(self.c_attn(x), [H * D, (H + K) * D], axis=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self._config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
-        if self._config.qk_norm:
+        if self._config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, drop)
+        y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D))
 
 
@@ -187,28 +208,41 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._activation = config.activation
-        if config.gated:
-            self.c_gate = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
-        self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self._config = config
+        if config.fused_mlp:
+            self.c_gate_fc = Linear(config.n_embd, 2 * config.n_hidden, config.mlp_bias)
+        else:
+            if config.gated:
+                self.c_gate = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
+            self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if "c_gate" in self:
-            return self.c_proj(activate(self.c_gate(x), self._activation) * self.c_fc(x))
-        return self.c_proj(activate(self.c_fc(x), self._activation))
+        if self._config.fused_mlp:
+            gate, x = mx.split(self.c_gate_fc(x), 2, axis=-1)
+        elif self._config.gated:
+            gate, x = self.c_gate(x), self.c_fc(x)
+        else:
+            return self.c_proj(activate(self.c_fc(x), self._config.activation))
+        return self.c_proj(activate(gate, self._config.activation) * x)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each added to the residual stream; ``placement`` says where their norms sit."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         bias = config.norm == "layer" and config.norm_bias
+        self._placement = config.placement
         self.ln_1 = Norm(config.n_embd, config, bias)
         self.attn = Attention(config)
-        self.ln_2 = Norm(config.n_embd, config, bias)
+        if config.placement == "sandwich":
+            self.ln_1_post = Norm(config.n_embd, config, bias)
+        if config.placement != "parallel":
+            self.ln_2 = Norm(config.n_embd, config, bias)
         self.mlp = MLP(config)
+        if config.placement == "sandwich":
+            self.ln_2_post = Norm(config.n_embd, config, bias)
 
     def __call__(
         self,
@@ -218,10 +252,29 @@ class Block(nn.Module):
         cache: Cache | None = None,
         drop: Dropout | None = None,
     ) -> mx.array:
-        y = self.attn(self.ln_1(x), mask, rope, cache, drop)
-        x = x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[1], drop.first_row))
-        y = self.mlp(self.ln_2(x))
-        return x + (y if drop is None else noise.dropout(y, drop.rate, drop.keys[2], drop.first_row))
+        """(B, T, C) -> (B, T, C). pre: Radford et al. 2019; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J, GPT-NeoX."""
+        place = self._placement
+        y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
+        if place == "post":
+            y = self.ln_1(y)
+        elif place == "sandwich":
+            y = self.ln_1_post(y)
+        if drop is not None:
+            y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
+        if place == "parallel":
+            z = self.mlp(self.ln_1(x))
+        elif place == "parallel2":
+            z = self.mlp(self.ln_2(x))
+        x = x + y
+        if place in ("pre", "sandwich"):
+            z = self.mlp(self.ln_2(x))
+        elif place == "post":
+            z = self.ln_2(self.mlp(x))
+        if place == "sandwich":
+            z = self.ln_2_post(z)
+        if drop is not None:
+            z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
+        return x + z
 
 
 class Model(nn.Module):
@@ -240,11 +293,11 @@ class Model(nn.Module):
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd, deterministic)
         else:
-            self._cos, self._sin = (mx.array(table) for table in rotary.tables(config))
+            self._rope = [[mx.array(table) for table in rotary.tables(config, local)] for local in (False, True)]
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
         if not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
 
     @property
     def config(self) -> ModelConfig:
@@ -257,26 +310,32 @@ class Model(nn.Module):
         return self._dtype
 
     def mask(
-        self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, fused: bool = True
+        self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, window: int = 0, fused: bool = True
     ) -> mx.array | str | None:
-        """True where query i may look at key j: j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
+        """True where query i may look at key j: i - window < j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
         """
-        if segments is None and pad is None:
+        slides = 0 < window < S
+        if segments is None and pad is None and not slides:
             if T == 1:
                 return None
-            if fused and mx.default_device() == mx.Device(
-                mx.gpu
-            ):  # the CPU has no causal kernel and is faster with an array
-                return "causal"
+            if fused and mx.default_device() == mx.Device(mx.gpu):
+                return "causal"  # the CPU has no causal kernel and is faster with an array
         i, j = mx.arange(S - T, S)[:, None], mx.arange(S)[None, :]
         mask = j <= i
+        if slides:
+            mask = mask & (i - j < window)
         if segments is not None:
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         if pad is not None:
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
+
+    def rope(self, positions: mx.array, local: bool) -> tuple[mx.array, mx.array]:
+        """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
+        cos, sin = (table[positions].astype(self._dtype) for table in self._rope[local])
+        return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
 
     def hidden(
         self,
@@ -295,29 +354,39 @@ class Model(nn.Module):
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = mx.arange(start, start + T)
-        mask = self.mask(T, start + T, segments, pad, fused=drop is None)
+        config, windows = self._config, set(self._config.window_layers)
+        masks = {
+            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused=drop is None)
+            for local in {n in windows for n in range(config.n_layer)}
+        }
         x = self.wte(tokens)
-        rope = None
-        if self._config.position == "learned":
+        ropes = {}
+        if config.position == "learned":
             x = x + self.wpe(positions)
         else:
-            rope = self._cos[positions].astype(self._dtype), self._sin[positions].astype(self._dtype)
-            if positions.ndim == 2:
-                rope = rope[0][:, None], rope[1][:, None]  # (B, 1, T, D / 2)
+            ropes = {local: self.rope(positions, local) for local in masks}
         x = x.astype(self._dtype)
+        if config.embed_scale:
+            x = x * mx.array(config.n_embd**0.5, x.dtype)
         if drop is not None:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
-            run = nn.utils.checkpoint(block) if recompute else block
+            run, local = nn.utils.checkpoint(block) if recompute else block, n in windows
+            rope = None if n in config.no_rope else ropes.get(local)
             site = 1 + noise.SITES * n
-            local = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
-            x = run(x, mask, rope, cache[n] if cache else None, local)
+            keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
+            x = run(x, masks[local], rope, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
     def head(self, x: mx.array) -> mx.array:
         """Logits (..., V) in float32 of hidden states (..., C)."""
-        weight = (self.wte if self._config.tied else self.lm_head).weight
-        return (x @ weight.astype(x.dtype).T).astype(mx.float32)
+        cap = self._config.final_softcap
+        if self._config.tied:
+            logits = x @ self.wte.weight.astype(x.dtype).T
+        else:
+            logits = self.lm_head(x)
+        logits = logits.astype(mx.float32)
+        return cap * mx.tanh(logits / cap) if cap else logits
 
     def __call__(
         self,

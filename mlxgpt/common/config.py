@@ -44,26 +44,57 @@ class ModelConfig:
     n_hidden: int = _field(0, "width of the MLP; 0 = 4 n_embd, gated: 8/3 n_embd rounded up to 64")
     block_size: int = _field(256, "longest context, tokens")
     vocab_size: int = _field(0, "rows of the embedding; 0 = the tokenizer's size")
-    norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm)")
+    norm: str = _field("layer", "layer (LayerNorm), rms (RMSNorm) or rms1 (RMSNorm that scales by 1 + weight)")
     norm_eps: float = _field(1e-5, "epsilon inside the norm's square root")
+    placement: str = _field(
+        "pre", "norms: pre, post, sandwich (both), parallel (one for both branches) or parallel2 (two)"
+    )
     activation: str = _field("gelu_tanh", "gelu_tanh, gelu (erf) or silu")
     gated: bool = _field(False, "gated MLP: proj(act(gate(x)) * fc(x))")
+    fused_mlp: bool = _field(False, "gated: one matrix c_gate_fc in place of c_gate and c_fc")
     position: str = _field("learned", "learned (wpe) or rope")
     rope_theta: float = _field(10000.0, "base of the rotary frequencies")
-    qk_norm: bool = _field(False, "RMSNorm over head_dim on every query and key head, before rope")
+    rope_local_theta: float = _field(0.0, "the same in layers with a window; 0 = rope_theta")
+    rope_scaling: str = _field("none", "none, linear (all frequencies / rope_factor) or llama3 (the low ones only)")
+    rope_factor: float = _field(1.0, "linear, llama3: what frequencies are divided by")
+    rope_low: float = _field(1.0, "llama3: low_freq_factor")
+    rope_high: float = _field(4.0, "llama3: high_freq_factor")
+    rope_original: int = _field(8192, "llama3: original_max_position_embeddings")
+    rotary_dim: int = _field(0, "leading part of a head that rope turns; 0 = head_dim")
+    no_rope: tuple = _field((), "blocks that do not use rope")
+    window: int = _field(0, "a token sees this many tokens, itself included; 0 = all")
+    window_layers: tuple = _field((), "blocks that have the window; empty = all")
+    qk_norm: str = _field(
+        "none", "RMSNorm on queries and keys before rope: none, head (over head_dim) or full (all heads at once)"
+    )
+    attn_scale: float = _field(0.0, "what attention scores are multiplied by; 0 = 1 / sqrt(head_dim)")
+    attn_softcap: float = _field(0.0, "attention scores become cap * tanh(score / cap); 0 = off")
+    final_softcap: float = _field(0.0, "the same for logits")
+    embed_scale: bool = _field(False, "embeddings times sqrt(n_embd)")
     fused_qkv: bool = _field(True, "one matrix c_attn in place of q_proj, k_proj, v_proj")
+    qkv_by_head: bool = _field(False, "c_attn's rows are q, k, v of head 0, then of head 1 ...")
     qkv_bias: bool = _field(True, "biases on the query, key and value projections")
     out_bias: bool = _field(True, "bias on the attention's output projection")
     mlp_bias: bool = _field(True, "biases in the MLP")
     norm_bias: bool = _field(True, "biases in LayerNorm")
+    head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size"):
+        for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size", "rotary_dim", "window", "rope_local_theta",
+                     "attn_scale", "attn_softcap", "final_softcap"):  # fmt: skip
             _check("model", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
-        _one_of("model", self, "norm", "layer", "rms")
+        _one_of("model", self, "norm", "layer", "rms", "rms1")
+        _one_of("model", self, "placement", "pre", "post", "sandwich", "parallel", "parallel2")
+        _one_of("model", self, "rope_scaling", "none", "linear", "llama3")
+        _one_of("model", self, "qk_norm", "none", "head", "full")
+        for name in ("no_rope", "window_layers"):
+            known = all(isinstance(n, int) and 0 <= n < self.n_layer for n in getattr(self, name))
+            _check("model", known, name, getattr(self, name), f"blocks 0 to {self.n_layer - 1}")
+        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original"):
+            _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu")
         _one_of("model", self, "position", "learned", "rope")
         _check("model", self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
@@ -78,19 +109,31 @@ class ModelConfig:
             object.__setattr__(self, "n_hidden", gated if self.gated else 4 * self.n_embd)
         divides = self.n_head % self.n_kv_head == 0
         _check("model", divides, "n_kv_head", self.n_kv_head, f"a divisor of model.n_head = {self.n_head}")
-        rope_ok = self.position != "rope" or self.head_dim % 2 == 0
-        _check("model", rope_ok, "head_dim", self.head_dim, "an even number, which rope needs")
+        if self.position == "rope" and not self.rotary_dim:
+            object.__setattr__(self, "rotary_dim", self.head_dim)
+        turned = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
+        _check("model", turned, "rotary_dim", self.rotary_dim, f"an even number up to model.head_dim = {self.head_dim}")
+        fits = not self.qkv_by_head or self.n_kv_head == self.n_head
+        _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
+        if self.window and not self.window_layers:
+            object.__setattr__(self, "window_layers", tuple(range(self.n_layer)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where tokens come from and how they are cut into batches."""
 
-    source: str = _field("pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder of them, prepared shards, a flat .bin")
+    source: str = _field(
+        "pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder of them, prepared shards, a flat .bin"
+    )
     text_key: str = _field("text", "key or column that holds a document in .jsonl and .parquet")
-    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or a path to tokenizer.json, .model or a folder")
+    tokenizer: str = _field(
+        "bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or a path to tokenizer.json, .model or a folder"
+    )
     vocab_size: int = _field(2048, "size of a tokenizer trained here; char ignores it")
-    val_fraction: float = _field(0.1, "share of documents, by hash, that validates; one long document is cut at this share")
+    val_fraction: float = _field(
+        0.1, "share of documents, by hash, that validates; one long document is cut at this share"
+    )
     sampling: str = _field("random", "random (windows with replacement) or epoch (a permutation an epoch)")
     workers: int = _field(0, "processes that prepare the corpus; 0 = one a core")
 
@@ -144,7 +187,9 @@ class TrainConfig:
     label_smoothing: float = _field(0.0, "share of the target's probability spread over the vocabulary")
     z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps the logits' scale in check")
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
-    checkpoint_activations: bool = _field(False, "recompute each block in the backward pass: less memory, a third more time")
+    checkpoint_activations: bool = _field(
+        False, "recompute each block in the backward pass: less memory, a third more time"
+    )
     loss_chunk: int = _field(0, "tokens of a chunk of head and loss; 0 = all at once")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
@@ -190,7 +235,9 @@ class SampleConfig:
             _check("sample", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("sample", 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check("sample", 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _check("sample", self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        _check(
+            "sample", self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +264,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False, qkv_bias=False,
                   out_bias=False, mlp_bias=False, norm_bias=False),
-    "qwen3": dict(norm="rms", norm_eps=1e-6, activation="silu", gated=True, position="rope", rope_theta=1e6, qk_norm=True,
+    "qwen3": dict(norm="rms", norm_eps=1e-6, activation="silu", gated=True, position="rope", rope_theta=1e6, qk_norm="head",
                   fused_qkv=False, qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False),
 }  # fmt: skip
 
@@ -233,6 +280,8 @@ def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
     kind = type(field.default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
     if type(value) is not kind:
         raise UserError(f"{section}.{field.name} = {value!r}: expected {kind.__name__}")
     return value
@@ -260,7 +309,9 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
                 known = ", ".join(FAMILY_DEFAULTS)
                 raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
             values = FAMILY_DEFAULTS[family] | values
-        made[section] = SECTIONS[section](**{key: _convert(section, fields[key], value) for key, value in values.items()})
+        made[section] = SECTIONS[section](
+            **{key: _convert(section, fields[key], value) for key, value in values.items()}
+        )
     return Recipe(**made)
 
 
@@ -309,6 +360,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return repr(list(value))
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
         import json

@@ -80,7 +80,7 @@ _LLAMA_FIXED = {
     "norm": "rms",
     "gated": True,
     "position": "rope",
-    "qk_norm": False,
+    "qk_norm": "none",
     "fused_qkv": False,
 }
 _ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
             "gated": False,
             "position": "learned",
             "rope_theta": 10000.0,
-            "qk_norm": False,
+            "qk_norm": "none",
             "fused_qkv": True,
         },
         biases=dict.fromkeys(BIASES, True),
@@ -155,7 +155,7 @@ FAMILIES: dict[str, Family] = {
         },
         fields=_LLAMA_FIELDS,
         absent=_LLAMA_ABSENT | {"n_kv_head": 32, "head_dim": 128},
-        fixed=_LLAMA_FIXED | {"qk_norm": True},
+        fixed=_LLAMA_FIXED | {"qk_norm": "head"},
         biases={"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": False, "norm_bias": False},
         writes={"attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None},
         ignored=_ROTARY,

@@ -3,14 +3,16 @@
 Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] everywhere. h.N stands for a block:
 
     wte.weight (V, C)   wpe.weight (P, C)                         embeddings; wpe only with learned positions
-    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,)
+    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,); placement parallel has no ln_2
+    h.N.ln_1_post   h.N.ln_2_post                                 placement sandwich: norms of the branches' outputs
     h.N.attn.c_attn ((H + 2 K) D, C)                              fused_qkv: rows are q, k, v
     h.N.attn.q_proj (H D, C)  k_proj  v_proj (K D, C)             otherwise
-    h.N.attn.q_norm  k_norm (D,)                                  qk_norm
+    h.N.attn.q_norm  k_norm (D,), or (H D,) and (K D,)            qk_norm head, or full
     h.N.attn.c_proj (C, H D)                                      attention's output
     h.N.mlp.c_gate (F, C)                                         gated
+    h.N.mlp.c_gate_fc (2 F, C)                                    fused_mlp: rows of c_gate, then of c_fc
     h.N.mlp.c_fc (F, C)   h.N.mlp.c_proj (C, F)
-    lm_head.weight (V, C)                                         untied
+    lm_head.weight (V, C)   lm_head.bias (V,)                     untied; head_bias
 
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
@@ -52,7 +54,7 @@ def table(config: ModelConfig) -> dict[str, Param]:
             params[f"{name}.bias"] = Param((n_out,))
 
     def norm(name: str, size: int = c, bias: bool = config.norm == "layer" and config.norm_bias) -> None:
-        params[f"{name}.weight"] = Param((size,), fill=1.0)
+        params[f"{name}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
         if bias:
             params[f"{name}.bias"] = Param((size,))
 
@@ -68,18 +70,26 @@ def table(config: ModelConfig) -> dict[str, Param]:
             linear(f"{block}.attn.q_proj", width, c, config.qkv_bias)
             linear(f"{block}.attn.k_proj", kv, c, config.qkv_bias)
             linear(f"{block}.attn.v_proj", kv, c, config.qkv_bias)
-        if config.qk_norm:
-            norm(f"{block}.attn.q_norm", config.head_dim, bias=False)
-            norm(f"{block}.attn.k_norm", config.head_dim, bias=False)
+        if config.qk_norm != "none":
+            norm(f"{block}.attn.q_norm", width if config.qk_norm == "full" else config.head_dim, bias=False)
+            norm(f"{block}.attn.k_norm", kv if config.qk_norm == "full" else config.head_dim, bias=False)
         linear(f"{block}.attn.c_proj", c, width, config.out_bias, residual)
-        norm(f"{block}.ln_2")
-        if config.gated:
-            linear(f"{block}.mlp.c_gate", config.n_hidden, c, config.mlp_bias)
-        linear(f"{block}.mlp.c_fc", config.n_hidden, c, config.mlp_bias)
+        if config.placement == "sandwich":
+            norm(f"{block}.ln_1_post")
+        if config.placement != "parallel":
+            norm(f"{block}.ln_2")
+        if config.fused_mlp:
+            linear(f"{block}.mlp.c_gate_fc", 2 * config.n_hidden, c, config.mlp_bias)
+        else:
+            if config.gated:
+                linear(f"{block}.mlp.c_gate", config.n_hidden, c, config.mlp_bias)
+            linear(f"{block}.mlp.c_fc", config.n_hidden, c, config.mlp_bias)
         linear(f"{block}.mlp.c_proj", c, config.n_hidden, config.mlp_bias, residual)
+        if config.placement == "sandwich":
+            norm(f"{block}.ln_2_post")
     norm("ln_f")
     if not config.tied:
-        linear("lm_head", config.vocab_size, c, bias=False)
+        linear("lm_head", config.vocab_size, c, config.head_bias)
     return params
 
 
