@@ -19,9 +19,10 @@ import torch_ref.generate as torch_generate
 from mlxgpt import cli
 from mlxgpt.common import shards
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.data import windows
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.evaluate import evaluate, windows
-from mlxgpt.common.evaluation_data import Held, Text, open_text
+from mlxgpt.common.evaluate import evaluate
+from mlxgpt.common.evaluation_data import Text, open_text
 from mlxgpt.common.folder import write_model
 from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
 from mlxgpt.model import Model as MlxModel
@@ -61,7 +62,7 @@ def scorer(backend: str, config: ModelConfig):
 def test_every_token_but_the_first_is_scored_once_with_the_context_promised(count, block, data, rows) -> None:
     stride = data.draw(st.integers(1, block))
     times = np.zeros(count, dtype=int)
-    for batch in windows(Held(np.arange(count)), block, stride, rows):
+    for batch in windows(np.arange(count), block, rows, stride):
         assert len(batch.tokens) <= rows
         for inputs, targets, scored in zip(batch.tokens, batch.targets, batch.weights, strict=True):
             for place in np.flatnonzero(scored):
@@ -86,11 +87,11 @@ def test_strided_loss_is_the_slow_reference(backend: str, family: str, stride: i
         with torch.no_grad():
             logits = model(torch.tensor(tokens[None, start:target]))[0, -1].double()
         expected -= float(torch.log_softmax(logits, dim=-1)[int(tokens[target])])
-    found = evaluate(scorer(backend, config), Text("t", Held(tokens), 100), config.vocab_size, 8, stride, quiet)
+    found = evaluate(scorer(backend, config), Text("t", tokens, 100), config.vocab_size, 8, stride, quiet)
     assert found.tokens == len(tokens) - 1
     assert found.loss_sum == pytest.approx(expected, rel=1e-5)
     # a window that forgets its context would be seen
-    forgetful = evaluate(scorer(backend, config), Text("t", Held(tokens), 100), config.vocab_size, 4, 4, quiet)
+    forgetful = evaluate(scorer(backend, config), Text("t", tokens, 100), config.vocab_size, 4, 4, quiet)
     assert abs(forgetful.loss_sum - expected) > 1e-3 * expected
 
 
@@ -142,12 +143,13 @@ def test_documents_are_separated_and_every_byte_counts(tmp_path: Path) -> None:
     expected: list[int] = []
     for document in filter(None, documents):
         expected += [tokenizer.eos_id, *tokenizer.encode(document)]
-    assert text.tokens.read(0, len(text.tokens)).tolist() == expected
+    assert text.tokens[:].tolist() == expected
     assert text.size == sum(len(document.encode()) for document in documents)
 
 
 def write_shards(folder: Path, tokenizer: Tokenizer, text: str) -> None:
-    folder.mkdir()
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer.save(folder / "tokenizer")
     ids = tokenizer.encode_batch([text])[0]
     splits = {}
     for name, part in (("train", ids[:10]), ("val", ids)):
@@ -208,11 +210,11 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"val-00001.bin: sha256"):
         open_text(str(tmp_path / "shards"), tokenizer, "text", "val")
     with pytest.raises(UserError, match="t: 1 tokens; expected at least 2"):
-        evaluate(uniform(9), Text("t", Held(np.array([3])), 1), 9, 4, 4, quiet)
+        evaluate(uniform(9), Text("t", np.array([3]), 1), 9, 4, 4, quiet)
     with pytest.raises(UserError, match="t: token id 9; expected below 9"):
-        evaluate(uniform(9), Text("t", Held(np.array([3, 9])), 1), 9, 4, 4, quiet)
+        evaluate(uniform(9), Text("t", np.array([3, 9]), 1), 9, 4, 4, quiet)
     with pytest.raises(RunError, match="t: the loss is not finite within the first 2 tokens"):
-        evaluate(lambda a, b: np.full(a.shape, np.nan), Text("t", Held(np.arange(3)), 1), 9, 4, 4, quiet)
+        evaluate(lambda a, b: np.full(a.shape, np.nan), Text("t", np.arange(3), 1), 9, 4, 4, quiet)
 
 
 # ---- the verbs

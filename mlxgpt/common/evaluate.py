@@ -4,15 +4,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlxgpt.common import backend as backends
-from mlxgpt.common.batch import Batch
+from mlxgpt.common.data import windows
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.evaluation_data import Sequence, Text, open_text
+from mlxgpt.common.evaluation_data import Text, open_text
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(tokens, targets), both (B, T) -> losses (B, T)."""
@@ -43,26 +43,6 @@ class Evaluation:
         return self.loss_sum / math.log(2) / self.size if self.size else None
 
 
-def windows(tokens: Sequence, block_size: int, stride: int, rows: int) -> Iterator[Batch]:
-    """Batches that score every token but the first exactly once.
-
-    Window k reads tokens k stride to k stride + block_size and scores those that no window before it did: with stride =
-    block_size all of them, else the last ``stride``, which then have at least block_size - stride tokens of context.
-    """
-    count = len(tokens) - 1
-    starts = range(0, max(count - block_size, 0) + stride, stride)
-    for first in range(0, len(starts), rows):
-        group = starts[first : first + rows]
-        inputs = np.zeros((len(group), block_size), dtype=np.int32)
-        targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, dtype=np.float32)
-        for row, start in enumerate(group):
-            piece = tokens.read(start, min(block_size + 1, len(tokens) - start))
-            size = len(piece) - 1
-            inputs[row, :size], targets[row, :size] = piece[:-1], piece[1:]
-            weights[row, (block_size - stride if start else 0) : size] = 1
-        yield Batch(inputs, targets, weights)
-
-
 def evaluate(
     score: Score, text: Text, vocab_size: int, block_size: int, stride: int, say: Callable[[str], None]
 ) -> Evaluation:
@@ -75,7 +55,7 @@ def evaluate(
     if len(text.tokens) < 2:
         raise UserError(f"{text.name}: {len(text.tokens)} tokens; expected at least 2")
     loss_sum, count = 0.0, 0
-    for batch in windows(text.tokens, block_size, stride, max(1, BATCH // block_size)):
+    for batch in windows(text.tokens, block_size, max(1, BATCH // block_size), stride):
         largest = int(max(batch.tokens.max(), batch.targets.max()))
         if largest >= vocab_size:
             raise UserError(f"{text.name}: token id {largest}; expected below {vocab_size}, the model's vocabulary")

@@ -2,38 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from mlxgpt.common import shards
 from mlxgpt.common.corpus import open_corpus
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-
-class Sequence(Protocol):
-    """Tokens by position."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """``count`` tokens from position ``start`` as int32."""
-        ...
-
-
-class Held:
-    """Tokens in memory."""
-
-    def __init__(self, tokens: np.ndarray):
-        self._tokens = np.asarray(tokens, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """``count`` tokens from position ``start`` as int32."""
-        return self._tokens[start : start + count]
+from mlxgpt.common.shards import Tokens
+from mlxgpt.common.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +17,7 @@ class Text:
     """Tokens of which all but the first are scored; ``size``: bytes of UTF-8 these spell, None where nobody knows."""
 
     name: str
-    tokens: Sequence
+    tokens: np.ndarray | Tokens
     size: int | None
 
 
@@ -76,7 +52,7 @@ def _corpus(path: str, tokenizer: Tokenizer, text_key: str) -> Text:
     tokens = np.concatenate(made)
     if not separator:
         size -= _spelled(tokenizer, tokens[:1])
-    return Text(path, Held(tokens), size)
+    return Text(path, tokens, size)
 
 
 def _prepared(folder: Path, tokenizer: Tokenizer | None, split: str) -> Text:
@@ -87,13 +63,10 @@ def _prepared(folder: Path, tokenizer: Tokenizer | None, split: str) -> Text:
         raise UserError(
             f"{folder}: shards of a tokenizer with sha256 {expected[:16]}...; the model's is {tokenizer.digest[:16]}..."
         )
-    if tokenizer is None and has_tokenizer(folder):
-        tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder / "tokenizer")
     tokens = shards.open_split(folder, index, split)
     size = index["splits"][split]["bytes"]
-    if len(tokens) and tokenizer is not None and int(tokens.read(0, 1)[0]) != tokenizer.eos_id:
-        size -= _spelled(tokenizer, tokens.read(0, 1))
-    return Text(f"{folder} {split}", tokens, size if tokenizer else None)
+    return Text(f"{folder} {split}", tokens, size - _spelled(tokenizer, tokens[:1]))
 
 
 def _flat(path: Path, tokenizer: Tokenizer | None) -> Text:
@@ -102,10 +75,10 @@ def _flat(path: Path, tokenizer: Tokenizer | None) -> Text:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise UserError(f"{path}: {size} bytes; expected uint16 tokens, an even number of bytes")
-    tokens = shards.Tokens([shards.Part(path, 0, size // 2)], np.dtype("<u2"))
+    tokens = Tokens([shards.Part(path, 0, size // 2)], np.dtype("<u2"))
     if tokenizer is None:
         return Text(str(path), tokens, None)
-    known = tokens.read(0, len(tokens))
+    known = tokens[:]
     if int(known.max()) >= tokenizer.n_vocab:
         raise UserError(f"{path}: token id {known.max()}; expected below {tokenizer.n_vocab}, the tokenizer's size")
     return Text(str(path), tokens, _spelled(tokenizer, known) - _spelled(tokenizer, known[:1]))
