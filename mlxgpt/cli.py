@@ -282,5 +282,5 @@ VERBS = {
         "what a tokenizer is, and how it splits a text", "mlxgpt.common.data_commands:inspect_tokenizer",
         _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
     )),
-    "demo": Verb("train in MLX, resume and repeat in PyTorch, and compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+    "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip
