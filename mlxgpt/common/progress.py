@@ -84,6 +84,7 @@ class Progress:
         self._loss = self._rate = self._norm = self._validation = math.nan
         self._best: tuple[int, float] | None = None
         self._history: list[float] = []
+        self._new: list[tuple[int, float, float, float, int, float]] = []  # steps since the last picture
         self._stride, self._sum, self._count = 1, 0.0, 0
         self._tokens = self._seconds = 0.0  # of the steps that the speed is measured on
         self._began: tuple[float, int] | None = None  # time and step that the ETA counts from
@@ -130,28 +131,35 @@ class Progress:
         if self._live:
             self._draw()
 
-    def step(self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float, first: bool) -> None:
-        """Takes note of a step; draws when it is time.
+    def step(self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float, now: float) -> None:
+        """Takes note of a step that ended at ``now`` (time.perf_counter); draws when it is time.
 
-        The ``first`` of a session, which compiles, counts for no speed.
+        The first of a session, which compiles, counts for no speed.
         """
-        now = time.perf_counter()
-        self._step, self._loss, self._rate, self._norm = step, loss, rate, norm
-        if -math.inf < loss < math.inf:
-            self._sum += loss
-            self._count += 1
-            if self._count >= self._stride:
-                self._remember()
-        if first:
-            self._began = (now, step)
-        else:
-            self._tokens += tokens
-            self._seconds += seconds
+        self._new.append((step, loss, rate, norm, tokens, seconds))
         if self._live:
             if now >= self._next:
                 self._draw()
-        elif step % self._log_every == 0 or first:
+        elif step % self._log_every == 0 or self._began is None:
+            self._take()
             self.say(self._line())
+
+    def _take(self) -> None:
+        """Adds up the steps since the last picture."""
+        for step, loss, _, _, tokens, seconds in self._new:
+            if -math.inf < loss < math.inf:
+                self._sum += loss
+                self._count += 1
+                if self._count >= self._stride:
+                    self._remember()
+            if self._began is None:
+                self._began = (time.perf_counter(), step)
+            else:
+                self._tokens += tokens
+                self._seconds += seconds
+        if self._new:
+            self._step, self._loss, self._rate, self._norm, *_ = self._new[-1]
+            self._new.clear()
 
     def validation(self, step: int, loss: float, best: tuple[int, float] | None) -> None:
         """Takes note of a validation."""
@@ -197,6 +205,7 @@ class Progress:
     def _draw(self) -> None:
         assert self._live
         began = time.perf_counter()
+        self._take()
         self._live.update(self._picture(self._console.width), refresh=True)
         now = time.perf_counter()
         self._next = now + max(_INTERVAL, _PATIENCE * (now - began))
