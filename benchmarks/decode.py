@@ -1,4 +1,4 @@
-"""Decoding speed beside mlx-lm and transformers: one random llama of 54 M parameters, fp32, batch 1, greedy, on the CPU.
+"""Decoding speed beside mlx-lm and transformers: a random llama of 54 M, fp32, batch 1, greedy, on the CPU.
 
     python benchmarks/decode.py [--rounds 9] [--tokens 64] [--threads 1] [--contenders mlx,mlx-lm,...] [--json]
 

@@ -57,7 +57,7 @@ def load() -> str:
 
 
 def describe() -> dict[str, str]:
-    """``name``, ``version``, ``core`` (the kernels it chose), ``threads``, and ``jit``: g++, which mx.compile calls, or ''."""
+    """``name``, ``version``, ``core`` (its kernels), ``threads``, and ``jit``: g++, which mx.compile calls, or ''."""
     name, scope = load(), ctypes.CDLL(None)
     known = {"name": name, "version": "", "core": "", "threads": "1", "jit": ""}
     if name == "openblas":

@@ -71,9 +71,8 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
             return 0
         if word not in _words(path):
             known = _words(path)
-            raise UserError(
-                f"unknown verb {' '.join([*path, word])!r}{_nearest(word, known)}: one of {', '.join(known)}"
-            )
+            asked = " ".join([*path, word])
+            raise UserError(f"unknown verb {asked!r}{_nearest(word, known)}: expected one of {', '.join(known)}")
         path.append(word)
     verb = VERBS[" ".join(path)]
     parser = Parser(
@@ -165,14 +164,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/RECIPE")
     add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its schedule")
     add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
-    add(
-        "-s",
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set section.key of the recipe; repeatable",
-    )
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
     add("--init-from", metavar="DIR", help="start from the weights of a run, a checkpoint, a model folder or a hub id")
     _add_backend(parser)
@@ -290,5 +282,5 @@ VERBS = {
         "what a tokenizer is, and how it splits a text", "mlxgpt.common.data_commands:inspect_tokenizer",
         _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
     )),
-    "demo": Verb("train in MLX, resume and repeat in PyTorch, and compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+    "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip

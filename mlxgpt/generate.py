@@ -18,9 +18,11 @@ from mlxgpt.common import continuation, sampling
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.continuation import OnText, Result, Row
 from mlxgpt.common.tokenizer import Tokenizer
+from mlxgpt.losses import cross_entropy
 from mlxgpt.model import Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
+HEAD = 256  # tokens a row whose logits are held at once when a text is scored
 
 
 def prepare(model: Model) -> None:
@@ -70,7 +72,7 @@ def keep(logits: mx.array, sample: SampleConfig) -> mx.array:
 
 
 def sample_tokens(logits: mx.array, seen: mx.array | None, keys: mx.array, sample: SampleConfig) -> mx.array:
-    """The next tokens (B,) from ``logits`` (B, V) float32; -1 where a logit is not finite. ``seen`` None: no penalty."""
+    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
     finite = mx.isfinite(logits).all(axis=-1)
     if seen is not None:
         logits = penalize(logits, seen, sample.repetition_penalty)
@@ -147,3 +149,14 @@ def generate(
 def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str:
     """``sample.prompt`` and what follows it."""
     return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
+
+
+def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
+    hidden, labels = model.hidden(mx.array(tokens)), mx.array(targets)
+    pieces = []
+    for start in range(0, hidden.shape[1], HEAD):
+        piece = slice(start, start + HEAD)
+        pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
+        mx.eval(pieces[-1])
+    return np.array(mx.concatenate(pieces, axis=1))

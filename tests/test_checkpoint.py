@@ -35,10 +35,7 @@ class Words:
 def snapshot(seed: int = 0) -> dict[str, Any]:
     """Weights and moments that differ everywhere."""
     weights = params.init_params(CONFIG, seed)
-    m = {
-        name: np.full(array.shape, 0.25 + seed, np.float32)
-        for name, array in weights.items()
-    }
+    m = {name: np.full(array.shape, 0.25 + seed, np.float32) for name, array in weights.items()}
     v = {name: np.square(array) for name, array in weights.items()}
     return {"params": weights, "m": m, "v": v, "t": 7 + seed}
 
@@ -60,9 +57,7 @@ def state(step: int, best: int = 0) -> State:
 def save(run: Path, step: int, best: int = 0, keep: int = 0) -> Path:
     """A checkpoint of ``step`` in ``run``."""
     run.mkdir(exist_ok=True)
-    return checkpoint.write(
-        run, snapshot(step), CONFIG, Words(), state(step, best), keep
-    )[0]
+    return checkpoint.write(run, snapshot(step), CONFIG, Words(), state(step, best), keep)[0]
 
 
 def everything(folder: Path) -> list[str]:
@@ -85,18 +80,14 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
         for name, array in written[group].items():
             assert read[group][name].tobytes() == array.tobytes(), name
     stored = tensors.read_tensors(place / "training/optimizer.safetensors")
-    assert set(stored) == {"t"} | {
-        f"{group}.{name}" for group in "mv" for name in written["m"]
-    }
+    assert set(stored) == {"t"} | {f"{group}.{name}" for group in "mv" for name in written["m"]}
     assert set(tensors.read_json(place / checkpoint.STATE)["files"]) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training/optimizer.safetensors"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_taken(
-    tmp_path: Path, damage: str
-) -> None:
+def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_taken(tmp_path: Path, damage: str) -> None:
     run = tmp_path / "run"
     save(run, 1)
     place = save(run, 2)
@@ -110,9 +101,7 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_taken(
             file.write_bytes(whole[:-1])
         else:
             middle = len(whole) // 2
-            file.write_bytes(
-                whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
-            )
+            file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
         said: list[str] = []
         found = checkpoint.find_newest_valid(run, said.append)
         assert found and found[1].step == 1, file
@@ -166,16 +155,10 @@ def test_newest_best_and_last_stay(tmp_path: Path) -> None:
     for step in range(7, 10):
         save(run, step, best=8 if step >= 8 else 2, keep=0)
     assert checkpoint.steps_of(run) == [2, 5, 6, 7, 8, 9]
-    assert [
-        path.name
-        for path in (run / "checkpoints").iterdir()
-        if path.name.startswith(".")
-    ] == []
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
-def test_where_links_cannot_be_made_a_file_of_one_line_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_links_cannot_be_made_a_file_of_one_line_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(1, "no links here")
 
@@ -186,30 +169,20 @@ def test_where_links_cannot_be_made_a_file_of_one_line_is(
     assert checkpoint.follow(run, "last") == checkpoint.path_of(run, 3)
 
 
-def test_no_space_is_seen_before_a_byte_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space_is_seen_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     save(run, 1)
     before = everything(run)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20)
-    )
-    with pytest.raises(
-        RunError, match=r"step-0000002: not written: .*No space left.*1 MiB free"
-    ) as error:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
+    with pytest.raises(RunError, match=r"step-0000002: not written: .*No space left.*1 MiB free") as error:
         save(run, 2)
     assert "\n" not in str(error.value)
     assert everything(run) == before
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.safetensors", "state.json"]
-)
-def test_no_space_in_the_middle_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_no_space_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     run = tmp_path / "run"
     save(run, 1)
     before, real = everything(run), os.replace
@@ -220,9 +193,7 @@ def test_no_space_in_the_middle_leaves_nothing(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(
-        RunError, match="step-0000002: not written: .*No space left on device"
-    ):
+    with pytest.raises(RunError, match="step-0000002: not written: .*No space left on device"):
         save(run, 2)
     assert everything(run) == before
     assert checkpoint.find_newest_valid(run, pytest.fail) == (
@@ -291,9 +262,7 @@ def test_a_checkpoint_whose_successor_was_not_put_in_place_comes_back(
 def test_a_step_is_written_again_over_itself(tmp_path: Path) -> None:
     run = tmp_path / "run"
     save(run, 4)
-    place, _ = checkpoint.write(
-        run, snapshot(99), CONFIG, Words(), dataclasses.replace(state(4), stale=2), 2
-    )
+    place, _ = checkpoint.write(run, snapshot(99), CONFIG, Words(), dataclasses.replace(state(4), stale=2), 2)
     assert checkpoint.verify(place).stale == 2
     assert checkpoint.read(place, CONFIG)["t"] == 106
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000004"]
@@ -325,9 +294,7 @@ def test_what_a_model_argument_means(tmp_path: Path) -> None:
         checkpoint.resolve_model(run / "recipe.toml")
 
 
-def test_a_hub_id_is_taken_from_the_local_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_taken_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:

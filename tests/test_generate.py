@@ -1,4 +1,4 @@
-"""Generation: the cache against the full forward pass, both frameworks against the specification, and where text ends."""
+"""Generation: cache against full forward pass, both frameworks against the specification, where text ends."""
 
 from itertools import pairwise
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""common/sampling.py, the specification of drawing a token, against transformers, against probability, and at its edges."""
+"""The specification of drawing a token, against transformers, against probability, and at its edges."""
 
 import numpy as np
 import pytest

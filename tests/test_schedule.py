@@ -1,5 +1,6 @@
 """The learning rate of every step: the documented formulas, at the ends and in between."""
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def test_the_last_step_has_the_floor_and_no_step_rises_after_the_warm_up(name: s
     rates = [schedule.rate(settings, step, steps) for step in range(1, steps + 1)]
     assert rates[-1] == (0.3 if name == "constant" else 0.03)
     assert max(rates) == rates[0] == 0.3
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
     assert all(type(value) is float for value in rates)
 
 

@@ -14,9 +14,11 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.continuation import OnText, Result, Row
 from mlxgpt.common.tokenizer import Tokenizer
 from torch_ref import noise
+from torch_ref.losses import cross_entropy
 from torch_ref.model import Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
+HEAD = 256  # tokens a row whose logits are held at once when a text is scored
 
 
 def prepare(model: Model) -> None:
@@ -64,7 +66,7 @@ def keep(logits: torch.Tensor, sample: SampleConfig) -> torch.Tensor:
 def sample_tokens(
     logits: torch.Tensor, seen: torch.Tensor | None, keys: torch.Tensor, sample: SampleConfig
 ) -> torch.Tensor:
-    """The next tokens (B,) from ``logits`` (B, V) float32; -1 where a logit is not finite. ``seen`` None: no penalty."""
+    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
     finite = torch.isfinite(logits).all(dim=-1)
     if seen is not None:
         logits = penalize(logits, seen, sample.repetition_penalty)
@@ -140,3 +142,15 @@ def generate(
 def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str:
     """``sample.prompt`` and what follows it."""
     return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
+
+
+@torch.no_grad()
+def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
+    device = model.wte.weight.device
+    hidden, labels = model.hidden(torch.tensor(tokens, device=device)), torch.tensor(targets, device=device)
+    pieces = []
+    for start in range(0, hidden.shape[1], HEAD):
+        piece = slice(start, start + HEAD)
+        pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
+    return torch.cat(pieces, dim=1).cpu().numpy()

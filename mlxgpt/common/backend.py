@@ -41,8 +41,9 @@ def resolve(name: str | None) -> str:
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)
-    engine, loader, generate = (importlib.import_module(f"{PACKAGES[name]}.{part}") for part in ("engine", "load", "generate"))
-    return Backend(name, engine, loader, generate)
+    return Backend(
+        name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in ("engine", "load", "generate"))
+    )
 
 
 def _broken(name: str) -> str:

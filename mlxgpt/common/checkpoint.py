@@ -69,17 +69,11 @@ def write(
         RunError: no space left, the system refuses to write, or a weight is not finite. Nothing half-written stays.
     """
     final = path_of(run, state.step)
-    arrays = {
-        f"{group}.{name}": value
-        for group in ("m", "v")
-        for name, value in snapshot[group].items()
-    }
+    arrays = {f"{group}.{name}": value for group in ("m", "v") for name, value in snapshot[group].items()}
     arrays["t"] = np.array(snapshot["t"], dtype=np.int64)
     for name, value in arrays.items():
         if not np.isfinite(value).all():
-            raise RunError(
-                f"{final}: not written: {name} of the optimizer is not finite"
-            )
+            raise RunError(f"{final}: not written: {name} of the optimizer is not finite")
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         final.parent.mkdir(exist_ok=True)
@@ -94,37 +88,24 @@ def write(
         if state.best and path_of(run, int(state.best["step"])).is_dir():
             _point(run / "best", path_of(run, int(state.best["step"])))
     except (OSError, UserError) as error:
-        reason = (
-            f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
-        )
+        reason = f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
         raise RunError(f"{final}: not written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _retire(run, state, keep)
-    return final, sum(
-        file.stat().st_size for file in final.rglob("*") if file.is_file()
-    )
+    return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
 
 
 def size_of(snapshot: dict[str, Any]) -> int:
     """Bytes that a checkpoint of these arrays needs, with a margin for its small files."""
-    return (
-        sum(
-            value.nbytes
-            for group in ("params", "m", "v")
-            for value in snapshot[group].values()
-        )
-        + 4 * 2**20
-    )
+    return sum(value.nbytes for group in ("params", "m", "v") for value in snapshot[group].values()) + 4 * 2**20
 
 
 def check_space(place: Path, needed: int) -> None:
     """Raises UserError unless the file system of ``place`` has ``needed`` bytes free."""
     free = shutil.disk_usage(place).free
     if free < needed:
-        reason = (
-            f"{free / 2**20:.0f} MiB free, a checkpoint needs {needed / 2**20:.0f} MiB"
-        )
+        reason = f"{free / 2**20:.0f} MiB free, a checkpoint needs {needed / 2**20:.0f} MiB"
         raise UserError(f"{place}: {os.strerror(errno.ENOSPC)}: {reason}")
 
 
@@ -143,11 +124,7 @@ def sweep(run: Path) -> None:
     """Removes what a killed process was writing. Only for the process that holds the run's lock."""
     for leftover in sorted((run / "checkpoints").glob(".step-*")):
         whole = leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old"))
-        if (
-            leftover.name.endswith(".old")
-            and not whole.exists()
-            and (leftover / STATE).is_file()
-        ):
+        if leftover.name.endswith(".old") and not whole.exists() and (leftover / STATE).is_file():
             os.rename(leftover, whole)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -161,9 +138,7 @@ def _write_state(checkpoint: Path, state: State) -> None:
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-            files[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(
-                opened, "sha256"
-            ).hexdigest()
+            files[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
     content = {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(state),
@@ -172,9 +147,7 @@ def _write_state(checkpoint: Path, state: State) -> None:
     }
     text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     with tensors.atomic_write(checkpoint / STATE) as file:
-        file.write(
-            text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode())
-        )
+        file.write(text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode()))
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -237,18 +210,12 @@ def verify(checkpoint: Path) -> State:
     """
     content = tensors.read_json(checkpoint / STATE)
     expected = str(content.pop("sha256", None))
-    found = hashlib.sha256(
-        (checkpoint / STATE).read_bytes().replace(expected.encode(), _BLANK.encode())
-    ).hexdigest()
+    found = hashlib.sha256((checkpoint / STATE).read_bytes().replace(expected.encode(), _BLANK.encode())).hexdigest()
     if found != expected:
-        raise UserError(
-            f"{checkpoint / STATE}: damaged: sha256 {found[:12]}, expected {expected[:12]}"
-        )
+        raise UserError(f"{checkpoint / STATE}: damaged: sha256 {found[:12]}, expected {expected[:12]}")
     version = content.pop("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{checkpoint / STATE}: format_version {version}, expected {FORMAT_VERSION}"
-        )
+        raise UserError(f"{checkpoint / STATE}: format_version {version}, expected {FORMAT_VERSION}")
     for name, expected in content.pop("files").items():
         try:
             with open(checkpoint / name, "rb") as file:
@@ -262,21 +229,19 @@ def verify(checkpoint: Path) -> State:
     return State(**content)
 
 
-def find_newest_valid(
-    run: Path, say: Callable[[str], None] = print
-) -> tuple[Path, State] | None:
+def find_newest_valid(run: Path, say: Callable[[str], None] = print) -> tuple[Path, State] | None:
     """The newest checkpoint whose sums hold, and its state; None where the run has none at all.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    steps = steps_of(run)
+    steps, damage = steps_of(run), ""
     for step in reversed(steps):
         try:
             return path_of(run, step), verify(path_of(run, step))
         except UserError as error:
             say(f"{error}; looking for an older checkpoint")
-            damage = error
+            damage = str(error)
     if steps:
         raise UserError(f"{run}: every checkpoint is damaged; the oldest: {damage}")
     return None
@@ -311,9 +276,7 @@ def read(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
     for name, array in arrays.items():
         group, _, name = name.partition(".")
         if group not in ("m", "v"):
-            raise UserError(
-                f"{checkpoint / OPTIMIZER}: unexpected tensor {group}.{name}"
-            )
+            raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {group}.{name}")
         snapshot[group][name] = array
     return snapshot
 
@@ -329,19 +292,11 @@ def follow(run: Path, name: str) -> Path | None:
     """The checkpoint that ``best`` or ``last`` names, if it is there."""
     link = run / name
     try:
-        target = (
-            Path(os.readlink(link))
-            if link.is_symlink()
-            else Path(link.read_text(encoding="utf-8").strip())
-        )
+        target = Path(os.readlink(link)) if link.is_symlink() else Path(link.read_text(encoding="utf-8").strip())
     except (OSError, UnicodeDecodeError):
         return None
     found = run / target
-    return (
-        found
-        if _STEP.fullmatch(found.name) and (found / "config.json").is_file()
-        else None
-    )
+    return found if _STEP.fullmatch(found.name) and (found / "config.json").is_file() else None
 
 
 def resolve_model(path: str | Path) -> Path:
@@ -357,9 +312,7 @@ def resolve_model(path: str | Path) -> Path:
         if (place / "config.json").is_file():
             return place
         if not is_run(place):
-            raise UserError(
-                f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)"
-            )
+            raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
         found = follow(place, "best") or follow(place, "last")
         if found is None and steps_of(place):
             found = path_of(place, steps_of(place)[-1])
@@ -377,23 +330,13 @@ def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(
-            f"{name}: no such folder; if it is a hub id: pip install huggingface_hub"
-        ) from None
+        raise UserError(f"{name}: no such folder; if it is a hub id: pip install huggingface_hub") from None
     for local in (True, False):
         try:
-            found = Path(
-                snapshot_download(
-                    name, allow_patterns=_HUB_FILES, local_files_only=local
-                )
-            )
-        except Exception as error:  # noqa: BLE001
+            found = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local))
+        except Exception as error:
             # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
-            reason = (
-                str(error).strip().splitlines()[0]
-                if str(error).strip()
-                else type(error).__name__
-            )
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             continue
         if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
             return found

@@ -6,6 +6,7 @@ only renames them. What is not in the table is refused by name, never approximat
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -271,7 +272,7 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
         UserError: a key is missing, of the wrong type, or asks for something this decoder does not do.
     """
     name = values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported: expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     architectures = values.get("architectures") or [family.architecture]
@@ -313,12 +314,14 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
 
 
 def _typed(where: str, key: str, ours: str, value: Any) -> Any:
-    """``value`` as our field's type; a whole number passes for a float."""
+    """``value`` as our field's type; a whole number passes for a float, and floats are finite and positive."""
     kind = type(next(f.default for f in dataclasses.fields(ModelConfig) if f.name == ours))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not kind:
         raise UserError(f"{where}: {key} = {value!r}: expected {kind.__name__}")
+    if kind is float and not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} = {value!r}: expected a positive number")
     return value
 
 
@@ -354,7 +357,7 @@ def _rope_theta(where: str, values: Mapping[str, Any]) -> float:
 def _refuse_windows(where: str, values: Mapping[str, Any]) -> None:
     """A sliding window is refused where a layer has one; the fields alone, switched off, say nothing."""
     types = values.get("layer_types") or []
-    for kind in types:
+    for kind in types if isinstance(types, list) else [types]:
         if kind != "full_attention":
             raise UserError(
                 f"{where}: layer_types: {kind!r} is not supported: expected 'full_attention' in every layer"

@@ -39,9 +39,10 @@ _READABLE = ("F32", "F16", "BF16")
 class _Tokenizer(Protocol):
     """What is needed of common.tokenizer.Tokenizer here."""
 
-    eos_id: int | None
+    @property
+    def eos_id(self) -> int | None: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path, /) -> None: ...
 
 
 def find_tensors(folder: Path | str) -> dict[str, Entry]:

@@ -43,7 +43,8 @@ def summary(results: list[Result], seconds: float, first: float, block_size: int
     }
     count = sum(len(result.tokens) for result in results)
     ended = ", ".join(dict.fromkeys(reasons[result.finish_reason] for result in results))
-    return f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s), the first text after {first:.2f} s; ended: {ended}"
+    rate = f"{count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s), the first text after {first:.2f} s"
+    return f"{rate}; ended: {ended}"
 
 
 def as_json(result: Result) -> dict[str, object]:
@@ -65,7 +66,9 @@ def generate_command(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, device=args.device)
     if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model")
+        raise UserError(
+            f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"
+        )
     backend.generate.prepare(model)
     start, first = time.perf_counter(), 0.0
 

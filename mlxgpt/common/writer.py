@@ -18,15 +18,13 @@ class Writer:
         if not self._background:
             job()
             return
-        self._thread = threading.Thread(
-            target=self._run, args=(job,), name="checkpoint", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except BaseException as error:  # noqa: BLE001  (raised again on the thread of the loop)
+        except BaseException as error:
             self._error = error
 
     def check(self) -> None:

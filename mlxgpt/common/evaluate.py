@@ -1,0 +1,103 @@
+"""The verb eval: loss, perplexity and bits per byte of a text, every token scored once, sums in float64."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxgpt.common import backend as backends
+from mlxgpt.common.data import windows
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.evaluation_data import Text, open_text
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(tokens, targets), both (B, T) -> losses (B, T)."""
+BATCH = 4096  # tokens that pass through the model at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over every scored token. ``size``: bytes of UTF-8 that they spell, None where nobody knows."""
+
+    loss_sum: float  # nats
+    tokens: int
+    size: int | None
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits a byte of text: what does not depend on the tokenizer."""
+        return self.loss_sum / math.log(2) / self.size if self.size else None
+
+
+def evaluate(
+    score: Score, text: Text, vocab_size: int, block_size: int, stride: int, say: Callable[[str], None]
+) -> Evaluation:
+    """Scores ``text``; ``say`` is told the progress.
+
+    Raises:
+        UserError: fewer than two tokens, or one outside the model's vocabulary.
+        RunError: a loss that is not finite.
+    """
+    if len(text.tokens) < 2:
+        raise UserError(f"{text.name}: {len(text.tokens)} tokens; expected at least 2")
+    loss_sum, count = 0.0, 0
+    for batch in windows(text.tokens, block_size, max(1, BATCH // block_size), stride):
+        largest = int(max(batch.tokens.max(), batch.targets.max()))
+        if largest >= vocab_size:
+            raise UserError(f"{text.name}: token id {largest}; expected below {vocab_size}, the model's vocabulary")
+        losses = score(batch.tokens, batch.targets).astype(np.float64)
+        scored = batch.weights > 0
+        loss_sum, count = loss_sum + float(losses[scored].sum()), count + int(scored.sum())
+        if not math.isfinite(loss_sum):
+            raise RunError(f"{text.name}: the loss is not finite within the first {count} tokens")
+        say(f"{count} of {len(text.tokens) - 1} tokens, loss {loss_sum / count:.4f}")
+    return Evaluation(loss_sum, count, text.size)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Prints loss, perplexity and bits per byte of --data, as lines or as one JSON object."""
+    backend = backends.load(args.backend)
+    model, tokenizer = backend.load.load(args.model, device=args.device)
+    config = model.config
+    stride = args.stride or config.block_size
+    if stride > config.block_size:
+        raise UserError(
+            f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens are left out"
+        )
+    text = open_text(args.data, tokenizer, args.text_key, args.split)
+    live = sys.stderr.isatty() and not args.json
+
+    def say(progress: str) -> None:
+        if live:
+            print(f"\r{progress}\033[K", end="", file=sys.stderr, flush=True)
+
+    def score(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return backend.generate.score(model, tokens, targets)
+
+    result = evaluate(score, text, config.vocab_size, config.block_size, stride, say)
+    if live:
+        print(file=sys.stderr)
+    bits = result.bits_per_byte
+    if args.json:
+        values = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
+        print(json.dumps({**values, "bytes": result.size, "block_size": config.block_size, "stride": stride}))
+        return 0
+    print(f"loss           {result.loss:.4f} nats a token")
+    print(f"perplexity     {result.perplexity:.2f}")
+    print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: no tokenizer'}")
+    print(f"tokens         {result.tokens}, each scored once, in windows of {config.block_size} every {stride}")
+    return 0
