@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from mlxgpt.common.corpus import cut_before_space
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.fast_bpe import FastBPE, cut_before_space
+from mlxgpt.common.fast_bpe import FastBPE
 from mlxgpt.common.tokenizer import KINDS, StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer, train_tokenizer
 
 PROSE = (
     "It was the best of times, it was the worst of times; it was the age of wisdom.\n\n"
-    "def mean(xs):\n    return sum(xs) / len(xs)  # 3.14\n\tna\u00efve caf\u00e9, \u4f60\u597d\uff0c\u4e16\u754c! \U0001f525\r\n"
+    "def mean(xs):\n    return sum(xs) / len(xs)  # 3.14\n\tna\u00efve caf\u00e9, "
+    "\u4f60\u597d\uff0c\u4e16\u754c! \U0001f525\r\n"
     "We'll say they don't: 'tis 12 o'clock...   three   spaces \u00bd \u2167.\n"
 ) * 6
 HARD = [
@@ -81,7 +83,7 @@ def test_saved_and_loaded_is_the_same(trained: dict[str, Tokenizer], kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_gives_the_whole_text(trained: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = trained[kind]
-    for text in texts(tokenizer) + ["\u4f60\u597d" * 200, "\U0001f525" * 100 if kind != "char" else ""]:
+    for text in [*texts(tokenizer), "\u4f60\u597d" * 200, "\U0001f525" * 100]:
         if kind == "char" and not set(text) <= set("".join(HARD)):
             continue
         decoder = StreamDecoder(tokenizer)

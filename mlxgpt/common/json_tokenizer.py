@@ -1,4 +1,4 @@
-"""Tokenizers that a tokenizer.json defines, run by `tokenizers`, and by tiktoken where its ids are provably the same."""
+"""Tokenizers that a tokenizer.json defines: run by `tokenizers`, or by tiktoken where ids are provably the same."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class JsonTokenizer:
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:
+        except ValueError as error:
             raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {error}") from None
         # A stored limit would cut long texts without a word.
         self._backend.no_truncation()
