@@ -22,8 +22,8 @@ SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "-
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from"} | RUNS_A_MODEL,
-    "generate": {"--model", "--prompt", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
-    "eval": {"--model", "--data", "--json"} | RUNS_A_MODEL,
+    "generate": {"--model", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
+    "eval": {"--model", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
     "data inspect": {"--text-key", "--tokenizer", "--json"},
     "data prepare": {"--out", "--text-key", "--tokenizer", "--vocab-size", "--val-fraction", "--workers"},
@@ -87,7 +87,7 @@ def test_the_examples_parse(name: str) -> None:
         (["train", "--steps", "0"], ["--steps", "'0'", "positive whole number"]),
         (["train", "a", "b"], ["b"]),
         (["train", "--backend", "jax"], ["'jax'", "mlx", "torch"]),
-        (["generate", "--model", "x"], ["--prompt"]),
+        (["generate", "--prompt", "x"], ["--model"]),
         (["tokenizer", "train", "x", "--out", "y", "--kind", "wordpiece"], ["'wordpiece'", "sp-unigram"]),
     ],
     ids=" ".join,
