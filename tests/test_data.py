@@ -4,6 +4,7 @@ import json
 import resource
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ def counting(folder: Path, count: int, name: str, files: int = 3) -> Tokens:
 
 
 def source(
-    folder: Path, train: int = 1000, val: int = 103, block: int = 8, sampling: str = "random", **settings: int
+    folder: Path, train: int = 1000, val: int = 103, block: int = 8, sampling: str = "random", **settings: Any
 ) -> TokenSource:
-    config = TrainConfig(**{"batch_size": 4, "seed": 3} | settings)
+    config = TrainConfig(**({"batch_size": 4, "seed": 3} | settings))
     return TokenSource(counting(folder, train, "t"), counting(folder, val, "v"), block, config, sampling)
 
 

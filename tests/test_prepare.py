@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlxgpt.common import prepare, shards
 from mlxgpt.common.config import DataConfig
-from mlxgpt.common.corpus import open_corpus
+from mlxgpt.common.corpus import Corpus, Scan, open_corpus
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.shards import open_split, read_index, verify
 from mlxgpt.common.tokenizer import load_tokenizer
@@ -37,8 +39,8 @@ def quiet(_: str) -> None:
     pass
 
 
-def made(source: Path, out: Path, **settings: object) -> Path:
-    data = DataConfig(source=str(source), **{"vocab_size": 300, "workers": 1} | settings)
+def made(source: Path, out: Path, **settings: Any) -> Path:
+    data = DataConfig(**({"source": str(source), "vocab_size": 300, "workers": 1} | settings))
     tokenizer = None if data.tokenizer in ("char", "bpe", "sp-bpe", "sp-unigram") else load_tokenizer(data.tokenizer)
     prepare.prepare(open_corpus(data.source, data.text_key), data, out, tokenizer, quiet)
     return out
@@ -154,7 +156,9 @@ def test_a_file_size_limit_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh " * 100_000)
     code = f"""
 import resource, signal, sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from mlxgpt.common.errors import UserError
 from tests.test_prepare import made
@@ -174,7 +178,9 @@ def test_killed_preparation_is_never_mistaken_for_a_complete_one(tmp_path: Path)
     write_rows(tmp_path / "a.jsonl", 200)
     code = f"""
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from mlxgpt.common import prepare
 from tests.test_prepare import made
@@ -200,7 +206,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     tokenizer = made(tmp_path / "a.jsonl", tmp_path / "out") / "tokenizer"
     code = f"""
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from mlxgpt.common.encoding import encode_in_order
 from mlxgpt.common.tokenizer import load_tokenizer
@@ -237,7 +245,7 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch:
     write_rows(tmp_path / "a.jsonl", 20)
     real = prepare.corpora.scan
 
-    def scan_then_change(corpus: object) -> object:
+    def scan_then_change(corpus: Corpus) -> Scan:
         scanned = real(corpus)
         write_rows(tmp_path / "a.jsonl", 21)
         return scanned
@@ -274,7 +282,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         (lambda text: "[]", "not an index of shards"),
     ],
 )
-def test_damaged_index_is_named(tmp_path: Path, change: object, message: str) -> None:
+def test_damaged_index_is_named(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
     write_rows(tmp_path / "a.jsonl")
     path = made(tmp_path / "a.jsonl", tmp_path / "out") / "index.json"
     path.write_text(change(path.read_text()))

@@ -31,7 +31,7 @@ class TokenSource:
         digest: dict[str, str] | None = None,
         vocab_size: int = 0,
         largest: int = -1,
-        folder: Path | None = None,
+        folder: Path = Path("."),
         val_bytes: int = 0,
     ) -> None:
         self._train, self._val, self._block = train, val, block_size
@@ -43,7 +43,7 @@ class TokenSource:
         self.largest = largest
         """The largest token in the data."""
         self.folder = folder
-        """Where the shards lie; None for flat files."""
+        """Where the shards or flat files lie."""
         self.n_train_tokens, self.n_val_tokens = len(train), len(val)
         self.val_bytes = val_bytes
         """UTF-8 bytes that the validation tokens stand for; 0 where nobody counted them."""
@@ -102,9 +102,16 @@ class TokenSource:
 def _filled(tokens: np.ndarray, rows: int, block: int, where: str) -> Batch:
     """A batch of consecutive windows from a run of tokens, the rest padded with token 0 and weight 0."""
     count = len(tokens) - 1
-    made = {"tokens": tokens[:-1], "targets": tokens[1:], "weights": np.ones(count, np.float32)}
-    filled = {name: np.pad(array, (0, rows * block - count)).reshape(rows, block) for name, array in made.items()}
-    return Batch(**filled, row_ids=tuple(f"{where} + {row * block}" for row in range(rows)))
+
+    def fill(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, (0, rows * block - count)).reshape(rows, block)
+
+    return Batch(
+        tokens=fill(tokens[:-1]),
+        targets=fill(tokens[1:]),
+        weights=fill(np.ones(count, np.float32)),
+        row_ids=tuple(f"{where} + {row * block}" for row in range(rows)),
+    )
 
 
 def permuted(seed: int, epoch: int, place: int, count: int) -> int:
@@ -238,6 +245,6 @@ def _open_flat(
     if tokenizer is not None:
         digest["tokenizer"] = tokenizer.digest
     size = largest + 1 if tokenizer is None else tokenizer.n_vocab
-    source = TokenSource(first, second, block_size, train, data.sampling, digest, size, largest)
+    source = TokenSource(first, second, block_size, train, data.sampling, digest, size, largest, files[0].parent)
     say(f"data: {path}: {source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate")
     return source, tokenizer

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -88,14 +88,14 @@ def _ask(free: "SimpleQueue[subprocess.Popen[bytes]]", texts: list[str]) -> list
     return np.split(ids, np.cumsum(sizes[:-1]).astype(np.int64)) if count else []
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
+def _exactly(stream: IO[bytes], size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError
     return data
 
 
-def _work(folder: Path, requests: BinaryIO, answers: BinaryIO) -> None:
+def _work(folder: Path, requests: IO[bytes], answers: IO[bytes]) -> None:
     tokenizer = load_tokenizer(folder)
     while head := requests.read(4):
         (count,) = struct.unpack("<I", head)

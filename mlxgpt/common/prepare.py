@@ -172,7 +172,7 @@ def _write_shards(
 ) -> dict[str, Any]:
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     writers = {name: ShardWriter(folder, name, dtype, SHARD) for name in ("train", "val")}
-    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in writers}
+    counts: dict[str, dict[str, Any]] = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in writers}
     workers = data.workers or os.cpu_count() or 1
     if scanned.characters < ALONE or tokenizer.kind == "char":
         workers = 1  # characters go through faster than through a pipe
