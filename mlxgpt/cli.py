@@ -183,8 +183,8 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         if field.name != "prompt":
             flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
             text = f"{field.metadata['help']}; default: {field.default}"
-            parser.add_argument(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+            add(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     _add_json(parser)
     _add_backend(parser)
 

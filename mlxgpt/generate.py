@@ -31,9 +31,9 @@ def prepare(model: Model) -> None:
     Names, shapes and values stay. For a model that will only generate: an update would undo it.
     """
     if mx.default_device() == mx.Device(mx.cpu):
-        weights = tree_flatten(model.parameters())
-        while weights:  # one at a time, so that memory holds one twice
-            name, weight = weights.pop()
+        weights = dict(tree_flatten(model.parameters()))
+        for name in list(weights):  # one at a time, so that memory holds one twice
+            weight = weights.pop(name)
             if weight.ndim == 2:
                 columns = mx.contiguous(weight.T)
                 mx.eval(columns)
@@ -93,7 +93,7 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
     cache = make_cache(model, len(rows), width + steps)
     seen = None
     if sample.repetition_penalty != 1:
-        seen = mx.array(np.array([np.isin(np.arange(n_vocab), row.prompt) for row in rows]))
+        seen = mx.array(continuation.seen(rows, n_vocab))
 
     def forward(tokens: mx.array) -> mx.array:
         positions = None
@@ -110,16 +110,17 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
             seen = seen | (mx.arange(n_vocab)[None, :] == drawn[:, None])
         return drawn
 
-    for start in range(0, width, PREFILL):
-        logits = forward(tokens[:, start : start + PREFILL])
+    logits = forward(tokens[:, :PREFILL])
+    for start in range(PREFILL, width, PREFILL):
         mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
+        logits = forward(tokens[:, start : start + PREFILL])
     token = draw(logits, 0)
     mx.async_eval(token)
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
         following = draw(forward(mx.maximum(token, 0)[:, None]), step) if step < steps else token
         mx.async_eval(following)
-        yield token.tolist()
+        yield np.array(token).tolist()
         token = following
 
 

@@ -1,7 +1,9 @@
 """Generation: cache against full forward pass, both frameworks against the specification, where text ends."""
 
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlxgpt.generate as mlx_generate  # first: it loads a BLAS before MLX
 
@@ -13,11 +15,13 @@ import torch
 from compare import agree, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import torch_ref.generate as torch_generate
 from mlxgpt.common import config, continuation, params, sampling
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.folder import write_model
 from mlxgpt.common.tokenizer import train_tokenizer
 from mlxgpt.model import Model as MlxModel
 from mlxgpt.model import make_cache as mlx_cache
@@ -44,9 +48,14 @@ def make_config(family: str, vocab: int = V, **more: object) -> ModelConfig:
     return config.build({"model": {"family": family, **sizes, **heads, **more}}).model
 
 
-def make_model(backend: str, sizes: ModelConfig, scale: float = 6.0):
-    """The same weights for both; scaled, so that the tokens depend on all of the model."""
-    weights = {name: value * np.float32(scale) for name, value in params.init_params(sizes, 3).items()}
+def make_weights(sizes: ModelConfig, scale: float = 6.0) -> dict[str, np.ndarray]:
+    """Scaled, so that the tokens depend on all of the model."""
+    return {name: value * np.float32(scale) for name, value in params.init_params(sizes, 3).items()}
+
+
+def make_model(backend: str, sizes: ModelConfig, scale: float = 6.0) -> Any:
+    """The same weights for both."""
+    weights = make_weights(sizes, scale)
     if backend == "mlx":
         model = MlxModel(sizes)
         model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
@@ -116,7 +125,7 @@ def test_prefill_chunks_and_layout_do_not_change_the_tokens(backend: str, monkey
 
 # ---- rung 7: both frameworks draw the tokens that the numpy specification draws
 
-SAMPLES = [
+SAMPLES: list[dict[str, Any]] = [
     dict(temperature=0.0),
     dict(temperature=0.0, repetition_penalty=1.3),
     dict(temperature=1.0),
@@ -170,7 +179,9 @@ def test_sampling_on_device_is_the_specification_over_many_rows(backend: str) ->
     for options in SAMPLES:
         sample = SampleConfig(**options)
         if backend == "mlx":
-            found = np.array(mlx_generate.sample_tokens(mx.array(logits), mx.array(seen), mx.array(keys), sample))
+            found = np.array(
+                mlx_generate.sample_tokens(mx.array(logits), mx.array(seen.tolist()), mx.array(keys), sample)
+            )
         else:
             arrays = (torch.from_numpy(logits), torch.from_numpy(seen), torch.from_numpy(keys.view(np.int32)))
             found = torch_generate.sample_tokens(*arrays, sample).numpy()
@@ -191,13 +202,27 @@ def test_noise_on_device_is_the_specification(backend: str) -> None:
 def test_ties_are_the_specifications(backend: str) -> None:
     logits = np.array([[0, 3, 1, 3, 1, 2], [5, 5, 5, 5, 5, 5]], dtype=np.float32)
     as_array = mx.array if backend == "mlx" else torch.from_numpy
-    for options in (dict(top_k=1), dict(top_k=4), dict(top_p=0.5), dict(min_p=1.0)):
-        sample = SampleConfig(**options)
+    for sample in (SampleConfig(top_k=1), SampleConfig(top_k=4), SampleConfig(top_p=0.5), SampleConfig(min_p=1.0)):
         found = np.array(GENERATE[backend].keep(as_array(logits), sample).tolist())
-        assert np.array_equal(found, sampling.keep(logits, sample)), options
+        assert np.array_equal(found, sampling.keep(logits, sample)), sample
     keys = as_array(np.zeros(2, np.int32)) if backend == "torch" else mx.zeros(2, mx.uint32)
     drawn = GENERATE[backend].sample_tokens(as_array(logits), None, keys, SampleConfig(temperature=0.0))
     assert drawn.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_what_transformers_generates(family: str, tmp_path: Path) -> None:
+    sizes, prompt = make_config(family), some_tokens(7)
+    write_model(tmp_path / "m", sizes, make_weights(sizes))
+    judge: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    for penalty in (1.0, 1.4):
+        options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+        ids = torch.tensor([prompt])
+        found = judge.generate(ids, attention_mask=torch.ones_like(ids), repetition_penalty=penalty, **options)
+        sample = SampleConfig(temperature=0.0, max_tokens=20, repetition_penalty=penalty)
+        for backend in BACKENDS:
+            ours = GENERATE[backend].generate(make_model(backend, sizes), None, [prompt], sample)[0].tokens
+            assert ours == found[0, 7:].tolist(), (backend, penalty)
 
 
 # ---- batches, context, errors
@@ -354,7 +379,8 @@ class Pieces:
 
 def feed(words: list[str], stop: tuple[str, ...]) -> tuple[continuation.Row, list[str]]:
     """A row that draws the words one after the other, and what it streamed."""
-    row = continuation.Row(0, [0], 0, Pieces(["^", *words]), stop)
+    tokenizer: Any = Pieces(["^", *words])
+    row = continuation.Row(0, [0], 0, tokenizer, stop)
     streamed = []
     for token in range(1, len(words) + 1):
         if not row.reason:

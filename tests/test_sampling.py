@@ -1,5 +1,7 @@
 """The specification of drawing a token, against transformers, against probability, and at its edges."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,17 +19,17 @@ def make_logits(rows: int = 64, scale: float = 3.0) -> np.ndarray:
 
 def hf_keep(logits: np.ndarray, sample: SampleConfig) -> np.ndarray:
     """transformers' warpers in transformers' order."""
-    scores = torch.from_numpy(logits)
+    scores, ids = torch.from_numpy(logits), torch.LongTensor()
     if sample.top_k:
-        scores = hf.TopKLogitsWarper(sample.top_k)(None, scores)
+        scores = hf.TopKLogitsWarper(sample.top_k)(ids, scores)
     if sample.top_p < 1:
-        scores = hf.TopPLogitsWarper(sample.top_p)(None, scores)
+        scores = hf.TopPLogitsWarper(sample.top_p)(ids, scores)
     if sample.min_p > 0:
-        scores = hf.MinPLogitsWarper(sample.min_p)(None, scores)
+        scores = hf.MinPLogitsWarper(sample.min_p)(ids, scores)
     return scores.numpy()
 
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     dict(top_k=1),
     dict(top_k=7),
     dict(top_k=V),
@@ -63,7 +65,7 @@ def test_repetition_penalty_is_transformers() -> None:
     seen_ids = np.random.default_rng(1).integers(0, V, size=(4, 12))
     seen = np.zeros(logits.shape, dtype=bool)
     np.put_along_axis(seen, seen_ids, True, axis=-1)
-    theirs = hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.from_numpy(seen_ids), torch.from_numpy(logits))
+    theirs = hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.LongTensor(seen_ids), torch.from_numpy(logits))
     assert np.array_equal(sampling.penalize(logits, seen, 1.3), theirs.numpy())
 
 
@@ -71,7 +73,8 @@ def test_ties_stay_together_and_the_lowest_index_wins() -> None:
     logits = np.array([[1.0, 3.0, 2.0, 3.0, 2.0]], dtype=np.float32)
     none, keys = np.zeros(logits.shape, dtype=bool), np.zeros(1, dtype=np.uint32)
     assert sampling.sample_tokens(logits, none, keys, SampleConfig(temperature=0.0)).tolist() == [1]
-    for options in (dict(top_k=3), dict(top_p=0.8)):
+    choices: tuple[dict[str, Any], ...] = ({"top_k": 3}, {"top_p": 0.8})
+    for options in choices:
         kept = np.isfinite(sampling.keep(logits, SampleConfig(**options)))
         assert kept.tolist() == [[False, True, True, True, True]], options
     assert np.isfinite(sampling.keep(logits, SampleConfig(min_p=1.0))).tolist() == [[False, True, False, True, False]]
@@ -88,8 +91,8 @@ def test_greedy_applies_the_penalty_and_ignores_noise_and_filters() -> None:
 def test_one_token_left_is_drawn_whatever_the_noise() -> None:
     logits, none = make_logits(1), np.zeros((1, V), dtype=bool)
     for key in range(50):
-        for options in (dict(top_k=1), dict(top_p=1e-9), dict(min_p=1.0)):
-            token = sampling.sample_tokens(logits, none, np.array([key], np.uint32), SampleConfig(**options))
+        for sample in (SampleConfig(top_k=1), SampleConfig(top_p=1e-9), SampleConfig(min_p=1.0)):
+            token = sampling.sample_tokens(logits, none, np.array([key], np.uint32), sample)
             assert token.tolist() == [logits.argmax()]
 
 

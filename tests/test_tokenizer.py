@@ -6,14 +6,18 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import tokenizers
 
+from mlxgpt.common.corpus import cut_before_space
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.fast_bpe import FastBPE, cut_before_space
+from mlxgpt.common.fast_bpe import FastBPE
+from mlxgpt.common.json_tokenizer import JsonTokenizer
 from mlxgpt.common.tokenizer import KINDS, StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer, train_tokenizer
 
 PROSE = (
     "It was the best of times, it was the worst of times; it was the age of wisdom.\n\n"
-    "def mean(xs):\n    return sum(xs) / len(xs)  # 3.14\n\tna\u00efve caf\u00e9, \u4f60\u597d\uff0c\u4e16\u754c! \U0001f525\r\n"
+    "def mean(xs):\n    return sum(xs) / len(xs)  # 3.14\n\tna\u00efve caf\u00e9, "
+    "\u4f60\u597d\uff0c\u4e16\u754c! \U0001f525\r\n"
     "We'll say they don't: 'tis 12 o'clock...   three   spaces \u00bd \u2167.\n"
 ) * 6
 HARD = [
@@ -35,6 +39,13 @@ HARD = [
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Tokenizer]:
     return {kind: train_tokenizer(kind, ["".join(HARD), PROSE], 420) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def bpe(trained: dict[str, Tokenizer]) -> JsonTokenizer:
+    tokenizer = trained["bpe"]
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer
 
 
 def texts(tokenizer: Tokenizer) -> list[str]:
@@ -81,7 +92,7 @@ def test_saved_and_loaded_is_the_same(trained: dict[str, Tokenizer], kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_gives_the_whole_text(trained: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = trained[kind]
-    for text in texts(tokenizer) + ["\u4f60\u597d" * 200, "\U0001f525" * 100 if kind != "char" else ""]:
+    for text in [*texts(tokenizer), "\u4f60\u597d" * 200, "\U0001f525" * 100]:
         if kind == "char" and not set(text) <= set("".join(HARD)):
             continue
         decoder = StreamDecoder(tokenizer)
@@ -139,8 +150,7 @@ def test_training_is_deterministic_and_says_what_is_too_small() -> None:
 # The fast path
 
 
-def test_fast_path_is_taken_and_equals_tokenizers_on_every_kind_of_character(trained: dict[str, Tokenizer]) -> None:
-    bpe = trained["bpe"]
+def test_fast_path_is_taken_and_equals_tokenizers_on_every_kind_of_character(bpe: JsonTokenizer) -> None:
     assert bpe.fast
     seen: dict[str, int] = {}
     samples = []
@@ -149,28 +159,26 @@ def test_fast_path_is_taken_and_equals_tokenizers_on_every_kind_of_character(tra
         seen[category] = seen.get(category, 0) + 1
         if category != "Cs" and (category in ("Zs", "Zl", "Zp", "Cc", "Nl") or seen[category] % 211 == 1):
             samples.append("a{0}1{0}!{0}  {0} {0}\n{0}'s".format(chr(point)))
-    slow = bpe._backend.encode_batch(samples, add_special_tokens=False)
+    slow = bpe.backend.encode_batch(samples, add_special_tokens=False)
     for text, ids, expected in zip(samples, bpe.encode_batch(samples), slow, strict=True):
         assert ids.tolist() == expected.ids, ascii(text)
 
 
-def test_fast_path_survives_long_texts_and_endless_spaces(trained: dict[str, Tokenizer]) -> None:
-    bpe = trained["bpe"]
+def test_fast_path_survives_long_texts_and_endless_spaces(bpe: JsonTokenizer) -> None:
     for text in (PROSE * 300, " " * 600_000 + "x", "ab" * 200_000):
-        assert bpe.encode(text) == bpe._backend.encode(text, add_special_tokens=False).ids
+        assert bpe.encode(text) == bpe.backend.encode(text, add_special_tokens=False).ids
 
 
 def test_pieces_of_a_long_text_are_cut_where_words_end() -> None:
     pieces = cut_before_space(PROSE, 100)
+    assert pieces is not None
     assert "".join(pieces) == PROSE and max(map(len, pieces)) <= 100
     assert all(piece[0] in " \n\t\r" for piece in pieces[1:])
     assert cut_before_space("x" * 300, 100) is None
 
 
-def damaged(trained: dict[str, Tokenizer], change: str) -> dict:
-    import tokenizers
-
-    content = json.loads(trained["bpe"]._backend.to_str())
+def damaged(bpe: JsonTokenizer, change: str) -> tokenizers.Tokenizer:
+    content = json.loads(bpe.backend.to_str())
     model = content["model"]
     if change == "merges out of order":
         model["merges"][0], model["merges"][40] = model["merges"][40], model["merges"][0]
@@ -184,28 +192,26 @@ def damaged(trained: dict[str, Tokenizer], change: str) -> dict:
 
 
 @pytest.mark.parametrize("change", ["merges out of order", "a token without a merge", "a normaliser", "another split"])
-def test_fast_path_is_refused_where_it_is_not_proved(trained: dict[str, Tokenizer], change: str) -> None:
-    assert FastBPE.of(damaged(trained, "nothing")) is not None
-    assert FastBPE.of(damaged(trained, change)) is None
+def test_fast_path_is_refused_where_it_is_not_proved(bpe: JsonTokenizer, change: str) -> None:
+    assert FastBPE.of(damaged(bpe, "nothing")) is not None
+    assert FastBPE.of(damaged(bpe, change)) is None
 
 
 # Files of others
 
 
-def gpt2_pair(bpe: Tokenizer, folder: Path, names: tuple[str, str]) -> None:
-    model = json.loads(bpe._backend.to_str())["model"]
+def gpt2_pair(bpe: JsonTokenizer, folder: Path, names: tuple[str, str]) -> None:
+    model = json.loads(bpe.backend.to_str())["model"]
     (folder / names[0]).write_text(json.dumps(model["vocab"]))
     (folder / names[1]).write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in model["merges"]) + "\n")
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
-def test_gpt2_pair_reads_as_the_tokenizer_it_is(
-    trained: dict[str, Tokenizer], tmp_path: Path, names: tuple[str, str]
-) -> None:
-    bpe = trained["bpe"]
+def test_gpt2_pair_reads_as_the_tokenizer_it_is(bpe: JsonTokenizer, tmp_path: Path, names: tuple[str, str]) -> None:
     gpt2_pair(bpe, tmp_path, names)
     for path in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
         loaded = load_tokenizer(path)
+        assert isinstance(loaded, JsonTokenizer)
         assert (loaded.n_vocab, loaded.eos_id, loaded.fast) == (bpe.n_vocab, bpe.eos_id, True)
         assert all(loaded.encode(text) == bpe.encode(text) for text in HARD)
     (tmp_path / names[1]).write_text("#version: 0.2\nx yy zz\n")
@@ -274,8 +280,8 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
         load_tokenizer(tmp_path)
 
 
-def test_a_pair_of_another_architecture_is_refused(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
-    gpt2_pair(trained["bpe"], tmp_path, ("vocab.json", "merges.txt"))
+def test_a_pair_of_another_architecture_is_refused(bpe: JsonTokenizer, tmp_path: Path) -> None:
+    gpt2_pair(bpe, tmp_path, ("vocab.json", "merges.txt"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     with pytest.raises(UserError, match="Qwen2Tokenizer: expected a tokenizer.json"):
         load_tokenizer(tmp_path)

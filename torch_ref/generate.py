@@ -89,7 +89,7 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
     cache = make_cache(model, len(rows), width + steps)
     seen = None
     if sample.repetition_penalty != 1:
-        seen = torch.tensor(np.array([np.isin(np.arange(n_vocab), row.prompt) for row in rows]), device=device)
+        seen = torch.tensor(continuation.seen(rows, n_vocab), device=device)
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
         positions = None
@@ -106,7 +106,8 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
             seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
         return drawn
 
-    for start in range(0, width, PREFILL):
+    logits = forward(tokens[:, :PREFILL])
+    for start in range(PREFILL, width, PREFILL):
         logits = forward(tokens[:, start : start + PREFILL])
     token = draw(logits, 0)
     for step in range(1, steps + 1):

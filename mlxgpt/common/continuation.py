@@ -6,6 +6,8 @@ No framework here; mlxgpt/generate.py and torch_ref/generate.py draw the tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.tokenizer import StreamDecoder, Tokenizer
@@ -127,6 +129,11 @@ def start_rows(
         copy = sum(row.prompt == ids for row in rows)
         rows.append(Row(index, ids, copy, tokenizer, stop))
     return rows
+
+
+def seen(rows: list[Row], n_vocab: int) -> np.ndarray:
+    """Which tokens stand in each prompt: (B, V) bool."""
+    return np.stack([np.isin(np.arange(n_vocab), row.prompt) for row in rows])
 
 
 def room(config: ModelConfig, row: Row) -> int:

@@ -16,12 +16,15 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
+from mlxgpt.common.corpus import cut_before_space
+
 # GPT-2's expression, with the possessive quantifiers that keep it linear.
 _GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 _PROBE = (
     "The quick brown  fox's 12 dogs\n\n  don't\tjump; they'll   \r\n x_1 = [3.5, -2]  # end   ",
-    "na\u00efve \u0416\u0443\u043a \u4f60\u597d\uff0c\u4e16\u754c\u3002\u3000\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f600\u200d\U0001f525 \u00bd\u2167\u0664",
+    "na\u00efve \u0416\u0443\u043a \u4f60\u597d\uff0c\u4e16\u754c\u3002\u3000\u0e2a\u0e27\u0e31\u0e2a",
+    "\u0e14\u0e35 \U0001f600\u200d\U0001f525 \u00bd\u2167\u0664",
     "\u00a0a\u2003b\u2028c\u0085d\u200be\ufefff\x1cg\x00h\u180ei \u0301\u0327 '\u2019s 'S 'RE",
     " ",
     "   ",
@@ -29,7 +32,6 @@ _PROBE = (
     "a\n \n  b",
 )
 _PIECE = 1 << 17  # characters: longer texts go in pieces, since a very long run of spaces overflows tiktoken's stack
-_LAST_WORD_END = re.compile(r"[\s\S]*\S(?=[ \t\r\n])")
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -104,18 +106,3 @@ class FastBPE:
 
     def _ids(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
-
-
-def cut_before_space(text: str, size: int) -> list[str] | None:
-    """``text`` in pieces of at most ``size`` characters, cut between a visible character and white space.
-
-    GPT-2's expression always ends a word there, so the pieces' tokens are the text's. None where a piece has no such place.
-    """
-    pieces, start = [], 0
-    while len(text) - start > size:
-        found = _LAST_WORD_END.match(text, start, start + size)
-        if found is None:
-            return None
-        pieces.append(found.group())
-        start = found.end()
-    return [*pieces, text[start:]]

@@ -1,4 +1,4 @@
-"""Tokenizers that a tokenizer.json defines, run by `tokenizers`, and by tiktoken where its ids are provably the same."""
+"""Tokenizers that a tokenizer.json defines: run by `tokenizers`, or by tiktoken where ids are provably the same."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -25,19 +25,19 @@ class JsonTokenizer:
         self._files = files
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
         try:
-            self._backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:
+            self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except ValueError as error:
             raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {error}") from None
         # A stored limit would cut long texts without a word.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         config = read_json(files, "tokenizer_config.json", where)
-        _add_tokens(self._backend, config)
-        vocabulary = self._backend.get_vocab()
+        _add_tokens(self.backend, config)
+        vocabulary = self.backend.get_vocab()
         self.n_vocab = max(vocabulary.values()) + 1
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
-        self._fast = FastBPE.of(self._backend)
-        model = type(self._backend.model).__name__
+        self._fast = FastBPE.of(self.backend)
+        model = type(self.backend.model).__name__
         self.kind = "byte-level BPE" if self._fast else model
 
     @property
@@ -58,12 +58,12 @@ class JsonTokenizer:
         return [next(slow) if ids is None else ids for ids in found]
 
     def _slow(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(item.ids, dtype=np.int32) for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; ids outside the vocabulary are left out."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""

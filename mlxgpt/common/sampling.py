@@ -1,12 +1,12 @@
-"""How the next token is drawn: the specification, in numpy, that both frameworks' generate.py must equal token for token.
+"""How the next token is drawn: the specification, in numpy, which both frameworks' generate.py equal token for token.
 
     logits (B, V) float32 of the last position
-    1. repetition penalty   a token seen in the prompt or since: logit / r where positive, * r where negative (Keskar et al. 2019)
+    1. repetition penalty   tokens in the prompt or drawn since: logit / r if positive, * r if not (Keskar et al. 2019)
        temperature 0        the largest of these, the lowest index among equals; nothing below applies
     2. temperature          logits / T
     3. top-k                keep the k largest; all tokens equal to the k-th stay; k >= V keeps all (Fan et al. 2018)
-    4. top-p                of what is left, keep the likeliest tokens until they hold probability p, the one that crosses it
-                            included and all tokens equal to the last one kept; always at least one (Holtzman et al. 2020)
+    4. top-p                of what is left, keep the likeliest until they hold probability p, the one that crosses it
+                            included, and all tokens equal to the last one kept (Holtzman et al. 2020)
     5. min-p                keep tokens with at least min_p times the probability of the likeliest (Nguyen et al. 2024)
     6. draw                 argmax(logits + Gumbel noise), a sample of their softmax (Gumbel 1954)
 
@@ -69,7 +69,7 @@ def keep(logits: np.ndarray, sample: SampleConfig) -> np.ndarray:
 
 
 def sample_tokens(logits: np.ndarray, seen: np.ndarray, keys: np.ndarray, sample: SampleConfig) -> np.ndarray:
-    """The next tokens (B,) from ``logits`` (B, V) float32, tokens ``seen`` (B, V) bool, and the step's keys (B,) uint32."""
+    """The next tokens (B,) from ``logits`` (B, V) float32, ``seen`` (B, V) bool and the step's ``keys`` (B,) uint32."""
     logits = penalize(logits, seen, sample.repetition_penalty)
     if sample.temperature == 0:
         return logits.argmax(axis=-1)

@@ -44,7 +44,7 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
-        except Exception as error:
+        except RuntimeError as error:
             raise UserError(
                 f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
             ) from None
@@ -94,9 +94,9 @@ class SentencePieceTokenizer:
         return text + (self._model.decode(run) if run else "")
 
     def save(self, folder: Path) -> None:
-        """Writes the files that the tokenizer was loaded from; a lone BPE model gets LlamaTokenizer's tokenizer_config.json.
+        """Writes the files that the tokenizer was loaded from; a lone BPE model gets LlamaTokenizer's settings.
 
-        A lone unigram model gets none: no class of transformers gives its ids, and one that guesses would be wrong silently.
+        A lone unigram model gets none: no class of transformers gives its ids, and a guess would be wrong silently.
         """
         write_files(folder, self._files)
 
