@@ -168,7 +168,7 @@ def test_what_transformers_saved_reads_bit_equal(config: ModelConfig, dtype: str
         config = dataclasses.replace(config, **{name: True for name in NO_BIAS})
     elif config.qkv_bias:
         config = dataclasses.replace(config, out_bias=True)
-    values = families.config_to_hf(config)
+    values = families.config_to_hf(config) | {"pad_token_id": None}
     hf = transformers.AutoConfig.for_model(**{key: values[key] for key in values if key != "architectures"})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(hf).to(getattr(torch, dtype))
@@ -249,8 +249,8 @@ def test_writing_refuses_before_a_file_is_there(tmp_path: Path, written: Path) -
     assert refusal(folder.write_model, written, config, made) == (
         f"{written}: holds a model already (model.safetensors), expected a new or empty folder"
     )
-    wrong = tiny(family="llama", qk_norm=True)
-    assert refusal(folder.write_model, place, wrong, weights(wrong)).startswith("model.qk_norm = True: family llama ")
+    wrong = tiny(family="llama", qk_norm="head")
+    assert refusal(folder.write_model, place, wrong, weights(wrong)).startswith("model.qk_norm = 'head': family llama ")
     assert (
         refusal(folder.write_model, place, config, made, "int8")
         == "dtype 'int8': expected one of float32, float16, bfloat16"

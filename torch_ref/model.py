@@ -359,8 +359,9 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
+        fused = drop is None and not config.attn_softcap
         masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused=drop is None)
+            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)

@@ -35,7 +35,9 @@ class ModelConfig:
     ``family`` names the Hugging Face architecture that the model is saved as; families.py fills the choices it implies.
     """
 
-    family: str = _field("gpt2", "architecture on disk: gpt2, llama, qwen3")
+    family: str = _field(
+        "gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/family_table.py"
+    )
     n_layer: int = _field(4, "blocks")
     n_head: int = _field(4, "query heads")
     n_kv_head: int = _field(0, "key and value heads; 0 = n_head")
@@ -115,6 +117,15 @@ class ModelConfig:
         _check("model", turned, "rotary_dim", self.rotary_dim, f"an even number up to model.head_dim = {self.head_dim}")
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
+        _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
+        fused = self.gated or not self.fused_mlp
+        _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
+        unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),
+                  "linear": ("rope_low", "rope_high", "rope_original"), "llama3": ()}[self.rope_scaling]  # fmt: skip
+        for name in unused:
+            value, default = getattr(self, name), type(self).__dict__[name]
+            _check("model", value == default, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
+        _check("model", self.window or not self.window_layers, "window", self.window, "positive, with window_layers")
         if self.window and not self.window_layers:
             object.__setattr__(self, "window_layers", tuple(range(self.n_layer)))
 
@@ -260,13 +271,46 @@ SECTIONS: dict[str, type] = {
 }
 
 # What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
+_RMS: dict[str, Any] = dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False,
+                            qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)  # fmt: skip
+_GEMMA: dict[str, Any] = _RMS | dict(norm="rms1", norm_eps=1e-6, activation="gelu_tanh", embed_scale=True)
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama": dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False, qkv_bias=False,
-                  out_bias=False, mlp_bias=False, norm_bias=False),
-    "qwen3": dict(norm="rms", norm_eps=1e-6, activation="silu", gated=True, position="rope", rope_theta=1e6, qk_norm="head",
-                  fused_qkv=False, qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False),
-}  # fmt: skip
+    "llama": _RMS,
+    "mistral": _RMS,
+    "qwen2": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "qwen3": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qk_norm="head"),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | dict(placement="sandwich", window=4096, attn_softcap=50.0, final_softcap=30.0),
+    "gemma3_text": _GEMMA
+    | dict(placement="sandwich", qk_norm="head", window=512, rope_theta=1e6, rope_local_theta=1e4),
+    "gpt_neox": dict(placement="parallel2", activation="gelu", position="rope", qkv_by_head=True, tied=False),
+    "phi": dict(placement="parallel", position="rope", fused_qkv=False, tied=False, head_bias=True),
+    "phi3": _RMS | dict(fused_qkv=True, fused_mlp=True),
+    "olmo2": _RMS | dict(norm_eps=1e-6, placement="post", qk_norm="full", rope_theta=5e5),
+    "smollm3": _RMS | dict(norm_eps=1e-6, rope_theta=5e6),
+}
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}  # every n-th block has no window
+_NO_ROPE_EVERY = {"smollm3": 4}  # every n-th block has no rope
+_TURNED = {"gpt_neox": 0.25, "phi": 0.5}  # share of a head that rope turns
+
+
+def _implied(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` of [model] and what the family implies, also where that follows from the sizes."""
+    family = values.get("family", "gpt2")
+    made = FAMILY_DEFAULTS[family] | values
+    n_layer, n_head, n_embd, head_dim = (
+        made.get(name, ModelConfig.__dict__[name]) for name in ("n_layer", "n_head", "n_embd", "head_dim")
+    )
+    if family in _FULL_EVERY and made["window"]:
+        layers = tuple(n for n in range(n_layer) if (n + 1) % _FULL_EVERY[family])
+        made.setdefault("window_layers", layers)
+    if family in _NO_ROPE_EVERY:
+        made.setdefault("no_rope", tuple(range(_NO_ROPE_EVERY[family] - 1, n_layer, _NO_ROPE_EVERY[family])))
+    if family in _TURNED and n_head > 0:
+        size = head_dim or n_embd // n_head
+        made.setdefault("rotary_dim", max(2, 2 * round(_TURNED[family] * size / 2)))
+    return made
 
 
 def nearest(name: str, known: Any) -> str:
@@ -308,10 +352,8 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
             if family not in FAMILY_DEFAULTS:
                 known = ", ".join(FAMILY_DEFAULTS)
                 raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
-            values = FAMILY_DEFAULTS[family] | values
-        made[section] = SECTIONS[section](
-            **{key: _convert(section, fields[key], value) for key, value in values.items()}
-        )
+        values = {key: _convert(section, fields[key], value) for key, value in values.items()}
+        made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))
     return Recipe(**made)
 
 

@@ -33,6 +33,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_HEAD_AND_TABLE = ("lm_head.weight", "wte.weight")
 _READABLE = ("F32", "F16", "BF16")
 
 
@@ -91,7 +92,7 @@ def read_config(folder: Path | str) -> ModelConfig:
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
     config = families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
     entries = _by_name(folder, config, find_tensors(folder))
-    head, table = entries.get("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
+    head, table = (entries.get(families.to_foreign(config, name)[0]) for name in _HEAD_AND_TABLE)
     if head is None:
         tied = True
     elif table is None or (head.dtype, head.shape) != (table.dtype, table.shape) or not config.tied:
@@ -126,7 +127,7 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     folder = Path(folder)
     expected = families.from_foreign(config)
     entries = _by_name(folder, config, find_tensors(folder))
-    if config.tied and "lm_head.weight" in entries:
+    if config.tied and families.to_foreign(config, "lm_head.weight")[0] in entries:
         _check_tied(folder, config, entries)
     for name in expected:
         if name not in entries:
@@ -161,11 +162,10 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
 
 def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
     """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
-    head, table = entries.pop("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
+    name = families.to_foreign(config, "lm_head.weight")[0]
+    head, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
     if table is not None and read_tensor(head).tobytes() != read_tensor(table).tobytes():
-        raise UserError(
-            f"{folder}: lm_head.weight differs from the embedding, expected an equal or no head for a tied model"
-        )
+        raise UserError(f"{folder}: {name} differs from the embedding, expected an equal or no head for a tied model")
 
 
 def write_model(
@@ -196,14 +196,15 @@ def write_model(
     if held:
         raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
     _check_given(config, weights)
-    eos = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
-    values |= {"dtype": dtype, "torch_dtype": dtype} | eos | dict(extra or {})
+    # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None, "pad_token_id": None}
+    values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer:
         tokenizer.save(folder)
     _write_weights(folder, config, weights, DTYPES[dtype], max_shard)
-    tokens = {key: values[key] for key in eos if values[key] is not None}
+    tokens = {key: values[key] for key in ids if values[key] is not None}
     write_json(folder / "generation_config.json", {"_from_model_config": True} | tokens)
     write_json(folder / "config.json", values)
 
