@@ -1,16 +1,17 @@
-"""One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+"""One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows how PyTorch differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from mlxgpt import noise
 from mlxgpt.common import rotary
@@ -64,7 +65,7 @@ class Embedding(nn.Module):
         self.weight = mx.zeros((n_rows, n_embd))
 
     def __call__(self, index: mx.array) -> mx.array:
-        return gather(self.weight, index) if self._deterministic else self.weight[index]
+        return cast(mx.array, gather(self.weight, index)) if self._deterministic else self.weight[index]
 
 
 class Norm(nn.Module):
@@ -117,6 +118,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, d
     scale = q.shape[-1] ** -0.5
     if drop is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, K, H // K, T, D)
@@ -266,10 +268,8 @@ class Model(nn.Module):
         if segments is None and pad is None:
             if T == 1:
                 return None
-            if fused and mx.default_device() == mx.Device(
-                mx.gpu
-            ):  # the CPU has no causal kernel and is faster with an array
-                return "causal"
+            if fused and mx.default_device() == mx.Device(mx.gpu):
+                return "causal"  # the CPU has no causal kernel and is faster with an array
         i, j = mx.arange(S - T, S)[:, None], mx.arange(S)[None, :]
         mask = j <= i
         if segments is not None:
@@ -308,7 +308,7 @@ class Model(nn.Module):
         if drop is not None:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
-            run = nn.utils.checkpoint(block) if recompute else block
+            run = checkpoint(block) if recompute else block
             site = 1 + noise.SITES * n
             local = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
             x = run(x, mask, rope, cache[n] if cache else None, local)

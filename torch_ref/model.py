@@ -1,4 +1,4 @@
-"""One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+"""One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows how MLX differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
@@ -111,6 +111,7 @@ def attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+    assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, K, H // K, T, D)
@@ -225,6 +226,9 @@ class Model(nn.Module):
         dtype: what the blocks compute in; weights may be kept in another.
     """
 
+    _cos: torch.Tensor
+    _sin: torch.Tensor
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self._config, self._dtype = config, dtype
@@ -260,8 +264,8 @@ class Model(nn.Module):
         if segments is None and pad is None:
             if T == 1:
                 return None
-            if fused and T == S:  # torch aligns is_causal to the upper left, which is right only without a cache
-                return "causal"
+            if fused and T == S:
+                return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
         i, j = (
             torch.arange(S - T, S, device=self.wte.weight.device)[:, None],
             torch.arange(S, device=self.wte.weight.device)[None, :],
