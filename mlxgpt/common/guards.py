@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from typing import cast
 
 import numpy as np
 
@@ -66,11 +65,8 @@ class FirstUpdates:
         self._before = self._digests() if engine.t == 0 else {}
 
     def _digests(self) -> dict[str, bytes]:
-        weights = cast(dict[str, np.ndarray], self._engine.snapshot()["params"])
-        return {
-            name: hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest()
-            for name, array in weights.items()
-        }
+        weights = self._engine.snapshot()["params"]
+        return {name: hashlib.blake2b(array.tobytes(), digest_size=16).digest() for name, array in weights.items()}
 
     def check(self, stats: StepStats) -> None:
         """To be called after each applied update.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import checkpoint, schedule
-from mlxgpt.common.checkpoint import State
+from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 
@@ -119,7 +119,9 @@ def _short(digest: str | None) -> str:
     return f"{digest[:12]}..." if digest else "(no such file)"
 
 
-def say_environment(state: State, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]) -> None:
+def say_environment(
+    state: RunState, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]
+) -> None:
     """One line where the run that goes on cannot be bit-equal to one that was not stopped."""
     keys = dict.fromkeys([*state.environment, *environment])
     differ = [

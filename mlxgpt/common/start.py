@@ -22,7 +22,7 @@ from mlxgpt.common import (
     trainer,
 )
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.checkpoint import State
+from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_toml
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.progress import Progress
@@ -142,7 +142,7 @@ def _run(
     engine: Any,
     source: data.TokenSource,
     tokenizer: Tokenizer | None,
-    state: State,
+    state: RunState,
     save_first: bool = False,
 ) -> int:
     """The loop, with its files and its display around it."""
@@ -264,9 +264,9 @@ def _sample(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer 
         return f"(none: {error})"
 
 
-def _fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> State:
+def _fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
     """The state before step 1."""
-    return State(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+    return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
 
 
 def _check_restart(run: Path) -> None:

@@ -1,8 +1,8 @@
 """THE loop: whatever is trained, in whichever framework, passes through ``train``.
 
 A step is: batch, rate, update, its line in metrics.jsonl, guards; then, where they are due, validation, save, samples.
-Everything that decides is in State, which a checkpoint holds, so a run that was stopped anywhere goes on as if it had
-not been. The loss of step s is the one before update s.
+Everything that decides is in RunState, which a checkpoint holds, so a run that was stopped anywhere goes on as if it
+had not been. The loss of step s is the one before update s.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 from mlxgpt.common import checkpoint, guards, params, schedule
 from mlxgpt.common.batch import Engine, Source
-from mlxgpt.common.checkpoint import State
+from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import RunError
 from mlxgpt.common.metrics import Metrics
@@ -33,7 +33,7 @@ class Job:
     engine: Engine
     source: Source
     tokenizer: Any  # common.tokenizer.Tokenizer, or None
-    state: State
+    state: RunState
     metrics: Metrics
     progress: Progress
     sample: Callable[[], str] | None = None
@@ -110,7 +110,7 @@ def train(job: Job) -> int:
     return 0 if done else signals.exit_code
 
 
-def finished(recipe: Recipe, state: State) -> str:
+def finished(recipe: Recipe, state: RunState) -> str:
     """Why there is nothing left to do, or ''."""
     if recipe.train.eval_every and state.step == recipe.train.steps and state.evaluated < state.step:
         return ""
