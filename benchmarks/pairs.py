@@ -35,18 +35,20 @@ class Contender:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **self.env}
         )
+        assert self.process.stdin and self.process.stdout
+        self._ask, self._replies = self.process.stdin, self.process.stdout
         self._answer()
 
     def _answer(self) -> dict[str, float]:
-        line = self.process.stdout.readline()
+        line = self._replies.readline()
         if not line:
             raise SystemExit(f"{self.name}: its process ended with exit code {self.process.wait()}")
         return json.loads(line)
 
     def round(self) -> float:
         """Units a second of one more round."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self._ask.write("go\n")
+        self._ask.flush()
         answer = self._answer()
         self.peak = int(answer["peak"])
         self.rates.append(answer["units"] / answer["seconds"])
@@ -54,7 +56,7 @@ class Contender:
 
     def stop(self) -> None:
         """Ends the process."""
-        self.process.stdin.close()
+        self._ask.close()
         self.process.wait()
 
 

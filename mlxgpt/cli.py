@@ -153,8 +153,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a run (its best, else its last checkpoint), a checkpoint, a model folder or a hub id")  # fmt: skip
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder")
+def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
+    text = f"pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder of them{also}"
+    parser.add_argument("source", metavar="SOURCE", help=text)
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
 
 
@@ -207,8 +208,9 @@ def _data_fetch(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("--tokenizer", metavar="PATH", help="count tokens with this tokenizer.json, .model or folder")
+    _add_source(parser, ", or a folder of shards")
+    parser.add_argument("--tokenizer", metavar="PATH",
+        help="count tokens with this .json, .model, folder or run; default: one trained on the source")  # fmt: skip
     _add_json(parser)
 
 
@@ -224,7 +226,8 @@ def _data_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _data_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run whose shards to pack")
-    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make; elsewhere, data.source")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE.tar",
+        help="the archive to make; elsewhere: tar -xf FILE.tar -C RUN, then train --resume RUN")  # fmt: skip
 
 
 def _tokenizer_train(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +239,7 @@ def _tokenizer_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, or a folder that holds one")
+    parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, a folder that holds one, or a run")
     parser.add_argument("--text", metavar="TEXT", help="show how this text is split")
     _add_json(parser)
 
@@ -272,7 +275,7 @@ VERBS = {
         "data prepare corpus.jsonl --out shards --vocab-size 8192",
     )),
     "data export": Verb("pack a run's shards for another machine", "mlxgpt.common.data_commands:export", _data_export, (
-        "data export runs/first --out packed",
+        "data export runs/first --out first.tar",
     )),
     "tokenizer train": Verb(
         "train a tokenizer on a corpus", "mlxgpt.common.data_commands:train_tokenizer", _tokenizer_train, (

@@ -1,6 +1,7 @@
 """Which device MLX runs on, and what a run's environment says of it."""
 
 import os
+from importlib.metadata import version
 
 from mlxgpt import blas
 
@@ -38,7 +39,7 @@ def describe(device: mx.Device) -> dict[str, str]:
     library = blas.describe() if cpu else {}
     return {
         "framework": "mlx",
-        "version": mx.__version__,
+        "version": version("mlx"),
         "device": name,
         "blas": str(library.get("name", "")),
         "threads": str(library.get("threads", "")),

@@ -1,4 +1,4 @@
-"""MLX's half of training: gradients, clipping and updates of one global batch, and the state that a checkpoint holds."""
+"""MLX's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from mlxgpt import device as devices
 from mlxgpt import losses, optim
 from mlxgpt.common import params as parameters
 from mlxgpt.common import rng
-from mlxgpt.common.batch import Batch, StepStats
+from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from mlxgpt.model import Dropout, Model
 from mlxgpt.noise import SITES
@@ -58,13 +58,17 @@ class Engine:
         self.model.update(tree_unflatten([(name, mx.array(params[name])) for name in self.table]))
         self._settle()
 
+    def _weights(self) -> dict[str, mx.array]:
+        return dict(tree_flatten(self.model.parameters()))
+
     def _settle(self, *more: mx.array) -> None:
         """Computes what is pending: MLX is lazy."""
         mx.eval(self.model.parameters(), self.m, self.v, *more)
 
     def _arrays(self, batch: Batch) -> losses.Arrays:
-        fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
-        return losses.Arrays(*(None if field is None else mx.array(field) for field in fields))
+        tokens, targets, weights = (mx.array(field) for field in (batch.tokens, batch.targets, batch.weights))
+        extra = (None if field is None else mx.array(field) for field in (batch.positions, batch.segments))
+        return losses.Arrays(tokens, targets, weights, *extra)
 
     def _dropout_keys(self, step: int) -> mx.array:
         """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
@@ -87,8 +91,8 @@ class Engine:
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Row losses of a micro-batch, and its gradients added to ``total``."""
         (_, rows), grads = self._loss_and_grad(batch, keys, first_row)
-        grads = dict(tree_flatten(grads))
-        return rows, grads if total is None else {name: g + total[name] for name, g in grads.items()}
+        flat = dict(tree_flatten(grads))
+        return rows, flat if total is None else {name: g + total[name] for name, g in flat.items()}
 
     def _update(self, rows: mx.array, grads: dict[str, mx.array], scalars: mx.array) -> tuple[mx.array, mx.array]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm.
@@ -102,15 +106,16 @@ class Engine:
         finite = mx.isfinite(norm) & mx.isfinite(rows.sum())
         clip = mx.minimum(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
         new = {}
-        for name, p in tree_flatten(self.model.parameters()):
+        for name, p in self._weights().items():
             g, m = grads[name] * clip, self.m[name]
             if name in self.muon:
-                update = optim.muon(p, g, m, scalars[1:], config)
+                p_new, m_new = optim.muon(p, g, m, scalars[1:], config)
             else:
-                update = optim.adamw(p, g, m, self.v[name], scalars[1:], self.table[name].decay, config)
-                self.v[name] = mx.where(finite, update.v, self.v[name])
-            self.m[name] = mx.where(finite, update.m, m)
-            new[name] = mx.where(finite, update.p, p)
+                v = self.v[name]
+                p_new, m_new, v_new = optim.adamw(p, g, m, v, scalars[1:], self.table[name].decay, config)
+                self.v[name] = mx.where(finite, v_new, v)
+            self.m[name] = mx.where(finite, m_new, m)
+            new[name] = mx.where(finite, p_new, p)
         self.model.update(tree_unflatten(list(new.items())))
         return norm, squares
 
@@ -132,46 +137,49 @@ class Engine:
         if len(micro_batches) == 1:
             rows, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
         else:
-            parts, grads = [], None
+            parts, total = [], None
             for batch, first_row in zip(micro_batches, firsts, strict=True):
-                part, grads = self._run_gradients(self._arrays(batch), keys, first_row, grads)
-                mx.eval(part, grads)
+                part, total = self._run_gradients(self._arrays(batch), keys, first_row, total)
+                mx.eval(part, total)
                 parts.append(part)
+            assert total is not None
             rows = mx.concatenate(parts)
-            norm, squares = self._run_update(rows, grads, scalars)
+            norm, squares = self._run_update(rows, total, scalars)
         self._settle(rows, norm, squares)
-        loss_sum = float(np.array(rows).sum(dtype=np.float64))
-        finite = bool(np.isfinite(norm.item()) and np.isfinite(loss_sum))
+        loss_sum, grad_norm = float(np.array(rows).sum(dtype=np.float64)), float(np.array(norm))
+        finite = bool(np.isfinite(grad_norm) and np.isfinite(loss_sum))
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, np.array(squares), strict=True) if square == 0)
-        return StepStats(loss_sum, weight, norm.item(), finite, zero_grads=zeros)
+        return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``."""
         rows = np.array(self._run_evaluate(self._arrays(batch)))
         return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
 
-    def snapshot(self) -> dict[str, object]:
+    def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
-        weights = dict(tree_flatten(self.model.parameters()))
-        groups = {"params": {name: weights[name] for name in self.table}, "m": self.m, "v": self.v}
-        copies = {key: {name: np.array(value) for name, value in group.items()} for key, group in groups.items()}
-        return {**copies, "t": self.t}
 
-    def load_state(self, state: dict[str, object]) -> None:
+        def copy(group: dict[str, mx.array]) -> dict[str, np.ndarray]:
+            return {name: np.array(group[name]) for name in self.table if name in group}
+
+        return State(params=copy(self._weights()), m=copy(self.m), v=copy(self.v), t=self.t)
+
+    def load_state(self, state: State) -> None:
         """Takes a snapshot back.
 
         Raises:
             UserError: a tensor is missing, unknown, or of another shape or dtype.
         """
         shapes = {name: param.shape for name, param in self.table.items()}
-        for key, own in (("m", self.m), ("v", self.v)):
-            parameters.check({name: shapes[name] for name in own}, state[key], f"optimizer state {key}")
+        moments = ((self.m, state["m"], "m"), (self.v, state["v"], "v"))
+        for own, given, key in moments:
+            parameters.check({name: shapes[name] for name in own}, given, f"optimizer state {key}")
         self._put(state["params"])
-        for key, own in (("m", self.m), ("v", self.v)):
+        for own, given, _ in moments:
             for name in own:
-                own[name] = mx.array(state[key][name])
-        self.t = int(state["t"])
+                own[name] = mx.array(given[name])
+        self.t = state["t"]
         self._settle()
 
     def memory(self) -> dict[str, int]:

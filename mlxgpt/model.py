@@ -1,16 +1,17 @@
-"""One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+"""One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows how PyTorch differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from mlxgpt import noise
 from mlxgpt.common import rotary
@@ -64,7 +65,7 @@ class Embedding(nn.Module):
         self.weight = mx.zeros((n_rows, n_embd))
 
     def __call__(self, index: mx.array) -> mx.array:
-        return gather(self.weight, index) if self._deterministic else self.weight[index]
+        return cast(mx.array, gather(self.weight, index)) if self._deterministic else self.weight[index]
 
 
 class Norm(nn.Module):
@@ -109,7 +110,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None =
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, d / 2), d <= D."""
+    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d / 2), d <= D."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
         return mx.concatenate([rotate(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
@@ -129,6 +130,7 @@ def attend(
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if drop is None and not softcap:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, K, H // K, T, D)
@@ -252,7 +254,7 @@ class Block(nn.Module):
         cache: Cache | None = None,
         drop: Dropout | None = None,
     ) -> mx.array:
-        """(B, T, C) -> (B, T, C). pre: Radford et al. 2019; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J, GPT-NeoX."""
+        """(B, T, C) -> (B, T, C). pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J; parallel2: GPT-NeoX."""
         place = self._placement
         y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
         if place == "post":
@@ -312,7 +314,7 @@ class Model(nn.Module):
     def mask(
         self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, window: int = 0, fused: bool = True
     ) -> mx.array | str | None:
-        """True where query i may look at key j: i - window < j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
+        """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
         """
@@ -372,7 +374,7 @@ class Model(nn.Module):
         if drop is not None:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
-            run, local = nn.utils.checkpoint(block) if recompute else block, n in windows
+            run, local = checkpoint(block) if recompute else block, n in windows
             rope = None if n in config.no_rope else ropes.get(local)
             site = 1 + noise.SITES * n
             keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
@@ -382,10 +384,7 @@ class Model(nn.Module):
     def head(self, x: mx.array) -> mx.array:
         """Logits (..., V) in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        if self._config.tied:
-            logits = x @ self.wte.weight.astype(x.dtype).T
-        else:
-            logits = self.lm_head(x)
+        logits = x @ self.wte.weight.astype(x.dtype).T if self._config.tied else self.lm_head(x)
         logits = logits.astype(mx.float32)
         return cap * mx.tanh(logits / cap) if cap else logits
 

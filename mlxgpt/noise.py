@@ -20,7 +20,7 @@ def mix(x: mx.array) -> mx.array:
 
 
 def bits(key: mx.array, first_row: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """24 random bits an element as uint32 of ``shape``; axis 0 counts rows from ``first_row``. key, first_row: uint32 scalars."""
+    """24 random bits an element, uint32 of ``shape``; axis 0 counts rows from ``first_row``; uint32 scalars."""
     rows = mix(mx.arange(shape[0], dtype=mx.uint32) + first_row + key)
     size = 1
     for n in shape[1:]:

@@ -1,7 +1,5 @@
 """Update rules as functions of one tensor. Rates and bias corrections are computed on the host, in Python floats."""
 
-from typing import NamedTuple
-
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -17,7 +15,7 @@ def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:
 
 
 def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
-    """What update number ``t`` (from 1) needs: step size, 1 / sqrt of v's correction, AdamW's decay; Muon's rate and decay."""
+    """Of update ``t`` (from 1): AdamW's step size, 1 / root of v's correction, decay factor; Muon's rate and factor."""
     muon_lr = lr * config.muon_lr / config.lr
     return [
         lr / (1 - config.beta1**t),
@@ -28,20 +26,14 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
     ]
 
 
-class Update(NamedTuple):
-    """A tensor and its moments after an update; Muon has no second moment."""
-
-    p: mx.array
-    m: mx.array
-    v: mx.array | None
-
-
-def adamw(p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, decay: bool, config: OptimConfig) -> Update:
-    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars()."""
+def adamw(
+    p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, decay: bool, config: OptimConfig
+) -> tuple[mx.array, mx.array, mx.array]:
+    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars()."""
     m = m + (1 - config.beta1) * (g - m)
     v = config.beta2 * v + (1 - config.beta2) * g * g
     p = p * s[2] if decay else p
-    return Update(p - s[0] * m / (mx.sqrt(v) * s[1] + config.eps), m, v)
+    return p - s[0] * m / (mx.sqrt(v) * s[1] + config.eps), m, v
 
 
 def orthogonalise(g: mx.array) -> mx.array:
@@ -56,9 +48,9 @@ def orthogonalise(g: mx.array) -> mx.array:
     return x.T if tall else x
 
 
-def muon(p: mx.array, g: mx.array, m: mx.array, s: mx.array, config: OptimConfig) -> Update:
-    """Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), with decoupled decay."""
+def muon(p: mx.array, g: mx.array, m: mx.array, s: mx.array, config: OptimConfig) -> tuple[mx.array, mx.array]:
+    """Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay; p, m."""
     m = m + (1 - config.muon_momentum) * (g - m)
     u = orthogonalise(g + config.muon_momentum * (m - g))
     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-    return Update(p * s[4] - s[3] * scale * u, m, None)
+    return p * s[4] - s[3] * scale * u, m

@@ -9,6 +9,10 @@ from mlxgpt.common.config import ModelConfig, build
 
 SIZES: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=80)
 NO_BIAS: dict[str, Any] = dict(qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)
+LLAMA3: dict[str, Any] = dict(rope_scaling="llama3", rope_factor=8.0, rope_low=1.0, rope_high=4.0, rope_original=16)
+LINEAR: dict[str, Any] = dict(rope_scaling="linear", rope_factor=4.0)
+LONG: dict[str, Any] = dict(block_size=64)
+WINDOW: dict[str, Any] = LONG | dict(window=12)
 
 
 def tiny(**model: Any) -> ModelConfig:
@@ -16,49 +20,45 @@ def tiny(**model: Any) -> ModelConfig:
     return build({"model": SIZES | model}).model
 
 
-LLAMA3: dict[str, Any] = dict(rope_scaling="llama3", rope_factor=8.0, rope_low=1.0, rope_high=4.0, rope_original=16)
 CASES: dict[str, ModelConfig] = {
     "gpt2": tiny(family="gpt2"),
     "gpt2-untied": tiny(family="gpt2", tied=False, n_hidden=80),
     "gpt2-nobias-erf": tiny(family="gpt2", activation="gelu", **NO_BIAS),
     "llama": tiny(family="llama"),
-    "llama-untied": tiny(family="llama", tied=False, rope_theta=5e5, norm_eps=1e-6),
+    "llama-untied": tiny(family="llama", tied=False, rope_theta=5e5, norm_eps=1e-6, **LONG, **LLAMA3),
     "llama-gqa": tiny(family="llama", n_kv_head=2, head_dim=16, n_hidden=72),
     "llama-bias": tiny(family="llama", qkv_bias=True, mlp_bias=True, activation="gelu_tanh"),
     "qwen3": tiny(family="qwen3", n_kv_head=2, head_dim=16),
     "qwen3-untied": tiny(family="qwen3", tied=False),
-    "qwen3-window": tiny(family="qwen3", n_kv_head=1, head_dim=16, window=12, window_layers=[1]),
-    "llama-llama3": tiny(family="llama", tied=False, rope_theta=5e5, **LLAMA3),
-    "llama-linear": tiny(family="llama", rope_scaling="linear", rope_factor=4.0),
-    "mistral": tiny(family="mistral", n_kv_head=2, tied=False),
-    "mistral-window": tiny(family="mistral", n_kv_head=2, head_dim=16, tied=False, window=12),
-    "qwen2": tiny(family="qwen2", n_kv_head=2),
-    "qwen2-window": tiny(family="qwen2", n_kv_head=2, window=12, window_layers=[1], tied=False),
-    "gemma": tiny(family="gemma", n_kv_head=1, head_dim=16),
-    "gemma2": tiny(family="gemma2", n_kv_head=2, head_dim=16, window=12, attn_scale=12**-0.5),
-    "gemma2-uncapped": tiny(family="gemma2", attn_softcap=0.0, final_softcap=0.0, window=12),
-    "gemma3_text": tiny(family="gemma3_text", n_kv_head=2, head_dim=16, window=12, window_layers=[0]),
+    "mistral": tiny(family="mistral", n_kv_head=2, head_dim=16, tied=False, **WINDOW),
+    "qwen2": tiny(family="qwen2", n_kv_head=2, **LONG),
+    "gemma": tiny(family="gemma", n_kv_head=1, head_dim=16, **LONG),
+    "gemma2": tiny(family="gemma2", n_kv_head=2, head_dim=16, attn_scale=12**-0.5, **WINDOW),
+    "gemma3_text": tiny(family="gemma3_text", n_kv_head=2, head_dim=16, window_layers=[0], **WINDOW),
+    "gpt_neox": tiny(family="gpt_neox", **LONG),
+    "phi": tiny(family="phi", n_kv_head=2, **LONG),
+    "phi3": tiny(family="phi3", n_kv_head=2, tied=False, **LONG),
+    "olmo2": tiny(family="olmo2", n_kv_head=2, tied=False, **LONG),
+    "smollm3": tiny(family="smollm3", n_kv_head=2, no_rope=[1], **LONG),
+}
+
+# what the families can say besides
+VARIANTS: dict[str, ModelConfig] = {
+    "llama-linear": tiny(family="llama", **LONG, **LINEAR),
+    "mistral-full": tiny(family="mistral", **LONG),
+    "qwen2-window": tiny(family="qwen2", n_kv_head=2, tied=False, window_layers=[1], **WINDOW),
+    "qwen3-window": tiny(family="qwen3", n_kv_head=1, head_dim=16, window_layers=[1], **WINDOW),
+    "gemma2-uncapped": tiny(family="gemma2", attn_softcap=0.0, final_softcap=0.0, **WINDOW),
     "gemma3_text-linear": tiny(
-        family="gemma3_text",
-        n_embd=64,
-        n_layer=3,
-        window=12,
-        window_layers=[0, 1],
-        final_softcap=20.0,
-        attn_scale=20**-0.5,
-        rope_scaling="linear",
-        rope_factor=8.0,
+        family="gemma3_text", n_embd=64, n_layer=3, window_layers=[0, 1], attn_scale=20**-0.5, **WINDOW, **LINEAR
     ),
-    "gpt_neox": tiny(family="gpt_neox", head_dim=12),
-    "gpt_neox-serial": tiny(family="gpt_neox", placement="pre", rotary_dim=12, activation="gelu_tanh"),
-    "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80),
-    "phi": tiny(family="phi", n_kv_head=2),
-    "phi3": tiny(family="phi3", n_kv_head=2, tied=False),
-    "phi3-window": tiny(family="phi3", rotary_dim=6, window=12),
-    "olmo2": tiny(family="olmo2", n_kv_head=2, tied=False),
-    "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16),
-    "smollm3": tiny(family="smollm3", n_kv_head=2, no_rope=[1]),
-    "smollm3-window": tiny(family="smollm3", n_kv_head=2, no_rope=[0], window=12, window_layers=[0], mlp_bias=True),
+    "gemma3_text-softcap": tiny(family="gemma3_text", final_softcap=2.0, window=0),
+    "gpt_neox-serial": tiny(family="gpt_neox", placement="pre", rotary_dim=12, activation="gelu_tanh", **LONG),
+    "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80, **LONG),
+    "phi-linear": tiny(family="phi", head_dim=16, rotary_dim=10, **LONG, **LINEAR),
+    "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
+    "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16, **LONG),
+    "smollm3-window": tiny(family="smollm3", no_rope=[0], window_layers=[0], mlp_bias=True, **WINDOW),
 }
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from mlxgpt.common import checkpoint, params, tensors
-from mlxgpt.common.checkpoint import State
+from mlxgpt.common.batch import State
+from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.writer import Writer
@@ -32,18 +33,18 @@ class Words:
         (folder / "tokenizer.json").write_text('{"words": true}')
 
 
-def snapshot(seed: int = 0) -> dict[str, Any]:
+def snapshot(seed: int = 0) -> State:
     """Weights and moments that differ everywhere."""
     weights = params.init_params(CONFIG, seed)
     m = {name: np.full(array.shape, 0.25 + seed, np.float32) for name, array in weights.items()}
     v = {name: np.square(array) for name, array in weights.items()}
-    return {"params": weights, "m": m, "v": v, "t": 7 + seed}
+    return State(params=weights, m=m, v=v, t=7 + seed)
 
 
-def state(step: int, best: int = 0) -> State:
+def state(step: int, best: int = 0) -> RunState:
     """The state after ``step``."""
     found = {"step": best, "loss": 1.5} if best else None
-    return State(
+    return RunState(
         1337,
         {"train": "ab"},
         {"train": {"steps": 9}},

@@ -40,7 +40,8 @@ def counting(folder: Path, count: int, name: str, files: int = 3) -> Tokens:
 def source(
     folder: Path, train: int = 1000, val: int = 103, block: int = 8, sampling: str = "random", **settings: Any
 ) -> TokenSource:
-    config = TrainConfig(**({"batch_size": 4, "seed": 3} | settings))
+    given: dict[str, Any] = {"batch_size": 4, "seed": 3} | settings
+    config = TrainConfig(**given)
     return TokenSource(counting(folder, train, "t"), counting(folder, val, "v"), block, config, sampling)
 
 

@@ -174,6 +174,7 @@ def test_every_option_changes_the_tokens() -> None:
 def test_sampling_on_device_is_the_specification_over_many_rows(backend: str) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, 301)).astype(np.float32) * 3
+    logits[::2] -= 12  # rows in which all are negative, so that the penalty of those decides as well
     seen = rng.random(logits.shape) < 0.2
     keys = rng.integers(0, 2**32, len(logits), dtype=np.uint32)
     for options in SAMPLES:
@@ -319,10 +320,10 @@ TEXT = "naive na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f600 the cat sat on 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return {kind: train_tokenizer(kind, [TEXT], 290) for kind in ("char", "bpe")}
+    return {kind: train_tokenizer(kind, [TEXT], 310) for kind in ("char", "bpe", "sp-bpe")}
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("kind", ["char", "bpe", "sp-bpe"])  # SentencePiece drops a space at the start of a text
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_streamed_text_is_the_decoded_text(backend: str, kind: str, tokenizers: dict) -> None:
     tokenizer = tokenizers[kind]
@@ -342,6 +343,20 @@ def test_streamed_text_is_the_decoded_text(backend: str, kind: str, tokenizers: 
         assert pieces[index] == result.text
     drawn = GENERATE[backend].sample_text(model, tokenizer, SampleConfig(prompt=prompts[0], max_tokens=30))
     assert drawn == prompts[0] + results[0].text
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "sp-bpe"])
+def test_text_goes_on_where_its_prompt_ends(kind: str, tokenizers: dict) -> None:
+    tokenizer = tokenizers[kind]
+    text = "the cat na\u00efve \u65e5\u672c \U0001f600 the end."
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids)):
+        prompt = tokenizer.decode(ids[:cut])
+        if prompt.endswith("\ufffd"):
+            continue  # half a character is no prompt
+        row = continuation.Row(0, ids[:cut], 0, tokenizer, ())
+        streamed = [row.add(token, len(ids) - cut, 10**6) for token in ids[cut:]]
+        assert "".join(streamed) == row.result().text == text[len(prompt) :]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -375,6 +390,19 @@ class Pieces:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.words[i] for i in ids)
+
+
+class Stripping(Pieces):
+    """As Llama's SentencePiece decodes: without the space at the start of a text."""
+
+    def decode(self, ids: list[int]) -> str:
+        return super().decode(ids).removeprefix(" ")
+
+
+def test_a_space_after_the_prompt_is_kept() -> None:
+    tokenizer: Any = Stripping([" once", " upon", " a"])
+    row = continuation.Row(0, [0], 0, tokenizer, ())
+    assert [row.add(1, 2, 9), row.add(2, 2, 9)] == [" upon", " a"]
 
 
 def feed(words: list[str], stop: tuple[str, ...]) -> tuple[continuation.Row, list[str]]:

@@ -1,13 +1,14 @@
-"""PyTorch's half of training: gradients, clipping and updates of one global batch, and the state that a checkpoint holds."""
+"""PyTorch's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from mlxgpt.common import params as parameters
 from mlxgpt.common import rng
-from mlxgpt.common.batch import Batch, StepStats
+from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from torch_ref import device as devices
 from torch_ref import losses, optim
@@ -56,8 +57,9 @@ class Engine:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _arrays(self, batch: Batch) -> losses.Arrays:
-        fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
-        return losses.Arrays(*(None if field is None else self._tensor(field) for field in fields))
+        tokens, targets, weights = (self._tensor(field) for field in (batch.tokens, batch.targets, batch.weights))
+        extra = (None if field is None else self._tensor(field) for field in (batch.positions, batch.segments))
+        return losses.Arrays(tokens, targets, weights, *extra)
 
     def _dropout_keys(self, step: int) -> torch.Tensor:
         """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
@@ -85,10 +87,11 @@ class Engine:
 
     @torch.no_grad()
     def _update(self, rows: torch.Tensor, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
-        """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm."""
+        """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared."""
         config = self.recipe.optim
-        grads = {name: self.weights[name].grad for name in self.table}
-        squares = torch.stack([torch.linalg.vector_norm(g).square() for g in grads.values()]) * inverse_weight**2
+        grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
+        squares = torch.stack([torch.linalg.vector_norm(grads[name]).square() for name in self.table])
+        squares = squares.mul(inverse_weight**2)
         squares = squares.tolist()
         norm = sum(squares) ** 0.5
         if np.isfinite(norm) and bool(torch.isfinite(rows).all()):
@@ -128,30 +131,30 @@ class Engine:
         rows = self._run_evaluate(self._arrays(batch)).cpu().numpy()
         return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
 
-    def snapshot(self) -> dict[str, object]:
+    def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
-        groups = {"params": {name: self.weights[name] for name in self.table}, "m": self.m, "v": self.v}
-        copies = {
-            key: {name: np.array(value.detach().cpu().numpy()) for name, value in group.items()}
-            for key, group in groups.items()
-        }
-        return {**copies, "t": self.t}
+
+        def copy(group: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+            return {name: group[name].detach().cpu().numpy().copy() for name in self.table if name in group}
+
+        return State(params=copy(self.weights), m=copy(self.m), v=copy(self.v), t=self.t)
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, object]) -> None:
+    def load_state(self, state: State) -> None:
         """Takes a snapshot back.
 
         Raises:
             UserError: a tensor is missing, unknown, or of another shape or dtype.
         """
         shapes = {name: param.shape for name, param in self.table.items()}
-        for key, own in (("m", self.m), ("v", self.v)):
-            parameters.check({name: shapes[name] for name in own}, state[key], f"optimizer state {key}")
+        moments = ((self.m, state["m"], "m"), (self.v, state["v"], "v"))
+        for own, given, key in moments:
+            parameters.check({name: shapes[name] for name in own}, given, f"optimizer state {key}")
         self._put(state["params"])
-        for key, own in (("m", self.m), ("v", self.v)):
+        for own, given, _ in moments:
             for name in own:
-                own[name].copy_(torch.from_numpy(state[key][name]))
-        self.t = int(state["t"])
+                own[name].copy_(torch.from_numpy(given[name]))
+        self.t = state["t"]
 
     def memory(self) -> dict[str, int]:
         """Bytes: ``active`` and ``peak``."""

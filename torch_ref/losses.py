@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-
 import torch
 import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows the frameworks' differences.
+"""One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows how MLX differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
@@ -92,7 +92,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | Non
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos and sin (..., T, d / 2), d <= D."""
+    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d / 2), d <= D."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
         return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], dim=-1)
@@ -121,6 +121,7 @@ def attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+    assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, K, H // K, T, D)
@@ -244,7 +245,7 @@ class Block(nn.Module):
         cache: Cache | None = None,
         drop: Dropout | None = None,
     ) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C). pre: Radford et al. 2019; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J, GPT-NeoX."""
+        """(B, T, C) -> (B, T, C). pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J; parallel2: GPT-NeoX."""
         place = self._placement
         y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
         if place == "post":
@@ -276,6 +277,11 @@ class Model(nn.Module):
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
     """
+
+    _cos: torch.Tensor
+    _sin: torch.Tensor
+    _cos_local: torch.Tensor
+    _sin_local: torch.Tensor
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -312,7 +318,7 @@ class Model(nn.Module):
         window: int = 0,
         fused: bool = True,
     ) -> torch.Tensor | str | None:
-        """True where query i may look at key j: i - window < j <= i, in one segment, not padding. (T, S) or (B, 1, T, S).
+        """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
         """
@@ -386,10 +392,7 @@ class Model(nn.Module):
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        if self._config.tied:
-            logits = x @ self.wte.weight.to(x.dtype).T
-        else:
-            logits = self.lm_head(x)
+        logits = x @ self.wte.weight.to(x.dtype).T if self._config.tied else self.lm_head(x)
         logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -18,7 +18,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def bits(key: torch.Tensor, first_row: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """24 random bits an element as int32 of ``shape``; axis 0 counts rows from ``first_row``. key, first_row: int32 scalars."""
+    """24 random bits an element, int32 of ``shape``; axis 0 counts rows from ``first_row``; int32 scalars."""
     rows = mix(torch.arange(shape[0], dtype=torch.int32, device=key.device) + first_row + key)
     size = 1
     for n in shape[1:]:

@@ -12,7 +12,7 @@ def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:
 
 
 def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
-    """What update number ``t`` (from 1) needs: step size, 1 / sqrt of v's correction, AdamW's decay; Muon's rate and decay."""
+    """Of update ``t`` (from 1): AdamW's step size, 1 / root of v's correction, decay factor; Muon's rate and factor."""
     muon_lr = lr * config.muon_lr / config.lr
     return [
         lr / (1 - config.beta1**t),
@@ -47,7 +47,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
 
 def muon(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, s: list[float], config: OptimConfig) -> None:
-    """Muon, in place: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), with decoupled decay."""
+    """Muon, in place: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay."""
     m.lerp_(g, 1 - config.muon_momentum)
     u = orthogonalise(g + config.muon_momentum * (m - g))
     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5

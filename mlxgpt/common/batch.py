@@ -6,7 +6,7 @@ B rows, T tokens a row.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -16,8 +16,8 @@ class Batch:
     """Rows of tokens and what is asked of them.
 
     ``weights`` is 0 where a position is not a target. ``positions`` and ``segments`` are None when every row is one
-    text that starts at position 0. ``first_row`` is the index of row 0 in the global batch: dropout is a function of it,
-    so a micro-batch draws the masks that its rows have in the whole.
+    text that starts at position 0. ``first_row`` is the index of row 0 in the global batch: dropout is a function of
+    it, so a micro-batch draws the masks that its rows have in the whole.
     """
 
     tokens: np.ndarray  # (B, T) int32
@@ -83,6 +83,15 @@ class StepStats:
     zero_grads: tuple[str, ...] = ()  # trainable tensors whose gradient is exactly zero
 
 
+class State(TypedDict):
+    """An engine's state on the host, by canonical names; all arrays are float32."""
+
+    params: dict[str, np.ndarray]
+    m: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]  # without Muon's tensors
+    t: int  # applied updates
+
+
 class Engine(Protocol):
     """A framework's half of training: mlxgpt.engine.Engine and torch_ref.engine.Engine.
 
@@ -103,12 +112,12 @@ class Engine(Protocol):
         """Float64 sums without dropout or smoothing, always with ``loss`` and ``weight``."""
         ...
 
-    def snapshot(self) -> dict[str, object]:
-        """``{"params": {name: float32}, "m": {...}, "v": {...}, "t": int}``: host copies that the caller owns."""
+    def snapshot(self) -> State:
+        """Host copies that the caller owns."""
         ...
 
-    def load_state(self, state: dict[str, object]) -> None:
-        """Takes a snapshot back; names, shapes and dtypes must be exactly its own (UserError names the first that is not)."""
+    def load_state(self, state: State) -> None:
+        """Takes a snapshot back; UserError names the first tensor that is not as expected."""
         ...
 
     def memory(self) -> dict[str, int]:

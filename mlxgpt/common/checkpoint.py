@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-0000500/             a model folder: float32 weights, config.json, tokenizer files
         training/optimizer.safetensors        m.NAME, v.NAME (float32, our names and layout), t (int64)
-        training/state.json                   the State below; files: sha256 of every other file; sha256: of itself
+        training/state.json                   the RunState below; files: sha256 of every other file; sha256: of itself
     RUN/best  RUN/last                        relative links, or files of one line; hints only
 
 A checkpoint is written to a hidden sibling, fsynced and renamed, so a crash at any moment leaves whole ones only.
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common import folder, tensors
+from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
 
@@ -36,7 +37,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass
-class State:
+class RunState:
     """What a run knows beside its tensors. ``recipe`` is resolved; ``environment`` is the engine's description."""
 
     seed: int
@@ -54,10 +55,10 @@ class State:
 
 def write(
     run: Path,
-    snapshot: dict[str, Any],
+    snapshot: State,
     config: ModelConfig,
     tokenizer: Any,
-    state: State,
+    state: RunState,
     keep: int,
 ) -> tuple[Path, int]:
     """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and drops what ``keep`` lets go.
@@ -69,7 +70,8 @@ def write(
         RunError: no space left, the system refuses to write, or a weight is not finite. Nothing half-written stays.
     """
     final = path_of(run, state.step)
-    arrays = {f"{group}.{name}": value for group in ("m", "v") for name, value in snapshot[group].items()}
+    arrays = {f"m.{name}": value for name, value in snapshot["m"].items()}
+    arrays |= {f"v.{name}": value for name, value in snapshot["v"].items()}
     arrays["t"] = np.array(snapshot["t"], dtype=np.int64)
     for name, value in arrays.items():
         if not np.isfinite(value).all():
@@ -96,9 +98,10 @@ def write(
     return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
 
 
-def size_of(snapshot: dict[str, Any]) -> int:
+def size_of(snapshot: State) -> int:
     """Bytes that a checkpoint of these arrays needs, with a margin for its small files."""
-    return sum(value.nbytes for group in ("params", "m", "v") for value in snapshot[group].values()) + 4 * 2**20
+    groups = snapshot["params"], snapshot["m"], snapshot["v"]
+    return sum(value.nbytes for group in groups for value in group.values()) + 4 * 2**20
 
 
 def check_space(place: Path, needed: int) -> None:
@@ -132,7 +135,7 @@ def sweep(run: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _write_state(checkpoint: Path, state: State) -> None:
+def _write_state(checkpoint: Path, state: RunState) -> None:
     """state.json, last of all files: it holds the sums of the others, each of which is on disk by then."""
     files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -187,7 +190,7 @@ def _point(link: Path, checkpoint: Path) -> None:
     os.replace(temporary, link)
 
 
-def _retire(run: Path, state: State, keep: int) -> None:
+def _retire(run: Path, state: RunState, keep: int) -> None:
     """Removes all but the newest ``keep``, the best and the last; 0 keeps all. What cannot be removed stays."""
     steps = [step for step in steps_of(run) if step <= state.step]
     best = int(state.best["step"]) if state.best else -1
@@ -202,7 +205,7 @@ def _retire(run: Path, state: State, keep: int) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def verify(checkpoint: Path) -> State:
+def verify(checkpoint: Path) -> RunState:
     """The state of a checkpoint of which every byte is as it was written.
 
     Raises:
@@ -226,10 +229,10 @@ def verify(checkpoint: Path) -> State:
             raise UserError(
                 f"{checkpoint / name}: damaged: sha256 {found[:12]}, expected {expected[:12]} by state.json"
             )
-    return State(**content)
+    return RunState(**content)
 
 
-def find_newest_valid(run: Path, say: Callable[[str], None] = print) -> tuple[Path, State] | None:
+def find_newest_valid(run: Path, say: Callable[[str], None] = print) -> tuple[Path, RunState] | None:
     """The newest checkpoint whose sums hold, and its state; None where the run has none at all.
 
     Raises:
@@ -258,27 +261,23 @@ def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
             say(f"{place}: damaged, renamed to {aside.name}")
 
 
-def read(checkpoint: Path, config: ModelConfig) -> dict[str, Any]:
+def read(checkpoint: Path, config: ModelConfig) -> State:
     """The snapshot in a checkpoint: params, m and v by name, and t.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
     """
     arrays = tensors.read_tensors(checkpoint / OPTIMIZER)
-    snapshot: dict[str, Any] = {
-        "params": folder.read_params(checkpoint, config),
-        "m": {},
-        "v": {},
-    }
     if "t" not in arrays:
         raise UserError(f"{checkpoint / OPTIMIZER}: tensor t is missing")
-    snapshot["t"] = int(arrays.pop("t"))
+    t = int(arrays.pop("t"))
+    moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
     for name, array in arrays.items():
-        group, _, name = name.partition(".")
-        if group not in ("m", "v"):
-            raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {group}.{name}")
-        snapshot[group][name] = array
-    return snapshot
+        group, _, tensor = name.partition(".")
+        if group not in moments:
+            raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {name}")
+        moments[group][tensor] = array
+    return State(params=folder.read_params(checkpoint, config), m=moments["m"], v=moments["v"], t=t)
 
 
 def is_run(place: Path) -> bool:

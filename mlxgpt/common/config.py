@@ -7,6 +7,7 @@ check what can be checked without the data; they import nothing heavy, so a wron
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,17 +135,11 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from and how they are cut into batches."""
 
-    source: str = _field(
-        "pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder of them, prepared shards, a flat .bin"
-    )
+    source: str = _field("pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder, shards, a flat .bin")
     text_key: str = _field("text", "key or column that holds a document in .jsonl and .parquet")
-    tokenizer: str = _field(
-        "bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or a path to tokenizer.json, .model or a folder"
-    )
+    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or the path of one")
     vocab_size: int = _field(2048, "size of a tokenizer trained here; char ignores it")
-    val_fraction: float = _field(
-        0.1, "share of documents, by hash, that validates; one long document is cut at this share"
-    )
+    val_fraction: float = _field(0.1, "share of documents, by hash, that validates; a lone one is cut")
     sampling: str = _field("random", "random (windows with replacement) or epoch (a permutation an epoch)")
     workers: int = _field(0, "processes that prepare the corpus; 0 = one a core")
 
@@ -198,9 +193,7 @@ class TrainConfig:
     label_smoothing: float = _field(0.0, "share of the target's probability spread over the vocabulary")
     z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps the logits' scale in check")
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
-    checkpoint_activations: bool = _field(
-        False, "recompute each block in the backward pass: less memory, a third more time"
-    )
+    checkpoint_activations: bool = _field(False, "recompute blocks in the backward pass: less memory, more time")
     loss_chunk: int = _field(0, "tokens of a chunk of head and loss; 0 = all at once")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
@@ -220,8 +213,8 @@ class TrainConfig:
         _one_of("train", self, "compile", "auto", "on", "off")
         for name in ("steps", "batch_size"):
             _check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("micro_batch_size", "z_loss", "loss_chunk", "eval_every", "eval_batches", "sample_every", "save_every",
-                     "keep", "early_stop", "seed"):  # fmt: skip
+        counts = "micro_batch_size loss_chunk eval_every eval_batches sample_every save_every keep early_stop seed"
+        for name in (*counts.split(), "z_loss"):
             _check("train", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("train", self.log_every > 0, "log_every", self.log_every, "a positive number")
         for name in ("dropout", "label_smoothing"):
@@ -238,7 +231,7 @@ class SampleConfig:
     top_k: int = _field(0, "keep the k likeliest tokens; 0 = all")
     top_p: float = _field(1.0, "keep the likeliest tokens that hold this probability; 1 = all")
     min_p: float = _field(0.0, "keep tokens at least this share as likely as the likeliest; 0 = all")
-    repetition_penalty: float = _field(1.0, "divides positive and multiplies negative logits of tokens seen; 1 = off")
+    repetition_penalty: float = _field(1.0, "divides positive, multiplies negative logits of tokens seen; 1 = off")
     seed: int = _field(0, "the noise is a function of it")
 
     def __post_init__(self) -> None:
@@ -406,8 +399,6 @@ def _toml_value(value: Any) -> str:
         return repr(list(value))
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
-        import json
-
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 

@@ -15,7 +15,7 @@ from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.shards import Tokens
-from mlxgpt.common.tokenizer import KINDS, Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizer import KINDS, Tokenizer, has_tokenizer, load_tokenizer
 
 
 class TokenSource:
@@ -182,9 +182,10 @@ def open_data(
         UserError: anything wrong with the source, the tokenizer, the shards or the splits' lengths.
     """
     path = Path(data.source)
-    if out is not None and shards.is_shards(Path(out) / "data"):
-        path = Path(out) / "data"
-        say(f"data: the shards in {path}, which the run carries")
+    carried = _carried(Path(out) / "data") if out is not None else None
+    if carried is not None:
+        path = carried
+        say(f"data: {path}, which the run carries")
     if path.suffix == ".bin" or (path.is_dir() and (path / "train.bin").is_file() and not shards.is_shards(path)):
         return _open_flat(path, data, model_block_size, train, say)
     folder = path if shards.is_shards(path) else prepare.cached(data, say)
@@ -220,26 +221,36 @@ def open_data(
     return source, tokenizer
 
 
+def _carried(folder: Path) -> Path | None:
+    """What ``data export`` packed and somebody unpacked into ``folder``: shards, or a flat .bin."""
+    bins = [folder / "train.bin", *sorted(folder.glob("*.bin"))]
+    return folder if shards.is_shards(folder) else next((path for path in bins if path.is_file()), None)
+
+
 def _open_flat(
     path: Path, data: DataConfig, block_size: int, train: TrainConfig, say: Callable[[str], None]
 ) -> tuple[TokenSource, Tokenizer | None]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     first, second, files = shards.open_flat(path, data.val_fraction)
-    tokenizer = None if data.tokenizer in KINDS else load_tokenizer(data.tokenizer)
+    beside = files[0].parent / "tokenizer"
+    if has_tokenizer(beside):
+        tokenizer = load_tokenizer(beside)
+    else:
+        tokenizer = None if data.tokenizer in KINDS else load_tokenizer(data.tokenizer)
     digest, largest = {}, -1
     for file in files:
-        digest[file.name], most = shards.hash_and_largest(file, np.dtype("<u2"))
+        digest[file.name], most = shards.hash_and_largest(file)
         largest = max(largest, most)
     if tokenizer is not None and largest >= tokenizer.n_vocab:
-        raise UserError(f"{path}: token {largest}: expected ids below the {tokenizer.n_vocab} of {data.tokenizer}")
+        raise UserError(f"{path}: token {largest}: expected ids below the tokenizer's {tokenizer.n_vocab}")
     if tokenizer is None:
         why = (
             "meta.pkl is a pickle and is not read"
             if (files[0].parent / "meta.pkl").exists()
             else "a .bin has no tokenizer"
         )
-        say(f"data: {why}: samples print ids unless data.tokenizer is a path")
+        say(f"data: {why}: samples print ids unless data.tokenizer names one")
     if len(files) == 1:
         say(f"data: {files[0]}: no val.bin beside it: its last {data.val_fraction:.0%} validate")
     if tokenizer is not None:

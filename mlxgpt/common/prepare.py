@@ -146,7 +146,7 @@ def _fill(folder: Path, corpus: Corpus, data: DataConfig, tokenizer: Tokenizer |
 def train(corpus: Corpus, scanned: Scan, kind: str, vocab_size: int, val_fraction: float, say: Say) -> Tokenizer:
     """A tokenizer of ``corpus``: char knows every character of it, the others learn from its training split.
 
-    A corpus larger than TRAINING gives an even sample of its pieces, chosen by their hash.
+    ``val_fraction`` 0 means no split. A corpus larger than TRAINING gives an even sample of its pieces, chosen by hash.
     """
     share = min(1.0, TRAINING[kind] / scanned.size)
     if share < 1:
@@ -154,7 +154,8 @@ def train(corpus: Corpus, scanned: Scan, kind: str, vocab_size: int, val_fractio
     limit = int(share * (1 << 32))
 
     def texts() -> Iterator[str]:
-        for split, piece in corpora.split(corpus.read(), scanned, val_fraction):
+        everything = (("train", piece) for piece in corpus.read())
+        for split, piece in corpora.split(corpus.read(), scanned, val_fraction) if val_fraction else everything:
             # The low bits choose the sample, as the high ones choose the split.
             if kind == "char" or (split == "train" and (share == 1 or piece.hash & 0xFFFFFFFF < limit)):
                 yield piece.text
@@ -181,7 +182,7 @@ def _write_shards(
     waiting: list[list[tuple[str, Piece]]] = []
 
     def groups() -> Iterator[list[str]]:
-        for group in _groups(corpora.split(corpus.read(), scanned, data.val_fraction)):
+        for group in grouped(corpora.split(corpus.read(), scanned, data.val_fraction)):
             waiting.append(group)
             yield [piece.text for _, piece in group]
 
@@ -227,7 +228,7 @@ def _guilty(tokenizer: Tokenizer, groups: list[list[tuple[str, Piece]]]) -> str:
     return "corpus"
 
 
-def _groups(pieces: Iterator[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+def grouped(pieces: Iterator[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
     """Pieces in groups of about GROUP characters; where they are cut depends on the pieces alone."""
     group: list[tuple[str, Piece]] = []
     size = 0

@@ -8,8 +8,8 @@ from mlxgpt.common.config import ModelConfig
 def frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
     """Radians a position of each pair, float64 (rotary_dim / 2,); ``local``: of the layers with a window.
 
-    theta^(-2i / d) (Su et al. 2021, RoFormer). Linear scaling divides all of them (Chen et al. 2023); llama3 those whose
-    wavelength is over original / low, and mixes in between up to original / high (Llama 3.1's reference code).
+    theta^(-2i / d) (Su et al. 2021, RoFormer). Linear scaling divides all of them (Chen et al. 2023); llama3 those
+    whose wavelength is over original / low, and mixes in between up to original / high (Llama 3.1's reference code).
     """
     theta = config.rope_local_theta if local and config.rope_local_theta else config.rope_theta
     inverse = theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)

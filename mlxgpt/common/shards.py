@@ -176,8 +176,9 @@ class Tokens:
             os.close(descriptor)
 
 
-def hash_and_largest(path: Path, dtype: np.dtype) -> tuple[str, int]:
-    """sha256 of a file of tokens and the largest token in it (-1 if none), in one pass of constant memory."""
+def hash_and_largest(path: Path, dtype: np.dtype | None = None) -> tuple[str, int]:
+    """sha256 of a file of tokens (uint16 unless said) and its largest token (-1 if none): one pass, constant memory."""
+    dtype = dtype or np.dtype("<u2")
     digest, largest = hashlib.sha256(), -1
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):

@@ -1,0 +1,279 @@
+"""The verb ``train``: everything that can be wrong is found before a folder is made or a run touched."""
+
+import contextlib
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common import backend as backends
+from mlxgpt.common import (
+    checkpoint,
+    chips,
+    data,
+    families,
+    folder,
+    metrics,
+    params,
+    recipes,
+    resume,
+    run_folder,
+    schedule,
+    trainer,
+)
+from mlxgpt.common.backend import Backend
+from mlxgpt.common.checkpoint import RunState
+from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_toml
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.progress import Progress
+from mlxgpt.common.tokenizer import KINDS, Tokenizer, has_tokenizer, load_tokenizer
+
+
+def train(args: Namespace) -> int:
+    """Starts a run, or goes on with one.
+
+    Args:
+        args: recipe, out, steps, stop_after, set, resume, init_from, backend, device.
+
+    Returns:
+        0, or 130 and 143 after a signal.
+
+    Raises:
+        UserError: wrong usage or input; nothing was written.
+        RunError: the run broke.
+    """
+    if not args.resume:
+        return _begin(args)
+    for flag, given in (("--out", args.out), ("--init-from", args.init_from)):
+        if given:
+            raise UserError(f"{flag} {given}: a resumed run stays where it is and goes on from its own weights")
+    return _continue(args)
+
+
+def _begin(args: Namespace) -> int:
+    """A new run."""
+    name = args.recipe or "pydocs"
+    path = recipes.find(name)
+    written = apply_sets(read_toml(path), args.set)
+    recipe = _recipe(written, args.steps, str(path))
+    out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
+    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
+    schedule.check(recipe.optim, recipe.train.steps)
+    backend = _backend(args)
+    origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
+    if origin:
+        recipe = _take_model(recipe, written.get("model", {}), origin)
+
+    source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train)
+    if origin:
+        _check_same_vocabulary(origin, recipe.model, tokenizer, source.vocab_size)
+    recipe = _resolve(recipe, source, tokenizer)
+    _check_sample(recipe, tokenizer)
+    space = 12 * params.count(recipe.model) + 4 * 2**20
+    checkpoint.check_space(run_folder.existing(out), space)
+    weights = (
+        folder.read_params(origin, recipe.model) if origin else params.init_params(recipe.model, recipe.train.seed)
+    )
+    engine = backend.engine.Engine(recipe, weights, device=args.device)
+
+    state = _fresh(recipe, source.digest, engine.describe())
+    run_folder.make(out)
+    with run_folder.locked(out):
+        run_folder.begin(out, recipe, engine.describe(), args.init_from)
+        return _run(args, backend, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
+
+
+def _continue(args: Namespace) -> int:
+    """A run that was stopped, from its newest checkpoint that holds."""
+    run = Path(args.resume)
+    resume.check_run(run)
+    with run_folder.locked(run):
+        stored = read_toml(run / "recipe.toml")
+        written = read_toml(recipes.find(args.recipe)) if args.recipe else stored
+        recipe = _recipe(apply_sets(written, args.set), args.steps if args.steps else None, str(run / "recipe.toml"))
+        if not recipe.model.vocab_size:
+            vocab_size = stored.get("model", {}).get("vocab_size", 0)
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
+        found = checkpoint.find_newest_valid(run)
+        before = found[1].recipe if found else dataclasses.asdict(build(stored, str(run / "recipe.toml")))
+        step = found[1].step if found else 0
+        rounding = resume.check_recipe(run, before, recipe, step, print)
+        if found and (why := trainer.finished(recipe, found[1])):
+            print(f"{run}: nothing to do: {why}; model: {checkpoint.resolve_model(run)}")
+            return 0
+        if args.stop_after and args.stop_after <= step:
+            raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
+        metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
+        schedule.check(recipe.optim, recipe.train.steps)
+        backend = _backend(args)
+        source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
+        _check_sample(recipe, tokenizer)
+        if found:
+            place, state = found
+            resume.check_data(run, state.data, source.digest)
+            snapshot = checkpoint.read(place, recipe.model)
+            engine = backend.engine.Engine(recipe, snapshot["params"], device=args.device)
+            engine.load_state(snapshot)
+            environment = engine.describe()
+            resume.say_environment(state, environment, rounding, print)
+            print(f"{run}: goes on from step {step} ({place.name}, written by {state.framework})")
+            state = dataclasses.replace(
+                state, recipe=dataclasses.asdict(recipe), framework=environment["framework"], environment=environment
+            )
+            checkpoint.set_aside(run, step, print)
+        else:
+            _check_restart(run)
+            print(f"{run}: no checkpoint yet: starts from step 1")
+            weights = params.init_params(recipe.model, recipe.train.seed)
+            engine = backend.engine.Engine(recipe, weights, device=args.device)
+            state = _fresh(recipe, source.digest, engine.describe())
+        checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
+        checkpoint.sweep(run)
+        metrics.cut(run / metrics.FILE, step)
+        run_folder.note(run, recipe, engine.describe(), step)
+        return _run(args, backend, run, recipe, engine, source, tokenizer, state)
+
+
+def _run(
+    args: Namespace,
+    backend: Backend,
+    run: Path,
+    recipe: Recipe,
+    engine: Any,
+    source: data.TokenSource,
+    tokenizer: Tokenizer | None,
+    state: RunState,
+    save_first: bool = False,
+) -> int:
+    """The loop, with its files and its display around it."""
+    environment = engine.describe()
+    names = (environment[key] for key in ("framework", "version", "device"))
+    print(f"{run}: {params.count(recipe.model):,} parameters, {recipe.train.steps:,} steps; {' '.join(names)}")
+    flops = chips.training_flops(recipe.model)
+    display = Progress(
+        run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
+        chips.peak_flops(environment["device"]), engine.memory,
+    )  # fmt: skip
+    sinks = metrics.open_sinks(
+        run, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
+    )
+    with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
+        job = trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display)
+        job.stop_after = args.stop_after or 0
+        job.save_first = save_first
+        if recipe.sample.max_tokens:
+            job.sample = lambda: _sample(backend, engine, recipe, tokenizer)
+        return trainer.train(job)
+
+
+def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:
+    """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move."""
+    if steps:
+        sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
+    recipe = build(sections, where)
+    absolute = {
+        key: str(Path(value).resolve())
+        for key, value, words in (
+            ("source", recipe.data.source, ("pydocs",)),
+            ("tokenizer", recipe.data.tokenizer, KINDS),
+        )
+        if value not in words and Path(value).exists()
+    }
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
+
+
+def _backend(args: Namespace) -> Backend:
+    """The framework's modules, its device chosen: what is not there is said before the data is prepared."""
+    backend = backends.load(args.backend)
+    backend.engine.devices.use(args.device)
+    return backend
+
+
+def _take_model(recipe: Recipe, written: dict[str, Any], origin: Path) -> Recipe:
+    """The recipe with the model, and where it trains none of its own the tokenizer, of ``origin``."""
+    model = folder.read_config(origin)
+    for key, value in written.items():
+        taken = getattr(model, key)
+        # 0 asks for what follows from the rest
+        if value != taken and value != 0:
+            print(f"model.{key}: {taken!r} from {origin}, not the recipe's {value!r}")
+    changed: dict[str, Any] = {"model": model}
+    if recipe.data.tokenizer in KINDS and has_tokenizer(origin):
+        changed["data"] = dataclasses.replace(recipe.data, tokenizer=str(origin.resolve()))
+        print(f"data.tokenizer: the one of {origin}, not a new {recipe.data.tokenizer}")
+    return dataclasses.replace(recipe, **changed)
+
+
+def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, size: int) -> None:
+    """Weights mean nothing under another tokenizer.
+
+    Raises:
+        UserError: the data's tokenizer is not the one of the weights, or has more tokens.
+    """
+    if tokenizer and has_tokenizer(origin):
+        digest = load_tokenizer(origin).digest
+        if digest != tokenizer.digest:
+            raise UserError(
+                f"--init-from {origin}: its tokenizer has sha256 {digest[:12]}..., "
+                f"the data's {tokenizer.digest[:12]}...: expected the same vocabulary"
+            )
+    if size > model.vocab_size:
+        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {size}")
+
+
+def _resolve(recipe: Recipe, source: data.TokenSource, tokenizer: Tokenizer | None) -> Recipe:
+    """The recipe with the vocabulary filled in, held against the data and what can be saved."""
+    model, needed = recipe.model, source.vocab_size
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=needed)
+    elif model.vocab_size < needed:
+        raise UserError(f"model.vocab_size = {model.vocab_size}: expected 0 or at least the tokenizer's {needed}")
+    elif model.vocab_size > needed:
+        print(f"model.vocab_size = {model.vocab_size}: the tokenizer has {needed}, the other rows stay unused")
+    source.check_vocabulary(model.vocab_size)
+    families.config_to_hf(model)
+    return dataclasses.replace(recipe, model=model)
+
+
+def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    """Finds a prompt that cannot be sampled from before the run does.
+
+    Raises:
+        UserError: the tokenizer cannot spell it, or it is longer than the context.
+    """
+    if not recipe.sample.max_tokens or tokenizer is None:
+        return
+    where = f"sample.prompt = {recipe.sample.prompt!r}"
+    try:
+        count = len(tokenizer.encode(recipe.sample.prompt))
+    except UserError as error:
+        raise UserError(f"{where}: {error}; set another, or sample.max_tokens=0") from None
+    if count == 0 and tokenizer.eos_id is None:
+        raise UserError(f"{where}: expected at least one token")
+    if count > recipe.model.block_size:
+        raise UserError(f"{where}: {count} tokens; expected at most model.block_size = {recipe.model.block_size}")
+
+
+def _sample(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer | None) -> str:
+    """Text that the model being trained writes; token ids where there is no tokenizer."""
+    try:
+        if tokenizer is not None:
+            return backend.generate.sample_text(engine.model, tokenizer, recipe.sample)
+        return " ".join(map(str, backend.generate.generate(engine.model, None, [[0]], recipe.sample)[0].tokens))
+    except RunError as error:
+        return f"(none: {error})"
+
+
+def _fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
+    """The state before step 1."""
+    return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+
+
+def _check_restart(run: Path) -> None:
+    """A run without a checkpoint can begin again, unless its weights came from elsewhere."""
+    segments = run_folder.segments(run)
+    if segments and segments[0].get("init_from"):
+        raise UserError(
+            f"{run}: no checkpoint: it was stopped before its weights, from {segments[0]['init_from']}, were saved; "
+            "remove it and start again with --init-from"
+        )

@@ -1,0 +1,207 @@
+"""A parity suite that someone loosened fails here: each mutation of the torch side must be caught by its rungs."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ladder
+import numpy as np
+import pytest
+import torch
+from compare import worst, worst_gradient
+from models import CASES
+
+import torch_ref.losses
+import torch_ref.model
+import torch_ref.noise
+import torch_ref.optim
+from mlxgpt.common import families
+from mlxgpt.common.config import ModelConfig
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def caught(case: str, place: Path, scale: float) -> set[int]:
+    """The rungs at which MLX and torch disagree about a model."""
+    figures = ladder.compare(case, CASES[case], scale, place)
+    return {figure.rung for figure in figures if "MLX - torch" in figure.what and not figure.agrees}
+
+
+def attend_with(change: Callable[..., tuple[Any, ...]]) -> Patch:
+    """attend() on changed arguments."""
+    plain = torch_ref.model.attend
+
+    def attend(q: Any, k: Any, v: Any, mask: Any, drop: Any, *rest: Any) -> Any:
+        return plain(*change(q, k, v, mask, drop), *rest)
+
+    return lambda patch: patch.setattr(torch_ref.model, "attend", attend)
+
+
+def rotate_with(change: Callable[..., torch.Tensor]) -> Patch:
+    return lambda patch: patch.setattr(torch_ref.model, "rotate", change)
+
+
+def config_with(**change: Any) -> Patch:
+    """torch_ref's model with another choice, same parameters."""
+    plain = torch_ref.model.Model.__init__
+
+    def init(self: Any, config: ModelConfig, *rest: Any) -> None:
+        plain(self, dataclasses.replace(config, **change), *rest)
+
+    return lambda patch: patch.setattr(torch_ref.model.Model, "__init__", init)
+
+
+def shifted(patch: pytest.MonkeyPatch) -> None:
+    """Off-by-one target: a position is asked for the token it has, not for the next."""
+    plain = torch_ref.losses.lm
+
+    def lm(model: Any, batch: Any, *rest: Any, **more: Any) -> torch.Tensor:
+        return plain(model, batch._replace(targets=batch.tokens), *rest, **more)
+
+    patch.setattr(torch_ref.losses, "lm", lm)
+
+
+def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary pairs (x_2i, x_2i+1), as llama.c has them."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The wrong half negated."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def ungrouped(q: Any, k: Any, v: Any, mask: Any, drop: Any) -> tuple[Any, ...]:
+    """Key and value heads tiled where each should serve neighbouring query heads."""
+    times = q.shape[1] // k.shape[1]
+    return q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), mask, drop
+
+
+def swapped(q: Any, k: Any, v: Any, mask: Any, drop: Any) -> tuple[Any, ...]:
+    return k, q, v, mask, drop
+
+
+def unmasked(q: Any, k: Any, v: Any, mask: Any, drop: Any) -> tuple[Any, ...]:
+    return q, k, v, None, drop
+
+
+# where it must show: at normal weights (1) or only with the matrices times 8, and at which rungs
+MUTATIONS: dict[str, tuple[str, Patch, float, set[int]]] = {
+    "q and k swapped, gpt2": ("gpt2", attend_with(swapped), 1, {2, 3}),
+    "q and k swapped, llama": ("llama", attend_with(swapped), 1, {2, 3}),
+    "erf for tanh": ("gpt2", config_with(activation="gelu"), 1, {3}),
+    "erf for tanh, scaled": ("gpt2", config_with(activation="gelu"), 8, {2, 3}),
+    "tanh for erf": ("gpt2-nobias-erf", config_with(activation="gelu_tanh"), 8, {2, 3}),
+    "wrong eps, LayerNorm": ("gpt2", config_with(norm_eps=1e-6), 1, {2, 3}),
+    "wrong eps, RMSNorm": ("llama", config_with(norm_eps=1e-6), 1, {2, 3}),
+    "wrong eps, q_norm and k_norm": ("qwen3", config_with(norm_eps=1e-5), 1, {2, 3}),
+    "no mask, gpt2": ("gpt2", attend_with(unmasked), 1, {2, 3}),
+    "no mask, qwen3": ("qwen3", attend_with(unmasked), 1, {2, 3}),
+    "wrong rotary half": ("llama", rotate_with(backwards), 1, {2, 3}),
+    "interleaved rotary pairs": ("qwen3", rotate_with(interleaved), 1, {2, 3}),
+    "rope_theta 1e-4 off": ("llama", config_with(rope_theta=10001.0), 8, {2, 3}),
+    "tiled key heads": ("llama-gqa", attend_with(ungrouped), 1, {2, 3}),
+    "off-by-one target": ("gpt2", shifted, 1, {3}),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_model_is_caught(mutation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case, mutate, scale, rungs = MUTATIONS[mutation]
+    assert caught(case, tmp_path / "plain", scale) == set()
+    mutate(monkeypatch)
+    assert caught(case, tmp_path / "mutated", scale) == rungs
+
+
+def test_both_frameworks_wrong_alike_is_caught_by_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Gate and up swapped in the table of names: MLX and torch agree with each other, and with nobody else."""
+    row = families.FAMILIES["llama"]
+    swap = {"h.{n}.mlp.c_gate": "h.{n}.mlp.c_fc", "h.{n}.mlp.c_fc": "h.{n}.mlp.c_gate"}
+    modules = {name: row.modules[swap.get(name, name)] for name in row.modules}
+    monkeypatch.setitem(families.FAMILIES, "llama", dataclasses.replace(row, modules=modules))
+    figures = ladder.compare("llama", CASES["llama"], 1.0, tmp_path / "m")
+    wrong = {(figure.rung, figure.what.split(": ")[1].split(",")[0]) for figure in figures if not figure.agrees}
+    assert wrong == {(rung, pair) for rung in (2, 3) for pair in ("MLX - transformers", "torch - transformers")}
+
+
+def curves(family: str, steps: int = 12) -> list[ladder.Figure]:
+    """Rung 4 over the first steps."""
+    recipe = ladder.training_recipe(family, dropout=0.2)
+    ours, theirs = (ladder.curve(ladder.trained(package, recipe), last=steps) for package in ladder.PACKAGES)
+    return ladder.same_curve(family, ours, theirs)
+
+
+def no_bias_correction(patch: pytest.MonkeyPatch) -> None:
+    plain = torch_ref.optim.scalars
+    patch.setattr(torch_ref.optim, "scalars", lambda config, lr, t: [lr, 1.0, *plain(config, lr, t)[2:]])
+
+
+def late_correction(patch: pytest.MonkeyPatch) -> None:
+    plain = torch_ref.optim.scalars
+    patch.setattr(torch_ref.optim, "scalars", lambda config, lr, t: plain(config, lr, t + 1))
+
+
+def decay_everything(patch: pytest.MonkeyPatch) -> None:
+    plain = torch_ref.optim.adamw
+    patch.setattr(torch_ref.optim, "adamw", lambda p, g, m, v, s, decay, config: plain(p, g, m, v, s, True, config))
+
+
+def other_masks(patch: pytest.MonkeyPatch) -> None:
+    plain = torch_ref.noise.bits
+    patch.setattr(torch_ref.noise, "bits", lambda key, *rest: plain(key + 1, *rest))
+
+
+def test_without_a_mutation_the_curves_agree() -> None:
+    assert all(figure.agrees for figure in curves("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("mutate", "first_step"),
+    [
+        (no_bias_correction, False),
+        (late_correction, False),
+        (decay_everything, False),
+        (other_masks, True),
+        (shifted, True),
+    ],
+)
+def test_a_mutated_training_is_caught_by_the_curve(
+    mutate: Patch, first_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    start, whole = curves("gpt2")
+    assert not whole.agrees and start.agrees != first_step
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_not_finite_agrees_with_nothing(broken: float, both: bool) -> None:
+    fine, bad = np.ones(3), np.array([1.0, broken, 1.0])
+    for found, expected in ((bad, bad),) if both else ((bad, fine), (fine, bad)):
+        assert worst("x", found, expected) == np.inf
+        assert worst_gradient("x", {"a": fine, "b": found}, {"a": fine, "b": expected}) == np.inf
+
+
+def test_a_broken_floor_opens_no_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NaN in torch alone makes floor and gate infinite; nothing may pass through."""
+    monkeypatch.setattr(torch_ref.model, "activate", lambda x, _: x * float("nan"))
+    figures = ladder.compare("gpt2", CASES["gpt2"], 1.0, tmp_path / "m")
+    assert not any(figure.agrees for figure in figures)
+
+
+def test_the_comparison_sees_one_element_its_sign_and_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = np.linspace(-2, 2, 12).reshape(3, 4)
+    found = expected.copy()
+    found[1, 2] += 1e-3
+    found[0, 0] -= 1e-3
+    assert worst("x", found, expected) == pytest.approx(5e-4)
+    assert "at (" in capsys.readouterr().out
+    assert worst("x", expected[:2], expected) == np.inf
+    assert worst_gradient("x", {"a": found}, {"b": expected}) == np.inf
+    tiny = {"big": np.ones(2), "small": np.full(2, 1e-9)}
+    assert worst_gradient("x", tiny | {"small": np.full(2, 2e-9)}, tiny) == pytest.approx(1e-9), "of the largest"
+    tiny["small"] = np.full(2, 1e-6)
+    assert worst_gradient("x", tiny | {"small": np.full(2, 2e-6)}, tiny) == pytest.approx(1.0), "of its own"
