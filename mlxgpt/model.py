@@ -110,7 +110,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None =
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d / 2), d <= D."""
+    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d/2)."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
         return mx.concatenate([rotate(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)

@@ -1,24 +1,31 @@
 """families.py against transformers: names, shapes, config fields, what is absent means, and what is refused."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, tiny
+from models import CASES, VARIANTS, tiny
+from transformers.activations import ACT2FN
 
+import torch_ref.model
 from mlxgpt.common import config as configs
 from mlxgpt.common import families, params
 from mlxgpt.common.errors import UserError
 
-PAIRS = [pytest.param(config, id=name) for name, config in CASES.items()]
+PAIRS = [pytest.param(config, id=name) for name, config in (CASES | VARIANTS).items()]
 
 
-def hf_config(config: configs.ModelConfig) -> Any:
+def hf_config(config: configs.ModelConfig, *without: str) -> Any:
+    """transformers' reading of our config.json, without some of its keys."""
     values = families.config_to_hf(config) | {"pad_token_id": None}
-    return transformers.AutoConfig.for_model(**{key: values[key] for key in values if key != "architectures"})
+    return transformers.AutoConfig.for_model(
+        **{key: values[key] for key in values if key not in ("architectures", *without)}
+    )
 
 
 @pytest.mark.parametrize("config", PAIRS)
@@ -43,8 +50,11 @@ def test_config_survives_the_way_there_and_back(config: configs.ModelConfig) -> 
     rewritten = hf_config(config).to_dict() | {"architectures": values["architectures"]}
     assert "rope_theta" not in rewritten or config.position == "learned"
     assert families.config_from_hf(rewritten) == config
-    older = {key: value for key, value in values.items() if key not in ("rope_parameters", "layer_types")}
+    new = ("rope_parameters", "layer_types")
+    older = {key: value for key, value in values.items() if key not in new}
     assert families.config_from_hf(older) == config, "the spelling of older readers"
+    rewritten = hf_config(config, *new).to_dict() | {"architectures": values["architectures"]}
+    assert families.config_from_hf(rewritten) == config, "the same, read by transformers"
 
 
 @pytest.mark.parametrize("config", PAIRS)
@@ -126,6 +136,34 @@ def test_a_choice_that_the_family_lacks_is_refused_by_name(family: str, name: st
         (
             dict(family="llama", norm_bias=True),
             "model.norm_bias = True: family llama has no such biases; expected false",
+        ),
+        (
+            dict(family="gemma", activation="gelu"),
+            "model.activation = 'gelu': family gemma can only be saved with 'gelu_tanh' or 'silu'",
+        ),
+        (
+            dict(family="gpt_neox", placement="post"),
+            "model.placement = 'post': family gpt_neox can only be saved with 'parallel2' or 'pre'",
+        ),
+        (
+            dict(family="llama", rotary_dim=6),
+            "model.rotary_dim = 6: family llama turns whole heads; expected model.head_dim = 12",
+        ),
+        (
+            dict(family="gemma3_text", rope_local_theta=0.0),
+            "model.rope_local_theta = 0.0: family gemma3_text needs a positive number",
+        ),
+        (
+            dict(family="mistral", window=8, window_layers=[1]),
+            "model.window_layers = (1,): family mistral has one window for all blocks",
+        ),
+        (
+            dict(family="gemma2", attn_scale=0.3),
+            "model.attn_scale = 0.3: family gemma2 needs the root of 1 / a whole number",
+        ),
+        (
+            dict(family="llama", n_embd=50, head_dim=12),
+            "model.n_embd = 50: expected a multiple of model.n_head = 4",
         ),
         (dict(family="qwen3", mlp_bias=True), "model.mlp_bias = True: family qwen3 has no such biases; expected false"),
     ],
@@ -229,6 +267,62 @@ REFUSED = [
         "c.json: mlxgpt.qkv_bias = False is not understood: expected false for a bias that the file holds",
     ),
 ]
+REFUSED += [
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+     "c.json: rope_scaling: rope type 'dynamic' is not supported: expected 'default' or 'linear' or 'llama3'"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "c.json: rope_parameters.factor = None: expected float"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+     "c.json: rope_parameters.factor = 0.0: expected a positive number"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+     "c.json: rope_parameters.factor = 2.0 is not supported with rope type 'default'"),
+    ("qwen2", {"rope_scaling": {"type": "default", "mrope_section": [1, 2]}},
+     "c.json: rope_scaling.mrope_section = [1, 2] is not supported with rope type 'default'"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 16}, "original_max_position_embeddings": 8},
+     "c.json: original_max_position_embeddings = 8, but 16 in rope_scaling: expected one value"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+     "c.json: rope_scaling: rope type 'longrope' is not supported: expected 'default'"),
+    ("phi3", {"rope_scaling": {"type": "su"}},
+     "c.json: rope_scaling: rope type 'su' is not supported: expected 'default'"),
+    ("phi", {"qk_layernorm": True}, "c.json: qk_layernorm = True is not supported: expected False"),
+    ("phi", {"tie_word_embeddings": True},
+     "c.json: a tied head is not supported with model_type 'phi'"),
+    ("phi", {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 2}},
+     "c.json: partial_rotary_factor = 2: expected a share of a head, above 0 and at most 1"),
+    ("gpt_neox", {"rotary_pct": 0.01, "rope_parameters": None},
+     "c.json: rotary_pct = 0.01: expected a share of a head, above 0 and at most 1"),
+    ("gpt_neox", {"rotary_pct": 0.25, "rope_parameters": None},
+     "c.json: model.rotary_dim = 3: expected an even number up to model.head_dim = 12"),
+    ("gpt_neox", {"use_parallel_residual": "no"}, "c.json: use_parallel_residual = 'no': expected bool"),
+    ("gemma", {"use_bidirectional_attention": True},
+     "c.json: use_bidirectional_attention = True is not supported: expected False"),
+    ("gemma2", {"query_pre_attn_scalar": 0.5},
+     "c.json: query_pre_attn_scalar = 0.5: expected a positive whole number"),
+    ("gemma2", {"attn_logit_softcapping": 0.0}, "c.json: attn_logit_softcapping = 0.0: expected a positive number"),
+    ("gemma2", {"sliding_window": None}, "c.json: layer_types has 'sliding_attention', but sliding_window is null"),
+    ("gemma2", {"sliding_window": 0}, "c.json: sliding_window = 0: expected a positive number or null"),
+    ("gemma2", {"layer_types": ["full_attention"]},
+     "c.json: layer_types = ['full_attention']: expected a list of 2, one a layer"),
+    ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]},
+     "c.json: layer_types: 'chunked_attention' is not supported: "
+     "expected 'full_attention' or 'sliding_attention' in every layer"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0},
+     "c.json: attn_logit_softcapping = 50.0 is not supported: expected None"),
+    ("gemma3_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+     "c.json: rope_parameters = {'rope_type': 'default', 'rope_theta': 1000000.0} is not supported: "
+     "expected tables full_attention and sliding_attention"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+     "c.json: rope_parameters.sliding_attention: rope type 'linear' is not supported: expected 'default'"),
+    ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0},
+     "c.json: sliding_window_pattern = 0: expected a positive number"),
+    ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+     "c.json: layer_types does not go with sliding_window = 8, which is for all layers"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+     "c.json: layer_types has 'sliding_attention', but use_sliding_window is not true"),
+    ("smollm3", {"no_rope_layers": [1]}, "c.json: no_rope_layers = [1]: expected 2 values, 1 where a layer has rope"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0},
+     "c.json: no_rope_layer_interval = 0: expected a positive number"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "change", "message"), REFUSED)
@@ -264,6 +358,27 @@ def test_a_size_that_is_missing_is_named(key: str) -> None:
     del values[key]
     with pytest.raises(UserError, match=f"^config.json: {key} is missing$"):
         families.config_from_hf(values)
+
+
+@pytest.mark.parametrize("name", families.ACTIVATIONS)
+def test_an_activation_is_the_function_that_transformers_calls_so(name: str) -> None:
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    ours = torch_ref.model.activate(x, families.ACTIVATIONS[name])
+    torch.testing.assert_close(ACT2FN[name](x), ours, rtol=0, atol=1e-9)
+
+
+def test_gemmas_first_config_said_gelu_and_meant_tanh() -> None:
+    values = families.config_to_hf(CASES["gemma"]) | {"hidden_act": "gelu"}
+    assert families.config_from_hf(values) == CASES["gemma"]
+
+
+def test_a_share_of_a_head_that_rounds_down_is_written_so_that_it_comes_back() -> None:
+    """49 * (2 / 98) and its like: the share must give the same whole number of dimensions, here and in transformers."""
+    for head_dim in range(4, 200, 2):
+        for rotary_dim in range(2, head_dim + 1, 2):
+            config = dataclasses.replace(CASES["phi"], head_dim=head_dim, rotary_dim=rotary_dim)
+            part = families.config_to_hf(config)["partial_rotary_factor"]
+            assert int(head_dim * part) == rotary_dim and part <= 1
 
 
 def test_a_window_that_is_switched_off_says_nothing() -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from compare import agree
 from mlx_lm.utils import load_model
-from models import CASES, NO_BIAS, tiny, weights
+from models import CASES, tiny, weights
 
 from mlxgpt.common import families, folder, params, tensors
 from mlxgpt.common.config import ModelConfig
@@ -164,10 +164,7 @@ def test_token_ids_come_from_the_tokenizer_and_extra_keys_pass(tmp_path: Path) -
 @pytest.mark.parametrize("config", PAIRS)
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", "5GB"), ("bfloat16", "40KB"), ("float16", "5GB")])
 def test_what_transformers_saved_reads_bit_equal(config: ModelConfig, dtype: str, shard: str, tmp_path: Path) -> None:
-    if config.family == "gpt2":
-        config = dataclasses.replace(config, **{name: True for name in NO_BIAS})
-    elif config.qkv_bias:
-        config = dataclasses.replace(config, out_bias=True)
+    config = families.on_disk(config)
     values = families.config_to_hf(config) | {"pad_token_id": None}
     hf = transformers.AutoConfig.for_model(**{key: values[key] for key in values if key != "architectures"})
     torch.manual_seed(0)

@@ -92,7 +92,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | Non
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d / 2), d <= D."""
+    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d/2)."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
         return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], dim=-1)

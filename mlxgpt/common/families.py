@@ -220,6 +220,8 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
     made |= _choices(where, family, values, made)
     if tied is not None:
         made["tied"] = tied
+    if made["tied"] != family.fixed.get("tied", made["tied"]):
+        raise UserError(f"{where}: a tied head is not supported with model_type {name!r}")
     made |= _own(where, values.get("mlxgpt"), made)
     try:
         config = ModelConfig(**made)

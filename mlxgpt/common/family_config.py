@@ -216,9 +216,8 @@ def write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
         made["use_sliding_window"] = config.window > 0
     if windows.types:
         made["layer_types"] = [SLIDING if n in config.window_layers else FULL for n in range(config.n_layer)]
-    every = full_every(config)
-    if windows.every_key and every:
-        made[windows.every_key] = every
+    if windows.every_key:  # a reader of this key alone fails over n_layer + 1, which is better than another model
+        made[windows.every_key] = full_every(config) or config.n_layer + 1
     if windows.switch and "no_rope" in family.fixed:
         tail = config.window_layers == tuple(range(config.n_layer - len(config.window_layers), config.n_layer))
         made["max_window_layers"] = config.n_layer - len(config.window_layers) if tail else config.n_layer

@@ -66,11 +66,8 @@ def _gemma3(config: ModelConfig) -> list[str]:
     rounded = float(ml_dtypes.bfloat16(scale))
     if rounded != scale:
         found.append(f"mlx-lm multiplies gemma3_text's embeddings by {rounded:g}, this model by {scale:.6g}")
-    every = full_every(config)
-    if not every:
-        found.append("mlx-lm knows only every n-th layer without a window in gemma3_text, this model has others")
-    elif every > config.n_layer:
-        found.append("mlx-lm cannot run gemma3_text with a window in every layer")
+    if not 0 < full_every(config) <= config.n_layer:
+        found.append("mlx-lm cannot run gemma3_text unless every n-th layer, and no other, is without a window")
     if config.final_softcap:
         found.append(f"mlx-lm ignores the soft cap of logits in gemma3_text, this model has {config.final_softcap:g}")
     return found
