@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 GROUP = 1 << 20  # characters that a process gets at once
 ALONE = 8 << 20  # characters: a smaller corpus is not worth starting processes for
 # Bytes of text that a tokenizer is trained on; more changes little, and SentencePiece holds it in memory.
-TRAINING = {"char": 1 << 62, "bpe": 256 << 20, "sp-bpe": 32 << 20, "sp-unigram": 32 << 20}
+TRAINING = {"char": 1 << 62, "bpe": 64 << 20, "sp-bpe": 32 << 20, "sp-unigram": 32 << 20}
 
 
 def cache_folder() -> Path:
@@ -149,8 +149,9 @@ def train(corpus: Corpus, scanned: Scan, kind: str, vocab_size: int, val_fractio
     ``val_fraction`` 0 means no split. A corpus larger than TRAINING gives an even sample of its pieces, chosen by hash.
     """
     share = min(1.0, TRAINING[kind] / scanned.size)
-    if share < 1:
-        say(f"training the tokenizer on {share:.1%} of the corpus, chosen by hash")
+    part = f"{share:.1%} of the corpus, chosen by hash" if share < 1 else corpus.name
+    size = "" if kind == "char" else f" of {vocab_size:,} tokens"
+    say(f"training a {kind} tokenizer{size} on {part}")
     limit = int(share * (1 << 32))
 
     def texts() -> Iterator[str]:
