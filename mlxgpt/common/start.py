@@ -230,7 +230,6 @@ def _resolve(recipe: Recipe, source: data.TokenSource, tokenizer: Tokenizer | No
         raise UserError(f"model.vocab_size = {model.vocab_size}: expected 0 or at least the tokenizer's {needed}")
     elif model.vocab_size > needed:
         print(f"model.vocab_size = {model.vocab_size}: the tokenizer has {needed}, the other rows stay unused")
-    source.check_vocabulary(model.vocab_size)
     families.config_to_hf(model)
     return dataclasses.replace(recipe, model=model)
 
