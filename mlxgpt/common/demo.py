@@ -132,7 +132,8 @@ def table(train: dict[str, dict[int, float]], val: dict[str, dict[int, float]], 
         cells = (f"{curves[leg][step]:.6f}" if step in curves[leg] else "-" for leg in LEGS)
         return f"{name:>14}" + "".join(f"{cell:>20}" for cell in cells)
 
-    shown = sorted({1, resumed_at + 1, *range(steps // 10, steps + 1, steps // 10)})
+    tenth = max(1, steps // 10)
+    shown = sorted({1, resumed_at + 1, *range(tenth, steps + 1, tenth)})
     source = "from MLX's file"
     titles = [f"MLX 1..{steps}", f"torch {resumed_at + 1}..{steps}", f"torch 1..{steps}"]
     return "\n".join([
