@@ -176,7 +176,7 @@ def open_data(
     Raises:
         UserError: anything wrong with the source, the tokenizer, the shards or the splits' lengths.
     """
-    path = Path(data.source)
+    path = Path(data.source).expanduser()
     carried = _carried(Path(out) / "data") if out is not None else None
     if carried is not None:
         path = carried

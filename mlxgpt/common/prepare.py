@@ -6,6 +6,7 @@ has its name is complete. The cache keeps them under a key of the documents' byt
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -38,7 +39,9 @@ TRAINING = {"char": 1 << 62, "bpe": 64 << 20, "sp-bpe": 32 << 20, "sp-unigram": 
 def cache_folder() -> Path:
     """$MLXGPT_CACHE, else mlxgpt in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("MLXGPT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxgpt"
+    return (
+        Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxgpt"
+    )
 
 
 def cached(data: DataConfig, say: Say = print) -> Path:
@@ -97,7 +100,7 @@ def prepare(corpus: Corpus, data: DataConfig, folder: Path, tokenizer: Tokenizer
 def _sweep(folder: Path) -> None:
     """Removes what preparations of ``folder`` that were killed on this machine left behind."""
     start = f".{folder.name}.tmp-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{start}*"):
+    for left in folder.parent.glob(f"{glob.escape(start)}*"):
         with contextlib.suppress(ValueError, PermissionError):
             try:
                 os.kill(int(left.name.removeprefix(start)), 0)
