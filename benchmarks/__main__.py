@@ -50,7 +50,7 @@ def describe() -> str:
     library = blas.describe()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{datetime.date.today()}, {platform.system()} {platform.machine()}, {chips.chip()}, {os.cpu_count()} cores, "
+        f"{datetime.date.today()}, {platform.system()} {platform.machine()}, {chips.name()}, {os.cpu_count()} cores, "
         f"{memory:.0f} GiB; BLAS of MLX: {library['name']} {library['core']}; Python {platform.python_version()}; "
         + ", ".join(installed(package) for package in PACKAGES)
     )
@@ -71,7 +71,7 @@ def main() -> None:
     print(table(rows))
     if not args.no_write and not args.only:
         REPORT.write_text(
-            "# Benchmarks\n\nWritten by `make bench`. A ratio is ours / peer, taken pair by pair while both take turns; "
+            "# Benchmarks\n\nWritten by `make bench`. A ratio is ours / peer, taken pair by pair as both take turns; "
             "where less is better\n(seconds, memory), so is a smaller ratio. Nothing here was measured on Metal.\n\n"
             f"{describe()}\n\n{table(rows)}\n",
             encoding="utf-8",
