@@ -195,7 +195,7 @@ def write_model(
     ]
     if held:
         raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
-    _check_given(config, weights)
+    _check_given(config, weights, DTYPES[dtype])
     eos = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | eos | dict(extra or {})
 
@@ -208,32 +208,35 @@ def write_model(
     write_json(folder / "config.json", values)
 
 
-def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> None:
+def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """Before a byte is written: every tensor in its shape, finite, and finite as ``dtype``."""
     wanted = params.table(config)
     assert set(weights) == set(wanted), f"not the model's parameters: {sorted(set(weights) ^ set(wanted))}"
     for name, param in wanted.items():
         assert weights[name].shape == param.shape, f"{name}: {weights[name].shape}, expected {param.shape}"
-        if not np.isfinite(weights[name]).all():
+        largest = np.maximum(weights[name].max(), -weights[name].min())  # NaN if one is
+        if not np.isfinite(largest):
             raise RunError(f"{name} has values that are not finite (NaN or Inf); nothing was written")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(largest.astype(dtype)):
+                raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
 
 
 def _write_weights(
     folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype, max_shard: int
 ) -> None:
-    """One file, or shards and their index; a shard is converted when it is written."""
+    """One file, or shards and their index; one tensor at a time is transposed and cast."""
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     names = families.from_foreign(config)
 
-    def convert(foreign: str) -> np.ndarray:
-        name, transposed = names[foreign]
-        if name not in weights:
-            return np.zeros(shapes[name], dtype)
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(weights[name].T if transposed else weights[name], dtype=dtype)
-        if not np.isfinite(array).all():
-            largest = np.abs(weights[name]).max()
-            raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
-        return array
+    def stored(shard: list[str]) -> dict[str, np.ndarray]:
+        """Views of the weights as the file has them; a bias that only the format asks for is zeros."""
+        made = {}
+        for foreign in shard:
+            name, transposed = names[foreign]
+            array = weights[name] if name in weights else np.zeros(shapes[name], dtype)
+            made[foreign] = array.T if transposed else array
+        return made
 
     sizes = {foreign: int(np.prod(shapes[name])) * dtype.itemsize for foreign, (name, _) in names.items()}
     shards: list[list[str]] = [[]]
@@ -245,12 +248,12 @@ def _write_weights(
         shards[-1].append(foreign)
         held += size
     if len(shards) == 1:
-        write_tensors(folder / SINGLE, {foreign: convert(foreign) for foreign in shards[0]})
+        write_tensors(folder / SINGLE, stored(shards[0]), dtype=dtype)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {foreign: convert(foreign) for foreign in shard})
+        write_tensors(folder / file, stored(shard), dtype=dtype)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(sizes.values())
     metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
