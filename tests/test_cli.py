@@ -166,13 +166,17 @@ def test_the_backend_is_what_was_asked_for_or_the_packages_own(verb) -> None:
     assert seen == ["mlx", "torch", "mlx"]
 
 
-def test_torch_where_only_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_where_only_torch_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "mlx", None)
     assert backend.resolve(None) == "torch"
-    with pytest.raises(UserError, match=r"--backend mlx: not installed; pip install mlx"):
+    with pytest.raises(UserError, match=r"--backend mlx: not installed: pip install mlx"):
         backend.resolve("mlx")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(backend, "_translated", lambda: True)
+    assert backend.resolve(None) == "torch"
+    assert "an arm64 one" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"neither MLX nor PyTorch .* pip install 'mlxgpt\[torch\]'"):
+    with pytest.raises(UserError, match=r"an arm64 one.*pip install 'mlxgpt\[torch\]'"):
         backend.resolve(None)
 
 
