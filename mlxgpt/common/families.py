@@ -265,8 +265,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: bool | None = None) -> ModelConfig:
-    """The ModelConfig that a config.json describes; ``tied`` overrides what it says about the head.
+def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The ModelConfig that a config.json describes.
 
     Raises:
         UserError: a key is missing, of the wrong type, or asks for something this decoder does not do.
@@ -302,8 +302,6 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
     if made["position"] == "rope":
         made["rope_theta"] = _rope_theta(where, values)
         _refuse_windows(where, values)
-    if tied is not None:
-        made["tied"] = tied
     made |= _own(where, values.get("mlxgpt"), made)
     try:
         config = ModelConfig(**made)

@@ -4,6 +4,7 @@ What is written loads in transformers and mlx-lm as it is; what they wrote is re
 config asks for, in its shape, finite, and nothing else.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,13 +93,8 @@ def read_config(folder: Path | str) -> ModelConfig:
     config = families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
     entries = _by_name(folder, config, find_tensors(folder))
     head, table = entries.get("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
-    if head is None:
-        tied = True
-    elif table is None or (head.dtype, head.shape) != (table.dtype, table.shape) or not config.tied:
-        tied = False
-    else:
-        tied = read_tensor(head).tobytes() == read_tensor(table).tobytes()
-    return families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"), tied=tied)
+    tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
+    return dataclasses.replace(config, tied=tied)
 
 
 def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -159,10 +155,17 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     return {name: made[name] for name in wanted}
 
 
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are one, bit for bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return np.array_equal(*(read_tensor(entry).reshape(-1).view(np.uint8) for entry in (a, b)))
+
+
 def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
     """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
     head, table = entries.pop("lm_head.weight"), entries.get(families.to_foreign(config, "wte.weight")[0])
-    if table is not None and read_tensor(head).tobytes() != read_tensor(table).tobytes():
+    if table is not None and not _same_bytes(head, table):
         raise UserError(
             f"{folder}: lm_head.weight differs from the embedding, expected an equal or no head for a tied model"
         )
