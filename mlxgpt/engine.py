@@ -80,21 +80,21 @@ class Engine:
         return mx.array(np.array(keys, dtype=np.uint32))
 
     def _objective(self, batch: losses.Arrays, keys: mx.array, first_row: mx.array) -> tuple[mx.array, mx.array]:
-        """The weighted sum that is differentiated, and its parts a row (B,), which the host adds in float64."""
+        """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
         rate = self.recipe.train.dropout
         drop = Dropout(rate, keys, first_row) if rate else None
-        rows = (losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights).sum(axis=-1)
-        return rows.sum(), rows
+        terms = losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights
+        return terms.sum(), terms
 
     def _gradients(
         self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, total: dict[str, mx.array] | None = None
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Row losses of a micro-batch, and its gradients added to ``total``."""
-        (_, rows), grads = self._loss_and_grad(batch, keys, first_row)
+        (_, terms), grads = self._loss_and_grad(batch, keys, first_row)
         flat = dict(tree_flatten(grads))
-        return rows, flat if total is None else {name: g + total[name] for name, g in flat.items()}
+        return terms, flat if total is None else {name: g + total[name] for name, g in flat.items()}
 
-    def _update(self, rows: mx.array, grads: dict[str, mx.array], scalars: mx.array) -> tuple[mx.array, mx.array]:
+    def _update(self, terms: mx.array, grads: dict[str, mx.array], scalars: mx.array) -> tuple[mx.array, mx.array]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm.
 
         ``scalars`` holds 1 / weight, then what optim.scalars lists.
@@ -103,7 +103,7 @@ class Engine:
         grads = {name: grads[name] * scalars[0] for name in self.table}
         squares = mx.stack([mx.square(g).sum(axis=-1).sum() for g in grads.values()])
         norm = mx.sqrt(squares.sum())
-        finite = mx.isfinite(norm) & mx.isfinite(rows.sum())
+        finite = mx.isfinite(norm) & mx.isfinite(terms.sum())
         clip = mx.minimum(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
         new = {}
         for name, p in self._weights().items():
@@ -122,11 +122,11 @@ class Engine:
     def _step(
         self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, scalars: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        rows, grads = self._gradients(batch, keys, first_row)
-        return rows, *self._update(rows, grads, scalars)
+        terms, grads = self._gradients(batch, keys, first_row)
+        return terms, *self._update(terms, grads, scalars)
 
     def _evaluate(self, batch: losses.Arrays) -> mx.array:
-        return (losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights).sum(axis=-1)
+        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
@@ -135,7 +135,7 @@ class Engine:
         scalars = mx.array([1 / weight, *optim.scalars(self.recipe.optim, lr, self.t + 1)], mx.float32)
         firsts = [mx.array(batch.first_row, mx.uint32) for batch in micro_batches]
         if len(micro_batches) == 1:
-            rows, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
+            terms, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
         else:
             parts, total = [], None
             for batch, first_row in zip(micro_batches, firsts, strict=True):
@@ -143,10 +143,10 @@ class Engine:
                 mx.eval(part, total)
                 parts.append(part)
             assert total is not None
-            rows = mx.concatenate(parts)
-            norm, squares = self._run_update(rows, total, scalars)
-        self._settle(rows, norm, squares)
-        loss_sum, grad_norm = float(np.array(rows).sum(dtype=np.float64)), float(np.array(norm))
+            terms = mx.concatenate(parts)
+            norm, squares = self._run_update(terms, total, scalars)
+        self._settle(terms, norm, squares)
+        loss_sum, grad_norm = float(np.array(terms).sum(dtype=np.float64)), float(np.array(norm))
         finite = bool(np.isfinite(grad_norm) and np.isfinite(loss_sum))
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, np.array(squares), strict=True) if square == 0)
@@ -154,8 +154,8 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        rows = np.array(self._run_evaluate(self._arrays(batch)))
-        return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
+        terms = np.array(self._run_evaluate(self._arrays(batch)))
+        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

@@ -53,21 +53,26 @@ def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     return mx.where(seen, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def drop(logits: mx.array, lowest: mx.array) -> mx.array:
+    """``logits`` (B, V) with -inf below ``lowest`` (B, 1)."""
+    return mx.where(logits < lowest, -math.inf, logits)
+
+
 def keep(logits: mx.array, sample: SampleConfig) -> mx.array:
     """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
     if 0 < sample.top_k < logits.shape[-1]:
         lowest = mx.topk(logits, sample.top_k, axis=-1).min(axis=-1, keepdims=True)
-        logits = mx.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     if sample.top_p < 1:
         ordered = mx.sort(logits, axis=-1)
         weights = mx.exp(ordered - ordered[:, -1:])
         dropped = mx.cumsum(weights, axis=-1) <= (1 - sample.top_p) * weights.sum(axis=-1, keepdims=True)
         dropped = dropped & (ordered < ordered[:, -1:])
         lowest = mx.where(dropped, math.inf, ordered).min(axis=-1, keepdims=True)
-        logits = mx.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     if sample.min_p > 0:
         lowest = logits.max(axis=-1, keepdims=True) + math.log(sample.min_p)
-        logits = mx.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     return logits
 
 

@@ -223,7 +223,9 @@ def crossing(case: str, recipe: Recipe, place: Path) -> tuple[dict[str, np.ndarr
         engine = trained(saver, recipe)
         start = curve(engine, last=half)
         (place / saver).mkdir()
-        state = checkpoint.State(seed=recipe.train.seed, data={}, recipe={}, framework=saver, environment={}, step=half)
+        state = checkpoint.RunState(
+            seed=recipe.train.seed, data={}, recipe={}, framework=saver, environment={}, step=half
+        )
         saved, _ = checkpoint.write(place / saver, engine.snapshot(), recipe.model, None, state, keep=0)
         checkpoint.verify(saved)
         whole[saver] = np.concatenate([start, curve(engine, first=half + 1)])

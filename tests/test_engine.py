@@ -21,9 +21,9 @@ def recipe(family: str = "gpt2", optim: str = "adamw", **train) -> Recipe:
     return Recipe(model=tiny(family=family), optim=OptimConfig(name=optim), train=TrainConfig(batch_size=6, **train))
 
 
-def batch(config: Recipe, step: int, rows: int = 6) -> Batch:
-    """Skewed random tokens, so that there is something to learn; every third target of odd rows has no weight."""
-    size, vocabulary = config.model.block_size, config.model.vocab_size
+def batch(config: Recipe, step: int, rows: int = 6, extra: int = 0) -> Batch:
+    """Skewed random tokens, ``extra`` beyond the context; every third target of odd rows has no weight."""
+    size, vocabulary = config.model.block_size + extra, config.model.vocab_size
     draw = rng.integers(0, "tokens", step, count=rows * (size + 1), high=vocabulary * vocabulary)
     tokens = np.sqrt(draw).astype(np.int32).reshape(rows, size + 1)
     weights = np.ones((rows, size), np.float32)
@@ -182,7 +182,7 @@ def test_masters_and_moments_stay_float32_under_bf16(backend):
 def test_more_tokens_than_the_context_are_refused(backend):
     config = recipe("llama")
     with pytest.raises(UserError, match="33 tokens: the model's context holds 32"):
-        engine(backend, config).evaluate(Batch(*(np.zeros((1, 33), kind) for kind in (np.int32, np.int32, np.float32))))
+        engine(backend, config).evaluate(batch(config, 1, rows=1, extra=1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -199,6 +199,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         ("empty.txt", tokenizer, "empty"),
         ("large.bin", tokenizer, "token id 65535; expected below"),
         ("t.txt", None, "text needs a tokenizer"),
+        ("t.txt", train_tokenizer("char", ["the cat"], 0), "character"),
         ("none.txt", tokenizer, "no such file"),
         ("none.bin", tokenizer, "no such file"),
     ]:

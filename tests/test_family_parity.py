@@ -99,7 +99,7 @@ def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp
 
     config = folder.read_config(tmp_path / "theirs")
     for keys in (old, new):
-        assert families.config_from_hf({"model_type": kind} | SIZES | keys, tied=config.tied) == config
+        assert families.config_from_hf({"model_type": kind} | SIZES | keys) == config
     model, _ = torch_ref.load.load(tmp_path / "theirs", device="cpu")
     exact = torch_ref.model.Model(config, torch.float64).double()
     exact.load_state_dict(model.state_dict())

@@ -359,6 +359,11 @@ def test_text_goes_on_where_its_prompt_ends(kind: str, tokenizers: dict) -> None
         assert "".join(streamed) == row.result().text == text[len(prompt) :]
 
 
+def test_a_character_that_the_tokenizer_lacks_is_named_with_its_prompt(tokenizers: dict) -> None:
+    with pytest.raises(UserError, match=r"prompt 2: character 'Q'"):
+        continuation.start_rows(make_config("llama"), tokenizers["char"], ["the", "cat Q"], ())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_end_of_text_ends_a_row_and_is_not_part_of_it(
     backend: str, tokenizers: dict, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ def allowed(path: Path, module: str) -> bool:
     if root not in {"mlxgpt", "torch_ref", "convert", *FRAMEWORKS}:
         return True
     if path.parts[:2] == ("mlxgpt", "common"):
-        return module.startswith("mlxgpt.common.")
+        return module.startswith("mlxgpt.common.") or module == "mlxgpt"
     if path.parts[0] == "mlxgpt":
         return root in ("mlxgpt", "mlx")
     if module.startswith("mlxgpt.common."):

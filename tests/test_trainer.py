@@ -136,9 +136,13 @@ def test_each_piece_of_the_state_matters(go: Go, monkeypatch: pytest.MonkeyPatch
     assert losses("parts")[12] != losses("whole")[12]
 
 
-def test_micro_batches_change_the_curve_by_rounding_only(go: Go) -> None:
+def test_micro_batches_change_the_curve_by_rounding_only(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     assert go("--out", "whole") == 0
+    seen, real = set(), fake_run.Engine._loss
+    monkeypatch.setattr(fake_run.Engine, "_loss", lambda self, batch: seen.add(len(batch.tokens)) or real(self, batch))
     assert go("--out", "micro", "--set", "train.micro_batch_size=3") == 0
+    assert seen == {3, 1}  # also where it validates
+    assert losses("whole", "val")[12] == pytest.approx(losses("micro", "val")[12], abs=1e-6)
     one, other = losses("whole"), losses("micro")
     assert one != other
     assert max(abs(one[step] - other[step]) for step in one) < 1e-6

@@ -73,20 +73,20 @@ class Engine:
     def _objective(
         self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted sum that is differentiated, and its parts a row (B,), which the host adds in float64."""
+        """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
         rate = self.recipe.train.dropout
         drop = Dropout(rate, keys, first_row) if rate else None
-        rows = (losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights).sum(dim=-1)
-        return rows.sum(), rows.detach()
+        terms = losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights
+        return terms.sum(), terms.detach()
 
     def _gradients(self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
         """Row losses of a micro-batch; its gradients are added to the tensors' own."""
-        loss, rows = self._run_objective(batch, keys, first_row)
+        loss, terms = self._run_objective(batch, keys, first_row)
         loss.backward()
-        return rows
+        return terms
 
     @torch.no_grad()
-    def _update(self, rows: torch.Tensor, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
+    def _update(self, terms: torch.Tensor, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared."""
         config = self.recipe.optim
         grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
@@ -94,7 +94,7 @@ class Engine:
         squares = squares.mul(inverse_weight**2)
         squares = squares.tolist()
         norm = sum(squares) ** 0.5
-        if np.isfinite(norm) and bool(torch.isfinite(rows).all()):
+        if np.isfinite(norm) and bool(torch.isfinite(terms).all()):
             clip = min(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
             for name, p in self.weights.items():
                 g, m = grads[name].mul_(inverse_weight * clip), self.m[name]
@@ -107,7 +107,7 @@ class Engine:
 
     @torch.no_grad()
     def _evaluate(self, batch: losses.Arrays) -> torch.Tensor:
-        return (losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights).sum(dim=-1)
+        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
@@ -118,9 +118,9 @@ class Engine:
         for batch in micro_batches:
             first_row = torch.tensor(batch.first_row, dtype=torch.int32, device=self.device)
             parts.append(self._gradients(self._arrays(batch), keys, first_row))
-        rows = torch.cat(parts)
-        norm, squares = self._update(rows, 1 / weight, scalars)
-        loss_sum = float(rows.cpu().numpy().sum(dtype=np.float64))
+        terms = torch.cat(parts)
+        norm, squares = self._update(terms, 1 / weight, scalars)
+        loss_sum = float(terms.cpu().numpy().sum(dtype=np.float64))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, squares, strict=True) if square == 0)
@@ -128,8 +128,8 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        rows = self._run_evaluate(self._arrays(batch)).cpu().numpy()
-        return {"loss": float(rows.sum(dtype=np.float64)), "weight": batch.weight}
+        terms = self._run_evaluate(self._arrays(batch)).cpu().numpy()
+        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

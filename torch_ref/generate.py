@@ -45,21 +45,26 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def drop(logits: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    """``logits`` (B, V) with -inf below ``lowest`` (B, 1)."""
+    return torch.where(logits < lowest, -math.inf, logits)
+
+
 def keep(logits: torch.Tensor, sample: SampleConfig) -> torch.Tensor:
     """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
     if 0 < sample.top_k < logits.shape[-1]:
         lowest = torch.topk(logits, sample.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
-        logits = torch.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     if sample.top_p < 1:
         ordered = torch.sort(logits, dim=-1).values
         weights = torch.exp(ordered - ordered[:, -1:])
         dropped = torch.cumsum(weights, dim=-1) <= (1 - sample.top_p) * weights.sum(dim=-1, keepdim=True)
         dropped = dropped & (ordered < ordered[:, -1:])
         lowest = torch.where(dropped, math.inf, ordered).amin(dim=-1, keepdim=True)
-        logits = torch.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     if sample.min_p > 0:
         lowest = logits.amax(dim=-1, keepdim=True) + math.log(sample.min_p)
-        logits = torch.where(logits < lowest, -math.inf, logits)
+        logits = drop(logits, lowest)
     return logits
 
 

@@ -2,6 +2,9 @@
 
 import importlib
 import importlib.util
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -9,6 +12,7 @@ from mlxgpt.common.errors import UserError
 
 PACKAGES = {"mlx": "mlxgpt", "torch": "torch_ref"}
 _INSTALL = {"mlx": "pip install mlx (on Linux: 'mlx[cpu]')", "torch": "pip install 'mlxgpt[torch]'"}
+_ROSETTA = "this Python is x86-64, translated by Rosetta; MLX needs an arm64 one, from python.org or Homebrew"
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,15 @@ def resolve(name: str | None) -> str:
     Raises:
         UserError: the one asked for does not import here, or neither does.
     """
-    if name is None:
-        for candidate in PACKAGES:
-            if not _broken(candidate):
-                return candidate
-        raise UserError(f"neither MLX nor PyTorch is installed: {_INSTALL['mlx']}, or {_INSTALL['torch']}")
-    reason = _broken(name)
-    if reason:
-        raise UserError(f"--backend {name}: {reason}; {_INSTALL[name]}")
-    return name
+    reasons = []
+    for candidate in PACKAGES if name is None else [name]:
+        reason = _broken(candidate)
+        if not reason:
+            if _ROSETTA in reasons:
+                print(f"mlxgpt: warning: {_ROSETTA}", file=sys.stderr)
+            return candidate
+        reasons.append(reason)
+    raise UserError(f"--backend {name or 'mlx or torch'}: {'; '.join(reasons)}")
 
 
 def load(name: str | None) -> Backend:
@@ -47,12 +51,20 @@ def load(name: str | None) -> Backend:
 
 
 def _broken(name: str) -> str:
-    """Why a framework cannot be used here, or ''."""
+    """Why a framework cannot be used here and what to do, or ''."""
     if importlib.util.find_spec(name) is None:
-        return "not installed"
+        return _ROSETTA if name == "mlx" and _translated() else f"not installed: {_INSTALL[name]}"
     try:
         # the device module imports the framework, and before MLX its BLAS
         importlib.import_module(f"{PACKAGES[name]}.device")
     except ImportError as error:
-        return f"does not import ({error})".replace("\n", " ")
+        return f"does not import ({error}): {_INSTALL[name]}"
     return ""
+
+
+def _translated() -> bool:
+    """Whether an x86-64 Python runs on Apple Silicon."""
+    if (sys.platform, platform.machine()) != ("darwin", "x86_64"):
+        return False
+    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True)
+    return answer.stdout.strip() == "1"

@@ -98,7 +98,7 @@ def start_rows(
     """A row a prompt; text or token ids. An empty text starts from the end-of-text token.
 
     Raises:
-        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
     """
     if isinstance(prompts, str):
         raise UserError(f"prompts = {prompts!r}: expected a list of prompts")
@@ -112,7 +112,10 @@ def start_rows(
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise UserError(f"{where}: text needs a tokenizer, and this model has none; expected token ids")
-            ids = tokenizer.encode(prompt)
+            try:
+                ids = tokenizer.encode(prompt)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:

@@ -86,7 +86,7 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
         from mlxgpt.common import pydocs
 
         return Corpus("pydocs", pydocs.files(), "", _read_pydocs)
-    path, notes = Path(source), []
+    path, notes = Path(source).expanduser(), []
     if path.is_dir():
         files, others = _walk(path)
         if others:

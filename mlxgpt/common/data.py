@@ -55,11 +55,6 @@ class TokenSource:
                 )
         self._windows = (len(train) - 1) // block_size
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises a UserError where a token of the data is not in a vocabulary of ``vocab_size``."""
-        if self.largest >= vocab_size:
-            raise UserError(f"data: token {self.largest}: expected ids below model.vocab_size = {vocab_size}")
-
     def batch(self, step: int) -> Batch:
         """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
         if self._sampling == "random":
@@ -181,7 +176,7 @@ def open_data(
     Raises:
         UserError: anything wrong with the source, the tokenizer, the shards or the splits' lengths.
     """
-    path = Path(data.source)
+    path = Path(data.source).expanduser()
     carried = _carried(Path(out) / "data") if out is not None else None
     if carried is not None:
         path = carried

@@ -45,7 +45,10 @@ def _corpus(path: str, tokenizer: Tokenizer, text_key: str) -> Text:
     for piece in open_corpus(path, text_key).read():
         if piece.text:
             made += separator * piece.first
-            made += tokenizer.encode_batch([piece.text])
+            try:
+                made += tokenizer.encode_batch([piece.text])
+            except UserError as error:
+                raise UserError(f"{piece.name}: {error}") from None
             size += len(piece.text.encode())
     if not size:
         raise UserError(f"{path}: empty; expected text")

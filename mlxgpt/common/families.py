@@ -180,8 +180,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: bool | None = None) -> ModelConfig:
-    """The ModelConfig that a config.json describes; ``tied`` overrides what it says about the head.
+def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The ModelConfig that a config.json describes.
 
     Raises:
         UserError: a key is missing, of the wrong type, or asks for something this decoder does not do.
@@ -218,8 +218,6 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json", tied: 
         value = values.get(key, family.absent.get(ours, False)) if isinstance(key, str) else key
         made[ours] = typed(where, str(key), ours, value)
     made |= _choices(where, family, values, made)
-    if tied is not None:
-        made["tied"] = tied
     if made["tied"] != family.fixed.get("tied", made["tied"]):
         raise UserError(f"{where}: a tied head is not supported with model_type {name!r}")
     made |= _own(where, values.get("mlxgpt"), made)

@@ -4,6 +4,7 @@ What is written loads in transformers and mlx-lm as it is; what they wrote is re
 config asks for, in its shape, finite, and nothing else.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,6 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_HEAD_AND_TABLE = ("lm_head.weight", "wte.weight")
 _READABLE = ("F32", "F16", "BF16")
 
 
@@ -92,14 +92,11 @@ def read_config(folder: Path | str) -> ModelConfig:
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
     config = families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
     entries = _by_name(folder, config, find_tensors(folder))
-    head, table = (entries.get(families.to_foreign(config, name)[0]) for name in _HEAD_AND_TABLE)
-    if head is None:
-        tied = True
-    elif table is None or (head.dtype, head.shape) != (table.dtype, table.shape) or not config.tied:
-        tied = False
-    else:
-        tied = read_tensor(head).tobytes() == read_tensor(table).tobytes()
-    return families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"), tied=tied)
+    if "tied" in families.family_of(config).fixed:
+        return config
+    head, table = (entries.get(families.to_foreign(config, name)[0]) for name in ("lm_head.weight", "wte.weight"))
+    tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
+    return dataclasses.replace(config, tied=tied)
 
 
 def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -160,11 +157,18 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     return {name: made[name] for name in wanted}
 
 
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are one, bit for bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return np.array_equal(*(read_tensor(entry).reshape(-1).view(np.uint8) for entry in (a, b)))
+
+
 def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
     """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
     name = families.to_foreign(config, "lm_head.weight")[0]
     head, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
-    if table is not None and read_tensor(head).tobytes() != read_tensor(table).tobytes():
+    if table is not None and not _same_bytes(head, table):
         raise UserError(f"{folder}: {name} differs from the embedding, expected an equal or no head for a tied model")
 
 
@@ -195,7 +199,7 @@ def write_model(
     ]
     if held:
         raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
-    _check_given(config, weights)
+    _check_given(config, weights, DTYPES[dtype])
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None, "pad_token_id": None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
@@ -209,32 +213,35 @@ def write_model(
     write_json(folder / "config.json", values)
 
 
-def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> None:
+def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """Before a byte is written: every tensor in its shape, finite, and finite as ``dtype``."""
     wanted = params.table(config)
     assert set(weights) == set(wanted), f"not the model's parameters: {sorted(set(weights) ^ set(wanted))}"
     for name, param in wanted.items():
         assert weights[name].shape == param.shape, f"{name}: {weights[name].shape}, expected {param.shape}"
-        if not np.isfinite(weights[name]).all():
+        largest = np.maximum(weights[name].max(), -weights[name].min())  # NaN if one is
+        if not np.isfinite(largest):
             raise RunError(f"{name} has values that are not finite (NaN or Inf); nothing was written")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(largest.astype(dtype)):
+                raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
 
 
 def _write_weights(
     folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype, max_shard: int
 ) -> None:
-    """One file, or shards and their index; a shard is converted when it is written."""
+    """One file, or shards and their index; one tensor at a time is transposed and cast."""
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     names = families.from_foreign(config)
 
-    def convert(foreign: str) -> np.ndarray:
-        name, transposed = names[foreign]
-        if name not in weights:
-            return np.zeros(shapes[name], dtype)
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(weights[name].T if transposed else weights[name], dtype=dtype)
-        if not np.isfinite(array).all():
-            largest = np.abs(weights[name]).max()
-            raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
-        return array
+    def stored(shard: list[str]) -> dict[str, np.ndarray]:
+        """Views of the weights as the file has them; a bias that only the format asks for is zeros."""
+        made = {}
+        for foreign in shard:
+            name, transposed = names[foreign]
+            array = weights[name] if name in weights else np.zeros(shapes[name], dtype)
+            made[foreign] = array.T if transposed else array
+        return made
 
     sizes = {foreign: int(np.prod(shapes[name])) * dtype.itemsize for foreign, (name, _) in names.items()}
     shards: list[list[str]] = [[]]
@@ -246,12 +253,12 @@ def _write_weights(
         shards[-1].append(foreign)
         held += size
     if len(shards) == 1:
-        write_tensors(folder / SINGLE, {foreign: convert(foreign) for foreign in shards[0]})
+        write_tensors(folder / SINGLE, stored(shards[0]), dtype=dtype)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {foreign: convert(foreign) for foreign in shard})
+        write_tensors(folder / file, stored(shard), dtype=dtype)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(sizes.values())
     metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}

@@ -1,5 +1,6 @@
 """Tokenizers that a tokenizer.json defines: run by `tokenizers`, or by tiktoken where ids are provably the same."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlxgpt.common.fast_bpe import FastBPE
 from mlxgpt.common.tokenizer import EOS_NAMES, checked, read_json, sha256_of, write_files
 
 EOS = "<|endoftext|>"
+_SHORT = 1 << 17  # characters: a single shorter text is not worth the proof of the fast way
 
 
 class JsonTokenizer:
@@ -36,24 +38,25 @@ class JsonTokenizer:
         vocabulary = self.backend.get_vocab()
         self.n_vocab = max(vocabulary.values()) + 1
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
-        self._fast = FastBPE.of(self.backend)
         model = type(self.backend.model).__name__
-        self.kind = "byte-level BPE" if self._fast else model
+        over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
+        self.kind = "byte-level BPE" if over_bytes else model
 
-    @property
-    def fast(self) -> bool:
-        """Whether texts are encoded by tiktoken."""
-        return self._fast is not None
+    @functools.cached_property
+    def fast(self) -> FastBPE | None:
+        """tiktoken's twin of this tokenizer, if its ids are provably the same; proving takes up to a second."""
+        return FastBPE.of(self.backend)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token's text gives that token."""
-        return self.encode_batch([checked(text)])[0].tolist()
+        many = len(checked(text)) > _SHORT
+        return (self.encode_batch if many else self._slow)([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text."""
-        if not self._fast:
+        if not self.fast:
             return self._slow(texts)
-        found = [self._fast.encode(text) for text in texts]
+        found = [self.fast.encode(text) for text in texts]
         slow = iter(self._slow([text for text, ids in zip(texts, found, strict=True) if ids is None]))
         return [next(slow) if ids is None else ids for ids in found]
 

@@ -6,6 +6,7 @@ has its name is complete. The cache keeps them under a key of the documents' byt
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -32,13 +33,15 @@ Say = Callable[[str], None]
 GROUP = 1 << 20  # characters that a process gets at once
 ALONE = 8 << 20  # characters: a smaller corpus is not worth starting processes for
 # Bytes of text that a tokenizer is trained on; more changes little, and SentencePiece holds it in memory.
-TRAINING = {"char": 1 << 62, "bpe": 256 << 20, "sp-bpe": 32 << 20, "sp-unigram": 32 << 20}
+TRAINING = {"char": 1 << 62, "bpe": 64 << 20, "sp-bpe": 32 << 20, "sp-unigram": 32 << 20}
 
 
 def cache_folder() -> Path:
     """$MLXGPT_CACHE, else mlxgpt in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("MLXGPT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxgpt"
+    return (
+        Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxgpt"
+    )
 
 
 def cached(data: DataConfig, say: Say = print) -> Path:
@@ -97,7 +100,7 @@ def prepare(corpus: Corpus, data: DataConfig, folder: Path, tokenizer: Tokenizer
 def _sweep(folder: Path) -> None:
     """Removes what preparations of ``folder`` that were killed on this machine left behind."""
     start = f".{folder.name}.tmp-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{start}*"):
+    for left in folder.parent.glob(f"{glob.escape(start)}*"):
         with contextlib.suppress(ValueError, PermissionError):
             try:
                 os.kill(int(left.name.removeprefix(start)), 0)
@@ -149,8 +152,9 @@ def train(corpus: Corpus, scanned: Scan, kind: str, vocab_size: int, val_fractio
     ``val_fraction`` 0 means no split. A corpus larger than TRAINING gives an even sample of its pieces, chosen by hash.
     """
     share = min(1.0, TRAINING[kind] / scanned.size)
-    if share < 1:
-        say(f"training the tokenizer on {share:.1%} of the corpus, chosen by hash")
+    part = f"{share:.1%} of the corpus, chosen by hash" if share < 1 else corpus.name
+    size = "" if kind == "char" else f" of {vocab_size:,} tokens"
+    say(f"training a {kind} tokenizer{size} on {part}")
     limit = int(share * (1 << 32))
 
     def texts() -> Iterator[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlxgpt.common.errors import UserError
 
+_HOLDS_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # expressions hold no docstrings
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
 
@@ -93,6 +94,7 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str, str]]:
             if body:
                 called = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
                 yield name, f"{name}({ast.unparse(node.args)})\n\n" if called else f"{name}\n\n", body
-        for child in reversed(list(ast.iter_child_nodes(node))):
-            inner = getattr(child, "name", None) if isinstance(child, ast.stmt) else None
-            waiting.append((child, f"{name}.{inner}" if inner else name))
+        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, _HOLDS_STATEMENTS)]
+        for child in reversed(inner):
+            own = getattr(child, "name", None) if isinstance(child, ast.stmt) else None
+            waiting.append((child, f"{name}.{own}" if own else name))

@@ -25,6 +25,8 @@ from mlxgpt.common.backend import Backend
 from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_toml
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.fetch import CORPORA
+from mlxgpt.common.prepare import cache_folder
 from mlxgpt.common.progress import Progress
 from mlxgpt.common.tokenizer import KINDS, Tokenizer, has_tokenizer, load_tokenizer
 
@@ -171,15 +173,26 @@ def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) 
     if steps:
         sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
     recipe = build(sections, where)
+    paths = {"source": _corpus(recipe.data.source), "tokenizer": recipe.data.tokenizer}
     absolute = {
-        key: str(Path(value).resolve())
-        for key, value, words in (
-            ("source", recipe.data.source, ("pydocs",)),
-            ("tokenizer", recipe.data.tokenizer, KINDS),
-        )
-        if value not in words and Path(value).exists()
+        key: str(Path(value).expanduser().resolve())
+        for key, value in paths.items()
+        if value not in ("pydocs", *KINDS) and Path(value).expanduser().exists()
     }
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
+
+
+def _corpus(source: str) -> str:
+    """The source, or where ``data fetch`` put the corpus of that name."""
+    if source not in CORPORA or Path(source).exists():
+        return source
+    fetched = cache_folder() / "corpora" / CORPORA[source].file
+    if not fetched.is_file():
+        raise UserError(
+            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: "
+            "--set data.source=FILE"
+        )
+    return str(fetched)
 
 
 def _backend(args: Namespace) -> Backend:
@@ -230,7 +243,6 @@ def _resolve(recipe: Recipe, source: data.TokenSource, tokenizer: Tokenizer | No
         raise UserError(f"model.vocab_size = {model.vocab_size}: expected 0 or at least the tokenizer's {needed}")
     elif model.vocab_size > needed:
         print(f"model.vocab_size = {model.vocab_size}: the tokenizer has {needed}, the other rows stay unused")
-    source.check_vocabulary(model.vocab_size)
     families.config_to_hf(model)
     return dataclasses.replace(recipe, model=model)
 

@@ -91,29 +91,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path | str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
+    dtype: np.dtype | None = None,
+) -> None:
     """Writes a safetensors file atomically; the metadata is ``{"format": "pt"}`` unless given.
 
-    Wide types come first, so that every tensor starts at a multiple of its item size.
+    ``dtype`` is what every tensor is cast to, each when its turn comes. Wide types come first, so that every tensor
+    starts at a multiple of its item size.
 
     Raises:
         UserError: a dtype that the format does not have, or the system refuses to write.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    kinds = {name: dtype or array.dtype for name, array in tensors.items()}
+    order = sorted(tensors, key=lambda name: -kinds[name].itemsize)
     offset = 0
     for name in order:
-        array = tensors[name]
-        dtype = _NAMES.get(array.dtype.newbyteorder("<") if array.dtype.kind in "iuf" else array.dtype)
-        if dtype is None:
-            raise UserError(f"{path}: {name}: dtype {array.dtype}: expected one of {', '.join(DTYPES)}")
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
+        array, kind = tensors[name], kinds[name]
+        spelled = _NAMES.get(kind.newbyteorder("<") if kind.kind in "iuf" else kind)
+        if spelled is None:
+            raise UserError(f"{path}: {name}: dtype {kind}: expected one of {', '.join(DTYPES)}")
+        size = array.size * kind.itemsize
+        header[name] = {"dtype": spelled, "shape": list(array.shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:

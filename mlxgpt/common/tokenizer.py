@@ -115,7 +115,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         UserError: nothing there, a damaged file, or a kind that cannot be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         if not has_tokenizer(path):
             raise UserError(

@@ -143,8 +143,9 @@ def _validate(job: Job, signals: Signals, saver: "Saver") -> bool:
             job.progress.status("")
             return False
         job.progress.status(f"validating {number}")
-        sums = job.engine.evaluate(batch)
-        loss_sum, weight = loss_sum + sums["loss"], weight + sums["weight"]
+        for part in batch.split(settings.micro_batch_size):
+            sums = job.engine.evaluate(part)
+            loss_sum, weight = loss_sum + sums["loss"], weight + sums["weight"]
     loss, seconds = loss_sum / weight, time.perf_counter() - start
     job.metrics.write(step=state.step, split="val", loss=loss, targets=round(weight), seconds=round(seconds, 6))
     state.evaluated = state.step

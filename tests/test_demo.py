@@ -1,0 +1,91 @@
+"""The demo's verdict: what it compares, and that it can fail."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxgpt import cli
+from mlxgpt.common import demo
+from mlxgpt.common.errors import RunError
+
+
+def curves(**changed: float) -> dict[str, dict[int, float]]:
+    """Three equal curves of 10 steps, the second from step 6; ``torch_7=0.1`` adds to one loss."""
+    made = {leg: {step: 5 - step / 10 for step in range(1, 11)} for leg in demo.LEGS}
+    for place, difference in changed.items():
+        leg, _, step = place.rpartition("_")
+        made[leg.replace("_", "-")][int(step)] += difference
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changed", "fails"),
+    [
+        ({}, []),
+        ({"torch_1": 0.5e-6, "torch_7": 0.9e-4, "torch_resumed_8": -1.9e-5}, []),
+        ({"torch_resumed_5": 1.0}, []),  # before it was resumed
+        ({"torch_1": 2e-6}, [1]),
+        ({"torch_10": -1.1e-4}, [10]),
+        ({"torch_resumed_6": 2.1e-5}, [6]),
+        ({"torch_2": math.nan}, [2]),
+        ({"mlx_9": math.nan}, [9, 9]),
+        ({"torch_resumed_10": math.inf}, [10]),
+    ],
+)
+def test_each_gate_fails_on_its_own(changed: dict[str, float], fails: list[int]) -> None:
+    found = demo.compare(curves(**changed), 10, 5, demo.Gates())
+    assert [one.step for one in found if not one.agrees] == fails
+
+
+def test_a_missing_step_is_no_agreement() -> None:
+    short = curves()
+    del short["torch"][10]
+    with pytest.raises(RunError, match="no loss of step 10"):
+        demo.compare(short, 10, 5, demo.Gates())
+
+
+def test_a_skipped_step_reads_as_nan(tmp_path: Path) -> None:
+    lines = [{"step": 1, "split": "train", "loss": None}, {"step": 1, "split": "val", "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert math.isnan(demo.losses(tmp_path, "train")[1])
+    assert demo.losses(tmp_path, "val") == {1: 2.0}
+
+
+def test_the_table_shows_all_three() -> None:
+    shown = demo.table(curves(), {leg: {10: 4.5} for leg in demo.LEGS}, 10, 5).splitlines()
+    assert shown[0].split() == ["step", "MLX", "1..10", "torch", "6..10", "torch", "1..10"]
+    assert shown[2].split() == ["1", "4.900000", "4.900000", "4.900000"]
+    assert shown[-1].split() == ["validation", "10", *["4.500000"] * 3]
+
+
+def test_a_folder_that_is_no_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "thesis.txt").write_text("mine")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "torch: exists and is not a run" in capsys.readouterr().err
+    assert (tmp_path / "torch" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gate", "code"), [(None, 0), ("first", 1)])
+def test_three_legs(tmp_path: Path, gate: str | None, code: int) -> None:
+    """All of it, tiny; and with a gate that nothing can pass."""
+    program = f"""
+import sys
+from mlxgpt import cli
+from mlxgpt.common import demo
+tiny = "model.n_layer=1 model.n_embd=16 optim.warmup=2 train.batch_size=2 train.eval_batches=1 train.keep=0"
+demo.PRESET = demo.SLOW_PRESET = (6, tiny.split())
+if {gate!r}:
+    impossible = demo.Gates(**{{{gate!r}: -1.0}})
+    demo.Gates, demo.ACCELERATOR_GATES = lambda: impossible, impossible
+sys.exit(cli.main(["demo", "--out", {str(tmp_path)!r}]))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == code, run.stdout + run.stderr
+    assert ("verdict: the three curves agree" in run.stdout) == (code == 0)
+    assert ("over the gate" in run.stdout) == (code == 1)
