@@ -263,20 +263,17 @@ class Block(nn.Module):
             y = self.ln_1_post(y)
         if drop is not None:
             y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
-        if place == "parallel":
-            z = self.mlp(self.ln_1(x))
-        elif place == "parallel2":
-            z = self.mlp(self.ln_2(x))
-        x = x + y
-        if place in ("pre", "sandwich"):
-            z = self.mlp(self.ln_2(x))
-        elif place == "post":
-            z = self.ln_2(self.mlp(x))
+        after = x + y
+        before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
+        if place == "post":
+            z = self.ln_2(self.mlp(before))
+        else:
+            z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before))
         if place == "sandwich":
             z = self.ln_2_post(z)
         if drop is not None:
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
-        return x + z
+        return after + z
 
 
 class Model(nn.Module):

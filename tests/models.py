@@ -37,13 +37,13 @@ CASES: dict[str, ModelConfig] = {
     "gemma2": tiny(family="gemma2", n_kv_head=2, head_dim=16, attn_scale=12**-0.5, **WINDOW),
     "gemma3_text": tiny(family="gemma3_text", n_kv_head=2, head_dim=16, window_layers=[0], **WINDOW),
     "gpt_neox": tiny(family="gpt_neox", **LONG),
-    "phi": tiny(family="phi", n_kv_head=2, **LONG),
+    "phi": tiny(family="phi", n_embd=128, n_kv_head=2, **LONG),
     "phi3": tiny(family="phi3", n_kv_head=2, tied=False, **LONG),
     "olmo2": tiny(family="olmo2", n_kv_head=2, tied=False, **LONG),
     "smollm3": tiny(family="smollm3", n_kv_head=2, no_rope=[1], **LONG),
 }
 
-# what the families can say besides
+# what the families can say besides; at normal weights the attention of some is so flat that its gradients are rounding
 VARIANTS: dict[str, ModelConfig] = {
     "llama-linear": tiny(family="llama", **LONG, **LINEAR),
     "mistral-full": tiny(family="mistral", **LONG),
@@ -56,7 +56,7 @@ VARIANTS: dict[str, ModelConfig] = {
     "gemma3_text-softcap": tiny(family="gemma3_text", final_softcap=2.0, window=0),
     "gpt_neox-serial": tiny(family="gpt_neox", placement="pre", rotary_dim=12, activation="gelu_tanh", **LONG),
     "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80, **LONG),
-    "phi-linear": tiny(family="phi", head_dim=16, rotary_dim=10, **LONG, **LINEAR),
+    "phi-linear": tiny(family="phi", n_kv_head=2, head_dim=16, rotary_dim=10, **LONG, **LINEAR),
     "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
     "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16, **LONG),
     "smollm3-window": tiny(family="smollm3", no_rope=[0], window_layers=[0], mlp_bias=True, **WINDOW),

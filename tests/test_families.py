@@ -24,7 +24,8 @@ def hf_config(config: configs.ModelConfig, *without: str) -> Any:
     """transformers' reading of our config.json, without some of its keys."""
     values = families.config_to_hf(config) | {"pad_token_id": None}
     return transformers.AutoConfig.for_model(
-        **{key: values[key] for key in values if key not in ("architectures", *without)}
+        str(values["model_type"]),
+        **{key: values[key] for key in values if key not in ("architectures", "model_type", *without)},
     )
 
 
@@ -358,6 +359,23 @@ def test_a_size_that_is_missing_is_named(key: str) -> None:
     del values[key]
     with pytest.raises(UserError, match=f"^config.json: {key} is missing$"):
         families.config_from_hf(values)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias", None),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias", None),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", None),
+        ("gpt_neox", "gpt_neox.layers.0.attention.dense.bias", "gpt_neox.layers.0.attention.dense.bias"),
+        ("gpt_neox", "lm_head.weight", "embed_out.weight"),
+        ("gpt_neox", "embed_out.weight", "embed_out.weight"),
+        ("phi", "model.layers.1.self_attn.rotary_emb.inv_freq", None),
+        ("phi", "lm_head.bias", "lm_head.bias"),
+    ],
+)
+def test_buffers_and_other_names_of_old_files(family: str, name: str, expected: str | None) -> None:
+    assert families.strip(tiny(family=family), name) == expected
 
 
 @pytest.mark.parametrize("name", families.ACTIVATIONS)

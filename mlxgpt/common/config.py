@@ -126,7 +126,8 @@ class ModelConfig:
         for name in unused:
             value, default = getattr(self, name), type(self).__dict__[name]
             _check("model", value == default, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
-        _check("model", self.window or not self.window_layers, "window", self.window, "positive, with window_layers")
+        used = self.window > 0 or not self.window_layers
+        _check("model", used, "window", self.window, "a positive number, with model.window_layers")
         if self.window and not self.window_layers:
             object.__setattr__(self, "window_layers", tuple(range(self.n_layer)))
 
