@@ -71,6 +71,8 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(losses("run")) == list(range(1, 13))
     assert list(losses("run", "val")) == [4, 8, 12]
     assert losses("run")[12] < losses("run")[1]
+    end = checkpoint.verify(checkpoint.path_of(Path("run"), 12))
+    assert (end.t, end.tokens, end.evaluated) == (12, 12 * 4 * 8, 12)
     out = capsys.readouterr().out
     for part in ("32 of 32 tokens are targets (100.0%)", "first step: ", "first save: run/checkpoints/step-0000004"):
         assert out.count(part) == 1, part
@@ -180,20 +182,20 @@ def test_resuming_a_finished_run_prints_one_line(go: Go, capsys: pytest.CaptureF
 
 
 def test_early_stopping_and_best(go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    fixed = iter([3.0, 2.0, 2.5, 2.2, 2.1, 1.0])
+    fixed = iter([3.0, 3.5, 2.0, 2.5, 2.2, 2.1, 1.0])
     monkeypatch.setattr(fake_run.Engine, "evaluate", lambda self, batch: {"loss": next(fixed) * 64, "weight": 64.0})
     monkeypatch.setattr(fake_run.Source, "validation", lambda self: iter([self.batch(1)]))
     settings = ["--set", "train.eval_every=1", "--set", "train.early_stop=3", "--set", "train.keep=1"]
     assert go("--out", "run", *settings) == 0
-    assert "at step 5: 3 validations without a better loss" in capsys.readouterr().out
-    assert losses("run", "val") == {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.2, 5: 2.1}
-    assert checkpoint.steps_of(Path("run")) == [2, 5]
-    assert checkpoint.resolve_model("run").name == "step-0000002"
+    assert "at step 6: 3 validations without a better loss" in capsys.readouterr().out
+    assert losses("run", "val") == {1: 3.0, 2: 3.5, 3: 2.0, 4: 2.5, 5: 2.2, 6: 2.1}
+    assert checkpoint.steps_of(Path("run")) == [3, 6]
+    assert checkpoint.resolve_model("run").name == "step-0000003"
     assert go("--resume", "run") == 0
-    assert "nothing to do: stopped early at step 5" in capsys.readouterr().out
+    assert "nothing to do: stopped early at step 6" in capsys.readouterr().out
     # patience is counted across a stop
-    fixed = iter([3.0, 2.0, 2.5, 2.2, 2.1])
-    assert go("--out", "parts", *settings, "--stop-after", "4") == 0
+    fixed = iter([3.0, 3.5, 2.0, 2.5, 2.2, 2.1])
+    assert go("--out", "parts", *settings, "--stop-after", "5") == 0
     assert go("--resume", "parts") == 0
     assert losses("parts", "val") == losses("run", "val")
 
@@ -293,6 +295,26 @@ def test_a_save_that_fails_ends_the_run(
     monkeypatch.setattr(checkpoint.folder, "write_model", real)
     assert go("--resume", "run") == 0
     assert list(losses("run")) == list(range(1, 13))
+
+
+def test_a_save_that_fails_is_seen_before_the_next_one(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.folder, "write_model", broken)
+    monkeypatch.setenv("FAKE_DELAY", "0.05")
+    assert go("--out", "run", "--set", "train.save_every=3", "--set", "train.eval_every=0", "--steps", "100") == 1
+    assert max(losses("run")) < 6
+
+
+def test_what_a_killed_process_left_is_swept_away(go: Go) -> None:
+    assert go("--out", "run", "--stop-after", "5") == 0
+    left = [Path("run/checkpoints/.step-0000009.tmp"), Path("run/.recipe.toml.77.tmp"), Path("run/.last.link")]
+    left[0].mkdir()
+    for file in (left[0] / "config.json", *left[1:]):
+        file.write_text("half")
+    assert go("--resume", "run") == 0
+    assert not [path for path in left if path.exists()]
 
 
 def test_no_space_for_a_checkpoint_is_seen_before_the_folder_is_made(
