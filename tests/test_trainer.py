@@ -486,6 +486,19 @@ def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsy
     assert "from first, were saved" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_is_gone_is_taken_from_the_checkpoint(
+    go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("words").write_text("")
+    assert go("--out", "run", "--set", "data.tokenizer=words", "--stop-after", "5") == 0
+    Path("words").unlink()
+    asked, real = [], fake_run.open_data
+    monkeypatch.setattr(start.data, "open_data", lambda data, *rest: asked.append(data.tokenizer) or real(data, *rest))
+    assert go("--resume", "run") == 0
+    assert asked == [str(Path("run/checkpoints/step-0000005").resolve())]
+    assert "words is gone; run/checkpoints/step-0000005 has it" in capsys.readouterr().out
+
+
 def test_weights_of_another_vocabulary_are_refused(
     go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def _continue(args: Namespace) -> int:
         metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
         schedule.check(recipe.optim, recipe.train.steps)
         backend = _backend(args)
+        recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
         if found:
@@ -200,6 +201,15 @@ def _backend(args: Namespace) -> Backend:
     backend = backends.load(args.backend)
     backend.engine.devices.use(args.device)
     return backend
+
+
+def _own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
+    """The recipe with the checkpoint's copy of a tokenizer that is not where it was; the data's sums judge it."""
+    path = recipe.data.tokenizer
+    if place is None or path in KINDS or Path(path).exists() or not has_tokenizer(place):
+        return recipe
+    print(f"data.tokenizer: {path} is gone; {place} has it")
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(place.resolve())))
 
 
 def _take_model(recipe: Recipe, written: dict[str, Any], origin: Path) -> Recipe:
