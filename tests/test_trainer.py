@@ -332,6 +332,7 @@ def test_no_space_for_a_checkpoint_is_seen_before_the_folder_is_made(
         (["--set", "train.stpes=3"], "unknown key train.stpes (did you mean 'steps'?)"),
         (["--set", "train.steps=many"], "train.steps = 'many': expected int"),
         (["--set", "optim.warmup=12"], "optim.warmup = 12: expected fewer than train.steps = 12"),
+        (["--stop-after", "13"], "--stop-after 13: expected at most train.steps = 12"),
         (["--steps", "2"], "optim.warmup = 2: expected fewer than train.steps = 2"),
         (["--set", "model.n_embd=9"], "model.n_embd = 9: expected a multiple of model.n_head"),
         (["--set", "model.vocab_size=12"], "model.vocab_size = 12: expected 0 or at least the tokenizer's 13"),

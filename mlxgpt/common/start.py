@@ -59,8 +59,7 @@ def _begin(args: Namespace) -> int:
     written = apply_sets(read_toml(path), args.set)
     recipe = _recipe(written, args.steps, str(path))
     out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
-    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-    schedule.check(recipe.optim, recipe.train.steps)
+    _check_settings(recipe, args)
     backend = _backend(args)
     origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
     if origin:
@@ -105,8 +104,7 @@ def _continue(args: Namespace) -> int:
             return 0
         if args.stop_after and args.stop_after <= step:
             raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-        metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-        schedule.check(recipe.optim, recipe.train.steps)
+        _check_settings(recipe, args)
         backend = _backend(args)
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
@@ -194,6 +192,15 @@ def _corpus(source: str) -> str:
             "--set data.source=FILE"
         )
     return str(fetched)
+
+
+def _check_settings(recipe: Recipe, args: Namespace) -> None:
+    """What can be judged without data and framework."""
+    steps = recipe.train.steps
+    if args.stop_after and args.stop_after > steps:
+        raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
+    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
+    schedule.check(recipe.optim, steps)
 
 
 def _backend(args: Namespace) -> Backend:
