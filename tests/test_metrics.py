@@ -117,6 +117,37 @@ def test_what_is_not_installed_is_refused_before_the_run(monkeypatch: pytest.Mon
         metrics.check_sinks(False, "project")
 
 
+def test_tensorboard_gets_the_lines_and_purges_those_of_an_abandoned_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    def record(**fields: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(**fields)
+
+    class Log(types.SimpleNamespace):
+        START = 1
+
+    summary = type("Summary", (types.SimpleNamespace,), {"Value": staticmethod(record)})
+    writer = types.SimpleNamespace(add_event=events.append, close=lambda: events.append("closed"))
+    modules = {
+        "tensorboard.compat.proto.event_pb2": {"Event": record, "SessionLog": Log},
+        "tensorboard.compat.proto.summary_pb2": {"Summary": summary},
+        "tensorboard.summary.writer.event_file_writer": {"EventFileWriter": lambda folder: writer},
+    }
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    metrics_file = Metrics(tmp_path, metrics.open_sinks(tmp_path, True, "", {}, 5))
+    metrics_file.write(step=6, split="train", loss=2.5)
+    metrics_file.close()
+    start, line, closed = events
+    assert start.step == 6 and start.session_log.status == Log.START
+    assert line.step == 6 and [(value.tag, value.simple_value) for value in line.summary.value] == [("train/loss", 2.5)]
+    assert closed == "closed"
+
+
 def test_wandb_gets_the_lines_and_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     fake = types.SimpleNamespace(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mlxgpt.common.config import TrainConfig
+from torch_ref import head
 from torch_ref.model import Dropout, Model
 
 
@@ -38,8 +39,13 @@ def cross_entropy(
 def lm(
     model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False
 ) -> torch.Tensor:
-    """Next-token losses (B, T); ``plain`` leaves out what only training adds (smoothing, z-loss)."""
+    """Next-token losses (B, T); ``plain`` leaves out what only training adds, gradients included."""
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
-    return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
+    if not config.loss_chunk:
+        return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
+    weight = (model.wte if model.config.tied else model.lm_head).weight
+    needs = "none" if plain else "both"
+    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, recompute=recompute)
+    return head.token_losses(hidden, weight, batch.targets, options)

@@ -161,7 +161,8 @@ def _same_bytes(a: Entry, b: Entry) -> bool:
     """Whether two tensors are one, bit for bit."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return np.array_equal(*(read_tensor(entry).reshape(-1).view(np.uint8) for entry in (a, b)))
+    left, right = (read_tensor(entry).reshape(-1).view(np.uint8) for entry in (a, b))
+    return np.array_equal(left, right)
 
 
 def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:

@@ -128,7 +128,7 @@ class Progress:
     def status(self, text: str) -> None:
         """Says at the end of the live lines what is going on besides steps; empty = nothing."""
         self._status = text
-        if self._live:
+        if self._live and (not text or time.perf_counter() >= self._next):
             self._draw()
 
     def step(self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float, now: float) -> None:
@@ -164,13 +164,8 @@ class Progress:
     def validation(self, step: int, loss: float, best: tuple[int, float] | None) -> None:
         """Takes note of a validation."""
         self._validation, self._best = loss, best
-        mark = (
-            "  best so far" if best and best[0] == step else f"  (best {best[1]:.4f} at step {best[0]})" if best else ""
-        )
-        if self._live:
-            self._draw()
-        else:
-            self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}{mark}")
+        mark = f"  (best {best[1]:.4f} at step {best[0]})" if best and best[0] != step else "  (best so far)"
+        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}{mark if best else ''}")
 
     def _remember(self) -> None:
         """Moves the mean of the last steps to the sparkline's points; twice too many are halved."""

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a wish that the loop reads between steps."""
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,9 +34,9 @@ class Signals:
         self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if sys.stdout.isatty():
+            if os.isatty(1):
                 # a live display hides the cursor, and the second Ctrl-C could not bring it back
-                sys.stdout.write("\x1b[?25h")
+                os.write(1, b"\x1b[?25h")
 
     @property
     def exit_code(self) -> int:

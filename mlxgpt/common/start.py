@@ -59,8 +59,7 @@ def _begin(args: Namespace) -> int:
     written = apply_sets(read_toml(path), args.set)
     recipe = _recipe(written, args.steps, str(path))
     out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
-    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-    schedule.check(recipe.optim, recipe.train.steps)
+    _check_settings(recipe, args)
     backend = _backend(args)
     origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
     if origin:
@@ -105,9 +104,9 @@ def _continue(args: Namespace) -> int:
             return 0
         if args.stop_after and args.stop_after <= step:
             raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-        metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-        schedule.check(recipe.optim, recipe.train.steps)
+        _check_settings(recipe, args)
         backend = _backend(args)
+        recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
         if found:
@@ -195,11 +194,29 @@ def _corpus(source: str) -> str:
     return str(fetched)
 
 
+def _check_settings(recipe: Recipe, args: Namespace) -> None:
+    """What can be judged without data and framework."""
+    steps = recipe.train.steps
+    if args.stop_after and args.stop_after > steps:
+        raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
+    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
+    schedule.check(recipe.optim, steps)
+
+
 def _backend(args: Namespace) -> Backend:
     """The framework's modules, its device chosen: what is not there is said before the data is prepared."""
     backend = backends.load(args.backend)
     backend.engine.devices.use(args.device)
     return backend
+
+
+def _own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
+    """The recipe with the checkpoint's copy of a tokenizer that is not where it was; the data's sums judge it."""
+    path = recipe.data.tokenizer
+    if place is None or path in KINDS or Path(path).exists() or not has_tokenizer(place):
+        return recipe
+    print(f"data.tokenizer: {path} is gone; {place} has it")
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(place.resolve())))
 
 
 def _take_model(recipe: Recipe, written: dict[str, Any], origin: Path) -> Recipe:

@@ -77,9 +77,9 @@ def train(job: Job) -> int:
             state.step, state.t, state.tokens = step, engine.t, state.tokens + tokens
             line = {"step": step, "split": "train", "loss": loss, "lr": rate, "grad_norm": stats.grad_norm}
             line |= {name: value / stats.weight for name, value in stats.sums.items()}
-            line |= {"tokens": state.tokens, "seconds": round(now - start, 6)} | (
-                {} if stats.finite else {"skipped": True}
-            )
+            line |= {"tokens": state.tokens, "seconds": round(now - start, 6)}
+            if not stats.finite:
+                line["skipped"] = True
             job.metrics.write(**line)
             progress.step(step, loss, rate, stats.grad_norm, tokens, now - start, now)
             if step == first:

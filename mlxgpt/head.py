@@ -1,0 +1,201 @@
+"""Losses straight from hidden states: the logits exist for a chunk of the vocabulary at a time, never whole.
+
+Words pass by as keys do in FlashAttention (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018), with a
+running maximum, a running sum and a running p W. One pass gives the losses and all of their gradient by the hidden
+states but the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of logits' size
+where the plain form holds three, or makes it again.
+With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
+
+    l_v = h w_v + b_v,  z_v = cap tanh(l_v / cap),  p = softmax(z),  loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2
+    d loss / d l_v = (q p_v - (1 - s) [v = y] - s / V) k_v,  k_v = 1 - (z_v / cap)^2
+
+Sizes: N tokens, C width, V words, n words of a chunk.
+"""
+
+from typing import Any, NamedTuple
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import mlx.core as mx
+
+
+class Options(NamedTuple):
+    """What does not change from step to step.
+
+    ``needs`` says what is differentiated: "none", "hidden" (a frozen head) or "both". ``recompute`` keeps nothing of
+    the logits' size for "both", at the price of one more product.
+    """
+
+    chunk: int
+    needs: str = "both"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    soft_cap: float = 0.0
+    recompute: bool = False
+
+
+class Sweep(NamedTuple):
+    """What one pass over the vocabulary leaves."""
+
+    losses: mx.array  # (N,)
+    gradient: mx.array  # (N, C) d loss / d h; without needs: zeros
+    lse: mx.array  # (N, 1)
+    slope: mx.array  # (N, 1) k_y
+    kept: list[mx.array]  # a chunk each: (N, n) exp(z - top) k
+    tops: list[mx.array]  # a chunk each: (N, 1)
+
+
+def logits(hidden: mx.array, weight: mx.array, bias: mx.array | None = None, soft_cap: float = 0.0) -> mx.array:
+    """z (..., V) in float32 of hidden states (..., C), weight (V, C) and bias (V,)."""
+    z = (hidden @ weight.astype(hidden.dtype).T).astype(mx.float32)
+    if bias is not None:
+        z = z + bias
+    return soft_cap * mx.tanh(z / soft_cap) if soft_cap else z
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x for x up to 88, within 1.2e-7 of it; below -87 it is e^-87. MLX's own is 8 times slower on the CPU."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return mx.exp(x)
+    x = mx.maximum(x, -87.0)
+    t = x * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: the integer n nearest to x / ln 2, in the low bits
+    n = t - 12582912.0
+    f = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6  # ln 2 in two parts
+    g = f * f
+    p = (0.041666187937311895 + 0.00836960292201252 * f) + g * 0.0013951670534103962
+    p = (1 + f) + g * ((0.5000000100828874 + 0.16666512838882447 * f) + g * p)  # minimax on |f| <= ln 2 / 2
+    return mx.view(mx.view(p, mx.int32) + mx.left_shift(mx.view(t, mx.int32), 23), mx.float32)
+
+
+def curve(z: mx.array, o: Options) -> mx.array:
+    """k of capped logits."""
+    return 1 - mx.square(z / o.soft_cap)
+
+
+def after(done: list[mx.array], *arrays: mx.array) -> list[mx.array]:
+    """The arrays, but not before ``done``: chunk follows chunk, and buffers are used again."""
+    return mx.depends(list(arrays), done)
+
+
+def sweep(hidden: mx.array, weight: mx.array, targets: mx.array, bias: mx.array | None, o: Options) -> Sweep:
+    """The pass: hidden (N, C), weight (V, C), targets (N,), bias (V,) or None."""
+    (N, C), V = hidden.shape, weight.shape[0]
+    h, y = hidden, targets[:, None]
+    top, total = mx.full((N, 1), -float("inf")), mx.zeros((N, 1))
+    z_y, z_sum = mx.zeros((N, 1)), mx.zeros((N, 1))
+    pull, even = mx.zeros((N, C)), mx.zeros((N, C))  # sum of exp(z - top) k w, and of k w
+    kept, tops = [], []
+    for start in range(0, V, o.chunk):
+        w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+        n = w.shape[0]
+        z = logits(h, w, b, o.soft_cap)
+        inside = (y >= start) & (y < start + n)
+        z_y = z_y + mx.where(inside, mx.take_along_axis(z, mx.clip(y - start, 0, n - 1), axis=-1), 0.0)
+        if o.label_smoothing:
+            z_sum = z_sum + z.sum(axis=-1, keepdims=True)
+        last, top = top, mx.maximum(top, z.max(axis=-1, keepdims=True))
+        k = curve(z, o) if o.soft_cap else None
+        e, fade = exp(z - top), exp(last - top)
+        total = total * fade + e.sum(axis=-1, keepdims=True)
+        if o.needs != "none":
+            w = w.astype(h.dtype)
+            if k is not None:
+                e = e * k
+                if o.label_smoothing:
+                    even = even + k.astype(h.dtype) @ w
+            e = e.astype(h.dtype)
+            pull = pull * fade + e @ w
+            kept, tops = [*kept, e] if keeps(o) else [], [*tops, top]
+        h, pull = after([z_y, z_sum, total, even], h, pull)
+    lse = top + mx.log(total)
+    slope = curve(z_y, o) if o.soft_cap else mx.ones((N, 1))
+    losses = lse - (1 - o.label_smoothing) * z_y
+    gradient = mx.zeros((N, C))
+    if o.label_smoothing:
+        losses = losses - o.label_smoothing / V * z_sum
+        even = even if o.soft_cap else weight.sum(axis=0)
+    if o.z_loss:
+        losses = losses + o.z_loss * mx.square(lse)
+    if o.needs != "none":
+        gradient = (1 + 2 * o.z_loss * lse) * pull / total - (1 - o.label_smoothing) * slope * weight[targets]
+        if o.label_smoothing:
+            gradient = gradient - o.label_smoothing / V * even
+    return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
+
+
+def keeps(o: Options) -> bool:
+    """Whether the sweep keeps what the weight's gradient needs; with a cap, smoothing would need a second array."""
+    return o.needs == "both" and not o.recompute and not (o.soft_cap and o.label_smoothing)
+
+
+def weight_gradient(
+    hidden: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    bias: mx.array | None,
+    cotangents: mx.array,
+    done: Sweep,
+    o: Options,
+) -> tuple[mx.array, mx.array | None]:
+    """Gradients of weight (V, C) and of bias (V,), by the cotangents (N, 1) of the losses."""
+    V = weight.shape[0]
+    x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
+    if bias is not None:
+        x = mx.concatenate([x, cotangents], axis=-1)
+    parts, h = [], hidden
+    for start in range(0, V, o.chunk):
+        top, k = done.tops[start // o.chunk], None
+        if keeps(o):
+            e = done.kept[start // o.chunk]
+        else:
+            w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+            z = logits(h, w, b, o.soft_cap)
+            e = exp(z - top)
+            if o.soft_cap:
+                k = curve(z, o)
+                e = e * k
+        scale = (1 + 2 * o.z_loss * done.lse) * exp(top - done.lse)
+        part = (e.astype(h.dtype).T @ (scale * x).astype(h.dtype)).astype(mx.float32)  # (n, C)
+        if o.label_smoothing:
+            even = x.sum(axis=0) if k is None else k.T @ x
+            part = part - o.label_smoothing / V * even
+        parts.append(part)
+        h, x = after([part], h, x)
+    grad = mx.concatenate(parts).at[targets].add((o.label_smoothing - 1) * done.slope * x)
+    return (grad, None) if bias is None else (grad[:, :-1], grad[:, -1])
+
+
+def token_losses(
+    hidden: mx.array, weight: mx.array, targets: mx.array, o: Options, bias: mx.array | None = None
+) -> mx.array:
+    """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
+
+    Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
+    """
+    assert o.chunk > 0 and o.needs in ("none", "hidden", "both")
+    shape = targets.shape
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if o.needs == "none":
+        return mx.stop_gradient(sweep(hidden, weight, targets, bias, o).losses).reshape(shape)
+    if o.needs == "hidden":
+        weight, bias = mx.stop_gradient(weight), None if bias is None else mx.stop_gradient(bias)
+    more = [] if bias is None else [bias]
+
+    @mx.custom_function
+    def run(h: mx.array, w: mx.array, y: mx.array, *b: mx.array) -> tuple:
+        return tuple(sweep(h, w, y, b[0] if b else None, o))
+
+    @run.vjp
+    def run_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+        h, w, y, *b = primals
+        done, c = Sweep(*outputs), cotangents[0][:, None]
+        grad_h = (c * done.gradient).astype(h.dtype)
+        if o.needs == "hidden":
+            return (grad_h, mx.zeros_like(w), mx.zeros_like(y), *(mx.zeros_like(each) for each in b))
+        grad_w, grad_b = weight_gradient(h, w, y, b[0] if b else None, c, done, o)
+        grads_b = [] if grad_b is None else [grad_b.astype(b[0].dtype)]
+        return (grad_h, grad_w.astype(w.dtype), mx.zeros_like(y), *grads_b)
+
+    outputs: Any = run(hidden, weight, targets, *more)
+    return outputs[0].reshape(shape)

@@ -1,0 +1,189 @@
+"""Losses straight from hidden states: the logits exist for a chunk of the vocabulary at a time, never whole.
+
+Words pass by as keys do in FlashAttention (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018), with a
+running maximum, a running sum and a running p W. One pass gives the losses and all of their gradient by the hidden
+states but the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of logits' size
+where the plain form holds three, or makes it again.
+With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
+
+    l_v = h w_v + b_v,  z_v = cap tanh(l_v / cap),  p = softmax(z),  loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2
+    d loss / d l_v = (q p_v - (1 - s) [v = y] - s / V) k_v,  k_v = 1 - (z_v / cap)^2
+
+Sizes: N tokens, C width, V words, n words of a chunk.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Options(NamedTuple):
+    """What does not change from step to step.
+
+    ``needs`` says what is differentiated: "none", "hidden" (a frozen head) or "both". ``recompute`` keeps nothing of
+    the logits' size for "both", at the price of one more product.
+    """
+
+    chunk: int
+    needs: str = "both"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    soft_cap: float = 0.0
+    recompute: bool = False
+
+
+class Sweep(NamedTuple):
+    """What one pass over the vocabulary leaves."""
+
+    losses: torch.Tensor  # (N,)
+    gradient: torch.Tensor  # (N, C) d loss / d h; without needs: zeros
+    lse: torch.Tensor  # (N, 1)
+    slope: torch.Tensor  # (N, 1) k_y
+    kept: list[torch.Tensor]  # a chunk each: (N, n) exp(z - top) k
+    tops: list[torch.Tensor]  # a chunk each: (N, 1)
+
+
+def logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, soft_cap: float = 0.0
+) -> torch.Tensor:
+    """z (..., V) in float32 (float64 of float64) of hidden states (..., C), weight (V, C) and bias (V,)."""
+    z = hidden @ weight.to(hidden.dtype).T
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if bias is not None:
+        z = z + bias
+    return soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
+
+
+def curve(z: torch.Tensor, o: Options) -> torch.Tensor:
+    """k of capped logits."""
+    return 1 - torch.square(z / o.soft_cap)
+
+
+def sweep(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, o: Options
+) -> Sweep:
+    """The pass: hidden (N, C), weight (V, C), targets (N,), bias (V,) or None."""
+    (N, C), V = hidden.shape, weight.shape[0]
+    h, y = hidden, targets[:, None]
+    like: dict[str, Any] = dict(dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+    top, total = torch.full((N, 1), -float("inf"), **like), torch.zeros((N, 1), **like)
+    z_y, z_sum = torch.zeros((N, 1), **like), torch.zeros((N, 1), **like)
+    pull, even = torch.zeros((N, C), **like), torch.zeros((N, C), **like)  # sum of exp(z - top) k w, and of k w
+    kept, tops = [], []
+    for start in range(0, V, o.chunk):
+        w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+        n = w.shape[0]
+        z = logits(h, w, b, o.soft_cap)
+        inside = (y >= start) & (y < start + n)
+        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(y - start, 0, n - 1), dim=-1), 0.0)
+        if o.label_smoothing:
+            z_sum = z_sum + z.sum(dim=-1, keepdim=True)
+        last, top = top, torch.maximum(top, z.amax(dim=-1, keepdim=True))
+        k = curve(z, o) if o.soft_cap else None
+        e, fade = z.sub_(top).exp_(), torch.exp(last - top)
+        total = total * fade + e.sum(dim=-1, keepdim=True)
+        if o.needs != "none":
+            w = w.to(h.dtype)
+            if k is not None:
+                e = e * k
+                if o.label_smoothing:
+                    even = even + k.to(h.dtype) @ w
+            e = e.to(h.dtype)
+            pull = pull * fade + e @ w
+            kept, tops = [*kept, e] if keeps(o) else [], [*tops, top]
+    lse = top + torch.log(total)
+    slope = curve(z_y, o) if o.soft_cap else torch.ones_like(z_y)
+    losses = lse - (1 - o.label_smoothing) * z_y
+    gradient = torch.zeros((N, C), **like)
+    if o.label_smoothing:
+        losses = losses - o.label_smoothing / V * z_sum
+        even = even if o.soft_cap else weight.sum(dim=0)
+    if o.z_loss:
+        losses = losses + o.z_loss * torch.square(lse)
+    if o.needs != "none":
+        gradient = (1 + 2 * o.z_loss * lse) * pull / total - (1 - o.label_smoothing) * slope * weight[targets]
+        if o.label_smoothing:
+            gradient = gradient - o.label_smoothing / V * even
+    return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
+
+
+def keeps(o: Options) -> bool:
+    """Whether the sweep keeps what the weight's gradient needs; with a cap, smoothing would need a second array."""
+    return o.needs == "both" and not o.recompute and not (o.soft_cap and o.label_smoothing)
+
+
+def weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    cotangents: torch.Tensor,
+    done: Sweep,
+    o: Options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of weight (V, C) and of bias (V,), by the cotangents (N, 1) of the losses."""
+    V = weight.shape[0]
+    x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
+    if bias is not None:
+        x = torch.cat([x, cotangents], dim=-1)
+    grad, h = torch.empty((V, x.shape[1]), dtype=x.dtype, device=x.device), hidden
+    for start in range(0, V, o.chunk):
+        top, k = done.tops[start // o.chunk], None
+        if keeps(o):
+            e = done.kept[start // o.chunk]
+        else:
+            w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+            z = logits(h, w, b, o.soft_cap)
+            e = torch.exp(z - top)
+            if o.soft_cap:
+                k = curve(z, o)
+                e = e * k
+        scale = (1 + 2 * o.z_loss * done.lse) * torch.exp(top - done.lse)
+        part = e.to(h.dtype).T @ (scale * x).to(h.dtype)  # (n, C)
+        if o.label_smoothing:
+            even = x.sum(dim=0) if k is None else k.T @ x
+            part = part - o.label_smoothing / V * even
+        grad[start : start + o.chunk] = part
+    grad.index_add_(0, targets, (o.label_smoothing - 1) * done.slope * x)
+    return (grad, None) if bias is None else (grad[:, :-1], grad[:, -1])
+
+
+class Losses(torch.autograd.Function):
+    """The sweep, and its gradients by any cotangents."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: torch.Tensor, w: torch.Tensor, y: torch.Tensor, b: torch.Tensor | None, o: Options
+    ) -> torch.Tensor:
+        done = sweep(h, w, y, b, o)
+        ctx.save_for_backward(h, w, y, b, done.gradient, done.lse, done.slope, *done.kept, *done.tops)
+        ctx.options = o
+        return done.losses
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple:
+        h, w, y, b, gradient, lse, slope, *rest = ctx.saved_tensors
+        o, c = ctx.options, cotangents[0][:, None]
+        grad_h = (c * gradient).to(h.dtype)
+        if o.needs == "hidden":
+            return grad_h, None, None, None, None
+        held = len(rest) // 2 if keeps(o) else 0
+        done = Sweep(c, gradient, lse, slope, rest[:held], rest[held:])
+        grad_w, grad_b = weight_gradient(h, w, y, b, c, done, o)
+        return grad_h, grad_w.to(w.dtype), None, None if b is None or grad_b is None else grad_b.to(b.dtype), None
+
+
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, o: Options, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
+
+    Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
+    """
+    assert o.chunk > 0 and o.needs in ("none", "hidden", "both")
+    shape = targets.shape
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    if o.needs == "none":
+        with torch.no_grad():
+            return sweep(hidden, weight, targets, bias, o).losses.reshape(shape)
+    return Losses.apply(hidden, weight, targets, bias, o).reshape(shape)
