@@ -46,6 +46,7 @@ def lm(
     if not config.loss_chunk:
         return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
     weight = (model.wte if model.config.tied else model.lm_head).weight
-    needs = "none" if plain else "both"
-    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, recompute=recompute)
-    return head.token_losses(hidden, weight, batch.targets, options)
+    bias = model.lm_head.bias if model.config.head_bias else None
+    needs, cap = "none" if plain else "both", model.config.final_softcap
+    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute)
+    return head.token_losses(hidden, weight, batch.targets, options, bias)
