@@ -68,10 +68,20 @@ def test_damage_in_the_middle_is_refused_with_its_line(tmp_path: Path) -> None:
         lines(tmp_path)
 
 
+def test_damage_after_the_checkpoint_goes_with_what_is_cut(tmp_path: Path) -> None:
+    fill(tmp_path, 1, 5)
+    text = (tmp_path / metrics.FILE).read_text().splitlines(keepends=True)
+    (tmp_path / metrics.FILE).write_text("".join(text[:3]) + "\x00\x00\n" + text[4])
+    with pytest.raises(UserError, match="line 4"):
+        metrics.cut(tmp_path / metrics.FILE, 5)
+    assert metrics.cut(tmp_path / metrics.FILE, 3) == 3
+    assert [entry["step"] for entry in lines(tmp_path)] == [1, 2, 3]
+
+
 def test_a_missing_file_is_refused_for_reading_and_made_for_writing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         lines(tmp_path)
-    metrics.cut(tmp_path / metrics.FILE, 5)
+    assert metrics.cut(tmp_path / metrics.FILE, 5) == 0
     assert lines(tmp_path) == []
 
 

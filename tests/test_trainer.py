@@ -159,6 +159,15 @@ def test_metrics_line_that_was_half_written_when_it_was_killed(go: Go) -> None:
     assert losses("parts") == losses("whole")
 
 
+def test_metrics_that_were_deleted_are_missed(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go("--out", "run", "--stop-after", "6") == 0
+    capsys.readouterr()
+    Path("run/metrics.jsonl").unlink()
+    assert go("--resume", "run") == 0
+    assert "metrics.jsonl: the lines up to step 6 are not all there any more" in capsys.readouterr().out
+    assert list(losses("run")) == list(range(7, 13))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert go("--out", "whole") == 0
     assert go("--out", "parts", "--stop-after", "6") == 0
