@@ -118,7 +118,7 @@ def sweep(hidden: mx.array, weight: mx.array, targets: mx.array, bias: mx.array 
     if o.z_loss:
         losses = losses + o.z_loss * mx.square(lse)
     if o.needs != "none":
-        gradient = (1 + 2 * o.z_loss * lse) * pull / total - (1 - o.label_smoothing) * slope * weight[targets]
+        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * weight[targets]
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)

@@ -42,7 +42,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
-    if not config.loss_chunk:
+    if not config.loss_chunk or model.config.vocab_size <= config.loss_chunk:
         return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
     weight = (model.wte if model.config.tied else model.lm_head).weight
     bias = model.lm_head.bias if model.config.head_bias else None

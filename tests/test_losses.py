@@ -438,13 +438,14 @@ def test_loss_chunk_changes_a_model_by_rounding_only(framework, tied, plain):
 
 @pytest.mark.parametrize("framework", CHUNKED)
 def test_loss_chunk_decides_the_form(framework, monkeypatch):
-    """0 takes the whole logits; anything else never calls for them."""
+    """0 takes whole logits, and so does a chunk that holds the vocabulary of 80; a smaller one never asks for them."""
     package: Any = {"mlx": mlxgpt.losses, "torch": torch_ref.losses}[framework]
 
     def refuse(*args: Any) -> None:
         raise RuntimeError("whole logits")
 
     monkeypatch.setattr(package, "cross_entropy", refuse)
-    objective_of(framework, True, TrainConfig(loss_chunk=32), plain=True)
-    with pytest.raises(RuntimeError, match="whole logits"):
-        objective_of(framework, True, TrainConfig(loss_chunk=0), plain=True)
+    objective_of(framework, True, TrainConfig(loss_chunk=79), plain=True)
+    for chunk in (0, 80):
+        with pytest.raises(RuntimeError, match="whole logits"):
+            objective_of(framework, True, TrainConfig(loss_chunk=chunk), plain=True)

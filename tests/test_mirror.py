@@ -14,7 +14,7 @@ ALONE = {"__init__.py", "__main__.py", "cli.py", "blas.py"}
 
 # names that one framework needs and the other has no counterpart of
 ONLY = {
-    "engine.py": {"Engine._settle", "Engine._step", "Engine._tensor"},
+    "engine.py": {"Engine._settle", "Engine._step", "Engine._tensor", "Engine._weights"},
     "head.py": {
         "Losses",
         "Losses.forward",
@@ -25,20 +25,19 @@ ONLY = {
         "token_losses.run_vjp",
     },
     "model.py": {"gather", "_gather_vjp"},
-    "optim.py": {"Update"},
 }
 
 # the largest share of lines that may differ
 SHARE = {
     "device.py": 0.63,
-    "engine.py": 0.51,
-    "generate.py": 0.33,
-    "head.py": 0.48,
+    "engine.py": 0.50,
+    "generate.py": 0.32,
+    "head.py": 0.46,
     "load.py": 0.32,
-    "losses.py": 0.40,
-    "model.py": 0.30,
+    "losses.py": 0.39,
+    "model.py": 0.31,
     "noise.py": 0.48,
-    "optim.py": 0.36,
+    "optim.py": 0.30,
 }
 
 

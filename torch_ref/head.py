@@ -89,7 +89,7 @@ def sweep(
                 if o.label_smoothing:
                     even = even + k.to(h.dtype) @ w
             e = e.to(h.dtype)
-            pull = pull * fade + e @ w
+            pull.mul_(fade).add_(e @ w)
             kept, tops = [*kept, e] if keeps(o) else [], [*tops, top]
     lse = top + torch.log(total)
     slope = curve(z_y, o) if o.soft_cap else torch.ones_like(z_y)
@@ -101,7 +101,7 @@ def sweep(
     if o.z_loss:
         losses = losses + o.z_loss * torch.square(lse)
     if o.needs != "none":
-        gradient = (1 + 2 * o.z_loss * lse) * pull / total - (1 - o.label_smoothing) * slope * weight[targets]
+        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * weight[targets]
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)

@@ -195,7 +195,7 @@ class TrainConfig:
     z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps the logits' scale in check")
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
     checkpoint_activations: bool = _field(False, "recompute blocks in the backward pass: less memory, more time")
-    loss_chunk: int = _field(1024, "words of the vocabulary in a chunk of head and loss; 0 = whole logits")
+    loss_chunk: int = _field(1024, "words in a chunk of head and loss, if the vocabulary has more; 0 = whole logits")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
     eval_every: int = _field(250, "steps between validations; 0 = never")

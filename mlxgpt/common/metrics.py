@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlxgpt.common import tensors
 from mlxgpt.common.errors import RunError, UserError
 
 FILE = "metrics.jsonl"
@@ -45,19 +46,28 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 damage = f"line {number}: found {line.strip()[:40]!r}, expected a JSON object with step"
 
 
-def cut(path: Path, step: int) -> None:
+def cut(path: Path, step: int) -> int:
     """Drops every line after ``step``, and a half-written one; atomically. A missing file is made.
 
+    Returns:
+        The last step that is left, 0 where none is.
+
     Raises:
-        UserError: a line in the middle is damaged.
+        UserError: a line before ``step`` is damaged.
     """
-    entries = read(path) if path.exists() else []
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(_line(entry) for entry in entries if entry["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    kept: list[dict[str, Any]] = []
+    try:
+        for entry in read(path) if path.exists() else []:
+            if entry["step"] > step:
+                break
+            kept.append(entry)
+    except UserError:
+        # what is damaged after the step would go anyway
+        if not kept or kept[-1]["step"] < step:
+            raise
+    with tensors.atomic_write(path) as file:
+        file.write("".join(map(_line, kept)).encode())
+    return kept[-1]["step"] if kept else 0
 
 
 def _line(entry: dict[str, Any]) -> str:

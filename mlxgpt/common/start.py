@@ -130,7 +130,8 @@ def _continue(args: Namespace) -> int:
             state = _fresh(recipe, source.digest, engine.describe())
         checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
         checkpoint.sweep(run)
-        metrics.cut(run / metrics.FILE, step)
+        if metrics.cut(run / metrics.FILE, step) != step:
+            print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
         run_folder.note(run, recipe, engine.describe(), step)
         return _run(args, backend, run, recipe, engine, source, tokenizer, state)
 
