@@ -39,10 +39,13 @@ def test_variants_agree_with_transformers(case: str, tmp_path: Path) -> None:
 # configs that others wrote: keys as on the hub, old and new; sizes stand below
 SIZES = dict(vocab_size=80, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
              max_position_embeddings=72, pad_token_id=None, bos_token_id=None, eos_token_id=None)  # fmt: skip
+GPT2 = dict(vocab_size=80, n_embd=48, n_layer=3, n_head=4, n_positions=72, pad_token_id=None, bos_token_id=None,
+            eos_token_id=None)  # fmt: skip
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
 THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", dict(rope_theta=5e4, rope_scaling=dict(rope_type="llama3", **LLAMA3), num_key_value_heads=2),
               dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e4, **LLAMA3), num_key_value_heads=2)),
+    "gpt2": ("gpt2", dict(n_ctx=72), dict(n_inner=None, activation_function="gelu_new")),
     "llama-linear": ("llama", dict(rope_scaling=dict(type="linear", factor=2.0)),
                      dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
     "mistral": ("mistral", dict(sliding_window=9, num_key_value_heads=2, rope_theta=1e6),
@@ -53,6 +56,9 @@ THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
               dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e6),
                    use_sliding_window=True, sliding_window=9,
                    layer_types=["full_attention", "sliding_attention", "sliding_attention"])),
+    "qwen3": ("qwen3", dict(num_key_value_heads=2, head_dim=16, rope_theta=1e6, sliding_window=9, max_window_layers=1),
+              dict(num_key_value_heads=2, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6),
+                   layer_types=["full_attention"] * 3)),
     "gemma": ("gemma", dict(hidden_act="gelu", num_key_value_heads=1, head_dim=16),
               dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=1, head_dim=16,
                    rope_parameters=dict(rope_type="default", rope_theta=1e4))),
@@ -90,8 +96,9 @@ THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp_path: Path) -> None:
     """Old and new keys mean one model; its logits are transformers' own; our copy of it loads there bit-equal."""
     kind, old, new = THEIRS[case]
+    sizes = GPT2 if kind == "gpt2" else SIZES
     torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **SIZES, **old))
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes, **old))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     theirs.eval().save_pretrained(tmp_path / "theirs")
@@ -99,7 +106,7 @@ def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp
 
     config = folder.read_config(tmp_path / "theirs")
     for keys in (old, new):
-        assert families.config_from_hf({"model_type": kind} | SIZES | keys) == config
+        assert families.config_from_hf({"model_type": kind} | sizes | keys) == config
     model, _ = torch_ref.load.load(tmp_path / "theirs", device="cpu")
     exact = torch_ref.model.Model(config, torch.float64).double()
     exact.load_state_dict(model.state_dict())
