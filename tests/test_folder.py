@@ -166,7 +166,7 @@ def test_token_ids_come_from_the_tokenizer_and_extra_keys_pass(tmp_path: Path) -
 def test_what_transformers_saved_reads_bit_equal(config: ModelConfig, dtype: str, shard: str, tmp_path: Path) -> None:
     config = families.on_disk(config)
     values = families.config_to_hf(config) | {"pad_token_id": None}
-    hf = transformers.AutoConfig.for_model(**{key: values[key] for key in values if key != "architectures"})
+    hf = transformers.AutoConfig.for_model(**{key: values[key] for key in values if key != "architectures"})  # pyright: ignore[reportArgumentType]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(hf).to(getattr(torch, dtype))
     for parameter in model.parameters():
