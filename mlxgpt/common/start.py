@@ -96,7 +96,7 @@ def _continue(args: Namespace) -> int:
             vocab_size = stored.get("model", {}).get("vocab_size", 0)
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
         found = checkpoint.find_newest_valid(run)
-        before = found[1].recipe if found else dataclasses.asdict(build(stored, str(run / "recipe.toml")))
+        before = dataclasses.asdict(build(found[1].recipe if found else stored, str(run / "recipe.toml")))
         step = found[1].step if found else 0
         rounding = resume.check_recipe(run, before, recipe, step, print)
         if found and (why := trainer.finished(recipe, found[1])):
