@@ -214,6 +214,19 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, group: str) -> None:
     assert everything(run) in ([], ["checkpoints"])
 
 
+def test_a_checkpoint_whose_removal_was_cut_short_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save(run, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda place, **_: (Path(place) / "config.json").unlink(True))
+    save(run, 2, keep=1)
+    monkeypatch.undo()
+    checkpoint.sweep(run)
+    assert checkpoint.steps_of(run) == [2]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
 def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(
     tmp_path: Path,
 ) -> None:

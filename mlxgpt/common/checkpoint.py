@@ -196,8 +196,8 @@ def _retire(run: Path, state: RunState, keep: int) -> None:
     best = int(state.best["step"]) if state.best else -1
     for step in steps[:-keep] if keep else []:
         if step != best:
-            # hidden first: a folder that is half removed must not look like a checkpoint
-            hidden = path_of(run, step).with_name(f".{path_of(run, step).name}.old")
+            # hidden first, and not as what sweep() restores: a folder half removed must not look like a checkpoint
+            hidden = path_of(run, step).with_name(f".{path_of(run, step).name}.gone")
             try:
                 os.rename(path_of(run, step), hidden)
             except OSError:
