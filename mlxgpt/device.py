@@ -41,7 +41,7 @@ def describe(device: mx.Device) -> dict[str, str]:
         "framework": "mlx",
         "version": version("mlx"),
         "device": name,
-        "blas": str(library.get("name", "")),
+        "blas": " ".join(filter(None, (library.get("name"), library.get("core"), library.get("jit")))),
         "threads": str(library.get("threads", "")),
         "cores": str(os.cpu_count()),
     }
