@@ -1,0 +1,66 @@
+"""MLX's affine quantisation in numpy: w = q * scale + bias for every group of inputs, q packed into words of 32 bits.
+
+A matrix [out, in] becomes words uint32 [out, in * bits / 32], the lowest bits first, and scales and biases
+[out, in / group_size] of the matrix's own dtype. The rules are those of mx.quantize in mlx 0.32: bit for bit.
+"""
+
+import numpy as np
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+_SMALLEST = np.float32(1e-7)  # a scale of mx.quantize, where the weights of a group are equal
+
+
+def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What mx.quantize makes of a matrix (..., in) of float32, float16 or bfloat16: words, scales, biases."""
+    assert bits in BITS and weight.shape[-1] % group_size == 0
+    bins = np.float32(2**bits - 1)
+    groups = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, group_size)
+    low, high = groups.min(-1), groups.max(-1)
+    negative = np.abs(low) > np.abs(high)
+    edge = np.where(negative, low, high)  # the value farthest from 0 is kept as it is
+    scale = np.maximum((high - low) / bins, _SMALLEST)
+    scale = np.where(negative, scale, -scale)
+    steps = np.rint(edge / scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(steps == 0, scale, edge / steps)
+    bias = np.where(steps == 0, np.float32(0), edge)
+    groups -= bias[..., None]
+    groups /= scale[..., None]
+    levels = np.clip(np.rint(groups, out=groups), 0, bins, out=groups).astype(np.uint8)
+    return pack(levels.reshape(weight.shape), bits), scale.astype(weight.dtype), bias.astype(weight.dtype)
+
+
+def dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    """float32 q * scale + bias, multiplied and added in float32 whatever the dtype of scales and biases."""
+    levels = unpack(words, bits).astype(np.float32)
+    groups = levels.reshape(*levels.shape[:-1], -1, group_size)
+    groups *= scales.astype(np.float32)[..., None]
+    groups += biases.astype(np.float32)[..., None]
+    return groups.reshape(levels.shape)
+
+
+def pack(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Levels (..., in) below 2^bits as little-endian uint32 words (..., in * bits / 32), the lowest bits first."""
+    if bits == 8:
+        return np.ascontiguousarray(levels, dtype=np.uint8).view("<u4")
+    if bits in (2, 4):
+        parts = levels.astype(np.uint8).reshape(*levels.shape[:-1], -1, 8 // bits)
+        packed = parts[..., 0].copy()
+        for i in range(1, 8 // bits):
+            packed |= parts[..., i] << (bits * i)
+        return packed.view("<u4")
+    shown = np.unpackbits(levels.astype(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(shown.reshape(*levels.shape[:-1], -1), axis=-1, bitorder="little").view("<u4")
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """The levels in uint32 words (..., n) as uint8 (..., 32 n / bits)."""
+    packed = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
+    if bits == 8:
+        return packed
+    if bits in (2, 4):
+        parts = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+        return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
+    shown = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return np.packbits(shown, axis=-1, bitorder="little")[..., 0]
