@@ -34,12 +34,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state, by our names and in our layout; ``step`` is the training step that is over, ``t`` the updates."""
+    """AdamW's state, by our names and in our layout; ``step`` is the training step that is over, ``t`` the updates.
+
+    ``state`` is what training/state.json says; None where the source is no checkpoint of ours.
+    """
 
     m: Mapping[str, Tensor]
     v: Mapping[str, Tensor]
     t: int
     step: int
+    state: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -51,8 +55,12 @@ class Opened:
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # exactly params.table(config), in its order
     files: tuple[Path, ...]  # what the weights were read from, for the provenance
-    companions: dict[str, Path | bytes] = field(default_factory=dict)  # file of a Hugging Face folder -> it, or its bytes
-    extra: dict[str, Any] = field(default_factory=dict)  # what config.json says beside the model: token ids and the like
+    companions: dict[str, Path | bytes] = field(
+        default_factory=dict
+    )  # file of a Hugging Face folder -> it, or its bytes
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # what config.json says beside the model: token ids and the like
     moments: Moments | None = None
     notes: list[str] = field(default_factory=list)  # what a user must know: dropped, rewritten, not expressible
 

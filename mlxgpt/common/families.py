@@ -256,12 +256,12 @@ def _choices(where: str, family: Family, values: Mapping[str, Any], made: Mappin
 
 
 def _own(where: str, own: Any, made: Mapping[str, Any]) -> dict[str, bool]:
-    """Our own part of config.json: which biases are zeros that only the format asks for."""
+    """Our own part of config.json: which biases are zeros that only the format asks for. The provenance is no choice."""
     if own is None:
         return {}
     if not isinstance(own, dict) or own.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{where}: mlxgpt = {own!r}: expected a table with format_version {FORMAT_VERSION}")
-    biases = {name: value for name, value in own.items() if name != "format_version"}
+    biases = {name: value for name, value in own.items() if name not in ("format_version", "provenance")}
     for name, value in biases.items():
         if name not in BIASES or value is not False or not made[name]:
             raise UserError(

@@ -35,6 +35,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 _READABLE = ("F32", "F16", "BF16")
+_BLOCK = 1 << 22
 
 
 class _Tokenizer(Protocol):
@@ -112,18 +113,16 @@ def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) ->
     return made
 
 
-def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
+def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry, bool]]:
+    """Our name -> (its name without a prefix, where it lies, whether as [in, out]) for all that the family's files hold.
 
-    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted.
+    ``entries`` are the folder's tensors by the names in its files. Biases that config.json calls zero are there too.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
-            calls zero is not; or the files are damaged.
+        UserError: a tensor is missing, unexpected, there twice, or of another shape or dtype; a tied head differs.
     """
-    folder = Path(folder)
     expected = families.from_foreign(config)
-    entries = _by_name(folder, config, find_tensors(folder))
+    entries = _by_name(folder, config, entries)
     if config.tied and families.to_foreign(config, "lm_head.weight")[0] in entries:
         _check_tied(folder, config, entries)
     for name in expected:
@@ -143,15 +142,29 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
             )
         if entry.dtype not in _READABLE:
             raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(_READABLE)}")
+    return {name: (foreign, entries[foreign], transposed) for foreign, (name, transposed) in expected.items()}
+
+
+def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
+
+    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
+            calls zero is not; or the files are damaged.
+    """
+    folder = Path(folder)
+    located = locate(folder, config, find_tensors(folder))
     wanted, made = params.table(config), {}
-    for foreign, (name, transposed) in expected.items():
-        array = read_tensor(entries[foreign])
+    for name, (foreign, entry, transposed) in located.items():
+        array = read_tensor(entry)
         bad = np.count_nonzero(~np.isfinite(array))
         if bad:
-            raise UserError(f"{entries[foreign].path}: {foreign} has {bad} values that are not finite (NaN or Inf)")
+            raise UserError(f"{entry.path}: {foreign} has {bad} values that are not finite (NaN or Inf)")
         if name not in wanted:
             if array.any():
-                raise UserError(f"{entries[foreign].path}: {foreign} is not zero, but config.json says so under mlxgpt")
+                raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
             continue
         made[name] = np.ascontiguousarray(array.T if transposed else array, dtype=dtype)
     return {name: made[name] for name in wanted}
@@ -161,8 +174,16 @@ def _same_bytes(a: Entry, b: Entry) -> bool:
     """Whether two tensors are one, bit for bit."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    left, right = (read_tensor(entry).reshape(-1).view(np.uint8) for entry in (a, b))
-    return np.array_equal(left, right)
+    with open(a.path, "rb") as left, open(b.path, "rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        rest = a.stop - a.start
+        while rest:
+            block = left.read(min(rest, _BLOCK))
+            if not block or block != right.read(min(rest, _BLOCK)):
+                return False
+            rest -= len(block)
+    return True
 
 
 def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:

@@ -1,0 +1,158 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer files; also a checkpoint of ours with its moments."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.model import Moments, Opened, Tensor
+from mlxgpt.common import checkpoint, families, folder, params
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor
+
+KIND = "folder"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+)
+# what a writer says itself, or what would not be true any more
+_REWRITTEN = ("dtype", "torch_dtype", "mlxgpt", "quantization", "quantization_config", "auto_map")
+
+
+def recognise(path: Path) -> bool:
+    """A folder with a config.json."""
+    return (path / "config.json").is_file()
+
+
+def read(path: Path) -> Opened:
+    """Whatever mlxgpt.common.folder reads.
+
+    Raises:
+        UserError: see ``folder.read_config`` and ``folder.locate``.
+    """
+    values = read_json(path / "config.json")
+    config, extra = read_values(values, str(path / "config.json"))
+    config = folder.read_config(path)
+    return opened(path, "hf", config, folder.find_tensors(path), extra)
+
+
+class _Watched(dict[str, Any]):
+    """Remembers which keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def read_values(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that a config.json describes, and what it says beside: every key that had no part in that.
+
+    Raises:
+        UserError: see ``families.config_from_hf``.
+    """
+    watched = _Watched(values)
+    config = families.config_from_hf(watched, where)
+    silent = watched.read | set(families.config_to_hf(config)) | set(_REWRITTEN)
+    return config, {key: value for key, value in values.items() if key not in silent}
+
+
+def opened(path: Path, name: str, config: ModelConfig, entries: Mapping[str, Entry], extra: dict[str, Any]) -> Opened:
+    """A folder's model, from where its tensors lie by the names of the family's files.
+
+    Raises:
+        UserError: see ``folder.locate``; or a bias that config.json calls zero is not.
+    """
+    located = folder.locate(path, config, entries)
+    wanted = params.table(config)
+    for ours, (foreign, entry, _) in located.items():
+        if ours not in wanted and read_tensor(entry).any():
+            raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
+    places = {ours: (located[ours][1], located[ours][2]) for ours in wanted}
+    notes = [f"{path / 'config.json'}: auto_map is left out: the model is of a class that needs none"]
+    made = Opened(
+        path=path,
+        format=name,
+        config=config,
+        tensors={ours: lies(entry, transposed) for ours, (entry, transposed) in places.items()},
+        files=tuple(sorted({entry.path for entry, _ in places.values()})),
+        companions={file: path / file for file in COMPANIONS if (path / file).is_file()},
+        extra=extra,
+        moments=_moments(path, config),
+        notes=notes if "auto_map" in read_json(path / "config.json") else [],
+    )
+    made.notes += _left(path, made)
+    return made
+
+
+def lies(entry: Entry, transposed: bool = False) -> Tensor:
+    """The tensor that lies at ``entry``, as our layout or as [in, out]."""
+    shape = entry.shape[::-1] if transposed else entry.shape
+
+    def read() -> np.ndarray:
+        array = read_tensor(entry)
+        return array.T if transposed else array
+
+    return Tensor(shape, DTYPES[entry.dtype], read, entry, transposed)
+
+
+def _left(path: Path, made: Opened) -> Iterator[str]:
+    """What lies in the folder and does not travel."""
+    names = {"config.json", folder.INDEX, "training", *made.companions, *(file.name for file in made.files)}
+    others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        yield f"{path}: left behind: {shown}"
+
+
+def _moments(path: Path, config: ModelConfig) -> Moments | None:
+    """AdamW's state of a checkpoint of ours.
+
+    Raises:
+        UserError: its files are damaged, or not of this model.
+    """
+    if not (path / checkpoint.OPTIMIZER).is_file():
+        return None
+    entries, _ = read_header(path / checkpoint.OPTIMIZER)
+    where = path / checkpoint.OPTIMIZER
+    groups: dict[str, dict[str, Tensor]] = {"m": {}, "v": {}}
+    clock = entries.pop("t", None)
+    if clock is None or clock.dtype != "I64" or clock.shape:
+        raise UserError(f"{where}: t: expected one I64, the number of updates")
+    for group, made in groups.items():
+        for name, param in params.table(config).items():
+            entry = entries.pop(f"{group}.{name}", None)
+            if entry is None or entry.shape != param.shape or entry.dtype != "F32":
+                found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
+                raise UserError(f"{where}: {group}.{name}: found {found}, expected F32 {list(param.shape)}")
+            made[name] = lies(entry)
+    if entries:
+        raise UserError(f"{where}: unexpected tensor {min(entries)}")
+    state = read_json(path / checkpoint.STATE) if (path / checkpoint.STATE).is_file() else {}
+    step = state.get("step", 0)
+    if type(step) is not int:
+        raise UserError(f"{path / checkpoint.STATE}: step {step!r}: expected a whole number")
+    return Moments(groups["m"], groups["v"], int(read_tensor(clock)), step, state or None)
