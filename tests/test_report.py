@@ -83,13 +83,18 @@ def test_a_curve_of_many_points_keeps_mean_and_extremes() -> None:
     assert len(few.x) == 79 and few.mean is few.low
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_export_holds_every_number(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one", nan=(3,))
     assert cli.main(["report", str(run), "-o", str(tmp_path / "p.html"), "--export", str(tmp_path / "out")]) == 0
-    rows = list(csv.DictReader(open(tmp_path / "out" / "one-train.csv", newline="")))
+    rows = rows_of(tmp_path / "out" / "one-train.csv")
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
     assert float(rows[4]["loss"]) == 5.0 - 0.1 * 5 and rows[2]["loss"] == ""
-    assert len(list(csv.DictReader(open(tmp_path / "out" / "one-val.csv", newline="")))) == 3
+    assert len(rows_of(tmp_path / "out" / "one-val.csv")) == 3
     figures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert figures == ["gradient_norm.png", "learning_rate.png", "loss.png", "memory.png", "tokens_per_second.png"]
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in figures)

@@ -80,7 +80,7 @@ def draw(runs: list[Run], export: Path | None = None) -> list[Figure]:
     except ImportError:
         raise UserError("matplotlib is not installed: pip install 'mlxgpt[report]'") from None
     matplotlib.use("Agg")
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "mlxgpt", "font.size": 9, "font.family": "sans-serif",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
         "axes.edgecolor": "#999999", "lines.linewidth": 1.4, "legend.frameon": False,
