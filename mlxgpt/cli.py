@@ -74,6 +74,8 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
             asked = " ".join([*path, word])
             raise UserError(f"unknown verb {asked!r}{_nearest(word, known)}: expected one of {', '.join(known)}")
         path.append(word)
+    while argv and " ".join([*path, argv[0]]) in VERBS:
+        path.append(argv.pop(0))
     verb = VERBS[" ".join(path)]
     parser = Parser(
         prog=" ".join([prog, *path]),
@@ -244,6 +246,25 @@ def _tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="where the runs are; default: runs")
+    _add_json(parser)
+
+
+def _runs_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run to look through")
+    _add_json(parser)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="runs to show, overlaid; the others are compared with the first")
+    add("-o", "--out", metavar="FILE", help="the page to write; default: RUN.html")
+    add("--export", metavar="DIR", help="also write the figures as PNG and the curves as CSV there")
+    add("--watch", action="store_true", help="serve the page on this machine, made anew as the runs go on")
+    add("--port", type=int, default=8765, metavar="N", help="of --watch; 0 = any that is free; default: 8765")
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
         help="where its runs go, in place of an earlier demo's; default: runs/demo")  # fmt: skip
@@ -284,6 +305,17 @@ VERBS = {
     "tokenizer inspect": Verb(
         "what a tokenizer is, and how it splits a text", "mlxgpt.common.data_commands:inspect_tokenizer",
         _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
+    )),
+    "runs": Verb("list runs: status, best loss, size, age", "mlxgpt.common.runs:list_command", _runs, (
+        "runs",
+        "runs experiments --json",
+    )),
+    "runs check": Verb("hold every byte of a run against its checksums", "mlxgpt.common.runs:check_command",
+        _runs_check, ("runs check runs/first",)),
+    "report": Verb("one page about runs: curves, settings, samples", "mlxgpt.common.report:report_command", _report, (
+        "report runs/first",
+        "report runs/mlx runs/torch --out both.html --export figures",
+        "report runs/first --watch",
     )),
     "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip

@@ -30,6 +30,9 @@ FLAGS = {
     "data export": {"--out"},
     "tokenizer train": {"--out", "--text-key", "--kind", "--vocab-size"},
     "tokenizer inspect": {"--text", "--json"},
+    "runs": {"--json"},
+    "runs check": {"--json"},
+    "report": {"--out", "--export", "--watch", "--port"},
     "demo": {"--out"},
 }
 

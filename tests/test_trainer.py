@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, guards, metrics, start, trainer
+from mlxgpt.common import backend, checkpoint, guards, metrics, samples, start, trainer
 from mlxgpt.common.batch import Batch
 
 Go = Callable[..., int]
@@ -80,12 +80,13 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert "best validation loss" in last and "model: run/checkpoints/step-00000" in last
     assert "mlxgpt generate --model run" in last
     assert "sample at step 12:\nbcd 12" in out
+    assert samples.read(Path("run"))[-1] == samples.Sample(12, "bcd 12")
     environment = json.loads(Path("run/environment.json").read_text())
     assert len(environment) == 1 and {"framework", "version", "device", "threads", "python", "commit", "dirty"} <= set(
         environment[0]
     )
     assert {path.name for path in Path("run").iterdir()} == {
-        "recipe.toml", "metrics.jsonl", "environment.json", "checkpoints", "best", "last", ".lock"
+        "recipe.toml", "metrics.jsonl", "samples.jsonl", "environment.json", "checkpoints", "best", "last", ".lock"
     }  # fmt: skip
 
 

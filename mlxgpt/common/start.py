@@ -18,6 +18,7 @@ from mlxgpt.common import (
     recipes,
     resume,
     run_folder,
+    samples,
     schedule,
     trainer,
 )
@@ -132,6 +133,7 @@ def _continue(args: Namespace) -> int:
         checkpoint.sweep(run)
         if metrics.cut(run / metrics.FILE, step) != step:
             print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
+        samples.cut(run, step)
         run_folder.note(run, recipe, engine.describe(), step)
         return _run(args, backend, run, recipe, engine, source, tokenizer, state)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import checkpoint, guards, params, schedule
+from mlxgpt.common import checkpoint, guards, params, samples, schedule
 from mlxgpt.common.batch import Engine, Source
 from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import Recipe
@@ -77,7 +77,7 @@ def train(job: Job) -> int:
             state.step, state.t, state.tokens = step, engine.t, state.tokens + tokens
             line = {"step": step, "split": "train", "loss": loss, "lr": rate, "grad_norm": stats.grad_norm}
             line |= {name: value / stats.weight for name, value in stats.sums.items()}
-            line |= {"tokens": state.tokens, "seconds": round(now - start, 6)}
+            line |= {"tokens": state.tokens, "seconds": round(now - start, 6), "memory": engine.memory()["peak"]}
             if not stats.finite:
                 line["skipped"] = True
             job.metrics.write(**line)
@@ -95,19 +95,27 @@ def train(job: Job) -> int:
             if _due(settings.save_every, step) and not finite.streak:
                 saver.save()
             if job.sample and _due(settings.sample_every, step) and step < settings.steps:
-                progress.say(f"sample at step {step}:\n{job.sample()}")
+                _sample(job)
 
         saver.save()
         saver.wait()
         done = bool(finished(job.recipe, state))
         if done and job.sample and not signals.received:
-            progress.say(f"sample at step {state.step}:\n{job.sample()}")
+            _sample(job)
     if done:
         progress.say(_verdict(job, time.perf_counter() - began))
     else:
         reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[signals.exit_code]
         progress.say(f"stopped {reason} and saved at step {state.step}; goes on with: mlxgpt train --resume {job.run}")
     return 0 if done else signals.exit_code
+
+
+def _sample(job: Job) -> None:
+    """Shows what the model writes now, and keeps it in samples.jsonl."""
+    assert job.sample
+    text = job.sample()
+    samples.append(job.run, job.state.step, text)
+    job.progress.say(f"sample at step {job.state.step}:\n{text}")
 
 
 def finished(recipe: Recipe, state: RunState) -> str:
