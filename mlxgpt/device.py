@@ -8,7 +8,10 @@ from mlxgpt import blas
 # isort: split
 import mlx.core as mx
 
+from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+
+_MIB = 2**20
 
 
 def use(name: str = "auto") -> mx.Device:
@@ -30,6 +33,26 @@ def use(name: str = "auto") -> mx.Device:
 def memory() -> dict[str, int]:
     """Bytes of arrays: ``active`` now and ``peak`` since the start."""
     return {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+
+
+def limit(device: mx.Device, train: TrainConfig) -> list[str]:
+    """Sets the limits that ``train`` asks for, in MiB; returns a line for each that has no effect here."""
+    gpu, unused = device == mx.Device(mx.gpu), []
+    if train.cache_limit:
+        mx.set_cache_limit(train.cache_limit * _MIB)
+    for name, set_limit in (("memory_limit", mx.set_memory_limit), ("wired_limit", mx.set_wired_limit)):
+        asked = getattr(train, name)
+        if asked and gpu:
+            set_limit(asked * _MIB)
+        elif asked:
+            unused.append(f"train.{name}: no effect in MLX on a CPU")
+    return unused
+
+
+def trim(device: mx.Device, train: TrainConfig) -> None:
+    """Gives back what MLX keeps for reuse, if that is more than train.clear_cache."""
+    if train.clear_cache and mx.get_cache_memory() > train.clear_cache * _MIB:
+        mx.clear_cache()
 
 
 def describe(device: mx.Device) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
         self.device = devices.use(device)
+        self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
         self.table = parameters.table(recipe.model)
         train = recipe.train
@@ -148,6 +149,7 @@ class Engine:
         self._settle(terms, norm, squares)
         loss_sum, grad_norm = float(np.array(terms).sum(dtype=np.float64)), float(np.array(norm))
         finite = bool(np.isfinite(grad_norm) and np.isfinite(loss_sum))
+        devices.trim(self.device, self.recipe.train)
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, np.array(squares), strict=True) if square == 0)
         return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)

@@ -6,7 +6,10 @@ import sys
 
 import torch
 
+from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+
+_MIB = 2**20
 
 
 def use(name: str = "auto") -> torch.device:
@@ -39,6 +42,39 @@ def memory(device: torch.device) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"active": peak, "peak": peak}
+
+
+def limit(device: torch.device, train: TrainConfig) -> list[str]:
+    """Sets the limits that ``train`` asks for, in MiB; returns a line for each that has no effect here."""
+    unused = []
+    if train.memory_limit and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, train.memory_limit * _MIB / whole), device)
+    elif train.memory_limit and device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(train.memory_limit * _MIB / torch.mps.recommended_max_memory())
+    elif train.memory_limit:
+        unused.append("train.memory_limit: no effect in PyTorch on a CPU")
+    if train.cache_limit:
+        unused.append("train.cache_limit: no effect in PyTorch, which has train.clear_cache alone")
+    if train.clear_cache and device.type == "cpu":
+        unused.append("train.clear_cache: no effect in PyTorch on a CPU, where nothing is kept")
+    if train.wired_limit:
+        unused.append("train.wired_limit: no effect in PyTorch")
+    return unused
+
+
+def trim(device: torch.device, train: TrainConfig) -> None:
+    """Gives back what PyTorch keeps for reuse, if that is more than train.clear_cache."""
+    if not train.clear_cache or device.type == "cpu":
+        return
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        release = torch.cuda.empty_cache
+    else:
+        kept = torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory()
+        release = torch.mps.empty_cache
+    if kept > train.clear_cache * _MIB:
+        release()
 
 
 def describe(device: torch.device) -> dict[str, str]:

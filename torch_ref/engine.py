@@ -30,6 +30,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
         self.device = devices.use(device)
+        self.unused_limits = devices.limit(self.device, recipe.train)
         if recipe.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -122,6 +123,7 @@ class Engine:
         norm, squares = self._update(terms, 1 / weight, scalars)
         loss_sum = float(terms.cpu().numpy().sum(dtype=np.float64))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
+        devices.trim(self.device, self.recipe.train)
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, squares, strict=True) if square == 0)
         return StepStats(loss_sum, weight, norm, finite, zero_grads=zeros)

@@ -101,6 +101,9 @@ class Engine(Protocol):
     t: int
     """Applied updates."""
 
+    unused_limits: list[str]
+    """A line for each memory setting of the recipe that has no effect on this device."""
+
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of one global batch; ``step`` addresses the dropout masks.
 

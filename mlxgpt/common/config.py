@@ -198,6 +198,10 @@ class TrainConfig:
     loss_chunk: int = _field(1024, "words in a chunk of head and loss, if the vocabulary has more; 0 = whole logits")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
+    memory_limit: int = _field(0, "MiB that arrays may take before the framework frees and waits; 0 = its own default")
+    cache_limit: int = _field(0, "MLX: MiB of freed memory kept for reuse at the most; 0 = its own default")
+    clear_cache: int = _field(0, "MiB of kept memory above which it is given back after a step; 0 = never")
+    wired_limit: int = _field(0, "Metal: MiB that may be wired; 0 = never touched (raising it can take a Mac down)")
     eval_every: int = _field(250, "steps between validations; 0 = never")
     eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, each token once")
     sample_every: int = _field(0, "steps between printed samples; 0 = only at the end")
@@ -215,7 +219,8 @@ class TrainConfig:
         for name in ("steps", "batch_size"):
             _check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         counts = "micro_batch_size loss_chunk eval_every eval_batches sample_every save_every keep early_stop seed"
-        for name in (*counts.split(), "z_loss"):
+        limits = "memory_limit cache_limit clear_cache wired_limit"
+        for name in (*counts.split(), *limits.split(), "z_loss"):
             _check("train", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("train", self.log_every > 0, "log_every", self.log_every, "a positive number")
         for name in ("dropout", "label_smoothing"):

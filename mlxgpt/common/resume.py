@@ -15,6 +15,7 @@ ACCEPTED = {
     "data.source", "data.tokenizer", "data.workers",
     "train.micro_batch_size", "train.checkpoint_activations", "train.loss_chunk", "train.compile",
     "train.deterministic",
+    "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
     "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
     "train.log_every", "train.tensorboard", "train.wandb",
 }  # fmt: skip

@@ -153,6 +153,8 @@ def _run(
     environment = engine.describe()
     names = (environment[key] for key in ("framework", "version", "device"))
     print(f"{run}: {params.count(recipe.model):,} parameters, {recipe.train.steps:,} steps; {' '.join(names)}")
+    for line in engine.unused_limits:
+        print(line)
     flops = chips.training_flops(recipe.model)
     display = Progress(
         run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,

@@ -1,0 +1,41 @@
+"""kill -9 at random moments loses nothing; tests/kills.py does the same at length."""
+
+import random
+from pathlib import Path
+
+import kills
+import pytest
+
+from mlxgpt.common import checkpoint
+
+
+def test_a_few_kills_of_a_training(tmp_path: Path) -> None:
+    counted = kills.train(tmp_path, "mlx", 3, random.Random(5), print)
+    assert counted["kills"] >= 3 and counted["runs finished, bit-equal"] >= 1
+
+
+def test_a_kill_of_a_preparation(tmp_path: Path) -> None:
+    assert kills.prepare(tmp_path, 1, random.Random(3), print)["shards equal"] >= 1
+
+
+def test_a_checkpoint_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation: a kill that leaves a checkpoint cut short under its final name."""
+    honest = kills.killed
+
+    def cutting(arguments: list[str], cwd: Path, after: float) -> bool:
+        done = not honest(arguments, cwd, after)
+        for run in cwd.glob("run-*"):
+            for step in checkpoint.steps_of(run)[-1:]:
+                weights = checkpoint.path_of(run, step) / "model.safetensors"
+                weights.write_bytes(weights.read_bytes()[:-4])
+        return not done
+
+    monkeypatch.setattr(kills, "killed", cutting)
+    with pytest.raises(kills.Damage, match=r"model\.safetensors: damaged"):
+        kills.train(tmp_path, "mlx", 3, random.Random(5), print)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_many_kills_of_a_training(backend: str, tmp_path: Path) -> None:
+    assert kills.train(tmp_path, backend, 40, random.Random(6), print)["runs finished, bit-equal"] >= 1
