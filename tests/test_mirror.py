@@ -29,7 +29,7 @@ ONLY = {
 
 # the largest share of lines that may differ
 SHARE = {
-    "device.py": 0.63,
+    "device.py": 0.64,  # each names its own memory limits
     "engine.py": 0.50,
     "generate.py": 0.32,
     "head.py": 0.46,
