@@ -9,6 +9,7 @@ convert("model", "ckpt.pt", to="nanogpt")          # and back: the same bits
 """
 
 import importlib
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -62,4 +63,5 @@ def _reader(place: Path) -> ModuleType | None:
     """The first format that recognises what is there."""
     if not place.exists():
         return None
-    return next((module for module in map(format_of, FORMATS) if module.recognise(place)), None)
+    there = (name for name, module in FORMATS.items() if importlib.util.find_spec(module))
+    return next((module for module in map(format_of, there) if module.recognise(place)), None)

@@ -1,7 +1,7 @@
 """What GGUF calls our tensors and fields: the tables of llama.cpp's architectures, for both directions.
 
-An architecture's graph is fixed in llama.cpp; the keys only size it. ``metadata`` writes the keys, ``config_from`` reads
-any file's, ``deviations`` says where llama.cpp computes something else than our config, or cannot load it.
+An architecture's graph is fixed in llama.cpp; the keys only size it. ``metadata`` writes the keys, ``config_from``
+reads any file's, ``deviations`` says where llama.cpp computes something else than our config, or cannot load it.
 Read from llama.cpp's conversion/*.py, src/models/*.cpp and gguf-py's constants.py.
 """
 
@@ -346,8 +346,8 @@ def _attention(keys: Keys, choice: Arch, sizes: Mapping[str, int]) -> dict[str, 
     return {**made, "window": window if layers else 0, "window_layers": layers}
 
 
-def with_factors(where: str, config: ModelConfig, factors: np.ndarray) -> dict[str, Any]:
-    """llama3's settings, which give exactly these factors; GGUF has the factors alone.
+def with_factors(where: str, config: ModelConfig, factors: np.ndarray) -> ModelConfig:
+    """``config`` with llama3's settings, which give exactly these factors; GGUF has the factors alone.
 
     low_freq_factor 1 and high_freq_factor 4 are what all of Llama 3 has; the rest follows from the factors.
 
@@ -368,9 +368,10 @@ def with_factors(where: str, config: ModelConfig, factors: np.ndarray) -> dict[s
             continue
         made = {"rope_scaling": "llama3", "rope_factor": float(str(np.float32(largest)))}
         made |= {"rope_low": 1.0, "rope_high": 4.0, "rope_original": original}
-        expected = rope_factors(ModelConfig(**_fields(config) | made))
+        scaled = ModelConfig(**_fields(config) | made)
+        expected = rope_factors(scaled)
         if expected is not None and np.allclose(expected, factors, rtol=1e-4):
-            return made
+            return scaled
     raise UserError(
         f"{where}: {ROPE_FACTORS}: no llama3 scaling with low_freq_factor 1, high_freq_factor 4 gives these"
     )
@@ -390,8 +391,12 @@ def check_keys(where: str, config: ModelConfig, values: Mapping[str, Any]) -> No
             raise UserError(f"{where}: {key} = {_shown(found)}, expected {expected!r} by mlxgpt.config")
 
 
-def own_config(where: str, text: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model of our own key, and what config.json says beside it."""
+def own_config(where: str, text: Any, arch: Any, n_tensors: int) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model of our own key, and what config.json says beside it.
+
+    Raises:
+        UserError: it is no config.json of ours, of another architecture, or of more blocks than the file has tensors.
+    """
     place = f"{where}: mlxgpt.config"
     try:
         values = json.loads(text)
@@ -399,6 +404,13 @@ def own_config(where: str, text: Any) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{place}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{place}: {type(values).__name__}, expected an object")
+    for key in ("n_layer", "num_hidden_layers"):
+        if type(values.get(key)) is int and values[key] > n_tensors:
+            raise UserError(f"{place}: {key} = {values[key]}, which the file's {n_tensors} tensors cannot be")
     config = families.config_from_hf(values, where=place)
+    if arch_of(config) != arch:
+        raise UserError(
+            f"{where}: general.architecture = {_shown(arch)}, expected {arch_of(config)!r} by mlxgpt.config"
+        )
     known = families.config_to_hf(config)
     return config, {key: value for key, value in values.items() if key not in known}

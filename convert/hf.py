@@ -1,16 +1,18 @@
 """Hugging Face folders: config.json, safetensors, tokenizer files; also a checkpoint of ours with its moments."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.model import Moments, Opened, Tensor
+from convert import stream
+from convert.model import Moments, Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor
+from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor, write_json
 
 KIND = "folder"
 COMPANIONS = (
@@ -156,3 +158,106 @@ def _moments(path: Path, config: ModelConfig) -> Moments | None:
     if type(step) is not int:
         raise UserError(f"{path / checkpoint.STATE}: step {step!r}: expected a whole number")
     return Moments(groups["m"], groups["v"], int(read_tensor(clock)), step, state or None)
+
+
+def write(opened: Opened, place: Path, options: Options) -> list[str]:
+    """A folder as ``folder.write_model`` makes it, with everything of the source that travels.
+
+    Raises:
+        UserError: the family cannot say the model, or a value is not finite or does not fit.
+    """
+    values = families.config_to_hf(opened.config)
+    parts = {
+        foreign: stream.plain(foreign, tensor, stored_dtype(tensor, options), transposed, options)
+        for foreign, tensor, transposed in in_file(opened)
+    }
+    return write_folder(opened, place, options, list(parts.values()), values)
+
+
+def in_file(opened: Opened) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether as [in, out]) of what the family's files hold; a bias that only they ask for is zeros."""
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(opened.config)).items()}
+    for foreign, (name, transposed) in families.from_foreign(opened.config).items():
+        yield foreign, opened.tensors.get(name) or _zeros(shapes[name], main_dtype(opened)), transposed
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    return Tensor(shape, dtype, lambda: np.zeros(shape, dtype))
+
+
+def stored_dtype(tensor: Tensor, options: Options) -> np.dtype:
+    """What a tensor is written as."""
+    return folder.DTYPES[options.dtype] if options.dtype else tensor.dtype
+
+
+def main_dtype(opened: Opened) -> np.dtype:
+    """What most of the model's values are stored as."""
+    sizes: dict[np.dtype, int] = {}
+    for tensor in opened.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def write_folder(
+    opened: Opened,
+    place: Path,
+    options: Options,
+    parts: list[stream.Part],
+    values: dict[str, Any],
+    metadata: dict[str, str] | None = None,
+    index: bool = False,
+) -> list[str]:
+    """The weights in these parts, config.json with ``values``, what travels along, and the moments where there are any.
+
+    ``index``: model.safetensors.index.json also where there is one file only.
+    """
+    name = options.dtype or main_dtype(opened).name
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    values = values | {"dtype": name, "torch_dtype": name} | ids | opened.extra
+    place.mkdir()
+    write_parts(place, parts, metadata, index, options, params.count(families.on_disk(opened.config)))
+    for file, content in opened.companions.items():
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        (place / file).write_bytes(data)
+    if "generation_config.json" not in opened.companions:
+        tokens = {key: values[key] for key in ids if values[key] is not None}
+        write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
+    write_json(place / "config.json", values)
+    if opened.moments:
+        write_moments(opened, place, options)
+    return []
+
+
+def write_parts(
+    place: Path, parts: list[stream.Part], metadata: dict[str, str] | None, index: bool, options: Options, count: int
+) -> None:
+    """One file of weights, or shards and their index."""
+    by_first = {next(iter(part.specs)): part for part in parts}
+    files = folder.shards({name: part.size for name, part in by_first.items()}, options.max_shard)
+    for file, names in files.items():
+        # what is of several tensors is aligned in itself and keeps the next one so
+        group = sorted((by_first[name] for name in names), key=lambda part: (len(part.specs) == 1, -_width(part)))
+        stream.write_safetensors(place, file, group, metadata, options)
+    if len(files) == 1 and not index:
+        return
+    weight_map = {name: file for file, names in files.items() for first in names for name in by_first[first].specs}
+    total = {"total_parameters": count, "total_size": sum(part.size for part in parts)}
+    write_json(place / folder.INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _width(part: stream.Part) -> int:
+    return next(iter(part.specs.values()))[0].itemsize
+
+
+def write_moments(opened: Opened, place: Path, options: Options) -> None:
+    """training/optimizer.safetensors; its state.json, which holds the sums of all other files, is written at the end."""
+    assert opened.moments
+    (place / "training").mkdir()
+    parts = [
+        stream.plain(f"{group}.{name}", tensor, DTYPES["F32"], False, options)
+        for group, tensors in (("m", opened.moments.m), ("v", opened.moments.v))
+        for name, tensor in tensors.items()
+    ]
+    clock = np.array(opened.moments.t, dtype=np.int64)
+    first = stream.Part({"t": (clock.dtype, ())}, lambda out: out.write(clock))
+    stream.write_safetensors(place, checkpoint.OPTIMIZER, [first, *parts], {}, options)

@@ -77,3 +77,6 @@ class Options:
     tokenizer: Path | None = None  # a tokenizer that the source does not have
     hash: bool = True  # sha256 of source and result in the provenance
     allow_nan: bool = False
+    # what a writer finds on its way: sha256 of a file by its name, the values of a tensor that are not finite
+    digests: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)

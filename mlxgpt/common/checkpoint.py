@@ -84,7 +84,7 @@ def write(
         (temporary / "training").mkdir(parents=True)
         folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
         tensors.write_tensors(temporary / OPTIMIZER, arrays, {})
-        _write_state(temporary, state)
+        write_state(temporary, state)
         _replace(temporary, final)
         _point(run / "last", final)
         if state.best and path_of(run, int(state.best["step"])).is_dir():
@@ -135,7 +135,7 @@ def sweep(run: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _write_state(checkpoint: Path, state: RunState) -> None:
+def write_state(checkpoint: Path, state: RunState) -> None:
     """state.json, last of all files: it holds the sums of the others, each of which is on disk by then."""
     files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):

@@ -114,7 +114,7 @@ def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) ->
 
 
 def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry, bool]]:
-    """Our name -> (its name without a prefix, where it lies, whether as [in, out]) for all that the family's files hold.
+    """Our name -> (its name without a prefix, where it lies, whether as [in, out]) for all the files hold.
 
     ``entries`` are the folder's tensors by the names in its files. Biases that config.json calls zero are there too.
 
@@ -266,22 +266,27 @@ def _write_weights(
         return made
 
     sizes = {foreign: int(np.prod(shapes[name])) * dtype.itemsize for foreign, (name, _) in names.items()}
-    shards: list[list[str]] = [[]]
-    held = 0
-    for foreign, size in sizes.items():
-        if shards[-1] and held + size > max_shard:
-            shards.append([])
-            held = 0
-        shards[-1].append(foreign)
-        held += size
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE, stored(shards[0]), dtype=dtype)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    files = shards(sizes, max_shard)
+    for file, shard in files.items():
         write_tensors(folder / file, stored(shard), dtype=dtype)
-        weight_map |= dict.fromkeys(shard, file)
+    if len(files) == 1:
+        return
+    weight_map = {name: file for file, shard in files.items() for name in shard}
     total = sum(sizes.values())
     metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def shards(sizes: Mapping[str, int], max_shard: int) -> dict[str, list[str]]:
+    """File name -> the tensors in it, for tensors of these sizes in this order; one file where ``max_shard`` allows."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > max_shard:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

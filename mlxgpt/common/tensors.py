@@ -106,25 +106,41 @@ def write_tensors(
         UserError: a dtype that the format does not have, or the system refuses to write.
     """
     path = Path(path)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     kinds = {name: dtype or array.dtype for name, array in tensors.items()}
     order = sorted(tensors, key=lambda name: -kinds[name].itemsize)
+    head = pack_header(path, {name: (kinds[name], tensors[name].shape) for name in order}, metadata)
+    with atomic_write(path) as file:
+        file.write(head)
+        for name in order:
+            flat = np.ascontiguousarray(tensors[name], dtype=little_endian(kinds[name])).reshape(-1)
+            file.write(flat.view(np.uint8).data)
+
+
+def little_endian(kind: np.dtype) -> np.dtype:
+    """The dtype as files hold it."""
+    return kind.newbyteorder("<") if kind.kind in "iuf" else kind
+
+
+def pack_header(
+    path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> bytes:
+    """All that stands before the data of tensors (dtype, shape) in this order: the length and the JSON, padded to 8.
+
+    Raises:
+        UserError: a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     offset = 0
-    for name in order:
-        array, kind = tensors[name], kinds[name]
-        spelled = _NAMES.get(kind.newbyteorder("<") if kind.kind in "iuf" else kind)
+    for name, (kind, shape) in specs.items():
+        spelled = _NAMES.get(little_endian(kind))
         if spelled is None:
             raise UserError(f"{path}: {name}: dtype {kind}: expected one of {', '.join(DTYPES)}")
-        size = array.size * kind.itemsize
-        header[name] = {"dtype": spelled, "shape": list(array.shape), "data_offsets": [offset, offset + size]}
+        size = math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = np.ascontiguousarray(tensors[name], dtype=DTYPES[header[name]["dtype"]]).reshape(-1)
-            file.write(flat.view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
