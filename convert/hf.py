@@ -250,7 +250,7 @@ def _width(part: stream.Part) -> int:
 
 
 def write_moments(opened: Opened, place: Path, options: Options) -> None:
-    """training/optimizer.safetensors; its state.json, which holds the sums of all other files, is written at the end."""
+    """training/optimizer.safetensors; its state.json is written last of all."""
     assert opened.moments
     (place / "training").mkdir()
     parts = [

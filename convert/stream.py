@@ -37,7 +37,7 @@ class Output:
     """
 
     def __init__(self, path: Path, hashed: bool):
-        self._file = open(path, "xb")  # noqa: SIM115: closed in __exit__
+        self._file = open(path, "xb")  # noqa: SIM115  (closed in __exit__)
         self._digest = hashlib.sha256() if hashed else None
         self._error: Exception | None = None
         self._work: queue.Queue[tuple[memoryview, memoryview | None] | None] = queue.Queue(4)
@@ -99,7 +99,7 @@ class Output:
 
 
 class Part(NamedTuple):
-    """What goes into a file in one go: (dtype, shape) of the tensors that it is, in order, and what sends their data."""
+    """What goes into a file in one go: (dtype, shape) of the tensors that it is, in order, and what sends it."""
 
     specs: dict[str, tuple[np.dtype, tuple[int, ...]]]
     send: Callable[[Output], None]

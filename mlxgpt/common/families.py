@@ -256,7 +256,7 @@ def _choices(where: str, family: Family, values: Mapping[str, Any], made: Mappin
 
 
 def _own(where: str, own: Any, made: Mapping[str, Any]) -> dict[str, bool]:
-    """Our own part of config.json: which biases are zeros that only the format asks for; provenance may stand beside."""
+    """Our own part of config.json: biases that are zeros because the format asks for them. Provenance is no choice."""
     if own is None:
         return {}
     if not isinstance(own, dict) or own.get("format_version") != FORMAT_VERSION:
