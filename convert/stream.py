@@ -70,7 +70,7 @@ class Output:
         """Takes data over: an array must not change any more."""
         flat = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         self._check()
-        self._work.put((memoryview(flat), None))
+        self._work.put((memoryview(flat), None))  # type: ignore[arg-type]
 
     def fill(self, size: int, read: Callable[[memoryview], None]) -> None:
         """``read`` puts the next ``size`` bytes, at most BLOCK, into the memory that it is given."""
