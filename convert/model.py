@@ -36,7 +36,7 @@ class Tensor:
 class Moments:
     """AdamW's state, by our names and in our layout; ``step`` is the training step that is over, ``t`` the updates.
 
-    ``state`` is what training/state.json says; None where the source is no checkpoint of ours.
+    ``state`` has the fields of checkpoint.RunState, as far as the source says them; None where it says none.
     """
 
     m: Mapping[str, Tensor]

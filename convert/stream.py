@@ -152,7 +152,7 @@ def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options:
 
     def send(out: Output) -> None:
         for block in _rows(name, tensor, transposed, options):
-            out.write(_cast(name, block, dtype))
+            out.write(cast(name, block, dtype))
 
     return Part({name: (dtype, shape)}, send)
 
@@ -169,7 +169,7 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
     def send(out: Output) -> None:
         scales, biases = [], []
         for block in _rows(f"{name}.weight", tensor, False, options):
-            words, scale, bias = affine.quantise(_cast(name, block, dtype), bits, group_size)
+            words, scale, bias = affine.quantise(cast(name, block, dtype), bits, group_size)
             out.write(words)
             scales.append(scale)
             biases.append(bias)
@@ -225,7 +225,7 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
     note_bad(name, bad, options)
 
 
-def _cast(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The block as ``dtype``, which must be able to hold its finite values."""
     if block.dtype == dtype:
         return block
