@@ -170,6 +170,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
     add("--init-from", metavar="DIR", help="start from the weights of a run, a checkpoint, a model folder or a hub id")
+    add("--moments", action="store_true", help="with --init-from: go on with its optimizer's state, after its step")
     _add_backend(parser)
 
 

@@ -497,6 +497,41 @@ def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsy
     assert "from first, were saved" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_from_a_checkpoint_with_its_moments(
+    go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "has_tokenizer", lambda place: False)
+    assert go("--out", "whole") == 0
+    assert go("--out", "first", "--stop-after", "5") == 0
+    given = "first/checkpoints/step-0000005"
+    capsys.readouterr()
+    assert go("--out", "second", "--init-from", given, "--moments", "--set", "optim.beta2=0.95") == 0
+    out = capsys.readouterr().out
+    assert "goes on after step 5 with its optimizer's moments, 5 updates" in out
+    assert f"optim.beta2 = 0.95, where {given} was trained with 0.99" in out
+    assert go("--out", "third", "--init-from", given, "--moments", "--stop-after", "5") == 0
+    capsys.readouterr()
+    assert go("--resume", "third") == 0
+    assert "not all there" not in capsys.readouterr().out
+    assert losses("third") == {step: loss for step, loss in losses("whole").items() if step > 5}
+    assert weights("third", 12) == weights("whole", 12)
+    assert losses("second")[7] != losses("whole")[7]
+    # the counter-case: without them the same weights take other steps, and it is said
+    assert go("--out", "fourth", "--init-from", given) == 0
+    assert "moments are left out" in capsys.readouterr().out
+    for flags, expected in (
+        (["--moments"], "--moments: expected --init-from"),
+        (["--init-from", given, "--moments", "--steps", "5"], "after step 5; expected more"),
+        (["--resume", "third", "--moments"], "--moments: expected --init-from"),
+    ):
+        assert go("--out" if "--resume" not in flags else "--resume", "fifth", *flags) == 2
+        assert expected in capsys.readouterr().err
+    shutil.rmtree(f"{given}/training")
+    assert go("--out", "fifth", "--init-from", given, "--moments") == 2
+    assert "has no training/optimizer.safetensors" in capsys.readouterr().err
+    assert not Path("fifth").exists()
+
+
 def test_a_tokenizer_that_is_gone_is_taken_from_the_checkpoint(
     go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,10 +84,10 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def begin(out: Path, recipe: Recipe, environment: dict[str, str], init_from: str | None) -> None:
-    """The first files of a new run; without them it is none, so the folder goes again."""
+def begin(out: Path, recipe: Recipe, environment: dict[str, str], init_from: str | None, step: int = 0) -> None:
+    """The first files of a new run, after ``step``; without them it is none, so the folder goes again."""
     try:
-        note(out, recipe, environment, 0, init_from)
+        note(out, recipe, environment, step, init_from)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -120,6 +120,13 @@ def segments(run: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return [segment for segment in found if isinstance(segment, dict)] if isinstance(found, list) else []
+
+
+def first_step(run: Path) -> int:
+    """The step after which the run began: 0 but where it took an optimizer's state along."""
+    found = segments(run)
+    step = found[0].get("from_step") if found else 0
+    return step if type(step) is int else 0
 
 
 def _commit() -> dict[str, Any]:

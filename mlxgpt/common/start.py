@@ -36,7 +36,7 @@ def train(args: Namespace) -> int:
     """Starts a run, or goes on with one.
 
     Args:
-        args: recipe, out, steps, stop_after, set, resume, init_from, backend, device.
+        args: recipe, out, steps, stop_after, set, resume, init_from, moments, backend, device.
 
     Returns:
         0, or 130 and 143 after a signal.
@@ -45,6 +45,8 @@ def train(args: Namespace) -> int:
         UserError: wrong usage or input; nothing was written.
         RunError: the run broke.
     """
+    if args.moments and (args.resume or not args.init_from):
+        raise UserError("--moments: expected --init-from DIR, whose optimizer's state it takes along")
     if not args.resume:
         return _begin(args)
     for flag, given in (("--out", args.out), ("--init-from", args.init_from)):
@@ -63,6 +65,8 @@ def _begin(args: Namespace) -> int:
     _check_settings(recipe, args)
     backend = _backend(args)
     origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
+    if args.moments and origin and not (origin / checkpoint.OPTIMIZER).is_file():
+        raise UserError(f"--moments: {origin} has no {checkpoint.OPTIMIZER}")
     if origin:
         recipe = _take_model(recipe, written.get("model", {}), origin)
 
@@ -79,9 +83,13 @@ def _begin(args: Namespace) -> int:
     engine = backend.engine.Engine(recipe, weights, device=args.device)
 
     state = _fresh(recipe, source.digest, engine.describe())
+    if origin and args.moments:
+        _take_moments(origin, recipe, engine, state)
+    elif origin and (origin / checkpoint.OPTIMIZER).is_file():
+        print(f"{origin}: its optimizer's moments are left out; --moments goes on with them")
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, engine.describe(), args.init_from)
+        run_folder.begin(out, recipe, engine.describe(), args.init_from, state.step)
         return _run(args, backend, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
 
 
@@ -131,7 +139,8 @@ def _continue(args: Namespace) -> int:
             state = _fresh(recipe, source.digest, engine.describe())
         checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
         checkpoint.sweep(run)
-        if metrics.cut(run / metrics.FILE, step) != step:
+        # a run that took moments along has no lines of the steps before it
+        if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
             print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
         samples.cut(run, step)
         run_folder.note(run, recipe, engine.describe(), step)
@@ -237,6 +246,26 @@ def _take_model(recipe: Recipe, written: dict[str, Any], origin: Path) -> Recipe
         changed["data"] = dataclasses.replace(recipe.data, tokenizer=str(origin.resolve()))
         print(f"data.tokenizer: the one of {origin}, not a new {recipe.data.tokenizer}")
     return dataclasses.replace(recipe, **changed)
+
+
+def _take_moments(origin: Path, recipe: Recipe, engine: Any, state: RunState) -> None:
+    """The optimizer's state of ``origin`` in engine and ``state``: the run begins after its step.
+
+    Raises:
+        UserError: it is damaged, of another optimizer, or of a step that the recipe's schedule does not have.
+    """
+    snapshot = checkpoint.read(origin, recipe.model)
+    there = checkpoint.verify(origin) if (origin / checkpoint.STATE).is_file() else None
+    state.step = state.evaluated = there.step if there else snapshot["t"]
+    if state.step >= recipe.train.steps:
+        raise UserError(f"train.steps = {recipe.train.steps}: {origin} is after step {state.step}; expected more")
+    engine.load_state(snapshot)
+    state.t, state.tokens = snapshot["t"], there.tokens if there else 0
+    before = there.recipe.get("optim", {}) if there else {}
+    for key in ("beta1", "beta2", "eps", "weight_decay"):
+        if before.get(key, getattr(recipe.optim, key)) != getattr(recipe.optim, key):
+            print(f"optim.{key} = {getattr(recipe.optim, key)}, where {origin} was trained with {before[key]}")
+    print(f"{origin}: goes on after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
 def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, size: int) -> None:
