@@ -15,6 +15,8 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor, write_json
 
 KIND = "folder"
+FLOATS = ("F32", "F16", "BF16")
+NARROW = ("float16", "bfloat16")
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,13 +103,18 @@ def opened(path: Path, name: str, config: ModelConfig, entries: Mapping[str, Ent
         config=config,
         tensors={ours: lies(entry, transposed) for ours, (entry, transposed) in places.items()},
         files=tuple(sorted({entry.path for entry, _ in places.values()})),
-        companions={file: path / file for file in COMPANIONS if (path / file).is_file()},
+        companions=companions(path),
         extra=extra,
         moments=_moments(path, config),
         notes=notes if "auto_map" in read_json(path / "config.json") else [],
     )
-    made.notes += _left(path, made)
+    made.notes += left(path, made)
     return made
+
+
+def companions(path: Path) -> dict[str, Path | bytes]:
+    """The files of a folder that travel as they are."""
+    return {file: path / file for file in COMPANIONS if (path / file).is_file()}
 
 
 def lies(entry: Entry, transposed: bool = False) -> Tensor:
@@ -121,7 +128,7 @@ def lies(entry: Entry, transposed: bool = False) -> Tensor:
     return Tensor(shape, DTYPES[entry.dtype], read, entry, transposed)
 
 
-def _left(path: Path, made: Opened) -> Iterator[str]:
+def left(path: Path, made: Opened) -> Iterator[str]:
     """What lies in the folder and does not travel."""
     names = {"config.json", folder.INDEX, "training", *made.companions, *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
@@ -167,11 +174,17 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: the family cannot say the model, or a value is not finite or does not fit.
     """
     values = families.config_to_hf(opened.config)
-    parts = {
-        foreign: stream.plain(foreign, tensor, stored_dtype(tensor, options), transposed, options)
+    notes = write_folder(opened, place, options, plain_parts(opened, options), values)
+    otherwise = families.mlx_lm_deviations(opened.config)
+    return notes + ([f"transformers computes this model, but: {'; '.join(otherwise)}"] if otherwise else [])
+
+
+def plain_parts(opened: Opened, options: Options) -> list[stream.Part]:
+    """The tensors of the family's files, by their names and in their layout."""
+    return [
+        stream.plain(foreign, tensor, stored_dtype(tensor, options), transposed, options)
         for foreign, tensor, transposed in in_file(opened)
-    }
-    return write_folder(opened, place, options, list(parts.values()), values)
+    ]
 
 
 def in_file(opened: Opened) -> Iterator[tuple[str, Tensor, bool]]:
@@ -223,9 +236,12 @@ def write_folder(
         tokens = {key: values[key] for key in ids if values[key] is not None}
         write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
     write_json(place / "config.json", values)
-    if opened.moments:
-        write_moments(opened, place, options)
-    return []
+    if not opened.moments:
+        return []
+    if metadata is not None:
+        return ["AdamW's moments are left behind: only --to hf and nanogpt have a place for them"]
+    write_moments(opened, place, options)
+    return [f"training/ goes on from weights rounded to {options.dtype}"] if options.dtype in NARROW else []
 
 
 def write_parts(

@@ -110,7 +110,7 @@ class Part(NamedTuple):
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.specs.values())
 
 
-def not_finite(array: np.ndarray) -> int:
+def count_not_finite(array: np.ndarray) -> int:
     """How many values are NaN or Inf."""
     kind = _EXPONENTS.get(array.dtype)
     if kind is None:
@@ -189,7 +189,7 @@ def _copy(name: str, entry: Entry, dtype: np.dtype, out: Output, options: Option
         def read(memory: memoryview) -> None:
             nonlocal bad
             read_into(file, entry, memory)
-            bad += not_finite(np.frombuffer(memory, dtype))
+            bad += count_not_finite(np.frombuffer(memory, dtype))
 
         while left:
             size = min(left, BLOCK)
@@ -207,7 +207,9 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
     if entry is None or tensor.transposed != (transposed and len(shape) == 2):
         whole = tensor.read()
         whole = whole.T if transposed else whole
-        bad = sum(not_finite(np.ascontiguousarray(whole[start : start + step])) for start in range(0, shape[0], step))
+        bad = sum(
+            count_not_finite(np.ascontiguousarray(whole[start : start + step])) for start in range(0, shape[0], step)
+        )
         note_bad(name, bad, options)
         for start in range(0, shape[0], step):
             yield whole[start : start + step]
@@ -220,7 +222,7 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
             memory = bytearray(rows * row)
             read_into(file, entry, memoryview(memory))
             block = np.frombuffer(memory, tensor.dtype).reshape(rows, *shape[1:])
-            bad += not_finite(block)
+            bad += count_not_finite(block)
             yield block
     note_bad(name, bad, options)
 
@@ -231,7 +233,9 @@ def cast(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return block
     with np.errstate(over="ignore", invalid="ignore"):
         made = block.astype(dtype)
-    if dtype.itemsize <= block.dtype.itemsize and not_finite(made) > not_finite(np.ascontiguousarray(block)):
+    if dtype.itemsize <= block.dtype.itemsize and count_not_finite(made) > count_not_finite(
+        np.ascontiguousarray(block)
+    ):
         largest = np.abs(block[np.isfinite(block)].astype(np.float64)).max()
         raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
     return made

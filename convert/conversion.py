@@ -1,0 +1,334 @@
+"""One conversion from start to end: what may be, is there room, write beside, prove, put in place, or leave nothing."""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mlxgpt
+from convert import stream
+from convert.formats import format_of, open_model
+from convert.model import Opened, Options, Tensor
+from mlxgpt.common import checkpoint, families, folder, params
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.tensors import read_json, write_json
+from mlxgpt.common.tokenizer import FILES, load_tokenizer
+
+SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
+_BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
+# option -> the formats that it means something for
+_ONLY = {"bits": ("mlx-lm", "gguf"), "group_size": ("mlx-lm",), "max_shard": ("hf", "mlx-lm"), "version": ("llama2c",)}
+_MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
+
+
+@dataclass
+class Report:
+    """What a conversion made."""
+
+    path: Path
+    format: str
+    source: Path
+    source_format: str
+    parameters: int
+    size: int  # bytes of the result
+    seconds: float
+    sha256: dict[str, str]  # of the result's files of weights, by name; {} without hashing
+    notes: list[str] = field(default_factory=list)
+    verified: bool = False
+
+
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    to: str | None = None,
+    *,
+    force: bool = False,
+    verify: bool = False,
+    n_head: int = 0,
+    **options: Any,
+) -> Report:
+    """Writes the model at ``src`` (see ``open_model``) to ``dst`` as the format ``to``; the source is only read.
+
+    ``to`` follows from the suffix of ``dst`` (.gguf, .bin, .pt, .pth, .npz) unless given, else it is hf. ``options``
+    are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
+    result against the source and keeps it only if they agree.
+
+        report = convert("gpt2", "gpt2-q4", to="mlx-lm", bits=4)
+        convert("gpt2-q4", "gpt2.gguf")
+
+    Raises:
+        UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
+        RunError: ``verify`` found a difference; nothing was kept.
+    """
+    start = time.perf_counter()
+    dst = Path(dst).expanduser()
+    to = to or _BY_SUFFIX.get(dst.suffix, "hf")
+    writer = format_of(to)
+    made = _options(to, options)
+    opened = open_model(src, n_head)
+    _check_places(opened, src, dst, force)
+    if made.tokenizer:
+        _take_tokenizer(opened, made.tokenizer)
+    before = _stamps(opened)
+    _check_room(dst, opened, to, made)
+    guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
+    temporary = dst.with_name(f".{dst.name}.partial")
+    _remove(temporary)
+    sources = _Digests(opened.files if made.hash else ())
+    try:
+        with _as_user_errors(dst):
+            notes = [*opened.notes, *writer.write(guarded, temporary, made)]
+            notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
+            hashes = _result_digests(temporary, made) if made.hash else {}
+            block = _provenance(opened, to, options, sources.result(), hashes)
+            if _stamps(opened) != before:
+                raise UserError(f"{opened.path}: changed while it was read")
+            if writer.KIND == "folder":
+                _seal(temporary, opened, block)
+            _sync(temporary)
+            if verify:
+                _verify(src, temporary, n_head)
+            _put(temporary, dst, force)
+            if writer.KIND == "file":
+                write_json(dst.with_name(dst.name + SIDECAR), block)
+    finally:
+        sources.stop()
+        _remove(temporary)
+    seconds, count = time.perf_counter() - start, params.count(opened.config)
+    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify)
+
+
+def _options(to: str, options: dict[str, Any]) -> Options:
+    """What was asked for, which must mean something for the format."""
+    known = [each.name for each in dataclasses.fields(Options) if each.name not in ("digests", "bad")]
+    for name in options:
+        if name not in known:
+            raise UserError(f"option {name!r}: expected one of {', '.join(known)}")
+        if to not in _ONLY.get(name, (to,)):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {options[name]}: --to {to} has no such choice, only {' and '.join(_ONLY[name])}")
+    if options.get("dtype", "float32") not in folder.DTYPES:
+        raise UserError(f"dtype {options['dtype']!r}: expected one of {', '.join(folder.DTYPES)}")
+    if "group_size" in options and not options.get("bits"):
+        raise UserError(f"--group-size {options['group_size']}: expected --bits with it")
+    return Options(**options)
+
+
+def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
+    """Refuses a destination that is there, or that would meet the source."""
+    there = dst.resolve()
+    for source in {opened.path.resolve(), Path(src).expanduser().resolve()}:
+        if source.exists() and (there == source or source in there.parents or there in source.parents):
+            raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
+    if not dst.parent.is_dir():
+        raise UserError(f"{dst.parent}: no such folder")
+    if not (dst.exists() or dst.is_symlink()):
+        return
+    if not force:
+        raise UserError(f"{dst}: is there already; --force replaces it")
+    if dst.is_dir() and not dst.is_symlink() and not (dst / "config.json").is_file() and any(dst.iterdir()):
+        raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
+
+
+def _take_tokenizer(opened: Opened, path: Path) -> None:
+    """Puts the tokenizer at ``path`` in the place of the source's own."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.n_vocab > opened.config.vocab_size:
+        found = f"{tokenizer.n_vocab} tokens"
+        raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save(Path(place))
+        files = {file.name: file.read_bytes() for file in sorted(Path(place).iterdir())}
+    dropped = [name for name in opened.companions if name in FILES]
+    for name in dropped:
+        del opened.companions[name]
+    opened.companions.update(files)
+    if tokenizer.eos_id is not None:
+        opened.extra["eos_token_id"] = tokenizer.eos_id
+    if dropped:
+        opened.notes.append(f"{path}: in place of the source's {', '.join(dropped)}")
+
+
+def _stamps(opened: Opened) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in opened.files)]
+
+
+def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
+    """Refuses what will not fit, before a byte is written."""
+    needed = _MARGIN
+    for tensor in opened.tensors.values():
+        wide = folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
+        each = options.bits / 8 + 2 * wide / options.group_size if options.bits and len(tensor.shape) == 2 else wide
+        needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
+    if opened.moments and to in ("hf", "nanogpt"):
+        needed += 8 * params.count(opened.config)
+    free = shutil.disk_usage(dst.parent).free
+    if free < needed:
+        room = f"{free / 2**20:.0f} MiB free, the result needs {needed / 2**20:.0f} MiB"
+        raise UserError(f"{dst.parent}: {os.strerror(errno.ENOSPC)}: {room}")
+
+
+def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
+    """The tensors, with reading that refuses what is not finite; copies of stored bytes look for themselves."""
+
+    def guard(name: str, tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            array = tensor.read()
+            if tensor.stored is None:
+                stream.note_bad(name, stream.count_not_finite(array), options)
+            return array
+
+        return dataclasses.replace(tensor, read=read)
+
+    return {name: guard(families.to_foreign(opened.config, name)[0], tensor) for name, tensor in opened.tensors.items()}
+
+
+class _Digests:
+    """sha256 of files on a thread of its own, beside the conversion that reads them."""
+
+    def __init__(self, files: tuple[Path, ...]):
+        self._files, self._found, self._stopped = files, dict[str, str](), False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="source sha256", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(stream.BLOCK))
+        try:
+            for path in self._files:
+                digest = hashlib.sha256()
+                with open(path, "rb", buffering=0) as file:
+                    while not self._stopped and (size := file.readinto(buffer)):
+                        digest.update(buffer[:size])
+                self._found[path.name] = digest.hexdigest()
+        except OSError as error:
+            self._error = error
+
+    def result(self) -> dict[str, str]:
+        """By name, when all are done."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._found
+
+    def stop(self) -> None:
+        """Ends the thread; what it has not hashed by now nobody asks for."""
+        self._stopped = True
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def _as_user_errors(dst: Path) -> Iterator[None]:
+    """What the system refuses, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{dst}: cannot write: {error.strerror or error}") from None
+
+
+def _weights(place: Path) -> list[Path]:
+    """The files of weights of a result."""
+    if place.is_file():
+        return [place]
+    return sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".npz"))
+
+
+def _result_digests(place: Path, options: Options) -> dict[str, str]:
+    """Of what a writer did not hash on its way, here."""
+    made = {}
+    for file in _weights(place):
+        name = file.relative_to(place).as_posix() if place.is_dir() else file.name
+        if name not in options.digests:
+            with open(file, "rb") as opened:
+                options.digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        made[name] = options.digests[name]
+    return made
+
+
+def _provenance(
+    opened: Opened, to: str, options: dict[str, Any], sources: dict[str, str], results: dict[str, str]
+) -> dict[str, Any]:
+    """From what, by what, when; None in place of a sha256 that nobody wanted."""
+    return {
+        "format_version": families.FORMAT_VERSION,
+        "provenance": {
+            "from": {
+                "path": opened.path.name,
+                "format": opened.format,
+                "sha256": {file.name: sources.get(file.name) for file in opened.files},
+            },
+            "to": {"format": to, "sha256": results or None},
+            "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "mlxgpt": mlxgpt.__version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    }
+
+
+def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
+    """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
+    values = read_json(place / "config.json")
+    write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
+    if opened.moments and opened.moments.state and (place / "training").is_dir():
+        names = {each.name for each in dataclasses.fields(checkpoint.RunState)}
+        state = {name: value for name, value in opened.moments.state.items() if name in names}
+        checkpoint.write_state(place, checkpoint.RunState(**state))
+
+
+def _sync(place: Path) -> None:
+    """Everything onto the disk, files before folders."""
+    found = sorted(place.rglob("*"), reverse=True) if place.is_dir() else []
+    for item in [*(item for item in found if item.is_file()), *(item for item in found if item.is_dir()), place]:
+        descriptor = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _verify(src: Path | str, made: Path, n_head: int) -> None:
+    """Holds the result against the source before it gets its name."""
+    from convert.verify import verify
+
+    report = verify(src, made)
+    if not report.agrees:
+        raise RunError(
+            f"{src}: the result does not agree, nothing was kept: {'; '.join(map(str, report.findings[:3]))}"
+        )
+
+
+def _put(temporary: Path, dst: Path, force: bool) -> None:
+    """Gives the complete result its name; what it replaces goes after that."""
+    old = dst.with_name(f".{dst.name}.old")
+    if dst.exists() or dst.is_symlink():
+        if not force:
+            raise UserError(f"{dst}: is there by now; --force replaces it")
+        _remove(old)
+        os.rename(dst, old)
+    os.rename(temporary, dst)
+    _remove(old)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _size(place: Path) -> int:
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())
