@@ -266,6 +266,37 @@ def _report(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8765, metavar="N", help="of --watch; 0 = any that is free; default: 8765")
 
 
+_FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz")
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)(|KB|MB|GB)", text, re.IGNORECASE)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 5GB")
+    return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2].upper()]
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "src", metavar="SRC", help="a model folder, a run, a file of weights or a hub id; its content says which format"
+    )
+    add("dst", metavar="DST", help="the folder or file to make")
+    add("--to", choices=_FORMATS, help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf")
+    add("--tokenizer", metavar="PATH", help="put this .json, .model or folder in the place of the source's tokenizer")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as they are")
+    add("--bits", type=int, choices=[4, 8], help="quantise the matrices (mlx-lm: 4 or 8; gguf: 8)")
+    add("--group-size", type=int, choices=[32, 64, 128], help="inputs that share a scale (mlx-lm); default: 64")
+    add("--max-shard", type=_bytes, metavar="SIZE", help="of a file of weights (hf, mlx-lm); default: 5GB")
+    add("--version", type=int, choices=[0, 1], help="of llama2c; default: 0")
+    add("--n-head", type=_positive, metavar="N", help="heads, where a file does not say it (mingpt, gptmodel)")
+    add("--no-hash", action="store_true", help="no sha256 of source and result in the provenance")
+    add("--allow-nan", action="store_true", help="go on where values are not finite, and say how many")
+    add("--verify", action="store_true", help="hold the result against the source, and keep it only if they agree")
+    add("--force", action="store_true", help="replace DST, once the new one is complete")
+    _add_json(parser)
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
         help="where its runs go, in place of an earlier demo's; default: runs/demo")  # fmt: skip
@@ -317,6 +348,11 @@ VERBS = {
         "report runs/first",
         "report runs/mlx runs/torch --out both.html --export figures",
         "report runs/first --watch",
+    )),
+    "convert": Verb("a model from any format into another", "convert.command:convert_command", _convert, (
+        "convert out/ckpt.pt model",
+        "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
+        "convert model model.gguf --dtype bfloat16",
     )),
     "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip
