@@ -21,7 +21,7 @@ from mlxgpt.common.tensors import atomic_write
 
 MAGIC = b"GGUF"
 BLOCK = 32
-PIECE = 1 << 20  # values that are converted at once
+PIECE = 1 << 18  # values that are converted at once
 
 # number of a value's type -> name here and numpy's; bool, string and array are read on their own
 _SCALARS = {
