@@ -16,6 +16,8 @@ from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_te
 
 KIND = "folder"
 FLOATS = ("F32", "F16", "BF16")
+NO_MOMENTS = "AdamW's moments are left behind: only --to hf and nanogpt have a place for them"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NARROW = ("float16", "bfloat16")
 COMPANIONS = (
     "tokenizer.json",
@@ -224,24 +226,32 @@ def write_folder(
 
     ``index``: model.safetensors.index.json also where there is one file only.
     """
-    name = options.dtype or main_dtype(opened).name
-    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    values = values | {"dtype": name, "torch_dtype": name} | ids | opened.extra
+    values = with_ids(opened, values, options)
     place.mkdir()
     write_parts(place, parts, metadata, index, options, params.count(families.on_disk(opened.config)))
-    for file, content in opened.companions.items():
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        (place / file).write_bytes(data)
-    if "generation_config.json" not in opened.companions:
-        tokens = {key: values[key] for key in ids if values[key] is not None}
-        write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
+    write_companions(opened, place, values)
     write_json(place / "config.json", values)
     if not opened.moments:
         return []
     if metadata is not None:
-        return ["AdamW's moments are left behind: only --to hf and nanogpt have a place for them"]
+        return [NO_MOMENTS]
     write_moments(opened, place, options)
     return [f"training/ goes on from weights rounded to {options.dtype}"] if options.dtype in NARROW else []
+
+
+def with_ids(opened: Opened, values: dict[str, Any], options: Options) -> dict[str, Any]:
+    """config.json with the dtype, the token ids, and what else the source's said."""
+    name = options.dtype or main_dtype(opened).name
+    return values | {"dtype": name, "torch_dtype": name} | dict.fromkeys(_IDS) | opened.extra
+
+
+def write_companions(opened: Opened, place: Path, values: Mapping[str, Any]) -> None:
+    """The files that travel, and a generation_config.json where the source has none."""
+    for file, content in opened.companions.items():
+        (place / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    if "generation_config.json" not in opened.companions:
+        tokens = {key: values[key] for key in _IDS if values[key] is not None}
+        write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
 
 
 def write_parts(

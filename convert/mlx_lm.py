@@ -5,7 +5,7 @@ mlx-lm turns. What mlx-lm itself wrote, and all that is quantised, has the names
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,7 @@ def read(path: Path) -> Opened:
             if values.get(key) is not None:
                 raise UserError(f"{where}: {key} is there, but no tensor is quantised")
         return hf.opened(path, "mlx-lm", folder.read_config(path), entries, extra)
-    if "tied" not in families.family_of(config).fixed:
-        head = next(name for name, ours in names(config, tied=False).items() if ours == "lm_head.weight")
-        config = dataclasses.replace(config, tied=head not in entries)
+    config = with_head(config, entries)
     tensors, count = _assemble(path, config, dict(entries), values.get("quantization"))
     files = tuple(sorted({entry.path for entry in entries.values()}))
     opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
@@ -64,9 +62,17 @@ def read(path: Path) -> Opened:
     return opened
 
 
-def names(config: ModelConfig, tied: bool | None = None) -> dict[str, str]:
+def with_head(config: ModelConfig, there: Container[str]) -> ModelConfig:
+    """``config``, tied where these tensors of mlx-lm's modules have no head."""
+    if "tied" in families.family_of(config).fixed:
+        return config
+    untied = dataclasses.replace(config, tied=False)
+    head = next(name for name, ours in names(untied).items() if ours == "lm_head.weight")
+    return dataclasses.replace(config, tied=head not in there)
+
+
+def names(config: ModelConfig) -> dict[str, str]:
     """What mlx-lm's modules call a tensor -> ours; all matrices are [out, in] there. Zero biases are among them."""
-    config = config if tied is None else dataclasses.replace(config, tied=tied)
     return {_module(config.family, foreign): ours for foreign, (ours, _) in families.from_foreign(config).items()}
 
 

@@ -113,6 +113,7 @@ class Part(NamedTuple):
 def count_not_finite(array: np.ndarray) -> int:
     """How many values are NaN or Inf."""
     kind = _EXPONENTS.get(array.dtype)
+    array = np.ascontiguousarray(array)
     if kind is None:
         return int(np.count_nonzero(~np.isfinite(array)))
     exponents = array.view(kind[0]) & kind[0](kind[1])
@@ -151,8 +152,8 @@ def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options:
         return Part({name: (dtype, shape)}, lambda out: _copy(name, entry, dtype, out, options))
 
     def send(out: Output) -> None:
-        for block in _rows(name, tensor, transposed, options):
-            out.write(cast(name, block, dtype))
+        for block in blocks(name, tensor, dtype, transposed, options):
+            out.write(block)
 
     return Part({name: (dtype, shape)}, send)
 
@@ -168,8 +169,8 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
 
     def send(out: Output) -> None:
         scales, biases = [], []
-        for block in _rows(f"{name}.weight", tensor, False, options):
-            words, scale, bias = affine.quantise(cast(name, block, dtype), bits, group_size)
+        for block in blocks(f"{name}.weight", tensor, dtype, False, options):
+            words, scale, bias = affine.quantise(block, bits, group_size)
             out.write(words)
             scales.append(scale)
             biases.append(bias)
@@ -178,6 +179,16 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
                 out.write(part)
 
     return Part(specs, send)
+
+
+def blocks(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options: Options) -> Iterator[np.ndarray]:
+    """The tensor as ``dtype``, as our layout or as [in, out], some rows at a time.
+
+    Raises:
+        UserError: a value that is not finite, or does not fit.
+    """
+    for block in _rows(name, tensor, transposed, options):
+        yield cast(name, block, dtype)
 
 
 def _copy(name: str, entry: Entry, dtype: np.dtype, out: Output, options: Options) -> None:
@@ -207,12 +218,12 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
     if entry is None or tensor.transposed != (transposed and len(shape) == 2):
         whole = tensor.read()
         whole = whole.T if transposed else whole
-        bad = sum(
-            count_not_finite(np.ascontiguousarray(whole[start : start + step])) for start in range(0, shape[0], step)
-        )
-        note_bad(name, bad, options)
+        bad = 0
         for start in range(0, shape[0], step):
-            yield whole[start : start + step]
+            block = np.ascontiguousarray(whole[start : start + step])
+            bad += count_not_finite(block) if entry else 0  # what has no place of its own was looked through by read()
+            yield block
+        note_bad(name, bad, options)
         return
     bad = 0
     with open(entry.path, "rb", buffering=0) as file:
@@ -233,9 +244,7 @@ def cast(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return block
     with np.errstate(over="ignore", invalid="ignore"):
         made = block.astype(dtype)
-    if dtype.itemsize <= block.dtype.itemsize and count_not_finite(made) > count_not_finite(
-        np.ascontiguousarray(block)
-    ):
+    if dtype.itemsize <= block.dtype.itemsize and count_not_finite(made) > count_not_finite(block):
         largest = np.abs(block[np.isfinite(block)].astype(np.float64)).max()
         raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
     return made
