@@ -4,6 +4,7 @@ What needs no arithmetic never stands in memory whole. What does is read one ten
 of rows, so the peak is that tensor and a constant.
 """
 
+import dataclasses
 import hashlib
 import math
 import queue
@@ -159,7 +160,13 @@ def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options:
 
 
 def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size: int, options: Options) -> Part:
-    """A matrix as NAME.weight, NAME.scales and NAME.biases of MLX's affine quantisation of its ``dtype``."""
+    """A matrix as NAME.weight, NAME.scales and NAME.biases of MLX's affine quantisation of its ``dtype``.
+
+    Weights that were quantised so before, and are float32 by now, become what they were.
+    """
+    again = _quantised_before(tensor, bits, group_size, options) if dtype == np.float32 else None
+    dtype = again or dtype
+    strict = dataclasses.replace(options, allow_nan=False)  # NaN has no level
     n_out, n_in = tensor.shape
     specs = {
         f"{name}.weight": (DTYPES["U32"], (n_out, n_in * bits // 32)),
@@ -169,8 +176,9 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
 
     def send(out: Output) -> None:
         scales, biases = [], []
-        for block in blocks(f"{name}.weight", tensor, dtype, False, options):
-            words, scale, bias = affine.quantise(block, bits, group_size)
+        for block in blocks(f"{name}.weight", tensor, tensor.dtype if again else dtype, False, strict):
+            found = affine.recover(block, bits, group_size, again) if again else None
+            words, scale, bias = found or affine.quantise(block, bits, group_size)
             out.write(words)
             scales.append(scale)
             biases.append(bias)
@@ -179,6 +187,18 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
                 out.write(part)
 
     return Part(specs, send)
+
+
+def _quantised_before(tensor: Tensor, bits: int, group_size: int, options: Options) -> np.dtype | None:
+    """The dtype of scales and biases of which all of a float32 matrix may have been made; most are seen at once."""
+    if tensor.dtype != np.float32:
+        return None
+    quiet = dataclasses.replace(options, allow_nan=True, bad={})
+    for dtype in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]):
+        rows = _rows("", tensor, False, quiet)
+        if all(affine.recover(block, bits, group_size, dtype) is not None for block in rows):
+            return dtype
+    return None
 
 
 def blocks(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options: Options) -> Iterator[np.ndarray]:

@@ -64,3 +64,16 @@ def test_the_first_level_is_in_the_lowest_bits() -> None:
     levels = np.zeros((1, 32), np.uint8)
     levels[0, 0], levels[0, 1] = 5, 9
     assert affine.pack(levels, 4)[0, 0] == 5 + (9 << 4)
+
+
+@pytest.mark.parametrize("bits", affine.BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_quantised_once_is_found_again(dtype: str, bits: int) -> None:
+    for name, matrix in matrices().items():
+        found = affine.quantise(matrix.astype(DTYPES[dtype][0]), bits, 64)
+        values = affine.dequantise(*found, bits, 64)
+        again = affine.recover(values, bits, 64, DTYPES[dtype][0])
+        assert again is not None, name
+        assert bits_of(affine.dequantise(*again, bits, 64)) == bits_of(values), name
+        values[3, 7] = np.nextafter(values[3, 7], np.float32(2))
+        assert affine.recover(values, bits, 64, DTYPES[dtype][0]) is None, name

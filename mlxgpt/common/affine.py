@@ -12,7 +12,7 @@ _SMALLEST = np.float32(1e-7)  # a scale of mx.quantize, where the weights of a g
 
 
 def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What mx.quantize makes of a matrix (..., in) of float32, float16 or bfloat16: words, scales, biases."""
+    """What mx.quantize makes of a matrix (..., in) of finite float32, float16 or bfloat16: words, scales, biases."""
     assert bits in BITS and weight.shape[-1] % group_size == 0
     bins = np.float32(2**bits - 1)
     groups = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, group_size)
@@ -27,7 +27,8 @@ def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray
     bias = np.where(steps == 0, np.float32(0), edge)
     groups -= bias[..., None]
     groups /= scale[..., None]
-    levels = np.clip(np.rint(groups, out=groups), 0, bins, out=groups).astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        levels = np.clip(np.rint(groups, out=groups), 0, bins, out=groups).astype(np.uint8)
     return pack(levels.reshape(weight.shape), bits), scale.astype(weight.dtype), bias.astype(weight.dtype)
 
 
@@ -38,6 +39,46 @@ def dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: 
     groups *= scales.astype(np.float32)[..., None]
     groups += biases.astype(np.float32)[..., None]
     return groups.reshape(levels.shape)
+
+
+def recover(
+    weight: np.ndarray, bits: int, group_size: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Words, and scales and biases of ``dtype``, of which ``dequantise`` makes these float32 weights, bit for bit.
+
+    mx.quantize does not find them: its scale comes from the rounded edge of a group. None where there are none.
+    """
+    groups = weight.reshape(-1, group_size)
+    words, first_scales, first_biases = quantise(weight, bits, group_size)
+    levels = unpack(words, bits).reshape(groups.shape)
+    scales, biases = (part.astype(dtype).reshape(-1) for part in (first_scales, first_biases))
+
+    def equal(rows: np.ndarray, levels: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", over="ignore"):
+            made = levels.astype(np.float32) * scales.astype(np.float32)[:, None] + biases.astype(np.float32)[:, None]
+        return (made == groups[rows]).all(-1)
+
+    rest = np.arange(len(groups))
+    rest = rest[~equal(rest, levels, scales, biases)]
+    low, high, bins = groups.min(-1), groups.max(-1), 2**bits - 1
+    for near, far in ((low, high), (high, low)):
+        for reached in range(bins, bins - 3, -1):  # the level of the far edge, as rounding left it
+            bias = near[rest].astype(dtype)
+            step = (far[rest] - near[rest]) / np.float32(reached)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                if dtype == np.float32:
+                    step = near[rest] / np.rint(near[rest] / step)
+                scale = step.astype(dtype)
+                found = np.rint((groups[rest] - near[rest][:, None]) / scale.astype(np.float32)[:, None])
+            found = np.clip(np.nan_to_num(found), 0, bins).astype(np.uint8)
+            good = equal(rest, found, scale, bias)
+            kept = rest[good]
+            levels[kept], scales[kept], biases[kept] = found[good], scale[good], bias[good]
+            rest = rest[~good]
+    if rest.size:
+        return None
+    shape = (*weight.shape[:-1], -1)
+    return pack(levels.reshape(weight.shape), bits), scales.reshape(shape), biases.reshape(shape)
 
 
 def pack(levels: np.ndarray, bits: int) -> np.ndarray:
