@@ -1,9 +1,11 @@
 """A format that has no field for a choice can hold one value of it: what it holds, against what the model is."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from convert.model import Opened, Options
+from convert.model import Opened
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 
@@ -25,22 +27,22 @@ def check(config: ModelConfig, able: ModelConfig, name: str, hints: Mapping[str,
             )
 
 
-def check_options(options: Options, name: str, versions: Sequence[int] = (0,)) -> None:
-    """Refuses what only other formats do.
-
-    Raises:
-        UserError: names the option.
-    """
-    if options.bits:
-        raise UserError(f"--bits {options.bits}: {name} is not written quantised; expected none")
-    if options.version not in versions:
-        raise UserError(f"--version {options.version}: {name}: expected {' or '.join(map(str, versions))}")
-
-
 def left_behind(opened: Opened, name: str, moments: bool = False, extra: Sequence[str] = ()) -> Iterator[str]:
     """What of the source the format has no place for; ``moments`` and these keys of ``extra`` it has."""
-    lost = [*opened.companions, *(f"{key} of config.json" for key in opened.extra if key not in extra)]
+    lost = [file for file, content in opened.companions.items() if not _says_nothing(file, content)]
+    lost += [f"{key} of config.json" for key, value in opened.extra.items() if value is not None and key not in extra]
     if opened.moments and not moments:
         lost.append("AdamW's moments")
     if lost:
         yield f"left behind, as {name} has no place for it: {', '.join(lost)}"
+
+
+def _says_nothing(file: str, content: Path | bytes) -> bool:
+    """Whether it is the generation_config.json that every folder has."""
+    if file != "generation_config.json":
+        return False
+    try:
+        values = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and set(values) <= {"_from_model_config", "transformers_version"}

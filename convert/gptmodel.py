@@ -4,7 +4,7 @@ Query, key and value apart, biases there or not, tanh GELU, and a head that is a
 weights were copied into it. The head counts as tied only where the file holds it and the embedding as one tensor.
 """
 
-import math
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from convert import heads, torch_adamw, torch_file
-from convert.expressible import check, check_options, left_behind
-from convert.model import Moments, Opened, Options, Tensor
+from convert.expressible import check, left_behind
+from convert.model import Opened, Options, Tensor
 from mlxgpt.common import params
 from mlxgpt.common.config import ModelConfig, OptimConfig
 from mlxgpt.common.errors import UserError
 
 KIND = "file"
+_HEAD = "out_head.weight"
 _PARTS = ("W_query", "W_key", "W_value")
 _WEIGHTS, _OPTIMIZER = "model_state_dict", "optimizer_state_dict"
 _HINTS = {"activation": "its code computes tanh GELU and no other"}
@@ -85,7 +86,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
     state = torch_file.state_dict(str(path), pair[_WEIGHTS])
     config, notes = _config_of(path, state, pair[_WEIGHTS], n_head)
     if config.tied:
-        del state["out_head.weight"]
+        del state[_HEAD]
     for name in [name for name in state if name.endswith(".att.mask")]:
         del state[name]
     shapes = _shapes(config)
@@ -113,7 +114,7 @@ def _config_of(path: Path, state: dict[str, Any], whole: Any, n_head: int) -> tu
     (vocab_size, n_embd), (block_size, _) = sizes
     n_head, notes = heads.find(path, whole, n_head, n_layer, n_embd)
     bias = "trf_blocks.0.att.W_query.bias" in state
-    tied = torch_file.shared(state.get("out_head.weight"), state["tok_emb.weight"])
+    tied = torch_file.shared(state.get(_HEAD), state["tok_emb.weight"])
     try:
         return _config(n_layer, n_head, n_embd, block_size, vocab_size, bias, tied), notes
     except UserError as error:
@@ -152,18 +153,13 @@ def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     return Tensor(shape, parts[0].dtype, lambda: np.concatenate([part.read() for part in parts]))
 
 
-def _part(whole: Tensor, i: int, count: int) -> Tensor:
-    """The i-th of ``count`` equal parts of a tensor's rows."""
-    rows = whole.shape[0] // count
-    return Tensor((rows, *whole.shape[1:]), whole.dtype, lambda: whole.read()[i * rows : (i + 1) * rows])
-
-
-def _theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as theirs."""
-    made: dict[str, Tensor] = {}
+def _theirs(prefix: str, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
+    """Our tensors, read, as theirs."""
+    made: dict[str, Any] = {}
     for name, tensor in tensors.items():
         foreign = _foreign(name)
-        made |= {one: _part(tensor, i, len(foreign)) for i, one in enumerate(foreign)}
+        parts = torch_file.as_torch(prefix + name, tensor, options).chunk(len(foreign))
+        made |= {one: part.clone() if len(parts) > 1 else part for one, part in zip(foreign, parts, strict=True)}
     return made
 
 
@@ -172,16 +168,26 @@ def _read_moments(made: Opened, optimizer: Any, shapes: Mapping[str, tuple[int, 
     if optimizer is None:
         return
     where = f"{made.path}: {_OPTIMIZER}"
+    names = _order(made.config)
+    if made.config.tied and _positions(optimizer) == len(names) + 1:
+        names.append(_HEAD)  # tied in the file, yet a parameter of its own to the optimizer
+        shapes = {**shapes, _HEAD: shapes["tok_emb.weight"]}
     try:
-        m, v, t = torch_adamw.read(where, optimizer, [_order(made.config)], shapes)
+        m, v, t = torch_adamw.read(where, optimizer, [names], shapes)
     except UserError as error:
         made.notes.append(f"{error}; the moments are left behind")
         return
-    made.moments = Moments(_ours(made.config, m), _ours(made.config, v), t, t)
-    group = optimizer["param_groups"][0]
-    settings = {ours: group.get(ours) for ours in ("lr", "eps", "weight_decay") if type(group.get(ours)) is float}
-    flags = " ".join(f"--set optim.{key}={value}" for key, value in settings.items() if math.isfinite(value))
+    settings = torch_adamw.settings(optimizer["param_groups"][0])
+    ours = _ours(made.config, m), _ours(made.config, v)
+    made.moments = torch_adamw.moments(*ours, t, t, "GPTModel", settings)
+    flags = " ".join(f"--set optim.{key}={value}" for key, value in settings.items())
     made.notes.append(f"{where}: AdamW after {t} updates, which decayed biases and norms too; as there: {flags}")
+
+
+def _positions(optimizer: Any) -> int:
+    """How many parameters an optimizer's state is of."""
+    state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+    return len(state) if isinstance(state, Mapping) else 0
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
@@ -193,29 +199,26 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     import torch
 
     c, moments = opened.config, opened.moments
-    check_options(options, "GPTModel")
     able = _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.qkv_bias, c.tied)
     check(c, able, "GPTModel", _HINTS)
-    state: Any = OrderedDict()
-    for name, tensor in _theirs(opened.tensors).items():
-        state[name] = torch_file.as_torch(name, tensor, options)
+    state: Any = OrderedDict(_theirs("", opened.tensors, options))
     mask = torch.ones(c.block_size, c.block_size).triu(diagonal=1)
     state |= {f"trf_blocks.{n}.att.mask": mask for n in range(c.n_layer)}
     notes = list(left_behind(opened, "GPTModel", moments=True))
     if c.tied:
-        state["out_head.weight"] = state["tok_emb.weight"]
+        state[_HEAD] = state["tok_emb.weight"]
         notes.append("GPTModel ties nothing: its head begins as the embedding's copy and trains on its own")
     heads.keep(state, c.n_head)
     if moments is None:
         torch_file.save(state, place)
         return notes
     given = (moments.state or {}).get("recipe", {}).get("optim", {})
-    settings = {key: given.get(key, getattr(OptimConfig, key)) for key in ("lr", "beta1", "beta2", "eps")}
-    decay = given.get("weight_decay", OptimConfig.weight_decay)
-    m, v, names = _theirs(moments.m), _theirs(moments.v), _order(c)
+    settings = dataclasses.asdict(OptimConfig()) | given
+    m, v = _theirs("m.", moments.m, Options()), _theirs("v.", moments.v, Options())
+    names = _order(c)
     if c.tied:  # the head is a parameter of its own there, with the moments of what it is a copy of
-        m["out_head.weight"], v["out_head.weight"] = m["tok_emb.weight"], v["tok_emb.weight"]
-        names.append("out_head.weight")
-    optimizer = torch_adamw.write([(names, decay)], m, v, moments.t, settings)
+        m[_HEAD], v[_HEAD] = m["tok_emb.weight"], v["tok_emb.weight"]
+        names.append(_HEAD)
+    optimizer = torch_adamw.write([(names, settings["weight_decay"])], m, v, moments.t, settings)
     torch_file.save({_WEIGHTS: state, _OPTIMIZER: optimizer}, place)
     return notes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import heads, torch_file
-from convert.expressible import check, check_options, left_behind
+from convert.expressible import check, left_behind
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import params
 from mlxgpt.common.config import ModelConfig
@@ -90,7 +90,6 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     import torch
 
     c = opened.config
-    check_options(options, "minGPT")
     check(c, _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.tied), "minGPT", _HINTS)
     state: Any = OrderedDict()
     mask = torch.ones(c.block_size, c.block_size).tril().view(1, 1, c.block_size, c.block_size)

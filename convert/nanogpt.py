@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import torch_adamw, torch_file
-from convert.expressible import check, check_options, left_behind
+from convert.expressible import check, left_behind
 from convert.model import Moments, Opened, Options
-from mlxgpt.common import checkpoint, params
+from mlxgpt.common import params
 from mlxgpt.common.config import ModelConfig, OptimConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.families import BIASES
@@ -146,23 +146,13 @@ def _read_moments(made: Opened, content: Mapping[str, Any]) -> None:
     except UserError as error:
         made.notes.append(f"{error}; the moments are left behind")
         return
-    recipe = {"optim": _settings(optimizer["param_groups"], own["config"])}
+    config = own["config"]
+    settings = torch_adamw.settings(optimizer["param_groups"][0])
+    settings |= {ours: config[key] for key, ours in _OPTIM.items() if type(config.get(key)) in (int, float)}
     best = {"step": step, "loss": own["best_val_loss"]} if "best_val_loss" in own else None
-    state = checkpoint.RunState(0, {}, recipe, "nanoGPT", {}, step=step, t=t, best=best, evaluated=step)
-    made.moments = Moments(m, v, t, step, dataclasses.asdict(state))
-    flags = " ".join(f"--set optim.{key}={value}" for key, value in recipe["optim"].items())
+    made.moments = torch_adamw.moments(m, v, t, step, "nanoGPT", settings, best)
+    flags = " ".join(f"--set optim.{key}={value}" for key, value in settings.items())
     made.notes.append(f"{where}: AdamW after {t} updates; as there: --set train.dropout={own['dropout']} {flags}")
-
-
-def _settings(groups: list[dict[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our settings of the update rule, from AdamW's own and train.py's."""
-    made = {ours: config[theirs] for theirs, ours in _OPTIM.items() if type(config.get(theirs)) in (int, float)}
-    group = groups[0]
-    if isinstance(group.get("betas"), tuple | list) and len(group["betas"]) == 2:
-        made |= dict(zip(("beta1", "beta2"), map(float, group["betas"]), strict=True))
-    made |= {key: float(group[key]) for key in ("eps", "weight_decay") if type(group.get(key)) in (int, float)}
-    made.setdefault("lr", float(group.get("lr", 0.0)))
-    return made
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
@@ -172,7 +162,6 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: nanoGPT has no such model, or a value is not finite or does not fit.
     """
     config = opened.config
-    check_options(options, "nanoGPT")
     sizes = {key: getattr(config, key) for key in _SIZES}
     check(config, _config(config.norm_bias, **sizes), "nanoGPT", _HINTS)
     own = opened.extra.get(_OWN)
@@ -189,9 +178,10 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     }
     given = (moments.state or {}).get("recipe", {}).get("optim", {}) if moments else {}
     settings = dataclasses.asdict(OptimConfig()) | given
+    kept = (("m", moments.m), ("v", moments.v)) if moments else (("m", {}), ("v", {}))
     groups = list(zip(_groups(config), (settings["weight_decay"], 0.0), strict=True))
-    m, v, t = (moments.m, moments.v, moments.t) if moments else ({}, {}, 0)
-    content["optimizer"] = torch_adamw.write(groups, m, v, t, settings)
+    m, v = ({n: torch_file.as_torch(f"{key}.{n}", one, Options()) for n, one in group.items()} for key, group in kept)
+    content["optimizer"] = torch_adamw.write(groups, m, v, moments.t if moments else 0, settings)
     torch_file.save(content, place)
     return list(left_behind(opened, "nanoGPT", moments=True, extra=(_OWN,)))
 

@@ -1,14 +1,16 @@
 """The state of ``torch.optim.AdamW``, which knows its parameters by position only, as moments by name and back."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from convert import torch_file
-from convert.model import Options, Tensor
+from convert.model import Moments, Tensor
+from mlxgpt.common import checkpoint
 from mlxgpt.common.errors import UserError
 
 
@@ -16,6 +18,8 @@ def read(
     where: str, value: Any, groups: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """First and second moments by the names of ``groups``, in whose order positions count, and the updates made.
+
+    ``shapes`` has these names, too, in the order in which they are returned.
 
     Raises:
         UserError: other groups, shapes or counts than these, or another optimizer's state.
@@ -41,7 +45,31 @@ def read(
     step = steps.pop() if len(steps) == 1 else -1.0
     if not 0 <= step < 2**53 or step != int(step):
         raise UserError(f"{where}: step: expected one whole number for all parameters")
-    return *moments, int(step)
+    m, v = ({name: made[name] for name in shapes} for made in moments)
+    return m, v, int(step)
+
+
+def moments(
+    m: dict[str, Tensor],
+    v: dict[str, Tensor],
+    t: int,
+    step: int,
+    framework: str,
+    settings: dict[str, Any],
+    best: dict[str, float] | None = None,
+) -> Moments:
+    """Moments with as much of a run's state as another's file says: the ``settings`` of its updates, its best."""
+    state = checkpoint.RunState(0, {}, {"optim": settings}, framework, {}, step, t, best=best, evaluated=step)
+    return Moments(m, v, t, step, dataclasses.asdict(state))
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, float]:
+    """Our settings of the update rule that a group of parameters says."""
+    betas = group.get("betas")
+    made: dict[str, Any] = {key: group.get(key) for key in ("lr", "eps", "weight_decay")}
+    if isinstance(betas, tuple | list) and len(betas) == 2:
+        made |= {"beta1": betas[0], "beta2": betas[1]}
+    return {key: float(value) for key, value in made.items() if type(value) in (int, float) and math.isfinite(value)}
 
 
 def _number(value: Any) -> float:
@@ -54,30 +82,27 @@ def _number(value: Any) -> float:
 
 def write(
     groups: Sequence[tuple[Sequence[str], float]],
-    m: Mapping[str, Tensor],
-    v: Mapping[str, Tensor],
+    m: Mapping[str, Any],
+    v: Mapping[str, Any],
     t: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What ``AdamW.state_dict()`` is after ``t`` updates of these (names, weight decay); before the first it has none.
 
-    ``settings`` has lr, beta1, beta2 and eps; what else a group says is AdamW's default in the PyTorch that writes.
+    ``m`` and ``v`` are PyTorch's tensors; ``settings`` has lr, beta1, beta2 and eps. What else a group says is AdamW's
+    default in the PyTorch that writes.
     """
     import torch
 
     empty = [{"params": [torch.nn.Parameter(torch.empty(0))], "weight_decay": decay} for _, decay in groups]
     betas = settings["beta1"], settings["beta2"]
     made = torch.optim.AdamW(empty, lr=settings["lr"], betas=betas, eps=settings["eps"]).state_dict()["param_groups"]
-    state: dict[int, dict[str, Any]] = {}
-    start = 0
-    for group, (names, _) in zip(made, groups, strict=True):
-        group["params"] = list(range(start, start + len(names)))
-        start += len(names)
-        for i, name in zip(group["params"], names, strict=True):
-            if t:
-                state[i] = {
-                    "step": torch.tensor(float(t)),
-                    "exp_avg": torch_file.as_torch(f"m.{name}", m[name], Options()),
-                    "exp_avg_sq": torch_file.as_torch(f"v.{name}", v[name], Options()),
-                }
+    names = list(chain.from_iterable(group for group, _ in groups))
+    starts = accumulate((len(group) for group, _ in groups), initial=0)
+    for group, (own, _), start in zip(made, groups, starts, strict=False):
+        group["params"] = list(range(start, start + len(own)))
+    state = {
+        i: {"step": torch.tensor(float(t)), "exp_avg": m[name], "exp_avg_sq": v[name]}
+        for i, name in enumerate(names if t else ())
+    }
     return {"state": state, "param_groups": made}

@@ -4,7 +4,6 @@ The one place that imports PyTorch for a file. Nothing that a pickle names is ev
 that the zip archive's own numbers are held against the file's size.
 """
 
-import os
 import pickletools
 import re
 import zipfile
@@ -16,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.model import Options, Tensor
-from convert.stream import cast, not_finite, note_bad
+from convert.stream import cast, count_not_finite, note_bad
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folder import DTYPES
 
@@ -75,12 +74,10 @@ def load(path: Path) -> Any:
     except Exception as error:
         # torch.load lets through whatever a damaged pickle makes its reader raise
         reason = " ".join(str(error).split())
-        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global|operand)\S* (\S+)", reason)
+        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand) (\S+)", reason)
         if named:
             what = named[1] or named[2]
-            raise UserError(
-                f"{path}: holds {what}, expected nothing but tensors and plain values; nothing of it was run"
-            ) from None
+            raise UserError(f"{path}: holds {what}, expected tensors and plain values only; nothing was run") from None
         raise UserError(f"{path}: damaged: {type(error).__name__}: {reason[:200]}") from None
 
 
@@ -162,7 +159,9 @@ def as_torch(name: str, tensor: Tensor, options: Options) -> "torch.Tensor":
     import torch
 
     array = np.ascontiguousarray(tensor.read())
-    note_bad(name, not_finite(array), options)
+    bad = count_not_finite(array)
+    if bad and name not in options.bad:
+        note_bad(name, bad, options)
     array = cast(name, array, DTYPES[options.dtype] if options.dtype else tensor.dtype)
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -170,7 +169,7 @@ def as_torch(name: str, tensor: Tensor, options: Options) -> "torch.Tensor":
 
 
 def save(value: Any, place: Path) -> None:
-    """Writes tensors and plain values to a new file; when this returns it is on disk.
+    """Writes tensors and plain values to a new file.
 
     Raises:
         UserError: the system refuses to write, such as with no space left.
@@ -179,8 +178,6 @@ def save(value: Any, place: Path) -> None:
     try:
         with open(place, "xb") as file:
             torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         # torch's writer wraps what the system says in a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
