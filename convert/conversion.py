@@ -92,7 +92,7 @@ def convert(
         with _as_user_errors(dst):
             notes = [*opened.notes, *writer.write(guarded, temporary, made)]
             notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
-            hashes = _result_digests(temporary, made) if made.hash else {}
+            hashes = _result_digests(temporary, dst.name, made) if made.hash else {}
             block = _provenance(opened, to, options, sources.result(), hashes)
             if _stamps(opened) != before:
                 raise UserError(f"{opened.path}: changed while it was read")
@@ -246,11 +246,11 @@ def _weights(place: Path) -> list[Path]:
     return sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".npz"))
 
 
-def _result_digests(place: Path, options: Options) -> dict[str, str]:
+def _result_digests(place: Path, called: str, options: Options) -> dict[str, str]:
     """Of what a writer did not hash on its way, here."""
     made = {}
     for file in _weights(place):
-        name = file.relative_to(place).as_posix() if place.is_dir() else file.name
+        name = file.relative_to(place).as_posix() if place.is_dir() else called
         if name not in options.digests:
             with open(file, "rb") as opened:
                 options.digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()

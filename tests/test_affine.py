@@ -75,5 +75,7 @@ def test_what_was_quantised_once_is_found_again(dtype: str, bits: int) -> None:
         again = affine.recover(values, bits, 64, DTYPES[dtype][0])
         assert again is not None, name
         assert bits_of(affine.dequantise(*again, bits, 64)) == bits_of(values), name
+        if name == "corners":
+            continue  # two values to a group lie on a grid, whatever they are
         values[3, 7] = np.nextafter(values[3, 7], np.float32(2))
         assert affine.recover(values, bits, 64, DTYPES[dtype][0]) is None, name
