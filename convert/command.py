@@ -39,6 +39,7 @@ def _line(report: Report) -> str:
     agreed = ", agrees with the source" if report.verified else ""
     size = f"{report.size / 2**20:.1f} MiB" if report.size >= 2**20 else f"{report.size:,} bytes"
     return (
-        f"{report.path}: {report.format}, from {report.source_format} {report.source}: {report.parameters:,} parameters, "
+        f"{report.path}: {report.format}, from {report.source_format} {report.source}: "
+        f"{report.parameters:,} parameters, "
         f"{size} in {report.seconds:.1f} s{agreed}"
     )

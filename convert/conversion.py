@@ -14,18 +14,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 import mlxgpt
-from convert import stream
+from convert import given_tokenizer, stream
 from convert.formats import format_of, open_model
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tensors import read_json, write_json
-from mlxgpt.common.tokenizer import FILES, load_tokenizer
+from mlxgpt.common.tensors import atomic_write, read_json, write_json
+from mlxgpt.common.tokenizer import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -80,8 +81,11 @@ def convert(
     made = _options(to, options)
     opened = open_model(src, n_head)
     _check_places(opened, src, dst, force)
+    beside = _check_beside(writer, dst, force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
+    elif opened.path.is_file() and not set(opened.companions) & set(FILES):
+        opened.notes.append(f"{opened.path}: no tokenizer in it; --tokenizer FILE takes one along")
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
@@ -104,6 +108,7 @@ def convert(
             _put(temporary, dst, force)
             if writer.KIND == "file":
                 write_json(dst.with_name(dst.name + SIDECAR), block)
+                _write_beside(writer, opened, beside)
     finally:
         sources.stop()
         _remove(temporary)
@@ -143,9 +148,27 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
 
+def _check_beside(writer: ModuleType, dst: Path, force: bool) -> Path | None:
+    """Where the format's second file goes, if it has one."""
+    beside = dst.with_suffix(writer.BESIDE) if hasattr(writer, "BESIDE") else None
+    if beside and not force and (beside.exists() or beside.is_symlink()):
+        raise UserError(f"{beside}: is there already; --force replaces it")
+    return beside
+
+
+def _write_beside(writer: ModuleType, opened: Opened, beside: Path | None) -> None:
+    """The second file, where this model gives it anything to hold; one of an earlier model goes."""
+    data = writer.beside(opened) if beside else None
+    if beside and data is None:
+        beside.unlink(missing_ok=True)
+    elif beside and data is not None:
+        with atomic_write(beside) as file:
+            file.write(data)
+
+
 def _take_tokenizer(opened: Opened, path: Path) -> None:
     """Puts the tokenizer at ``path`` in the place of the source's own."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = given_tokenizer.load(path)
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
         raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
@@ -182,13 +205,12 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
 
 
 def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
-    """The tensors, with reading that refuses what is not finite; copies of stored bytes look for themselves."""
+    """The tensors, with reading that refuses what is not finite; what streams stored bytes looks for itself."""
 
     def guard(name: str, tensor: Tensor) -> Tensor:
         def read() -> np.ndarray:
             array = tensor.read()
-            if tensor.stored is None:
-                stream.note_bad(name, stream.count_not_finite(array), options)
+            stream.note_bad(name, stream.count_not_finite(array), options)
             return array
 
         return dataclasses.replace(tensor, read=read)

@@ -27,9 +27,12 @@ def check(config: ModelConfig, able: ModelConfig, name: str, hints: Mapping[str,
             )
 
 
-def left_behind(opened: Opened, name: str, moments: bool = False, extra: Sequence[str] = ()) -> Iterator[str]:
-    """What of the source the format has no place for; ``moments`` and these keys of ``extra`` it has."""
-    lost = [file for file, content in opened.companions.items() if not _says_nothing(file, content)]
+def left_behind(
+    opened: Opened, name: str, moments: bool = False, extra: Sequence[str] = (), files: Sequence[str] = ()
+) -> Iterator[str]:
+    """What of the source the format has no place for; ``moments``, these keys of ``extra`` and ``files`` it has."""
+    given = opened.companions.items()
+    lost = [file for file, content in given if file not in files and not _says_nothing(file, content)]
     lost += [f"{key} of config.json" for key, value in opened.extra.items() if value is not None and key not in extra]
     if opened.moments and not moments:
         lost.append("AdamW's moments")

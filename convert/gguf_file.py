@@ -113,6 +113,13 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.fail(f"{what}: not UTF-8: {error.reason} at byte {self.at - len(found) + error.start}") from None
 
+    def name(self, what: str) -> str:
+        """A text that may stand in a message of one line."""
+        found = self.text(what)
+        if not found.isprintable():
+            raise self.fail(f"{what} {found[:60]!r}: expected characters that print")
+        return found
+
     def count(self, each: int, what: str) -> int:
         """A number of things that take at least ``each`` bytes."""
         found = self.number("<u8", what)
@@ -180,7 +187,7 @@ def _read(reader: _Reader) -> tuple[dict[str, Any], dict[str, Stored]]:
     n_values = reader.count(13, "number of metadata values")
     metadata: dict[str, Any] = {}
     for _ in range(n_values):
-        key = reader.text("metadata key")
+        key = reader.name("metadata key")
         if key in metadata:
             raise reader.fail(f"metadata key {key!r} is there twice")
         metadata[key] = reader.value(key)
@@ -194,7 +201,7 @@ def _read(reader: _Reader) -> tuple[dict[str, Any], dict[str, Stored]]:
 def _table(reader: _Reader, count: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
     table: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for _ in range(count):
-        name = reader.text("tensor name")
+        name = reader.name("tensor name")
         if name in table:
             raise reader.fail(f"tensor {name} is there twice")
         n_dims = reader.number("<u4", name)

@@ -249,16 +249,16 @@ def restore(values: Mapping[str, Any], where: Path, n_vocab: int) -> tuple[dict[
         _check(values, where, files, n_vocab)
         return files, []
     kind = values.get(_GGML + "model", "none")
-    if kind in ("none", "no_vocab"):
+    if isinstance(kind, str) and kind in ("none", "no_vocab"):
         return files, []
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         return files, [f"{where}: {_GGML}model = {kind!r} is not supported: the tokenizer is left out"]
     tokens, types = _lists(values, where, n_vocab)
     settings = _settings(values, tokens)
     if kind == "llama":
         return files | _sentencepiece(values, where, tokens, types, settings), []
     named = values.get(_GGML + "pre", "gpt-2")
-    pre = _SAME_PRE.get(named, named) if isinstance(named, str) else named
+    pre = _SAME_PRE.get(named, named) if isinstance(named, str) else ""
     if pre not in _PRE:
         return files, [f"{where}: {_GGML}pre = {named!r} is not supported: the tokenizer is left out"]
     return files | _bpe(values, where, tokens, types, settings, pre), []

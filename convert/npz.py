@@ -7,7 +7,9 @@ write it, as two raw bytes (V2). Entries are not compressed, and read where they
 
 import math
 import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ KIND = "folder"
 _FILE = "weights.npz"
 _KINDS = {"<f4": "F32", "<f2": "F16", "<V2": "BF16", "|V2": "BF16"}
 _MAX_HEADER = 10_000
+# what zipfile raises for a broken archive, and numpy for the header of an array, which it reads as Python
+_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, struct.error)
+_DAMAGED += (tokenize.TokenError, SyntaxError, RecursionError)
 
 
 def recognise(path: Path) -> bool:
@@ -79,8 +84,8 @@ def _arrays(path: Path) -> dict[str, Tensor]:
                         f"{path}: {name}: {info.file_size - start} bytes for {dtype} {list(shape)}, not {size}"
                     )
                 made[name] = _tensor(path, info, dtype, shape, fortran, start, file)
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{path}: damaged, or no .npz: {error}") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path}: damaged, or no .npz: {' '.join(str(error).split())}") from None
     return made
 
 

@@ -113,6 +113,9 @@ class Part(NamedTuple):
 
 def count_not_finite(array: np.ndarray) -> int:
     """How many values are NaN or Inf."""
+    if array.ndim > 1 and array.nbytes > 2 * _ROWS:
+        step = max(1, _ROWS * len(array) // array.nbytes)
+        return sum(count_not_finite(array[start : start + step]) for start in range(0, len(array), step))
     kind = _EXPONENTS.get(array.dtype)
     array = np.ascontiguousarray(array)
     if kind is None:
@@ -230,7 +233,7 @@ def _copy(name: str, entry: Entry, dtype: np.dtype, out: Output, options: Option
 
 
 def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iterator[np.ndarray]:
-    """The tensor in blocks of rows of the layout that is asked for."""
+    """The tensor in blocks of rows of the layout that is asked for; read() looks for NaN itself, see conversion.py."""
     shape = tensor.shape[::-1] if transposed else tensor.shape
     row = math.prod(shape[1:]) * tensor.dtype.itemsize
     step = max(1, _ROWS // max(row, 1))
@@ -238,12 +241,8 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
     if entry is None or tensor.transposed != (transposed and len(shape) == 2):
         whole = tensor.read()
         whole = whole.T if transposed else whole
-        bad = 0
         for start in range(0, shape[0], step):
-            block = np.ascontiguousarray(whole[start : start + step])
-            bad += count_not_finite(block) if entry else 0  # what has no place of its own was looked through by read()
-            yield block
-        note_bad(name, bad, options)
+            yield np.ascontiguousarray(whole[start : start + step])
         return
     bad = 0
     with open(entry.path, "rb", buffering=0) as file:

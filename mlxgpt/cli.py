@@ -297,6 +297,34 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _verify(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    for name in ("a", "b"):
+        add(name, metavar=name.upper(),
+            help="what convert reads; or transformers:DIR, mlx-lm:DIR: as that library computes it")  # fmt: skip
+    add("--html", metavar="FILE", help="also write the report as one page")
+    add("--weights-only", action="store_true", help="tensors, config and tokenizer alone; run neither model")
+    add("--rungs", metavar="LIST",
+        help="of tensors,config,tokenizer,logits,activations,gradients,greedy; default: all")  # fmt: skip
+    add("--frameworks", metavar="LIST", help="of mlx,torch; default: those installed")
+    add("-d", "--data", metavar="FILE", help="text to compute logits on; default: some that every Python carries")
+    add("--n-head", type=_positive, metavar="N", help="heads, where a file does not say it (mingpt, gptmodel)")
+    _add_json(parser)
+
+
+def _probe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", nargs="+", metavar="FOLDER", help="a model folder, a run or a checkpoint")
+    add("--tokens", required=True, metavar="FILE", help="token ids, a .npy of one dimension; each predicts the next")
+    add("-o", "--out", required=True, metavar="DIR", help="where to write 0.npz, 1.npz ..., one a FOLDER")
+    add("--scale", type=float, action="append", metavar="X", help="of the matrices; repeatable; default: 1 and 8")
+    add("--greedy", type=int, default=0, metavar="N", help="tokens to continue with; default: 0")
+    add("--prompt", type=_positive, default=1, metavar="N", help="of the tokens, what is continued; default: 1")
+    add("--no-gradients", dest="gradients", action="store_false", help="logits and activations alone")
+    add("--exact", action="store_true", help="the first FOLDER also in float64, as 0.exact.npz (torch)")
+    _add_backend(parser)
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
         help="where its runs go, in place of an earlier demo's; default: runs/demo")  # fmt: skip
@@ -353,6 +381,14 @@ VERBS = {
         "convert out/ckpt.pt model",
         "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
         "convert model model.gguf --dtype bfloat16",
+    )),
+    "verify": Verb("hold two models against each other", "convert.verify:verify_command", _verify, (
+        "verify out/ckpt.pt model",
+        "verify model transformers:model --html report.html",
+        "verify model model-q4 --frameworks mlx --json",
+    )),
+    "probe": Verb("what a framework makes of a model, as .npz", "mlxgpt.common.probing:probe_command", _probe, (
+        "probe model --tokens ids.npy --out .",
     )),
     "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip

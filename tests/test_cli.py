@@ -33,6 +33,9 @@ FLAGS = {
     "runs": {"--json"},
     "runs check": {"--json"},
     "report": {"--out", "--export", "--watch", "--port"},
+    "convert": {"--to", "--tokenizer", "--dtype", "--bits", "--verify", "--force", "--json"},
+    "verify": {"--json", "--html", "--weights-only", "--rungs", "--frameworks", "--data"},
+    "probe": {"--tokens", "--out", "--scale", "--greedy"} | RUNS_A_MODEL,
     "demo": {"--out"},
 }
 

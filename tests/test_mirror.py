@@ -38,6 +38,7 @@ SHARE = {
     "model.py": 0.31,
     "noise.py": 0.48,
     "optim.py": 0.30,
+    "probe.py": 0.60,
 }
 
 

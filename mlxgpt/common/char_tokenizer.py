@@ -38,7 +38,10 @@ def characters_of(content: dict) -> str | None:
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel" or content.get("pre_tokenizer") != _SPLIT:
         return None
-    by_id = sorted(model.get("vocab", {}).items(), key=lambda item: item[1])
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict) or not all(type(i) is int for i in vocabulary.values()):
+        return None
+    by_id = sorted(vocabulary.items(), key=lambda item: item[1])
     plain = not content.get("added_tokens") and not content.get("normalizer")
     if not plain or [i for _, i in by_id] != list(range(len(by_id))) or any(len(c) != 1 for c, _ in by_id):
         return None

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+MAX_LAYERS = 10_000  # what is listed a layer is never longer, whatever a file says
 
 # config.json's names of the activations -> ours; several of theirs may be one function
 ACTIVATIONS = {
@@ -213,6 +214,9 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         if value is None:
             raise UserError(f"{where}: {key} is missing")
         made[ours] = typed(where, key, ours, value)
+    if made["n_layer"] > MAX_LAYERS:
+        key = family.fields["n_layer"]
+        raise UserError(f"{where}: {key} = {made['n_layer']}: expected at most {MAX_LAYERS}")
     made["activation"] = _activation(where, family, made["activation"])
     for ours, key in family.biases.items():
         value = values.get(key, family.absent.get(ours, False)) if isinstance(key, str) else key

@@ -65,7 +65,7 @@ def find_tensors(folder: Path | str) -> dict[str, Entry]:
         raise UserError(f"{folder / INDEX}: weight_map: expected file names by tensor name")
     shards: dict[str, dict[str, Entry]] = {}
     for file in sorted(set(weight_map.values())):
-        if file in ("", ".", "..") or "/" in file or "\\" in file:
+        if file in ("", ".", "..") or "/" in file or "\\" in file or not file.isprintable():
             raise UserError(f"{folder / INDEX}: weight_map names {file!r}: expected a file in the same folder")
         shards[file] = read_header(folder / file)[0]
     for name, file in weight_map.items():

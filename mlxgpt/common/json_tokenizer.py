@@ -14,6 +14,7 @@ from mlxgpt.common.fast_bpe import FastBPE
 from mlxgpt.common.tokenizer import EOS_NAMES, checked, read_json, sha256_of, write_files
 
 EOS = "<|endoftext|>"
+_MAX_ID = 1 << 22  # `tokenizers` counts through all ids, also those that no token has
 _SHORT = 1 << 17  # characters: a single shorter text is not worth the proof of the fast way
 
 
@@ -28,14 +29,22 @@ class JsonTokenizer:
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except ValueError as error:
-            raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {error}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust is no Exception
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {reason}") from None
         # A stored limit would cut long texts without a word.
         self.backend.no_truncation()
         self.backend.no_padding()
         config = read_json(files, "tokenizer_config.json", where)
-        _add_tokens(self.backend, config)
+        _add_tokens(self.backend, config, where / "tokenizer_config.json")
         vocabulary = self.backend.get_vocab()
+        if not 0 <= max(vocabulary.values(), default=-1) < _MAX_ID:
+            found = max(vocabulary.values(), default="none")
+            raise UserError(
+                f"{where / 'tokenizer.json'}: largest id {found}: expected tokens, with ids below {_MAX_ID}"
+            )
         self.n_vocab = max(vocabulary.values()) + 1
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
         model = type(self.backend.model).__name__
@@ -61,7 +70,10 @@ class JsonTokenizer:
         return [next(slow) if ids is None else ids for ids in found]
 
     def _slow(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # what `tokenizers` raises where a text has no tokens
+            raise UserError(f"this {self.kind} tokenizer cannot encode the text: {error}") from None
         return [np.asarray(item.ids, dtype=np.int32) for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,9 +85,13 @@ class JsonTokenizer:
         write_files(folder, self._files)
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict, where: Path) -> None:
     """Adds what tokenizer_config.json lists beyond tokenizer.json, as transformers does."""
     listed = config.get("added_tokens_decoder") or {}
+    whole = isinstance(listed, dict) and all(key.isdecimal() and key.isascii() for key in listed)
+    tokens = [token for token in listed.values() if isinstance(token, dict)] if whole else []
+    if not whole or not all(isinstance(token.get("content"), str) for token in tokens):
+        raise UserError(f"{where}: added_tokens_decoder: expected tokens with their content by id")
     for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
         if isinstance(token, dict) and backend.token_to_id(token["content"]) is None:
             flags = {
@@ -89,7 +105,7 @@ def _eos(vocabulary: dict[str, int], *configs: dict) -> int | None:
     for config in configs:
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
-        if named in vocabulary:
+        if isinstance(named, str) and named in vocabulary:
             return vocabulary[named]
     return next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
 
@@ -147,6 +163,8 @@ def from_gpt2_files(files: dict[str, bytes], where: Path) -> JsonTokenizer:
             f"{where}: {vocabulary_name} of a {named}: expected a tokenizer.json, which says how it splits text"
         )
     vocabulary = read_json(files, vocabulary_name, where)
+    if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocabulary.values()):
+        raise UserError(f"{where / vocabulary_name}: expected ids from 0 to {_MAX_ID - 1} by token")
     try:
         lines = files[merges_name].decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

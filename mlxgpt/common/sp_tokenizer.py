@@ -44,6 +44,10 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
+            for i in range(size):
+                self._model.id_to_piece(i)
+        except UnicodeDecodeError:
+            raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
         except RuntimeError as error:
             raise UserError(
                 f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
@@ -54,7 +58,11 @@ class SentencePieceTokenizer:
         config = read_json(files, "tokenizer_config.json", where)
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str) and self._model.id_to_piece(self._model.piece_to_id(named)) == named:
+        if (
+            isinstance(named, str)
+            and named.isprintable()
+            and self._model.id_to_piece(self._model.piece_to_id(named)) == named
+        ):
             eos = self._model.piece_to_id(named)
         self.eos_id: int | None = eos if eos >= 0 else None
         if not config and self._is_bpe():

@@ -182,6 +182,9 @@ def read_header(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: __metadata__ in the header: expected strings by name")
+    for name in header:
+        if not name.isprintable():
+            raise UserError(f"{path}: tensor name {name[:60]!r}: expected characters that print")
     entries = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):

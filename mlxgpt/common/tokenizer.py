@@ -83,7 +83,7 @@ def read_json(files: dict[str, bytes], name: str, where: Path) -> dict:
         return {}
     try:
         value = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where / name}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where / name}: expected a JSON object, found {type(value).__name__}")

@@ -1,0 +1,77 @@
+"""A SentencePiece BPE model from its pieces: the protocol buffer of a tokenizer.model, written without protobuf."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+
+class Piece(NamedTuple):
+    """One token: its text with spaces as U+2581, its score (float32), and what kind it is."""
+
+    text: str
+    score: bytes  # four bytes, little-endian: -0.0 and 0.0 are two scores
+    kind: int
+
+
+def build(pieces: Sequence[Piece]) -> bytes:
+    """The model: ids 0 to 2 are <unk>, <s> and </s>, a space is put before every text, nothing is normalised."""
+    message = b"".join(
+        _bytes(1, _bytes(1, piece.text.encode()) + b"\x15" + piece.score + _number(3, piece.kind)) for piece in pieces
+    )
+    bpe, byte_fallback = _number(3, 2), _number(35, 1)
+    ids = b"".join(_number(field, i) for field, i in ((40, 0), (41, 1), (42, 2), (43, -1)))
+    spaces = _bytes(1, b"identity") + _number(3, 1) + _number(4, 0)
+    return message + _bytes(2, bpe + byte_fallback + ids) + _bytes(3, spaces)
+
+
+def merges_as_run_c(message: bytes) -> bool:
+    """Whether a model is what run.c of llama2.c is: BPE, a space before every text, the others kept, no normalising."""
+    fields = list(_fields(message))
+    trainer = dict(_fields(next((value for field, value in fields if field == 2), b"")))
+    spaces = dict(_fields(next((value for field, value in fields if field == 3), b"")))
+    as_is = not spaces.get(2) and not trainer.get(24)
+    return trainer.get(3, 1) == 2 and as_is and (spaces.get(3, 1), spaces.get(4, 1), spaces.get(5, 1)) == (1, 0, 1)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value): varints as int, the rest as bytes. What is no protocol buffer ends early."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < len(message) and shift < 64:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                break
+            shift += 7
+        return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+            continue
+        size = {1: 8, 2: -1, 5: 4}.get(tag & 7, len(message))
+        size = varint() if size < 0 else size
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # -1 is ten bytes, as protocol buffers have it
+    made = bytearray()
+    while value > 127:
+        made.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*made, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value

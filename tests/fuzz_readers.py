@@ -1,0 +1,469 @@
+"""Damages small valid models at random and reads them: each must be read, or be refused by one UserError.
+
+    python tests/fuzz_readers.py [--minutes 10] [--seed 0] [READER ...]
+
+Another exception, five seconds without an end, or 300 MB more memory than before is a finding, printed with the seed
+and number that make it again; where the whole process ends, its input stays in the folder that is named.
+"""
+
+import argparse
+import copy
+import importlib.util
+import io
+import json
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import models
+import numpy as np
+import tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
+
+from convert import FORMATS, Opened, Options, Tensor, format_of
+from convert.gguf_file import Value, read_gguf, write_gguf
+from mlxgpt.common import folder, params
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tensors import read_header, read_tensor, write_tensors
+from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+
+SECONDS = 5
+MEMORY = 300 << 20
+TEXT = "the quick brown fox; caf\u00e9 \u4f60\u597d 12 times.\n" * 8
+LLAMA = models.tiny(family="llama", n_layer=1, n_embd=32, n_head=2, n_hidden=64, vocab_size=300, tied=False)
+GPT2 = models.tiny(family="gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64, block_size=16)
+NANO = replace(GPT2, activation="gelu")
+SWAPS: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3.5,
+    1e308,
+    2**31,
+    2**63,
+    2**70,
+    "",
+    "x",
+    "../x",
+    [],
+    {},
+    [1],
+    {"a": 1},
+]
+SWAPS += ["gpt2", "float32", "F32", float("nan"), float("inf"), "\ud800", "a" * 5000, [[]] * 50]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**33,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
+
+
+def model(config: ModelConfig, **fields: Any) -> Opened:
+    arrays = models.weights(config)
+
+    def lazy(array: np.ndarray) -> Tensor:
+        return Tensor(array.shape, array.dtype, lambda: array)
+
+    return Opened(
+        Path("model"), "hf", config, {name: lazy(arrays[name]) for name in params.table(config)}, (), **fields
+    )
+
+
+def written(name: str, config: ModelConfig, place: Path, **options: Any) -> Path:
+    """The model in one of the formats of ``convert``."""
+    module = format_of(name)
+    path = place / ("model" if module.KIND == "folder" else "model.bin")
+    companions = tokenizer_files("bpe" if name == "gguf" else "sp-bpe", place)
+    module.write(model(config, companions=companions), path, Options(**options))
+    return path
+
+
+def tokenizer_files(kind: str, place: Path) -> dict[str, Path | bytes]:
+    files = place / f"tokenizer-{kind}"
+    files.mkdir()
+    train_tokenizer(kind, [TEXT], 300).save(files)
+    return {path.name: path.read_bytes() for path in files.iterdir()}
+
+
+def open_with(name: str) -> Callable[[Path], None]:
+    """Recognises, reads, and takes every tensor."""
+
+    def read(path: Path) -> None:
+        module = format_of(name)
+        module.recognise(path)
+        opened = module.read(path)
+        for tensor in opened.tensors.values():
+            array = tensor.read()
+            assert array.shape == tensor.shape and array.dtype == tensor.dtype
+        for moments in (opened.moments.m, opened.moments.v) if opened.moments else ():
+            for tensor in moments.values():
+                assert tensor.read().shape == tensor.shape
+
+    return read
+
+
+def seed_safetensors(place: Path) -> Path:
+    write_tensors(place / "a.safetensors", {"a": np.ones((3, 4), np.float32), "b": np.ones(5, np.float16)})
+    return place / "a.safetensors"
+
+
+def seed_folder(place: Path) -> Path:
+    folder.write_model(place / "model", LLAMA, models.weights(LLAMA), max_shard=60_000)
+    return place / "model"
+
+
+def seed_configs(place: Path) -> Path:
+    from mlxgpt.common.families import config_to_hf
+
+    (place / "configs").mkdir()
+    for name, config in models.CASES.items():
+        (place / "configs" / f"{name}.json").write_text(json.dumps(config_to_hf(config)))
+    return place / "configs"
+
+
+def read_configs(path: Path) -> None:
+    from mlxgpt.common.families import config_from_hf
+    from mlxgpt.common.tensors import read_json
+
+    for file in changed(path):
+        config_from_hf(read_json(file), str(file))
+
+
+def changed(path: Path) -> list[Path]:
+    """The one file of a folder that was damaged: it is the newest."""
+    return [max((file for file in path.iterdir()), key=lambda file: file.stat().st_mtime_ns)]
+
+
+def seed_tokenizers(place: Path) -> Path:
+    (place / "all").mkdir()
+    for kind in ("char", "bpe", "sp-bpe", "sp-unigram"):
+        (place / "all" / kind).mkdir()
+        train_tokenizer(kind, [TEXT], 300).save(place / "all" / kind)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=280, show_progress=False))
+    (place / "all" / "pair").mkdir()
+    backend.model.save(str(place / "all" / "pair"))
+    return place / "all"
+
+
+def read_tokenizers(path: Path) -> None:
+    newest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
+    tokenizer = load_tokenizer(newest.parent)
+    tokenizer.decode(tokenizer.encode(TEXT[:40] if tokenizer.kind == "char" else TEXT[:40] + "z\u0b95"))
+
+
+def read_safetensors(path: Path) -> None:
+    for entry in read_header(path)[0].values():
+        assert read_tensor(entry).shape == entry.shape
+
+
+def read_folder(path: Path) -> None:
+    folder.read_params(path, folder.read_config(path))
+
+
+# reader -> how a valid model is made, and how it is read
+READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
+    "safetensors": (seed_safetensors, read_safetensors),
+    "config": (seed_configs, read_configs),
+    "folder": (seed_folder, read_folder),
+    "hf": (lambda place: written("hf", LLAMA, place, max_shard=60_000), open_with("hf")),
+    "mlx-lm": (lambda place: written("mlx-lm", LLAMA, place, bits=4, group_size=32), open_with("mlx-lm")),
+    "npz": (lambda place: written("npz", LLAMA, place), open_with("npz")),
+    "nanogpt": (lambda place: written("nanogpt", NANO, place), open_with("nanogpt")),
+    "mingpt": (lambda place: written("mingpt", replace(GPT2, tied=False), place), open_with("mingpt")),
+    "gptmodel": (lambda place: written("gptmodel", replace(GPT2, tied=False), place), open_with("gptmodel")),
+    "llama2c-v0": (lambda place: written("llama2c", LLAMA, place, version=0), open_with("llama2c")),
+    "llama2c-v1": (lambda place: written("llama2c", LLAMA, place, version=1), open_with("llama2c")),
+    "gguf": (lambda place: written("gguf", LLAMA, place, bits=8), open_with("gguf")),
+    "gguf-foreign": (lambda place: foreign(written("gguf", LLAMA, place)), open_with("gguf")),
+    "tokenizer": (seed_tokenizers, read_tokenizers),
+}
+if not importlib.util.find_spec(FORMATS["llama2c"]):
+    READERS = {name: reader for name, reader in READERS.items() if not name.startswith("llama2c")}
+
+
+def foreign(path: Path) -> Path:
+    """A GGUF file with llama3 rope scaling and without what is ours."""
+    values, stored = read_gguf(path)
+    kept = {key: typed(value) for key, value in values.items() if not key.startswith(("mlxgpt.", "tokenizer.hugg"))}
+    data = path.read_bytes()
+    tensors = {name: (one.type, one.shape) for name, one in stored.items()}
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        yield np.frombuffer(data[stored[name].start : stored[name].stop], np.uint8)
+
+    write_gguf(path, kept, tensors, pieces)
+    return path
+
+
+def typed(value: Any) -> Value:
+    """Metadata as it is written."""
+    if isinstance(value, np.ndarray):
+        return Value({"f": "f", "u": "u", "i": "i"}[value.dtype.kind] + f"{value.dtype.itemsize * 8}[]", value)
+    if isinstance(value, list):
+        return Value("bool[]" if value and isinstance(value[0], bool) else "str[]", value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Value("u64" if value >= 2**32 else "i64" if value < 0 else "u32", value)
+    return Value("bool" if isinstance(value, bool) else "str" if isinstance(value, str) else "f32", value)
+
+
+def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
+    """The bytes of a file with one to three faults, in its structure where it has one that is known here."""
+    try:
+        if name.endswith(".json") and rng.random() < 0.7:
+            return json.dumps(damaged_json(json.loads(data), rng)).encode("utf-8", "surrogatepass")
+        if name.endswith(".safetensors") and rng.random() < 0.6:
+            length = int.from_bytes(data[:8], "little")
+            text = json.dumps(damaged_json(json.loads(data[8 : 8 + length]), rng)).encode("utf-8", "surrogatepass")
+            return len(text).to_bytes(8, "little") + text + data[8 + length :]
+        if data[:2] == b"PK" and rng.random() < 0.8:
+            return damaged_zip(data, rng)
+        if data[:4] == b"GGUF" and rng.random() < 0.5:
+            return damaged_gguf(data, rng)
+    except (ValueError, TypeError, OverflowError, struct.error):
+        pass  # this fault cannot be written
+    return damaged_bytes(data, rng, 512 if rng.random() < 0.7 else len(data))
+
+
+def damaged_json(value: Any, rng: random.Random) -> Any:
+    value = copy.deepcopy(value)
+    for _ in range(rng.randint(1, 2)):
+        at, parents = value, []
+        while isinstance(at, dict | list) and at and (not parents or rng.random() < 0.8):
+            key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
+            parents.append((at, key))
+            at = at[key]
+        if not parents:
+            return rng.choice(SWAPS)
+        holder, key = parents[-1]
+        fault = rng.random()
+        if fault < 0.2:
+            del holder[key]
+        elif fault < 0.4 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
+            holder[key] = holder[key] * rng.choice([-1, 2, 3, 0.5]) + rng.choice([0, 1, -1])
+        elif fault < 0.5 and isinstance(holder, dict):
+            holder[rng.choice(["x", f"{key}x", ""])] = holder[key]
+        else:
+            holder[key] = copy.deepcopy(rng.choice(SWAPS))
+    return value
+
+
+def damaged_zip(data: bytes, rng: random.Random) -> bytes:
+    """One member damaged, or gone, or of another name: the sums are right again."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        chosen = rng.choice(old.namelist()) if rng.random() < 0.5 else next(
+            (name for name in old.namelist() if name.endswith(".pkl")), old.namelist()[0]
+        )  # fmt: skip
+        for name in old.namelist():
+            content = old.read(name)
+            if name == chosen:
+                fault = rng.random()
+                if fault < 0.05:
+                    continue
+                name = name + "x" if fault < 0.1 else name
+                content = damaged_bytes(content, rng, len(content)) if fault >= 0.1 else content
+            new.writestr(name, content)
+    return out.getvalue()
+
+
+def damaged_gguf(data: bytes, rng: random.Random) -> bytes:
+    """One value of the metadata damaged, or a tensor of another name or shape; the offsets are right again."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "a.gguf"
+        path.write_bytes(data)
+        values, stored = read_gguf(path)
+        tensors = {name: (one.type, one.shape) for name, one in stored.items()}
+        blobs = {name: np.frombuffer(data[one.start : one.stop], np.uint8) for name, one in stored.items()}
+        key = rng.choice(list(values))
+        fault = rng.random()
+        if fault < 0.15:
+            del values[key]
+        elif fault < 0.6 or isinstance(values[key], int | float):
+            values[key] = rng.choice([*SWAPS[:11], *NUMBERS, "x", ["a", "b"], np.zeros(3, np.float32)])
+        elif isinstance(values[key], str):
+            text = damaged(values[key].encode(), "a.json" if values[key][:1] == "{" else "", rng)
+            values[key] = text.decode("utf-8", "replace")
+        elif len(values[key]):
+            values[key] = copy.copy(values[key])
+            at = rng.randrange(len(values[key]))
+            values[key][at] = values[key][rng.randrange(len(values[key]))]
+        if rng.random() < 0.2:
+            name = rng.choice(list(tensors))
+            tensors[name] = tensors[name][0], tensors[name][1][::-1]
+        metadata = {name: typed(value) for name, value in values.items() if value is not None}
+        with np.errstate(over="ignore"):
+            write_gguf(path, metadata, tensors, lambda name: iter([blobs[name]]))
+        return path.read_bytes()
+
+
+def damaged_bytes(data: bytes, rng: random.Random, reach: int) -> bytes:
+    """Faults among the first ``reach`` bytes: flipped bits, numbers, cuts, pieces twice or elsewhere."""
+    made = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        if not made:
+            return bytes(rng.randrange(256) for _ in range(rng.randrange(20)))
+        at = rng.randrange(min(reach, len(made)))
+        fault = rng.randrange(7)
+        if fault == 0:
+            made[at] ^= 1 << rng.randrange(8)
+        elif fault == 1:
+            made[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        elif fault == 2:
+            width = rng.choice([1, 2, 4, 8])
+            number = rng.choice(NUMBERS) % (1 << 8 * width)
+            made[at : at + width] = number.to_bytes(width, "little")
+        elif fault == 3:
+            del made[at:]
+        elif fault == 4:
+            del made[at : at + rng.randint(1, 16)]
+        elif fault == 5:
+            start = rng.randrange(len(made))
+            made[at:at] = made[start : start + rng.randint(1, 64)]
+        else:
+            start = rng.randrange(len(made))
+            piece = made[start : start + rng.randint(1, 32)]
+            made[at : at + len(piece)] = piece
+    return bytes(made)
+
+
+class Hang(BaseException):
+    """A reader that has not ended in time."""
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """No more than ``SECONDS`` and ``MEMORY``."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise Hang
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Fuzzer:
+    """One reader, with a valid model of its own below ``place``."""
+
+    def __init__(self, reader: str, place: Path) -> None:
+        make, self.read = READERS[reader]
+        self.path = make(place)
+        self.seeds = {file: file.read_bytes() for file in files_of(self.path)}
+        self.read(self.path)  # what it is made of is valid, and what it needs is imported
+
+    def one(self, seed: int, number: int) -> str | None:
+        """Damages a file and reads: what was found wrong, None if all is well."""
+        rng = random.Random(f"{seed} {number}")
+        file = rng.choice(list(self.seeds))
+        file.write_bytes(damaged(self.seeds[file], file.name, rng))
+        try:
+            with warnings.catch_warnings(), limits():
+                warnings.simplefilter("ignore")
+                self.read(self.path)
+        except UserError as error:
+            text = str(error)
+            return f"more than one line: {text!r}" if "\n" in text else None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            own = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
+            where = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+            return f"{type(error).__name__} at {where} ({Path(last.filename).name}): {str(error)[:200]!r}"
+        finally:
+            file.write_bytes(self.seeds[file])
+        return None
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def run(reader: str, minutes: float, seed: int, place: Path) -> int:
+    """Damages and reads until the time is over; prints each kind of finding once."""
+    fuzzer = Fuzzer(reader, place)
+    found: dict[str, int] = {}
+    until, number = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < until:
+        wrong = fuzzer.one(seed, number)
+        if wrong:
+            kind = wrong.split(": ")[0]
+            if kind not in found:
+                print(f"{reader}: seed {seed} number {number}: {wrong}", flush=True)
+            found[kind] = found.get(kind, 0) + 1
+        number += 1
+    print(
+        f"{reader}: {number} damaged inputs in {minutes:g} minutes, {len(found)} kinds of findings {found}", flush=True
+    )
+    return int(bool(found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("reader", nargs="*", choices=[*READERS, []], default=list(READERS))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        return run(args.reader[0], args.minutes, args.seed, args.here)
+    worst = 0
+    for reader in args.reader:
+        place = Path(tempfile.mkdtemp(prefix=f"fuzz-{reader}-"))
+        command = [sys.executable, __file__, reader, "--here", place]
+        code = subprocess.run([*command, "--minutes", str(args.minutes), "--seed", str(args.seed)]).returncode
+        if code in (0, 1):
+            shutil.rmtree(place)
+        else:
+            print(f"{reader}: the process ended with {code}; the input is below {place}")
+        worst = max(worst, abs(code))
+    return int(worst > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
