@@ -196,7 +196,7 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
         wide = folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
         each = options.bits / 8 + 2 * wide / options.group_size if options.bits and len(tensor.shape) == 2 else wide
         needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
-    if opened.moments and to in ("hf", "nanogpt"):
+    if opened.moments and to in ("hf", "nanogpt", "gptmodel"):
         needed += 8 * params.count(opened.config)
     free = shutil.disk_usage(dst.parent).free
     if free < needed:

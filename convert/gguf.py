@@ -28,7 +28,7 @@ from convert.gguf_names import ROPE_FACTORS
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import families, params
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.folder import DTYPES as NAMED
 from mlxgpt.common.tensors import Entry
 
@@ -255,7 +255,7 @@ def _pieces(config: ModelConfig, opened: Opened, ours: str, kind: str, allow_nan
     for at in range(0, len(array), rows):
         piece = array[at : at + rows]
         if not np.isfinite(piece).all() and not allow_nan:
-            raise RunError(f"{opened.path}: {ours} has values that are not finite (NaN or Inf); --allow-nan goes on")
+            raise UserError(f"{opened.path}: {ours} has values that are not finite (NaN or Inf); --allow-nan goes on")
         if _shifted(config, ours):
             piece = piece.astype(np.float32) + np.float32(1)
         if kind == "Q8_0":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from convert import sp_model
 from convert.gguf_file import Value
 from mlxgpt.common.errors import UserError
 
@@ -343,18 +344,20 @@ def _sentencepiece(
     if not isinstance(scores, np.ndarray) or scores.shape != (len(tokens),) or scores.dtype != np.float32:
         raise UserError(f"{where}: {_GGML}scores: expected {len(tokens)} float32 numbers")
     prefix = values.get(_GGML + "add_space_prefix", True)
-    message = b""
-    for token, kind, score in zip(tokens, types, scores, strict=True):
-        piece = _bytes(1, token.encode()) + b"\x15" + score.tobytes() + _number(3, max(kind, 0))
-        message += _bytes(1, piece)
     unknown = values.get(_GGML + "unknown_token_id")
     unknown = unknown if type(unknown) is int else types.index(UNKNOWN) if UNKNOWN in types else 0
-    ids = {41: values.get(_GGML + "bos_token_id"), 42: values.get(_GGML + "eos_token_id"), 43: -1}
-    trainer = _number(3, 2) + _number(35, int(BYTE in types)) + _number(40, unknown)
-    trainer += b"".join(_number(field, i if type(i) is int else -1) for field, i in ids.items())
-    trim = values.get(_GGML + "remove_extra_whitespaces", False)
-    normalizer = _bytes(1, b"identity") + _number(3, int(prefix is True)) + _number(4, int(trim is True))
-    message += _bytes(2, trainer) + _bytes(3, normalizer)
+    ends = (values.get(_GGML + key) for key in ("bos_token_id", "eos_token_id"))
+    bos, eos = (i if type(i) is int else -1 for i in ends)
+    message = sp_model.build(
+        [
+            sp_model.Piece(*each)
+            for each in zip(tokens, (s.tobytes() for s in scores), (max(k, 0) for k in types), strict=True)
+        ],
+        (unknown, bos, eos),
+        byte_fallback=BYTE in types,
+        add_prefix_space=prefix is True,
+        trim_spaces=values.get(_GGML + "remove_extra_whitespaces", False) is True,
+    )
     try:
         sentencepiece.SentencePieceProcessor(model_proto=message)
     except RuntimeError as error:
@@ -363,20 +366,3 @@ def _sentencepiece(
     settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": prefix is True}
     settings["add_bos_token"] = values.get(_GGML + "add_bos_token", True) is True
     return {"tokenizer.model": message, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
-
-
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # -1 is ten bytes, as protocol buffers have it
-    made = bytearray()
-    while value > 127:
-        made.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*made, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value

@@ -16,7 +16,7 @@ from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_te
 
 KIND = "folder"
 FLOATS = ("F32", "F16", "BF16")
-NO_MOMENTS = "AdamW's moments are left behind: only --to hf and nanogpt have a place for them"
+NO_MOMENTS = "AdamW's moments are left behind: --to hf, nanogpt and gptmodel have a place for them"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NARROW = ("float16", "bfloat16")
 COMPANIONS = (

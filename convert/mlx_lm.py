@@ -13,7 +13,7 @@ import numpy as np
 
 from convert import hf, stream
 from convert.model import Opened, Options, Tensor
-from mlxgpt.common import affine, families, folder, params
+from mlxgpt.common import affine, families, folder, mlx_lm_names, params
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tensors import Entry, read_header, read_json, read_tensor
@@ -46,7 +46,7 @@ def read(path: Path) -> Opened:
     values = read_json(where)
     config, extra = hf.read_values({key: value for key, value in values.items() if key not in _KEYS}, str(where))
     entries = folder.find_tensors(path)
-    own = set(names(config)) - set(families.from_foreign(config))
+    own = set(mlx_lm_names.names(config)) - set(families.from_foreign(config))
     if not own & set(entries) and not any(name.endswith(".scales") for name in entries):
         for key in _KEYS:
             if values.get(key) is not None:
@@ -67,19 +67,8 @@ def with_head(config: ModelConfig, there: Container[str]) -> ModelConfig:
     if "tied" in families.family_of(config).fixed:
         return config
     untied = dataclasses.replace(config, tied=False)
-    head = next(name for name, ours in names(untied).items() if ours == "lm_head.weight")
+    head = next(name for name, ours in mlx_lm_names.names(untied).items() if ours == "lm_head.weight")
     return dataclasses.replace(config, tied=head not in there)
-
-
-def names(config: ModelConfig) -> dict[str, str]:
-    """What mlx-lm's modules call a tensor -> ours; all matrices are [out, in] there. Zero biases are among them."""
-    return {_module(config.family, foreign): ours for foreign, (ours, _) in families.from_foreign(config).items()}
-
-
-def _module(family: str, foreign: str) -> str:
-    if family == "gpt_neox":
-        foreign = foreign.replace("gpt_neox.layers.", "model.h.").replace("gpt_neox.", "model.")
-    return foreign if family not in ("gpt2", "gpt_neox") or foreign.startswith("model.") else f"model.{foreign}"
 
 
 def _assemble(path: Path, config: ModelConfig, entries: dict[str, Entry], scheme: Any) -> tuple[dict[str, Tensor], int]:
@@ -89,7 +78,7 @@ def _assemble(path: Path, config: ModelConfig, entries: dict[str, Entry], scheme
         raise UserError(f"{where} = {scheme!r}: expected a table")
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     wanted, made, count = params.table(config), {}, 0
-    for name, ours in names(config).items():
+    for name, ours in mlx_lm_names.names(config).items():
         entry = entries.pop(name, None)
         if entry is None:
             raise UserError(f"{path}: tensor {name} is missing, which config.json asks for")
@@ -158,7 +147,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         raise UserError(f"{found}: expected 4 or 8 bits in groups of {', '.join(map(str, affine.GROUP_SIZES))}")
     parts, whole = [], []
     for foreign, tensor, _ in hf.in_file(opened):
-        name, dtype = _module(config.family, foreign), hf.stored_dtype(tensor, options)
+        name, dtype = mlx_lm_names.of(config.family, foreign), hf.stored_dtype(tensor, options)
         if len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0:
             module = name.removesuffix(".weight")
             parts.append(stream.quantised(module, tensor, dtype, options.bits, options.group_size, options))

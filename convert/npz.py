@@ -18,7 +18,7 @@ import numpy as np
 
 from convert import hf, mlx_lm, stream
 from convert.model import Opened, Options, Tensor
-from mlxgpt.common import families, params
+from mlxgpt.common import families, mlx_lm_names, params
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tensors import DTYPES, Entry, read_json, write_json
 
@@ -50,7 +50,7 @@ def read(path: Path) -> Opened:
     config = mlx_lm.with_head(config, found)
     wanted, tensors = params.table(config), {}
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
-    for name, ours in mlx_lm.names(config).items():
+    for name, ours in mlx_lm_names.names(config).items():
         tensor = found.pop(name, None)
         if tensor is None or tensor.shape != shapes[ours]:
             shown = f"has shape {list(tensor.shape)}" if tensor else "is missing"
@@ -129,7 +129,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """
     config = opened.config
     values = hf.with_ids(opened, families.config_to_hf(config), options)
-    theirs = {ours: name for name, ours in mlx_lm.names(config).items()}
+    theirs = {ours: name for name, ours in mlx_lm_names.names(config).items()}
     parts = {
         theirs[families.from_foreign(config)[foreign][0]]: (tensor, hf.stored_dtype(tensor, options))
         for foreign, tensor, _ in hf.in_file(opened)

@@ -14,15 +14,21 @@ class Piece(NamedTuple):
     kind: int
 
 
-def build(pieces: Sequence[Piece]) -> bytes:
-    """The model: ids 0 to 2 are <unk>, <s> and </s>, a space is put before every text, nothing is normalised."""
+def build(
+    pieces: Sequence[Piece],
+    ids: tuple[int, int, int] = (0, 1, 2),
+    byte_fallback: bool = True,
+    add_prefix_space: bool = True,
+    trim_spaces: bool = False,
+) -> bytes:
+    """The model as BPE that normalises nothing; ``ids`` are of <unk>, <s> and </s>, -1 for none."""
     message = b"".join(
         _bytes(1, _bytes(1, piece.text.encode()) + b"\x15" + piece.score + _number(3, piece.kind)) for piece in pieces
     )
-    bpe, byte_fallback = _number(3, 2), _number(35, 1)
-    ids = b"".join(_number(field, i) for field, i in ((40, 0), (41, 1), (42, 2), (43, -1)))
-    spaces = _bytes(1, b"identity") + _number(3, 1) + _number(4, 0)
-    return message + _bytes(2, bpe + byte_fallback + ids) + _bytes(3, spaces)
+    trainer = _number(3, 2) + _number(35, int(byte_fallback))
+    trainer += b"".join(_number(field, i) for field, i in zip((40, 41, 42, 43), (*ids, -1), strict=True))
+    spaces = _bytes(1, b"identity") + _number(3, int(add_prefix_space)) + _number(4, int(trim_spaces))
+    return message + _bytes(2, trainer) + _bytes(3, spaces)
 
 
 def merges_as_run_c(message: bytes) -> bool:

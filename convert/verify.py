@@ -188,11 +188,11 @@ def _run(
     if explicit and not folders:
         report.skip(", ".join(chosen), "both sides are judged by libraries", True)
     for side in sides:
-        if side.judge and not verify_runs.installed(JUDGES[side.judge]):
+        if side.judge and not verify_runs.installed(JUDGES[side.judge][0]):
             report.skip(side.judge, f"not installed: pip install {side.judge}", True)
         elif side.judge:
             probes = verify_tokenizer.TEXTS if side.judge == "transformers" else ()
-            verify_runs.run_judge(side.judge, side.label, side.opened.path, plan, probes, work, runs)
+            verify_runs.run_judge(side.judge, side.label, side.opened, plan, probes, work, runs)
     for program, said in runs.failed.items():
         report.find("logits", program, f"could not run: {said}")
     return runs, programs
@@ -216,7 +216,7 @@ def _judged(sides: tuple[Side, Side], runs: Runs, report: Report) -> tuple[Any, 
         arrays = runs.arrays.get((side.judge, side.label))
         if arrays is None:
             continue
-        said = json.loads(arrays["report"].item() if arrays["report"].ndim == 0 else str(arrays["report"][0]))
+        said = json.loads(arrays["report"].item())
         for kind, names in said["said"].items():
             for name in names:
                 report.find("tensors", name, f"{side.judge}: {kind.replace('_', ' ')}")

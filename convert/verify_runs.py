@@ -1,5 +1,6 @@
 """Running the models: each framework, and each judge, in a process of its own that writes .npz; nothing is imported."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from convert.model import Opened
 from mlxgpt.common import rng
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizer import Tokenizer
 
-JUDGES = {"transformers": "transformers", "mlx-lm": "mlx_lm"}  # as written -> the module
+# as written -> the library, and the module that asks it in a process of its own
+JUDGES = {"transformers": ("transformers", "torch_ref.judge"), "mlx-lm": ("mlx_lm", "mlxgpt.judge")}
 TOKENS, GREEDY, PROMPT = 64, 64, 8
 BEYOND = 16  # tokens past the sliding window
 
@@ -124,11 +127,13 @@ def run_framework(name: str, folders: dict[str, Path], plan: Plan, work: Path, r
         runs.failed[name] = error
 
 
-def run_judge(judge: str, key: str, folder: Path, plan: Plan, probes: Sequence[str], work: Path, runs: Runs) -> None:
+def run_judge(judge: str, key: str, opened: Opened, plan: Plan, probes: Sequence[str], work: Path, runs: Runs) -> None:
     """A library on the folder that it judges."""
-    out, texts = work / f"{judge}-{key}.npz", work / "probes.json"
+    out, texts, model = work / f"{judge}-{key}.npz", work / "probes.json", work / "model.json"
     texts.write_text(json.dumps(probes))
-    command = ["-m", "convert.judges", judge, str(folder), "--out", str(out), "--probes", str(texts)]
+    model.write_text(json.dumps(dataclasses.asdict(opened.config)))
+    command = ["-m", JUDGES[judge][1], str(opened.path), "--model", str(model), "--out", str(out)]
+    command += ["--probes", str(texts)]
     error = _run([*command, *plan.arguments()])
     if error:
         runs.failed[f"{judge} {key}"] = error

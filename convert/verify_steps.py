@@ -38,8 +38,8 @@ def steps_of(opened: Opened) -> Steps:
 
 def _affine(opened: Opened) -> dict[str, Step]:
     """mlx-lm: w = q scale + bias by group of inputs."""
-    from convert.mlx_lm import names
     from mlxgpt.common.folder import find_tensors
+    from mlxgpt.common.mlx_lm_names import names
 
     scheme = read_json(opened.path / "config.json").get("quantization")
     if not isinstance(scheme, dict):

@@ -22,7 +22,7 @@ from convert.gguf_names import arch_of, name_of
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import folder, params
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.errors import UserError
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -294,7 +294,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     config = models.CASES["llama"]
     arrays = models.weights(config)
     arrays["h.1.mlp.c_fc.weight"][3, 5] = np.nan
-    with pytest.raises(RunError, match="h.1.mlp.c_fc.weight has values that are not finite"):
+    with pytest.raises(UserError, match="h.1.mlp.c_fc.weight has values that are not finite"):
         gguf.write(of(config, arrays), tmp_path / "a.gguf", Options())
     assert not list(tmp_path.iterdir())
     gguf.write(of(config, arrays), tmp_path / "a.gguf", Options(allow_nan=True))

@@ -1,6 +1,8 @@
 """mlxgpt runs and runs check: what state a run is in, and which byte of it is not as it was written."""
 
+import fcntl
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from test_report import make_run
 
 from mlxgpt import cli
-from mlxgpt.common import checkpoint, params, run_folder, run_summary
+from mlxgpt.common import checkpoint, params, report_plots, run_folder, run_summary, runs
 from mlxgpt.common.batch import State
 from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig
@@ -52,8 +54,8 @@ def test_runs_are_listed_by_what_they_are(tmp_path: Path, capsys: pytest.Capture
 def test_the_lock_is_seen_and_not_taken(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one")
     with run_folder.locked(run):
-        assert run_summary.holder(run)
-    assert run_summary.holder(run) == ""
+        assert run_folder.holder(run)
+    assert run_folder.holder(run) == ""
     with run_folder.locked(run):
         pass
 
@@ -84,6 +86,27 @@ def test_a_sound_run_passes_and_each_damage_is_named(tmp_path: Path, capsys: pyt
     (run / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
     assert cli.main(["runs", "check", str(run)]) == 1
     assert "found step 4, expected step 3" in capsys.readouterr().out
+
+
+def test_whoever_looks_does_not_keep_the_run_from_starting(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    (run / ".lock").touch()
+    looking = open(run / ".lock")  # noqa: SIM115  (closed by the timer)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.06, looking.close).start()
+    with run_folder.locked(run):
+        pass
+
+
+def test_a_run_that_took_moments_along_begins_after_their_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] > 5))
+    assert runs.check(run)[0] == [f"{run / 'metrics.jsonl'}: found step 6, expected step 1"]
+    (run / "environment.json").write_text('[{"from_step": 5}]')
+    assert runs.check(run)[0] == []
+    first, second = report_plots.tokens_per_second(run_summary.read_run(run))[:2]
+    assert np.isnan(first) and second == 200.0
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

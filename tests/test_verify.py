@@ -84,3 +84,15 @@ def test_logits_of_another_model_do_not_agree(model: Path, tmp_path: Path) -> No
     report = verify(model, place, frameworks=["mlx"], rungs=["logits"])
     assert not report.agrees
     assert any("logits" in str(finding) for finding in report.findings)
+
+
+def test_libraries_judge_a_folder_and_see_what_is_not_there(model: Path, tmp_path: Path) -> None:
+    assert verify(model, f"transformers:{model}", frameworks=["torch"]).agrees
+    assert verify(model, f"mlx-lm:{model}", frameworks=["mlx"], rungs=["tensors", "logits", "greedy"]).agrees
+    place = shutil.copytree(model, tmp_path / "broken")
+    set_field("rope_theta", 500.0)(place)
+    values = tensors.read_json(place / "config.json")
+    values["rope_parameters"]["rope_theta"] = 500.0
+    tensors.write_json(place / "config.json", values)
+    report = verify(model, f"transformers:{place}", frameworks=["torch"], rungs=["logits"])
+    assert not report.agrees and any("logits" in str(finding) for finding in report.findings)

@@ -82,7 +82,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
             "samples": run.samples,
             "recipe": (run.path / "recipe.toml").read_text(encoding="utf-8"),
         }
-        for run, colour in zip(runs, report_plots.COLOURS * len(runs), strict=False)
+        for colour, run in report_plots.coloured(runs)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     tables = [table for table in (_differing(runs), _data(runs), _environment(runs)) if table.rows]

@@ -4,6 +4,7 @@ A curve of more points than pixels is drawn as the mean of each bin over a band 
 """
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.run_summary import Run
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
-"""By run, in the order given; told apart also by people who see colours otherwise (checked for deuteranopia)."""
+"""By run, in the order given, and again from the start."""
 BINS = 600
 _SIZE = (6.4, 3.0)  # inches; small, so that letters stay readable on a phone
 _MIB = 2.0**20
@@ -37,6 +38,11 @@ class Curve(NamedTuple):
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+def coloured(runs: list[Run]) -> list[tuple[str, Run]]:
+    """Each run with its colour."""
+    return list(zip(itertools.cycle(COLOURS), runs, strict=False))
 
 
 def curve(x: np.ndarray, y: np.ndarray, bins: int = BINS) -> Curve:
@@ -66,7 +72,8 @@ def differences(first: Run, other: Run) -> tuple[np.ndarray, np.ndarray]:
 def tokens_per_second(run: Run) -> np.ndarray:
     """By line of the training columns; NaN where the step before is missing."""
     tokens, seconds = run.train["tokens"], run.train["seconds"]
-    return np.diff(tokens, prepend=0.0) / np.where(seconds > 0, seconds, np.nan)
+    before = 0.0 if run.train["step"][:1] == [1.0] else np.nan
+    return np.diff(tokens, prepend=before) / np.where(seconds > 0, seconds, np.nan)
 
 
 def draw(runs: list[Run], export: Path | None = None) -> list[Figure]:
@@ -133,7 +140,7 @@ def _own_ids(svg: str, name: str) -> str:
 
 
 def _losses(ax: Any, runs: list[Run]) -> None:
-    for colour, run in zip(_cycle(), runs, strict=False):
+    for colour, run in coloured(runs):
         line = curve(run.train["step"], run.train.get("loss", run.train["step"] * np.nan))
         ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
         ax.plot(line.x, line.mean, color=colour, label=run.name)
@@ -145,7 +152,7 @@ def _losses(ax: Any, runs: list[Run]) -> None:
 
 
 def _differences(ax: Any, runs: list[Run]) -> None:
-    for colour, run in list(zip(_cycle(), runs, strict=False))[1:]:
+    for colour, run in coloured(runs)[1:]:
         steps, apart = differences(runs[0], run)
         line = curve(steps, np.where(apart > 0, apart, np.nan))
         ax.plot(line.x, line.high, color=colour)
@@ -156,7 +163,7 @@ def _differences(ax: Any, runs: list[Run]) -> None:
 def _lines(
     ax: Any, runs: list[Run], what: str | Callable[[Run], np.ndarray], from_zero: bool = False, log: bool = False
 ) -> None:
-    for colour, run in zip(_cycle(), runs, strict=False):
+    for colour, run in coloured(runs):
         if not len(run.train["step"]):
             continue
         values = run.train.get(what) if isinstance(what, str) else what(run)
@@ -169,8 +176,3 @@ def _lines(
         ax.set_yscale("log")
     if from_zero:
         ax.set_ylim(bottom=0)
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from COLOURS

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,16 +73,34 @@ def locked(run: Path) -> Iterator[None]:
         UserError: another process has it.
     """
     with open(run / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{run}: in use by process {file.read().strip() or '(unknown)'}") from None
+        for patience in (*[0.05] * 4, 0):  # who looks whether it is held holds it for an instant
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience:
+                    time.sleep(patience)
+                    continue
+                file.seek(0)
+                raise UserError(f"{run}: in use by process {file.read().strip() or '(unknown)'}") from None
         file.seek(0)
         file.truncate()
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def holder(run: Path) -> str:
+    """The process that works on the run, by its lock; '' where none does."""
+    try:
+        with open(run / ".lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "(unknown)"
+    except OSError:
+        pass
+    return ""
 
 
 def begin(out: Path, recipe: Recipe, environment: dict[str, str], init_from: str | None, step: int = 0) -> None:

@@ -3,7 +3,6 @@
 Nothing here writes, and nothing trusts the folder: a run that is training, was killed, or is damaged is shown as that.
 """
 
-import fcntl
 import math
 import time
 from dataclasses import dataclass, field
@@ -129,7 +128,7 @@ def _state(run: Path) -> dict[str, Any]:
 
 
 def _status(run: Run) -> tuple[str, str]:
-    if held_by := holder(run.path):
+    if held_by := run_folder.holder(run.path):
         return "running", f"process {held_by}"
     if run.steps and run.step >= run.steps:
         return "finished", f"all {run.steps} steps"
@@ -141,19 +140,6 @@ def _status(run: Run) -> tuple[str, str]:
     if not run.state:
         return "damaged", "no checkpoint can be read"
     return "stopped", f"at step {run.state.get('step', 0)}"
-
-
-def holder(run: Path) -> str:
-    """The process that works on the run, by its lock; '' where none does."""
-    try:
-        with open(run / ".lock", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "(unknown)"
-    except OSError:
-        pass
-    return ""
 
 
 def age(run: Run, now: float | None = None) -> str:

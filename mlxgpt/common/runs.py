@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlxgpt.common import checkpoint, metrics, run_summary
+from mlxgpt.common import checkpoint, metrics, run_folder, run_summary
 from mlxgpt.common.errors import UserError
 
 
@@ -105,7 +105,7 @@ def unlisted(place: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """Lines of metrics.jsonl that are damaged, missing or out of order; half of a last line is what a kill leaves."""
-    expected = 1
+    expected = run_folder.first_step(path.parent) + 1
     try:
         for line in metrics.read(path):
             if line.get("split") == "train":
