@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert import given_tokenizer, placing, stream
+from convert import placing, stream
 from convert.formats import format_of, open_model
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tensors import atomic_write, read_json, write_json
+from mlxgpt.common.tensors import atomic_write, read_json
 from mlxgpt.common.tokenizer import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
@@ -100,7 +100,6 @@ def convert(
             raise UserError(f"{opened.path}: changed while it was read")
         if writer.KIND == "folder":
             _seal(place, opened, block)
-        placing.sync_all(place)
         if verify:
             _verify(src, place, n_head)
         _put(place, dst, force, _beside(writer, opened, dst, block))
@@ -158,6 +157,8 @@ def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) 
 
 def _take_tokenizer(opened: Opened, path: Path) -> None:
     """Puts the tokenizer at ``path`` in the place of the source's own."""
+    from convert import given_tokenizer  # loads `tokenizers`, which takes longer than copying 100 MB
+
     tokenizer = given_tokenizer.load(path)
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
@@ -296,7 +297,7 @@ def _provenance(
 def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
     """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
     values = read_json(place / "config.json")
-    write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
+    placing.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
     if opened.moments and opened.moments.state and (place / "training").is_dir():
         names = {each.name for each in dataclasses.fields(checkpoint.RunState)}
         state = {name: value for name, value in opened.moments.state.items() if name in names}

@@ -1,11 +1,16 @@
-"""Where a result is made and how it gets its name: beside it, by one process at a time, and at once or not at all."""
+"""Where a result is made and how it gets its name: beside it, by one process at a time, and at once or not at all.
+
+The disk is waited for only where something is replaced: the source of a new result is still there, as it is for cp.
+"""
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common.errors import UserError
 
@@ -36,6 +41,11 @@ def workplace(dst: Path, force: bool) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A file of a result in the making, which nobody reads before it is complete and has its name."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _aside(dst: Path) -> Path:
     """Where what is replaced waits until the new one has its name."""
     return dst.with_name(f".{dst.name}.old")
@@ -56,36 +66,32 @@ def check(dst: Path, force: bool) -> None:
 
 
 def put(made: Path, dst: Path, force: bool) -> None:
-    """Gives the complete result its name and makes that last; what it replaces goes after that.
+    """Gives the complete result its name; what it replaces goes once that is on the disk.
 
     Raises:
         UserError: something is there by now, and there is no ``force``.
     """
     check(dst, force)
-    old = _aside(dst)
-    if os.path.lexists(dst) and (made.is_dir() or (dst.is_dir() and not dst.is_symlink())):
-        os.rename(dst, old)  # a folder cannot be replaced in one go
+    if not os.path.lexists(dst):
         os.rename(made, dst)
-    else:
-        os.replace(made, dst)
-    sync(dst.parent)
+        return
+    for item in [*(made.rglob("*") if made.is_dir() else ()), made]:
+        _sync(item)
+    old = _aside(dst)
+    if made.is_dir() or (dst.is_dir() and not dst.is_symlink()):
+        os.rename(dst, old)  # a folder cannot be replaced in one go
+    os.replace(made, dst)
+    _sync(dst.parent)
     remove(old)
 
 
-def sync(place: Path) -> None:
+def _sync(place: Path) -> None:
     """A file's bytes, or a folder's list of names, onto the disk."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_all(place: Path) -> None:
-    """A file, or a folder with all that is in it, onto the disk; files before folders."""
-    found = sorted(place.rglob("*"), reverse=True) if place.is_dir() else []
-    for item in [*(item for item in found if item.is_file()), *(item for item in found if item.is_dir()), place]:
-        sync(item)
 
 
 def remove(place: Path) -> None:
