@@ -166,7 +166,7 @@ def compare(framework: str, form: str, chunk: int, tokens: int, rounds: int) -> 
     what = f"head and loss, {framework}, {form}" if form != "step" else f"{framework} training step, 2 layers"
     against = "whole logits"
     return [
-        row(f"{what}, {tokens} tokens", against, "tokens/s", *pair, goal=speed),
+        row(f"{what}, {tokens} tokens", against, "tok/s", *pair, goal=speed),
         Row(f"{what}, {tokens} tokens", against, "MiB", ours, plain, [ours / plain], memory),
     ]
 
