@@ -37,7 +37,7 @@ SECTIONS = {
     "tokenizing": Section("Tokenizing", 5, "--rounds 2 --megabytes 2"),
     "train_step": Section("Training step", 9, "--rounds 2 --size tiny --no-compiled --no-installed"),
     "head": Section("Head and loss", 5, "--rounds 2 --frameworks mlx --forms frozen --tokens 512"),
-    "decode": Section("Decoding and the first token", 9, "--rounds 2 --tokens 16"),
+    "decode": Section("Decoding and the first token", 9, "--rounds 1 --tokens 16"),
     "checkpointing": Section("Checkpoints", 7, "--rounds 2 --steps 10 --layers 2"),
     "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),

@@ -185,7 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=100, help="of training a save")
-    parser.add_argument("--layers", type=int, default=8, help="of the model of which a checkpoint is written; width 512")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="of the model of which a checkpoint is written; width 512"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     finish(measure(args.rounds, args.steps, args.layers), args.json)

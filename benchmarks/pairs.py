@@ -117,7 +117,12 @@ def once(command: list[str]) -> Usage:
 
 
 def commands(
-    what: str, against: str, ours: list[str], peer: list[str], rounds: int, goal: str = "",
+    what: str,
+    against: str,
+    ours: list[str],
+    peer: list[str],
+    rounds: int,
+    goal: str = "",
     before: Callable[[], object] = lambda: None,
 ) -> Row:
     """Whole processes in turn, in seconds and MiB, after one uncounted round; ``before`` is called before each."""  # fmt: skip
@@ -142,7 +147,12 @@ def serve(module: str, function: str, *args: str) -> None:
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), cpu_time()
         units = run()
-        answer = {"seconds": time.perf_counter() - start, "cpu": cpu_time() - cpu, "units": units, "peak": peak_memory()}
+        answer = {
+            "seconds": time.perf_counter() - start,
+            "cpu": cpu_time() - cpu,
+            "units": units,
+            "peak": peak_memory(),
+        }
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -1,6 +1,6 @@
 """How long ``mlxgpt --help`` takes and how much memory it needs, beside mlx-lm's commands.
 
-    python -m benchmarks.startup [--rounds 9] [--json]
+python -m benchmarks.startup [--rounds 9] [--json]
 """
 
 import argparse

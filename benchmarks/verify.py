@@ -4,8 +4,8 @@
 
 A llama of width 512 with 32,000 words as a Hugging Face folder, against its copy in mlx-lm's form. The script of the
 first row compares the files' tensors. That of the second runs the one in transformers and the other in mlx-lm on 128
-tokens and compares logits; ours does so in both frameworks at normal and at eightfold weights, and compares tensors,
-config and tokenizer too.
+tokens and compares logits; ours does so in both frameworks at normal and at eightfold weights, and compares tensors
+and config too.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def measure(rounds: int, layers: int) -> list[Row]:
             ),
             commands(
                 f"verify with logits, {size:,.0f} MB", "logits by transformers and mlx-lm",
-                [*command, "verify", a, b, "--rungs", "tensors,config,tokenizer,logits"],
+                [*command, "verify", a, b, "--rungs", "tensors,config,logits"],
                 [sys.executable, "-c", LOGITS, a, b], rounds,
             ),
         ]  # fmt: skip
