@@ -3,9 +3,9 @@
     python -m benchmarks [SECTION ...] [--rounds N] [--no-write]     make bench
     python -m benchmarks --quick                                     make bench-quick: two minutes, writes nothing
 
-Prints a table a section and puts it into docs/benchmarks.md, with the date, versions and machine; sections that were not
-run stay as they are. Every contender gets one thread unless OMP_NUM_THREADS says otherwise: a busy neighbour disturbs
-more than one.
+Prints a table a section and puts it into docs/benchmarks.md, with the date, versions and machine; sections that were
+not run stay as they are. Every contender gets one thread unless OMP_NUM_THREADS says otherwise: a busy neighbour
+disturbs more than one.
 """
 
 import argparse

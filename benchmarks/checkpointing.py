@@ -2,10 +2,10 @@
 
     python -m benchmarks.checkpointing [--rounds 9] [--steps 100] [--layers 8] [--json]
 
-Training is nanoGPT's CPU size, where a step is short: 100 steps with one save by the second thread, and the wait for it,
-beside 100 steps without. A checkpoint of float32 weights and moments is hashed, flushed to disk and renamed; cp copies
-the same folder, torch.save and mx.save_safetensors write the same arrays, and none of them hashes or flushes. Reading
-holds every file against its sha256 first.
+Training is nanoGPT's CPU size, where a step is short: 100 steps with one save by the second thread, and the wait for
+it, beside 100 steps without. A checkpoint of float32 weights and moments is hashed, flushed to disk and renamed; cp
+copies the same folder, torch.save and mx.save_safetensors write the same arrays, and none of them hashes or flushes.
+Reading holds every file against its sha256 first.
 """
 
 import argparse

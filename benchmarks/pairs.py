@@ -125,7 +125,7 @@ def commands(
     goal: str = "",
     before: Callable[[], object] = lambda: None,
 ) -> Row:
-    """Whole processes in turn, in seconds and MiB, after one uncounted round; ``before`` is called before each."""  # fmt: skip
+    """Whole processes in turn, in seconds and MiB, after one uncounted round; ``before`` is called before each."""
     found = []
     for _ in range(rounds + 1):
         pair = []

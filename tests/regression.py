@@ -36,7 +36,7 @@ EVERYWHERE = {
     "help.modules", "mlx.waits", "mlx.operations", "torch.waits", "torch.kept_tensors", "checkpoint.size",
     "checkpoint.flushes", "report.parsed_a_line", "report.calls", "report.page_bytes",
 }  # fmt: skip
-"""What is the same on other systems; allocators and kernels are not, and the bytes that a system moves only Linux tells."""
+"""What is the same on other systems: allocators and kernels are not, and only Linux counts the bytes that it moves."""
 Figures = dict[str, float]
 
 
@@ -105,7 +105,7 @@ def python_calls(work: Callable[[], Any]) -> int:
 
 def mlx_step() -> Figures:
     """A compiled step: bytes, operations of its graph, waits, calls."""
-    engine, step = a_step("mlxgpt")
+    _, step = a_step("mlxgpt")
     import mlx.core as mx
     import numpy as np
 
@@ -141,7 +141,7 @@ def mlx_operations() -> int:
 
 def torch_step() -> Figures:
     """An eager step: peak of live bytes, operations, waits, calls."""
-    engine, step = a_step("torch_ref")
+    _, step = a_step("torch_ref")
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -298,7 +298,7 @@ def main() -> int:
     for name, value in found.items():
         print(f"{name:<24} {value:>14,.6g}   recorded {before.get(name, float('nan')):>14,.6g}")
     if args.renew:
-        head = "# Counts and bytes of fixed work: see regression.py, whose --renew writes this file (on Linux).\n\n[figures]\n"
+        head = "# Counts and bytes of fixed work on Linux, by regression.py --renew.\n\n[figures]\n"
         lines = [f'"{name}" = {round(value, 4):.10g}\n' for name, value in found.items()]
         BASELINE.write_text(head + "".join(lines), encoding="utf-8")
         return 0
