@@ -228,7 +228,7 @@ def main() -> int:
         body = (
             f"`python -m benchmarks.soak --minutes {args.minutes:g}`: {verdict}.\n\n"
             + "\n".join(lines)
-            + "\n\nA validation every 200 steps, a checkpoint every 100 of which three stay, and in the middle a SIGTERM\n"
+            + "\n\nA validation every 200 steps, a checkpoint every 100 of which three stay, in the middle a SIGTERM\n"
             f"and --resume; both frameworks beside each other, one thread each. {describe()}.\n\n![soak](soak.png)\n"
         )
         page = (DOCS / "reliability.md").read_text(encoding="utf-8")
