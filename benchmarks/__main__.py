@@ -40,6 +40,7 @@ SECTIONS = {
     "decode": Section("Decoding and the first token", 9, "--rounds 1 --tokens 16"),
     "checkpointing": Section("Checkpoints", 7, "--rounds 2 --steps 10 --layers 2"),
     "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
+    "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
