@@ -1,6 +1,8 @@
 """How long ``mlxgpt --help`` takes and how much memory it needs, beside mlx-lm's commands.
 
-python -m benchmarks.startup [--rounds 9] [--json]
+    python -m benchmarks.startup [--rounds 9] [--json]
+
+Whole commands, from their start to their end, with warm files.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A page as headless Chromium draws it: on a desktop, on a phone and on paper, as PNG to be looked at.
 
     mlxgpt report runs/mlx runs/torch -o page.html
-    python tests/look.py page.html looks/          needs chromium, and pdftoppm for paper (Debian: chromium poppler-utils)
+    python tests/look.py page.html looks/          needs chromium and pdftoppm (Debian: chromium poppler-utils)
 
 Also says what a picture hides: text that is wider than the phone, and anything that the page asked the network for.
 """
@@ -21,9 +21,11 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 # the page in a frame of the phone's width: a headless window is at least 500 pixels wide
-FRAME = """<!doctype html><body style="margin:0"><iframe src="{page}" style="border:0;width:{width}px;height:{height}px"
-onload="const d = this.contentDocument.documentElement; document.title = JSON.stringify({{height: d.scrollHeight,
-width: d.scrollWidth, asked: this.contentWindow.performance.getEntriesByType('resource').map(e => e.name)}})"></iframe>"""
+FRAME = """<!doctype html><body style="margin:0">
+<iframe src="{page}" style="border:0;width:{width}px;height:{height}px" onload="
+const d = this.contentDocument.documentElement, all = this.contentWindow.performance.getEntriesByType('resource');
+document.title = JSON.stringify({{height: d.scrollHeight, width: d.scrollWidth, asked: all.map(e => e.name)}})
+"></iframe>"""
 
 
 def chromium(*arguments: str) -> str:
