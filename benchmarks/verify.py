@@ -58,8 +58,7 @@ def measure(rounds: int, layers: int) -> list[Row]:
         # in processes of their own: a child's peak is at least its parent's
         subprocess.run([sys.executable, "-c", WRITE, str(layers), a], check=True)
         command = [sys.executable, "-m", "mlxgpt"]
-        quiet = {"stdout": subprocess.DEVNULL}
-        subprocess.run([*command, "convert", a, b, "--to", "mlx-lm"], check=True, **quiet)
+        subprocess.run([*command, "convert", a, b, "--to", "mlx-lm"], check=True, stdout=subprocess.DEVNULL)
         size = (Path(a) / "model.safetensors").stat().st_size / 1e6
         return [
             commands(

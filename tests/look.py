@@ -48,7 +48,7 @@ def main() -> int:
         old.unlink()
     url, wrong = args.page.resolve().as_uri(), 0
     for name, width in WIDTHS.items():
-        frame, height = args.out.resolve() / f".{name}.html", 1000
+        frame, height, found = args.out.resolve() / f".{name}.html", 1000, {}
         for _ in range(2):  # once to learn how high it is
             frame.write_text(FRAME.format(page=url, width=width, height=height))
             title = re.search(r"<title>(.*?)</title>", chromium("--dump-dom", frame.as_uri()))

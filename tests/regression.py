@@ -113,7 +113,7 @@ def mlx_step() -> Figures:
     step()
     mx.reset_peak_memory()
     step()
-    found = {"mlx.peak_bytes": mx.get_peak_memory(), "mlx.kept_bytes": mx.get_active_memory()}
+    found: Figures = {"mlx.peak_bytes": mx.get_peak_memory(), "mlx.kept_bytes": mx.get_active_memory()}
     with counted(mx, "eval", "async_eval") as waits, counted(np, "array", only=mx.array) as copies:
         step()
     found |= {"mlx.waits": waits[0] + copies[0], "mlx.calls": python_calls(step)}

@@ -88,7 +88,8 @@ def test_a_clock_that_jumps_changes_nothing(
     monkeypatch.setattr(time, "time", jumping)
     monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
     for number, file in enumerate(sorted(stopped.rglob("*"))):
-        os.utime(file, (max(0.0, real() + jump * number),) * 2, follow_symlinks=False)
+        at = max(0.0, real() + jump * number)
+        os.utime(file, (at, at), follow_symlinks=False)
     goes_on(go)
 
 
