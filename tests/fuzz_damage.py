@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert.gguf_file import Value, read_gguf, write_gguf
+from mlxgpt.common.errors import UserError
 
 SWAPS: list[Any] = [
     None,
@@ -82,8 +83,8 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
             return damaged_zip(data, rng)
         if data[:4] == b"GGUF" and rng.random() < 0.5:
             return damaged_gguf(data, rng)
-    except (ValueError, TypeError, OverflowError, struct.error):
-        pass  # this fault cannot be written
+    except (UserError, ValueError, TypeError, OverflowError, struct.error, zipfile.BadZipFile):
+        pass  # this fault cannot be written, or the structure is lost already
     return damaged_bytes(data, rng, 512 if rng.random() < 0.7 else len(data))
 
 

@@ -44,8 +44,7 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
-            for i in range(size):
-                self._model.id_to_piece(i)
+            pieces = {self._model.id_to_piece(i): i for i in range(size)}
         except UnicodeDecodeError:
             raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
         except RuntimeError as error:
@@ -58,12 +57,8 @@ class SentencePieceTokenizer:
         config = read_json(files, "tokenizer_config.json", where)
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
-        if (
-            isinstance(named, str)
-            and named.isprintable()
-            and self._model.id_to_piece(self._model.piece_to_id(named)) == named
-        ):
-            eos = self._model.piece_to_id(named)
+        if isinstance(named, str):
+            eos = pieces.get(named, eos)
         self.eos_id: int | None = eos if eos >= 0 else None
         if not config and self._is_bpe():
             self._files["tokenizer_config.json"] = self._settings()

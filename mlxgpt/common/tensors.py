@@ -150,6 +150,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _is_text(value: Any) -> bool:
+    """A string of characters, none of which is half of one."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _whole(value: Any, length: int | None = None) -> bool:
     fits = isinstance(value, list) and (length is None or len(value) == length)
     return fits and all(type(number) is int and number >= 0 for number in value)
@@ -180,7 +185,7 @@ def read_header(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(header, dict):
         raise UserError(f"{path}: header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise UserError(f"{path}: __metadata__ in the header: expected strings by name")
     for name in header:
         if not name.isprintable():
