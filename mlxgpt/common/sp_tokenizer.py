@@ -38,6 +38,8 @@ _LLAMA = {
 class SentencePieceTokenizer:
     """A tokenizer.model, run by sentencepiece. ``files`` are name -> bytes; ``where`` is the folder, for messages."""
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
         self._files = dict(files)
         self.digest = sha256_of(b"tokenizer.model", files["tokenizer.model"])
