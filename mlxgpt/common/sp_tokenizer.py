@@ -53,6 +53,8 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
             ) from None
+        if not size:
+            raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
         self.n_vocab = size
         self.kind = "SentencePiece"
         eos = self._model.eos_id()
