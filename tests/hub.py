@@ -274,8 +274,14 @@ def arrive(case: str, place: Path, theirs: transformers.PreTrainedModel) -> Arri
     )
 
 
-def goes_back(place: Path, out: Path, theirs: transformers.PreTrainedModel) -> None:
-    """Writes what was read, which transformers must load with every tensor equal and none missing or left."""
+def loaded(place: Path) -> transformers.PreTrainedModel:
+    """As a user of transformers reads a folder, in float32."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    return load(place, dtype=torch.float32).eval()
+
+
+def goes_back(place: Path, out: Path, theirs: transformers.PreTrainedModel) -> int:
+    """Writes what was read, which transformers must load with every tensor equal and none missing or left: how many."""
     config = folder.read_config(place)
     folder.write_model(out, config, folder.read_params(place, config))
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -286,3 +292,4 @@ def goes_back(place: Path, out: Path, theirs: transformers.PreTrainedModel) -> N
     for name, value in theirs.state_dict().items():
         assert torch.equal(state[name], value), name
     assert torch.equal(back.eval()(torch.from_numpy(TOKENS)).logits, theirs(torch.from_numpy(TOKENS)).logits)
+    return len(state)

@@ -57,9 +57,10 @@ def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp
 def test_a_config_as_it_is_on_the_hub(name: str, tmp_path: Path) -> None:
     """With all its keys; what it computes is what transformers makes of the same folder, which it does load."""
     hub.saved(PUBLISHED[name], tmp_path / "theirs", own_config=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    theirs = hub.loaded(tmp_path / "theirs")
     arrived = hub.arrive(name, tmp_path / "theirs", theirs)
     assert arrived.agrees, arrived
+    hub.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
 
 
 @pytest.mark.parametrize("name", REFUSED)
