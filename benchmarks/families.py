@@ -3,7 +3,7 @@
     python -m benchmarks.families [--only NAME] [--write]
 
 A figure is the largest difference, relative to the reference's largest value, in float32 on the CPU. The measurements
-are the tests' own (tests/ladder.py, tests/hub.py). --write puts the tables into docs/formats.md.
+are the tests' own (tests/ladder.py, tests/arriving.py). --write puts the tables into docs/formats.md.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def main() -> int:
     args = parser.parse_args()
 
     # the tests' modules are no package, and importing them imports both frameworks
-    ladder, hub, models = (importlib.import_module(name) for name in ("ladder", "hub", "models"))
+    names = ("ladder", "arriving", "hub", "models")
+    ladder, arriving, hub, models = map(importlib.import_module, names)
     importlib.import_module("transformers").utils.logging.disable_progress_bar()
     failed = 0
     lines = [f"{datetime.date.today()}, {machine()}.", ""]
@@ -91,11 +92,11 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
             place = Path(temporary)
-            model = hub.saved(values, place / "theirs", own)
+            model = arriving.saved(values, place / "theirs", own)
             if own:
-                model = hub.loaded(place / "theirs")
-            arrived = hub.arrive(case, place / "theirs", model)
-            count = hub.goes_back(place / "theirs", place / "ours", model)
+                model = arriving.loaded(place / "theirs")
+            arrived = arriving.arrive(case, place / "theirs", model)
+            count = arriving.goes_back(place / "theirs", place / "ours", model)
         failed += not arrived.agrees
         figures = [f"{arrived.mlx:.1e}", f"{arrived.torch:.1e}", f"{arrived.gate:.1e}"]
         add(line([case, *figures, f"{count} equal, 0 missing, 0 unexpected"]))

@@ -30,6 +30,7 @@ from types import FrameType
 from typing import Any
 
 import gguf
+import hub
 import models
 import numpy as np
 import safetensors
@@ -127,6 +128,8 @@ def seed_configs(place: Path) -> Path:
     (place / "configs").mkdir()
     for name, config in models.CASES.items():
         (place / "configs" / f"{name}.json").write_text(json.dumps(config_to_hf(config)))
+    for name, values in hub.PUBLISHED.items():
+        (place / "configs" / f"{name.replace('/', ' ')}.json").write_text(json.dumps(values))
     return place / "configs"
 
 

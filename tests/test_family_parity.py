@@ -8,15 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hub
+import arriving
 import ladder
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 import transformers
+from arriving import TOKENS
 from compare import agree, worst
-from hub import GPT2, LLAMA3, PUBLISHED, REFUSED, SIZES, THEIRS, TOKENS
+from hub import GPT2, LLAMA3, PUBLISHED, REFUSED, SIZES, THEIRS
 from mlx_lm.utils import load_model
 from models import CASES, LINEAR, LONG, VARIANTS, WINDOW, tiny, weights
 
@@ -44,23 +45,23 @@ def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp
     """Old and new keys mean one model; its logits are transformers' own; our copy of it loads there bit-equal."""
     kind, old, new = THEIRS[case]
     sizes = {"model_type": kind} | (GPT2 if kind == "gpt2" else SIZES)
-    theirs = hub.saved(sizes | old, tmp_path / "theirs", own_config=False)
+    theirs = arriving.saved(sizes | old, tmp_path / "theirs", own_config=False)
     config = folder.read_config(tmp_path / "theirs")
     for keys in (old, new):
         assert families.config_from_hf(sizes | keys) == config
-    arrived = hub.arrive(case, tmp_path / "theirs", theirs)
+    arrived = arriving.arrive(case, tmp_path / "theirs", theirs)
     assert arrived.agrees, arrived
-    hub.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
+    arriving.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_as_it_is_on_the_hub(name: str, tmp_path: Path) -> None:
     """With all its keys; what it computes is what transformers makes of the same folder, which it does load."""
-    hub.saved(PUBLISHED[name], tmp_path / "theirs", own_config=True)
-    theirs = hub.loaded(tmp_path / "theirs")
-    arrived = hub.arrive(name, tmp_path / "theirs", theirs)
+    arriving.saved(PUBLISHED[name], tmp_path / "theirs", own_config=True)
+    theirs = arriving.loaded(tmp_path / "theirs")
+    arrived = arriving.arrive(name, tmp_path / "theirs", theirs)
     assert arrived.agrees, arrived
-    hub.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
+    arriving.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
 
 
 @pytest.mark.parametrize("name", REFUSED)
