@@ -126,7 +126,7 @@ class Engine:
 class Tokenizer:
     """a is 0, b is 1 and so on."""
 
-    n_vocab, eos_id, kind = VOCABULARY, None, "fake"
+    n_vocab, eos_id, ends, kind = VOCABULARY, None, frozenset(), "fake"
     before: list[int] = []  # noqa: RUF012
     digest = hashlib.sha256(b"fake").hexdigest()
 

@@ -24,6 +24,8 @@ class JsonTokenizer:
     ``files`` are what the tokenizer was loaded from, name -> bytes; ``where`` is the folder, for messages.
     """
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
         self._files = files
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
