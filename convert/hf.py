@@ -176,9 +176,12 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: the family cannot say the model, or a value is not finite or does not fit.
     """
     values = families.config_to_hf(opened.config)
-    notes = write_folder(opened, place, options, plain_parts(opened, options), values)
-    otherwise = families.mlx_lm_deviations(opened.config)
-    return notes + ([f"transformers computes this model, but: {'; '.join(otherwise)}"] if otherwise else [])
+    return mlx_lm_warning(opened.config) + write_folder(opened, place, options, plain_parts(opened, options), values)
+
+
+def mlx_lm_warning(config: ModelConfig) -> list[str]:
+    """One line that names everything that mlx-lm does otherwise with this model's folder; none where it does not."""
+    return ["; ".join(families.mlx_lm_deviations(config))] if families.mlx_lm_deviations(config) else []
 
 
 def plain_parts(opened: Opened, options: Options) -> list[stream.Part]:

@@ -141,7 +141,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
                 _write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
     placing.write_json(place / "config.json", values)
-    notes = families.mlx_lm_deviations(config)
+    notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 
 

@@ -127,6 +127,7 @@ class Tokenizer:
     """a is 0, b is 1 and so on."""
 
     n_vocab, eos_id, kind = VOCABULARY, None, "fake"
+    before: list[int] = []  # noqa: RUF012
     digest = hashlib.sha256(b"fake").hexdigest()
 
     def encode(self, text: str) -> list[int]:

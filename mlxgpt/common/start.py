@@ -87,6 +87,8 @@ def _begin(args: Namespace) -> int:
         _take_moments(origin, recipe, engine, state)
     elif origin and (origin / checkpoint.OPTIMIZER).is_file():
         print(f"{origin}: its optimizer's moments are left out; --moments goes on with them")
+    if otherwise := families.mlx_lm_deviations(recipe.model):
+        print(f"the checkpoints in mlx-lm: {'; '.join(otherwise)}")
     run_folder.make(out)
     with run_folder.locked(out):
         environment = engine.describe() | {"data": source.statistics}
