@@ -8,6 +8,7 @@ folder broken on purpose; then it is held against its source. --report prints th
 
 import argparse
 import importlib
+import re
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def cells(name: str, source: str, report: Report) -> list[str]:
 
     files = [f for f in report.findings if f.rung in ("tensors", "config", "tokenizer")]
     first = f"{files[0].rung}: {files[0].name}: {files[0].message}" if files else "nothing"
-    first = first.replace("|", "\\|")
+    first = re.sub(r"B: \S+: ", "", first).replace("|", "\\|")
     more = f" (+{len(files) - 1})" if len(files) > 1 else ""
     worst = max((figure.value for figure in report.figures if figure.rung == "logits"), default=None)
     logits = "not run" if worst is None else f"{worst:.1e}" if said("logits") else "agree"
@@ -39,7 +40,7 @@ def cells(name: str, source: str, report: Report) -> list[str]:
     return [
         name,
         source,
-        (first if len(first) <= 110 else f"{first[:107]}...") + more,
+        (first if len(first) <= 160 else f"{first[:157]}...") + more,
         logits,
         said("activations"),
         gradients,

@@ -310,9 +310,9 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
 
     report = verify(src, made)
     if not report.agrees:
-        raise RunError(
-            f"{src}: the result does not agree, nothing was kept: {'; '.join(map(str, report.findings[:3]))}"
-        )
+        missing = [f"{item.what}: {item.reason}" for item in report.not_checked if item.requested]
+        reasons = "; ".join([*map(str, report.findings[:3]), *missing[:3]])
+        raise RunError(f"{src}: the result does not agree, nothing was kept: {reasons}")
 
 
 def _size(place: Path) -> int:

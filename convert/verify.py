@@ -78,6 +78,7 @@ def verify(
             equal = sum(row.agrees for row in report.tensors)
             kinds = f" ({', '.join(sorted(outcome.kinds))})" if outcome.kinds else ", bit for bit"
             report.checked.append(Checked("tensors", f"{equal} of {len(report.tensors)} agree{kinds}"))
+            verify_tensors.compare_moments(one.opened.moments, other.opened.moments, report)
         if "config" in asked:
             verify_config.compare(one.opened, other.opened, report)
         tokenizers = (

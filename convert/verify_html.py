@@ -18,6 +18,8 @@ table { border-collapse: collapse; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; }
 tr.bad td { color: var(--bad); font-weight: 600; }
+@media (max-width: 40rem) { body { margin: .5rem auto; padding: 0 .5rem; }
+  td { overflow-wrap: anywhere; padding: .2rem .3rem; } }
 @media (prefers-color-scheme: dark) { :root { --good: #5fd38d; --bad: #ff8080; } }
 @media print { body { margin: 0; max-width: none; font-size: 9pt; }
   .wide { overflow: visible; } tr { break-inside: avoid; } }

@@ -84,6 +84,13 @@ def test_an_index_that_names_what_is_no_file_name(tmp_path: Path) -> None:
         assert "weight_map names" in refused(folder.find_tensors, place)
 
 
+@pytest.mark.parametrize("metadata", ["[]", "0", "false", '""'])
+def test_safetensors_metadata_that_is_no_table(metadata: str, tmp_path: Path) -> None:
+    head = f'{{"__metadata__":{metadata}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    assert "__metadata__ in the header: expected strings" in refused(read_header, tmp_path / "a.safetensors")
+
+
 def test_a_tensor_name_of_two_lines(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a.safetensors", {"a\nb": np.ones(3, np.float32)})
     assert "tensor name 'a\\nb'" in refused(read_header, tmp_path / "a.safetensors")

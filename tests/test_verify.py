@@ -14,7 +14,8 @@ from mutations import BASES, MUTATIONS
 
 import convert.verify
 from convert import convert as convert_model
-from convert import verify_html, verify_runs, verify_text
+from convert import verify_html, verify_runs, verify_tensors, verify_text
+from convert.model import Moments, Tensor
 from convert.verify import verify
 from convert.verify_report import Figure, Report, Row
 from mlxgpt import cli
@@ -76,6 +77,33 @@ def test_what_is_broken_is_named(name: str, pairs: dict, tmp_path: Path, capsys:
         assert code == 1 and {each["rung"] for each in report["findings"]} == {"logits"}
     else:
         assert not found["activations"] and not found["logits"]
+
+
+def moments(t: int = 3, changed: str = "") -> Moments:
+    """Of two tensors; one value of ``changed`` is another."""
+
+    def lazy(name: str) -> Tensor:
+        array = np.arange(6, dtype=np.float32)
+        array[2] += name == changed
+        return Tensor(array.shape, array.dtype, lambda: array)
+
+    return Moments({n: lazy(f"m.{n}") for n in ("a", "b")}, {n: lazy(f"v.{n}") for n in ("a", "b")}, t, t)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [(moments(), []), (moments(changed="v.b"), ["v.b"]), (moments(changed="m.a"), ["m.a"]), (moments(4), ["t"])],
+)
+def test_moments_that_are_on_both_sides_are_held_together(other: Moments, named: list[str]) -> None:
+    report = Report("a", "b")
+    verify_tensors.compare_moments(moments(), other, report)
+    assert [finding.name for finding in report.findings] == named and report.checked
+
+
+def test_moments_that_were_left_behind_are_a_note() -> None:
+    report = Report("a", "b")
+    verify_tensors.compare_moments(moments(), None, report)
+    assert report.notes == ["AdamW's moments are in A alone"] and not report.findings and not report.checked
 
 
 @pytest.mark.usefixtures("here")

@@ -193,7 +193,8 @@ def read_header(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
         raise UserError(f"{path}: header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: header is {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null, as MLX writes it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: __metadata__ in the header: expected strings by name")
     for name in header:
