@@ -158,26 +158,34 @@ def prepare(place: Path, kills: int, draw: random.Random, say: Callable[[str], N
 
 
 _ROUTES = (
-    ("hf", "--max-shard", "20MB"), ("mlx-lm",), ("mlx-lm", "--bits", "4"), ("npz",), ("gguf",), ("gguf", "--bits", "8"),
+    ("", "hf", "--max-shard", "20MB"), ("", "mlx-lm"), ("", "mlx-lm", "--bits", "4"), ("", "npz"), ("", "gguf"),
+    ("", "gguf", "--bits", "8"), (".pt", "hf", "--n-head", "4"),
 )  # fmt: skip
+_WAYS = ("kills", "interruptions")
 
 
-def convert(place: Path, kills: int, draw: random.Random, say: Callable[[str], None]) -> Counter:
+def convert(
+    place: Path, kills: int, draw: random.Random, say: Callable[[str], None], ways: tuple[str, ...] = _WAYS
+) -> Counter:
     """Kills and interrupts ``convert``, half of them over an earlier result; the next one ends as if undisturbed."""
     config = build({"model": dict(family="gpt2", n_layer=2, n_head=4, n_embd=256, vocab_size=32768)}).model
     for seed, name in ((1, "source"), (2, "earlier")):
         folder.write_model(place / name, config, params.init_params(config, seed))
-    source, counted = digests(place / "source"), Counter()
+    counted = Counter()
     while counted["kills"] + counted["interruptions"] < kills:
-        to, *options = draw.choice(_ROUTES)
+        kind, to, *options = draw.choice(_ROUTES)
+        if not (place / f"source{kind}").exists():
+            for name in ("source", "earlier"):
+                finish(["convert", name, f"{name}{kind}", "--to", "mingpt"], place)
+        source = digests(place / f"source{kind}")
         out = place / (to + ".gguf" * (to == "gguf"))
-        arguments = ["convert", "source", out.name, "--to", to, *options]
+        arguments = ["convert", f"source{kind}", out.name, "--to", to, *options]
         seconds = finish(arguments, place)
         new, old = digests(out), {}
         _clear(out)
-        over, stop = draw.random() < 0.5, draw.choice(("kills", "interruptions"))
+        over, stop = draw.random() < 0.5, draw.choice(ways)
         if over:
-            finish(["convert", "earlier", *arguments[2:]], place)
+            finish(["convert", f"earlier{kind}", *arguments[2:]], place)
             old = digests(out)
         stopped = (killed if stop == "kills" else interrupted)(
             arguments + ["--force"] * over, place, draw.uniform(0.3, 1.0) * seconds
@@ -189,7 +197,7 @@ def convert(place: Path, kills: int, draw: random.Random, say: Callable[[str], N
         between = not found and list(aside.values()) == list(old.values())  # two renames; the next one puts it back
         if found not in (old, new) and not between:
             raise Damage(f"{out.name} after {stop}: neither the old nor the new result, nor nothing: {sorted(found)}")
-        if digests(place / "source") != source:
+        if digests(place / f"source{kind}") != source:
             raise Damage(f"{out.name} after {stop}: the source is not what it was")
         if left and stop == "interruptions":
             raise Damage(f"{out.name}: an interruption left {left}")
@@ -197,10 +205,10 @@ def convert(place: Path, kills: int, draw: random.Random, say: Callable[[str], N
         if digests(out) != new or _hidden(place):
             raise Damage(f"{out.name}: another result than undisturbed, or left over: {_hidden(place)}")
         counted["results equal"] += 1
+        counted[f"from {kind.strip('.') or 'hf'} to {' '.join([to, *options])}"] += stopped
         _clear(out)
-    say(
-        f"convert: {counted['kills']} kills, {counted['interruptions']} interruptions, {counted['results equal']} equal"
-    )
+    stops = ", ".join(f"{counted[way]} {way}" for way in ways)
+    say(f"convert: {stops}, {counted['results equal']} results equal")
     return counted
 
 

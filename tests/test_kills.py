@@ -51,7 +51,7 @@ def test_a_result_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(kills, "killed", cutting)
     monkeypatch.setattr(kills, "interrupted", cutting)
-    monkeypatch.setattr(kills, "_ROUTES", (("hf",),))
+    monkeypatch.setattr(kills, "_ROUTES", (("", "hf"),))
     with pytest.raises(kills.Damage, match="neither the old nor the new"):
         kills.convert(tmp_path, 1, random.Random(5), print)
 

@@ -1,8 +1,9 @@
 """Every setting, once: frozen dataclasses, and recipes in TOML that fill them.
 
-A recipe has the sections ``[model] [data] [optim] [train] [sample]``, whose keys are the fields below; ``--set
-section.key=value`` overrides one. A key that no dataclass has is an error that offers the nearest name. The classes
-check what can be checked without the data; they import nothing heavy, so a wrong recipe fails at once.
+A recipe has the sections ``[model] [data] [optim] [train] [sample]``; one that fine-tunes has ``[tune]`` and
+``[adapter]`` in place of ``[data]``. Their keys are the fields below; ``--set section.key=value`` overrides one. A key
+that no dataclass has is an error that offers the nearest name. The classes check what can be checked without the data;
+they import nothing heavy, so a wrong recipe fails at once.
 """
 
 import dataclasses
@@ -251,14 +252,107 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Fine-tuning: rows of data, how they become tokens, and what is asked of the model."""
+
+    source: str = _field("", "folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet")
+    task: str = _field("lm", "lm (answers) or classify (labels)")
+    format: str = _field("auto", "of a row: auto (by its keys), text, completion, chat, alpaca or sharegpt")
+    text_key: str = _field("text", "key of a text row, or of the text to classify")
+    prompt_key: str = _field("prompt", "completion: key of what is asked")
+    completion_key: str = _field("completion", "completion: key of what is answered")
+    messages_key: str = _field("messages", "chat: key of the list of messages")
+    label_key: str = _field("label", "classify: key of the label")
+    template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
+    train_on_prompt: bool = _field(False, "loss on every token, not only on the assistant's")
+    block_size: int = _field(0, "tokens of a row at the most; 0 = the model's context, at most 2048")
+    overflow: str = _field("truncate", "longer rows: truncate (the prompt, from its left), drop or refuse")
+    packing: bool = _field(
+        True, "several rows side by side in one, each seeing itself alone; false = padding by length"
+    )
+    val_fraction: float = _field(0.1, "share of rows, by hash, that validates where the source has no such split")
+    epochs: float = _field(3.0, "passes over the rows, where train.steps is not given")
+    neftune: float = _field(0.0, "alpha of NEFTune's uniform noise on embeddings; 0 = off")
+    class_weights: str = _field("none", "classify: none, or balanced (inverse to a label's share)")
+    metrics: tuple = _field((), "answers generated and scored at validation: exact, bleu, chrf, rouge_l")
+    metric_rows: int = _field(50, "validation rows that are answered for them")
+    keep_best: str = _field(
+        "loss", "what the best checkpoint is best by: loss, one of tune.metrics, accuracy, macro_f1"
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("tune", self, "task", "lm", "classify")
+        _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
+        _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
+        _one_of("tune", self, "class_weights", "none", "balanced")
+        for name in ("block_size", "neftune", "metric_rows"):
+            _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _check("tune", self.epochs > 0, "epochs", self.epochs, "a positive number")
+        known = ("exact", "bleu", "chrf", "rouge_l")
+        for name in self.metrics:
+            _check("tune", name in known, "metrics", name, "some of " + ", ".join(known))
+        best = ("loss", "accuracy", "macro_f1") if self.task == "classify" else ("loss", *self.metrics)
+        _one_of("tune", self, "keep_best", *best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What trains in fine-tuning. Patterns name modules as the family's files do (q_proj) or as we do (attn.c_attn)."""
+
+    method: str = _field("lora", "lora, dora, or full (every weight)")
+    rank: int = _field(8, "rank of an update")
+    alpha: float = _field(16.0, "an update is multiplied by alpha / rank")
+    rslora: bool = _field(False, "by alpha / sqrt(rank) instead")
+    dropout: float = _field(0.0, "on what an update reads")
+    targets: tuple = _field(("all-linear",), "modules that get one: all-linear, ends of names, or regular expressions")
+    layers: int = _field(0, "only the last n blocks; 0 = all")
+    ranks: tuple = _field((), "other ranks, as 'pattern=rank'; the last that matches counts")
+    alphas: tuple = _field((), "other alphas, as 'pattern=alpha'")
+    init: str = _field("default", "default (B = 0) or pissa (the largest singular values train)")
+    train: tuple = _field((), "modules trained whole beside them: names of embedding, head or norms")
+    bias: str = _field("none", "biases that train: none, adapted (those of the targets) or all")
+    b_lr: float = _field(1.0, "LoRA+: learning rate of B over that of A")
+    bits: int = _field(0, "quantise the frozen matrices: 4 or 8 bits; 0 = as the model has them")
+    group_size: int = _field(64, "inputs that share a scale")
+
+    def __post_init__(self) -> None:
+        _one_of("adapter", self, "method", "lora", "dora", "full")
+        _one_of("adapter", self, "init", "default", "pissa")
+        _one_of("adapter", self, "bias", "none", "adapted", "all")
+        for name in ("rank", "alpha", "b_lr"):
+            _check("adapter", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        _check("adapter", self.layers >= 0, "layers", self.layers, "0 or a positive number")
+        _check("adapter", 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        _check("adapter", self.bits in (0, 4, 8), "bits", self.bits, "0, 4 or 8")
+        _check("adapter", self.group_size in (32, 64, 128), "group_size", self.group_size, "32, 64 or 128")
+        _check("adapter", bool(self.targets) or bool(self.train), "targets", self.targets, "at least one")
+        fits = self.method != "full" or not self.bits
+        _check("adapter", fits, "bits", self.bits, "0 where adapter.method = full: what is quantised does not train")
+        for field, kind, words in (("ranks", int, "rank"), ("alphas", float, "alpha")):
+            for item in getattr(self, field):
+                pattern, equals, value = str(item).rpartition("=")
+                try:
+                    good = bool(pattern and equals) and kind(value) > 0
+                except ValueError:
+                    good = False
+                _check("adapter", good, field, item, f"pattern={words}, such as q_proj={16 if kind is int else 32.0}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies."""
+    """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies.
+
+    Pre-training reads ``data``; fine-tuning reads ``tune`` and ``adapter`` instead, which are None otherwise.
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    tune: TuneConfig | None = None
+    adapter: AdapterConfig | None = None
 
 
 SECTIONS: dict[str, type] = {
@@ -267,6 +361,8 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "tune": TuneConfig,
+    "adapter": AdapterConfig,
 }
 
 # What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
@@ -340,6 +436,8 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
     for section, values in sections.items():
         if section not in SECTIONS:
             raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        if values is None and section in ("tune", "adapter"):
+            continue  # of a recipe that pre-trains, as asdict gives it
         if not isinstance(values, dict):
             raise UserError(f"{where}: {section} = {values!r}: expected a section [{section}]")
         fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
@@ -402,7 +500,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return repr(list(value))
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -412,7 +510,10 @@ def _toml_value(value: Any) -> str:
 def to_toml(recipe: Recipe) -> str:
     """The recipe with every field written out, each with its meaning as a comment; ``build`` reads it back equal."""
     lines = []
+    unread = ("tune", "adapter") if recipe.tune is None else ("data",)
     for section, kind in SECTIONS.items():
+        if section in unread:
+            continue
         lines.append(f"[{section}]")
         for field in dataclasses.fields(kind):
             value = _toml_value(getattr(getattr(recipe, section), field.name))

@@ -28,7 +28,7 @@ from mlxgpt.common.errors import UserError
 
 @dataclass(frozen=True)
 class Param:
-    """One tensor. ``std`` > 0: drawn from N(0, std^2); else the constant ``fill``."""
+    """One tensor. ``std`` > 0: drawn from N(0, std^2); else the constant ``fill``. ``lr`` multiplies its rate."""
 
     shape: tuple[int, ...]
     std: float = 0.0
@@ -36,6 +36,7 @@ class Param:
     decay: bool = False
     adaptable: bool = False
     zero_grad_at_init: bool = False
+    lr: float = 1.0
 
 
 def table(config: ModelConfig) -> dict[str, Param]:

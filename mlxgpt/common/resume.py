@@ -53,8 +53,8 @@ def changes(before: Sections, after: Recipe) -> dict[str, tuple[Any, Any]]:
     """section.key -> (before, after) of every field that differs."""
     found = {}
     for section, values in dataclasses.asdict(after).items():
-        for key, value in values.items():
-            old = before.get(section, {}).get(key)
+        for key, value in (values or {}).items():
+            old = (before.get(section) or {}).get(key)
             if old != value:
                 found[f"{section}.{key}"] = (old, value)
     return found
