@@ -68,8 +68,11 @@ def convert(
     are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
     result against the source and keeps it only if they agree.
 
-        report = convert("gpt2", "gpt2-q4", to="mlx-lm", bits=4)
-        convert("gpt2-q4", "gpt2.gguf")
+        >>> report = convert("ckpt.pt", "small.gguf", dtype="bfloat16")
+        >>> report.format, sorted(report.sha256)
+        ('gguf', ['small.gguf'])
+        >>> convert("small.gguf", "again").source_format
+        'gguf'
 
     Raises:
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
@@ -125,8 +128,8 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
     """Refuses a destination that is there, or that would meet the source."""
-    there = dst.resolve()
-    for source in {opened.path.resolve(), Path(src).expanduser().resolve()}:
+    there = Path(os.path.realpath(dst))  # a link that leads to itself is one more place, where resolve() raises
+    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
@@ -248,11 +251,15 @@ class _Digests:
 
 @contextlib.contextmanager
 def _as_user_errors(dst: Path) -> Iterator[None]:
-    """What the system refuses, in one line."""
+    """What the system refuses, in one line: of the file that it names, if that is not the result's."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{dst}: cannot write: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else dst
+        if f".{dst.name}.partial" in named.parts or named == dst:
+            raise UserError(f"{dst}: cannot write: {reason}") from None
+        raise UserError(f"{named}: {reason}") from None
 
 
 def _weights(place: Path) -> list[Path]:
@@ -308,7 +315,7 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
     """Holds the result against the source before it gets its name."""
     from convert.verify import verify
 
-    report = verify(src, made)
+    report = verify(src, made, n_head=n_head)
     if not report.agrees:
         missing = [f"{item.what}: {item.reason}" for item in report.not_checked if item.requested]
         reasons = "; ".join([*map(str, report.findings[:3]), *missing[:3]])
