@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
     from mlxgpt import cli
     from mlxgpt.common import backend, start
 
-    start.backends.load = load_backend  # type: ignore[attr-defined]
+    backend.load = load_backend  # type: ignore[assignment]
     start.data.open_data = open_data  # type: ignore[assignment]
     backend.resolve = lambda name: "fake"
     return cli.main(["train", *argv])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, guards, metrics, samples, start, trainer
+from mlxgpt.common import backend, checkpoint, guards, metrics, samples, session, start, trainer
 from mlxgpt.common.batch import Batch
 
 Go = Callable[..., int]
@@ -25,7 +25,7 @@ Go = Callable[..., int]
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
-    monkeypatch.setattr(start.backends, "load", fake_run.load_backend)
+    monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
     monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
@@ -688,7 +688,7 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     run = Path("run")
     (run / "checkpoints").mkdir(parents=True)
     Path("recipe.toml").rename(run / "recipe.toml")
-    state = start._fresh(recipe, source.digest, engine.describe())
+    state = session.fresh(recipe, source.digest, engine.describe())
     with metrics_of(run) as lines, start.Progress("x", 5000, log_every=1000) as display:
         began = time.thread_time()
         job = trainer.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)

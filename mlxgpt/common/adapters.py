@@ -121,6 +121,11 @@ def trainable(recipe: Recipe) -> dict[str, Param]:
     return made
 
 
+def count(recipe: Recipe) -> int:
+    """The number of values that train."""
+    return sum(int(np.prod(param.shape)) for param in trainable(recipe).values())
+
+
 def whole(model: ModelConfig, adapter: AdapterConfig, found: Mapping[str, Target]) -> list[str]:
     """The names of params.table that train whole beside the adapted matrices ``found``."""
     table = params.table(model)

@@ -1,15 +1,13 @@
 """The verb ``train``: everything that can be wrong is found before a folder is made or a run touched."""
 
-import contextlib
 import dataclasses
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import backend as backends
 from mlxgpt.common import (
     checkpoint,
-    chips,
     data,
     families,
     folder,
@@ -19,7 +17,7 @@ from mlxgpt.common import (
     resume,
     run_folder,
     samples,
-    schedule,
+    session,
     trainer,
 )
 from mlxgpt.common.backend import Backend
@@ -62,8 +60,8 @@ def _begin(args: Namespace) -> int:
     written = apply_sets(read_toml(path), args.set)
     recipe = _recipe(written, args.steps, str(path))
     out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
-    _check_settings(recipe, args)
-    backend = _backend(args)
+    session.check_settings(recipe, args)
+    backend = session.open_backend(args)
     origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
     if args.moments and origin and not (origin / checkpoint.OPTIMIZER).is_file():
         raise UserError(f"--moments: {origin} has no {checkpoint.OPTIMIZER}")
@@ -82,7 +80,7 @@ def _begin(args: Namespace) -> int:
     )
     engine = backend.engine.Engine(recipe, weights, device=args.device)
 
-    state = _fresh(recipe, source.digest, engine.describe())
+    state = session.fresh(recipe, source.digest, engine.describe())
     if origin and args.moments:
         _take_moments(origin, recipe, engine, state)
     elif origin and (origin / checkpoint.OPTIMIZER).is_file():
@@ -90,7 +88,9 @@ def _begin(args: Namespace) -> int:
     run_folder.make(out)
     with run_folder.locked(out):
         run_folder.begin(out, recipe, engine.describe(), args.init_from, state.step)
-        return _run(args, backend, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
+        sample = _sampler(backend, engine, recipe, tokenizer)
+        more = {"sample": sample, "save_first": origin is not None}
+        return session.run(args, out, recipe, engine, source, tokenizer, state, **more)
 
 
 def _continue(args: Namespace) -> int:
@@ -113,8 +113,8 @@ def _continue(args: Namespace) -> int:
             return 0
         if args.stop_after and args.stop_after <= step:
             raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-        _check_settings(recipe, args)
-        backend = _backend(args)
+        session.check_settings(recipe, args)
+        backend = session.open_backend(args)
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
@@ -136,7 +136,7 @@ def _continue(args: Namespace) -> int:
             print(f"{run}: no checkpoint yet: starts from step 1")
             weights = params.init_params(recipe.model, recipe.train.seed)
             engine = backend.engine.Engine(recipe, weights, device=args.device)
-            state = _fresh(recipe, source.digest, engine.describe())
+            state = session.fresh(recipe, source.digest, engine.describe())
         checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
         checkpoint.sweep(run)
         # a run that took moments along has no lines of the steps before it
@@ -144,41 +144,8 @@ def _continue(args: Namespace) -> int:
             print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
         samples.cut(run, step)
         run_folder.note(run, recipe, engine.describe(), step)
-        return _run(args, backend, run, recipe, engine, source, tokenizer, state)
-
-
-def _run(
-    args: Namespace,
-    backend: Backend,
-    run: Path,
-    recipe: Recipe,
-    engine: Any,
-    source: data.TokenSource,
-    tokenizer: Tokenizer | None,
-    state: RunState,
-    save_first: bool = False,
-) -> int:
-    """The loop, with its files and its display around it."""
-    environment = engine.describe()
-    names = (environment[key] for key in ("framework", "version", "device"))
-    print(f"{run}: {params.count(recipe.model):,} parameters, {recipe.train.steps:,} steps; {' '.join(names)}")
-    for line in engine.unused_limits:
-        print(line)
-    flops = chips.training_flops(recipe.model)
-    display = Progress(
-        run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
-        chips.peak_flops(environment["device"]), engine.memory,
-    )  # fmt: skip
-    sinks = metrics.open_sinks(
-        run, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
-    )
-    with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
-        job = trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display)
-        job.stop_after = args.stop_after or 0
-        job.save_first = save_first
-        if recipe.sample.max_tokens:
-            job.sample = lambda: _sample(backend, engine, recipe, tokenizer)
-        return trainer.train(job)
+        sample = _sampler(backend, engine, recipe, tokenizer)
+        return session.run(args, run, recipe, engine, source, tokenizer, state, sample=sample)
 
 
 def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:
@@ -206,22 +173,6 @@ def _corpus(source: str) -> str:
             "--set data.source=FILE"
         )
     return str(fetched)
-
-
-def _check_settings(recipe: Recipe, args: Namespace) -> None:
-    """What can be judged without data and framework."""
-    steps = recipe.train.steps
-    if args.stop_after and args.stop_after > steps:
-        raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
-    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-    schedule.check(recipe.optim, steps)
-
-
-def _backend(args: Namespace) -> Backend:
-    """The framework's modules, its device chosen: what is not there is said before the data is prepared."""
-    backend = backends.load(args.backend)
-    backend.engine.devices.use(args.device)
-    return backend
 
 
 def _own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
@@ -317,19 +268,20 @@ def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
         raise UserError(f"{where}: {count} tokens; expected at most model.block_size = {recipe.model.block_size}")
 
 
-def _sample(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer | None) -> str:
-    """Text that the model being trained writes; token ids where there is no tokenizer."""
-    try:
-        if tokenizer is not None:
-            return backend.generate.sample_text(engine.model, tokenizer, recipe.sample)
-        return " ".join(map(str, backend.generate.generate(engine.model, None, [[0]], recipe.sample)[0].tokens))
-    except RunError as error:
-        return f"(none: {error})"
+def _sampler(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer | None) -> Callable[[], str] | None:
+    """What makes text that the model being trained writes; token ids where there is no tokenizer."""
+    if not recipe.sample.max_tokens:
+        return None
 
+    def sample() -> str:
+        try:
+            if tokenizer is not None:
+                return backend.generate.sample_text(engine.model, tokenizer, recipe.sample)
+            return " ".join(map(str, backend.generate.generate(engine.model, None, [[0]], recipe.sample)[0].tokens))
+        except RunError as error:
+            return f"(none: {error})"
 
-def _fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
-    """The state before step 1."""
-    return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+    return sample
 
 
 def _check_restart(run: Path) -> None:
