@@ -1,5 +1,6 @@
 """The loop's policies under a framework of plain numpy: guards, stopping, saving, what a resumed run may change."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from mlxgpt import cli
 from mlxgpt.common import backend, checkpoint, guards, metrics, samples, session, start, trainer
 from mlxgpt.common.batch import Batch
+from mlxgpt.common.progress import Progress
 
 Go = Callable[..., int]
 
@@ -689,7 +691,7 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     (run / "checkpoints").mkdir(parents=True)
     Path("recipe.toml").rename(run / "recipe.toml")
     state = session.fresh(recipe, source.digest, engine.describe())
-    with metrics_of(run) as lines, start.Progress("x", 5000, log_every=1000) as display:
+    with metrics_of(run) as lines, Progress("x", 5000, log_every=1000) as display:
         began = time.thread_time()
         job = trainer.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)
         assert trainer.train(job) == 0
@@ -699,4 +701,4 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
 
 def metrics_of(run: Path) -> Any:
     """A metrics writer that closes itself."""
-    return start.contextlib.closing(metrics.Metrics(run, []))
+    return contextlib.closing(metrics.Metrics(run, []))

@@ -1,6 +1,6 @@
 """Checkpoints of a run: complete and verified, or not there.
 
-    RUN/checkpoints/step-0000500/             a model folder: float32 weights, config.json, tokenizer files; or an adapter
+    RUN/checkpoints/step-0000500/             a model folder (float32 weights, tokenizer files) or an adapter
         training/optimizer.safetensors        m.NAME, v.NAME (float32, our names and layout), t (int64)
         training/state.json                   the RunState below; files: sha256 of every other file; sha256: of itself
     RUN/best  RUN/last                        relative links, or files of one line; hints only

@@ -1,4 +1,4 @@
-"""What the verbs train and finetune share: the checks before a run, and the loop with its files and display around it."""
+"""What the verbs train and finetune share: checks before a run, and the loop with its files and display around it."""
 
 import contextlib
 import dataclasses

@@ -26,7 +26,6 @@ from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_to
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.fetch import CORPORA
 from mlxgpt.common.prepare import cache_folder
-from mlxgpt.common.progress import Progress
 from mlxgpt.common.tokenizer import KINDS, Tokenizer, has_tokenizer, load_tokenizer
 
 
