@@ -255,7 +255,11 @@ class SampleConfig:
 class TuneConfig:
     """Fine-tuning: rows of data, how they become tokens, and what is asked of the model."""
 
-    source: str = _field("", "folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet")
+    model: str = _field("", "what is tuned: a run, a checkpoint, a model folder or a hub id")
+    adapter: str = _field("", "an adapter of that model, to be trained on")
+    source: str = _field(
+        "", "pydocs-qa, a folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet"
+    )
     task: str = _field("lm", "lm (answers) or classify (labels)")
     format: str = _field("auto", "of a row: auto (by its keys), text, completion, chat, alpaca or sharegpt")
     text_key: str = _field("text", "key of a text row, or of the text to classify")
@@ -275,7 +279,8 @@ class TuneConfig:
     neftune: float = _field(0.0, "alpha of NEFTune's uniform noise on embeddings; 0 = off")
     class_weights: str = _field("none", "classify: none, or balanced (inverse to a label's share)")
     metrics: tuple = _field((), "answers generated and scored at validation: exact, bleu, chrf, rouge_l")
-    metric_rows: int = _field(50, "validation rows that are answered for them")
+    metric_rows: int = _field(50, "rows that are answered for them; 0 = all")
+    test: bool = _field(True, "at the end, score the test split where the source has one")
     keep_best: str = _field(
         "loss", "what the best checkpoint is best by: loss, one of tune.metrics, accuracy, macro_f1"
     )
@@ -327,8 +332,12 @@ class AdapterConfig:
         _check("adapter", self.bits in (0, 4, 8), "bits", self.bits, "0, 4 or 8")
         _check("adapter", self.group_size in (32, 64, 128), "group_size", self.group_size, "32, 64 or 128")
         _check("adapter", bool(self.targets) or bool(self.train), "targets", self.targets, "at least one")
-        fits = self.method != "full" or not self.bits
-        _check("adapter", fits, "bits", self.bits, "0 where adapter.method = full: what is quantised does not train")
+        for field in dataclasses.fields(self) if self.method == "full" else ():
+            value, default = getattr(self, field.name), field.default
+            idle = value == default or field.name == "method"
+            _check("adapter", idle, field.name, value, f"{default!r} where adapter.method = full: every weight trains")
+        used = self.bits or self.group_size == type(self).group_size
+        _check("adapter", bool(used), "group_size", self.group_size, "64 where adapter.bits = 0")
         for field, kind, words in (("ranks", int, "rank"), ("alphas", float, "alpha")):
             for item in getattr(self, field):
                 pattern, equals, value = str(item).rpartition("=")

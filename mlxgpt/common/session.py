@@ -6,12 +6,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import adapters, chips, metrics, params, run_folder, schedule, trainer
+from mlxgpt.common import (
+    adapters,
+    checkpoint,
+    chips,
+    metrics,
+    params,
+    resume,
+    run_folder,
+    samples,
+    schedule,
+    trainer,
+)
 from mlxgpt.common import backend as backends
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.batch import Source
+from mlxgpt.common.batch import Source, State
 from mlxgpt.common.checkpoint import RunState
-from mlxgpt.common.config import Recipe
+from mlxgpt.common.config import Recipe, build
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.progress import Progress
 from mlxgpt.common.tokenizer import Tokenizer
@@ -36,6 +47,58 @@ def open_backend(args: Namespace) -> Backend:
 def fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
     """The state before step 1."""
     return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+
+
+def find(
+    args: Namespace, run: Path, recipe: Recipe, stored: dict[str, Any]
+) -> tuple[tuple[Path, RunState] | None, list[str]] | None:
+    """The newest checkpoint of a stopped run and what of the changed recipe rounds otherwise; None: it is finished.
+
+    Raises:
+        UserError: the recipe changes what may not change, or there is nothing to do up to --stop-after.
+    """
+    found = checkpoint.find_newest_valid(run)
+    before = dataclasses.asdict(build(found[1].recipe if found else stored, str(run / "recipe.toml")))
+    step = found[1].step if found else 0
+    rounding = resume.check_recipe(run, before, recipe, step, print)
+    if found and (why := trainer.finished(recipe, found[1])):
+        print(f"{run}: nothing to do: {why}; model: {checkpoint.resolve_model(run)}")
+        return None
+    if args.stop_after and args.stop_after <= step:
+        raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
+    check_settings(recipe, args)
+    return found, rounding
+
+
+def go_on(
+    run: Path, found: tuple[Path, RunState], snapshot: State, recipe: Recipe, engine: Any, rounding: list[str]
+) -> RunState:
+    """Gives the engine what a checkpoint holds; returns the state that the run goes on from."""
+    place, state = found
+    engine.load_state(snapshot)
+    environment = engine.describe()
+    resume.say_environment(state, environment, rounding, print)
+    print(f"{run}: goes on from step {state.step} ({place.name}, written by {state.framework})")
+    checkpoint.set_aside(run, state.step, print)
+    return dataclasses.replace(
+        state, recipe=dataclasses.asdict(recipe), framework=environment["framework"], environment=environment
+    )
+
+
+def clear(run: Path, recipe: Recipe, engine: Any, step: int) -> None:
+    """Makes a stopped run as it was after ``step``, and notes that a segment begins."""
+    checkpoint.check_space(run, space(recipe))
+    checkpoint.sweep(run)
+    # a run that took moments along has no lines of the steps before it
+    if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
+        print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
+    samples.cut(run, step)
+    run_folder.note(run, recipe, engine.describe(), step)
+
+
+def space(recipe: Recipe) -> int:
+    """Bytes that a checkpoint takes: what trains and two moments of it, and small files."""
+    return 12 * adapters.count(recipe) + 4 * 2**20
 
 
 def run(

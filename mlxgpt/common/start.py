@@ -11,14 +11,11 @@ from mlxgpt.common import (
     data,
     families,
     folder,
-    metrics,
     params,
     recipes,
     resume,
     run_folder,
-    samples,
     session,
-    trainer,
 )
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.checkpoint import RunState
@@ -72,8 +69,7 @@ def _begin(args: Namespace) -> int:
         _check_same_vocabulary(origin, recipe.model, tokenizer, source.vocab_size)
     recipe = _resolve(recipe, source, tokenizer)
     _check_sample(recipe, tokenizer)
-    space = 12 * params.count(recipe.model) + 4 * 2**20
-    checkpoint.check_space(run_folder.existing(out), space)
+    checkpoint.check_space(run_folder.existing(out), session.space(recipe))
     weights = (
         folder.read_params(origin, recipe.model) if origin else params.init_params(recipe.model, recipe.train.seed)
     )
@@ -98,57 +94,42 @@ def _continue(args: Namespace) -> int:
     resume.check_run(run)
     with run_folder.locked(run):
         stored = read_toml(run / "recipe.toml")
+        if "tune" in stored:
+            raise UserError(f"{run}: a run of mlxgpt finetune: mlxgpt finetune --resume {run} goes on with it")
         written = read_toml(recipes.find(args.recipe)) if args.recipe else stored
         recipe = _recipe(apply_sets(written, args.set), args.steps if args.steps else None, str(run / "recipe.toml"))
         if not recipe.model.vocab_size:
             vocab_size = stored.get("model", {}).get("vocab_size", 0)
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
-        found = checkpoint.find_newest_valid(run)
-        before = dataclasses.asdict(build(found[1].recipe if found else stored, str(run / "recipe.toml")))
-        step = found[1].step if found else 0
-        rounding = resume.check_recipe(run, before, recipe, step, print)
-        if found and (why := trainer.finished(recipe, found[1])):
-            print(f"{run}: nothing to do: {why}; model: {checkpoint.resolve_model(run)}")
+        going = session.find(args, run, recipe, stored)
+        if going is None:
             return 0
-        if args.stop_after and args.stop_after <= step:
-            raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-        session.check_settings(recipe, args)
+        found, rounding = going
         backend = session.open_backend(args)
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
         if found:
-            place, state = found
-            resume.check_data(run, state.data, source.digest)
-            snapshot = checkpoint.read(place, recipe.model)
+            resume.check_data(run, found[1].data, source.digest)
+            snapshot = checkpoint.read(found[0], recipe.model)
             engine = backend.engine.Engine(recipe, snapshot["params"], device=args.device)
-            engine.load_state(snapshot)
-            environment = engine.describe()
-            resume.say_environment(state, environment, rounding, print)
-            print(f"{run}: goes on from step {step} ({place.name}, written by {state.framework})")
-            state = dataclasses.replace(
-                state, recipe=dataclasses.asdict(recipe), framework=environment["framework"], environment=environment
-            )
-            checkpoint.set_aside(run, step, print)
+            state = session.go_on(run, found, snapshot, recipe, engine, rounding)
         else:
             _check_restart(run)
             print(f"{run}: no checkpoint yet: starts from step 1")
             weights = params.init_params(recipe.model, recipe.train.seed)
             engine = backend.engine.Engine(recipe, weights, device=args.device)
             state = session.fresh(recipe, source.digest, engine.describe())
-        checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
-        checkpoint.sweep(run)
-        # a run that took moments along has no lines of the steps before it
-        if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
-            print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
-        samples.cut(run, step)
-        run_folder.note(run, recipe, engine.describe(), step)
+        session.clear(run, recipe, engine, state.step)
         sample = _sampler(backend, engine, recipe, tokenizer)
         return session.run(args, run, recipe, engine, source, tokenizer, state, sample=sample)
 
 
 def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:
     """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move."""
+    for section in ("tune", "adapter"):
+        if section in sections:
+            raise UserError(f"{where}: [{section}]: of mlxgpt finetune, which takes it with --config; expected [data]")
     if steps:
         sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
     recipe = build(sections, where)
