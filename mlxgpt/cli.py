@@ -174,6 +174,25 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
+def _finetune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", metavar="DIR", help="what to tune: a run, a checkpoint, a model folder or a hub id")
+    add("-d", "--data", metavar="PATH", help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")
+    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/MODEL-METHOD")
+    add("--method", choices=["lora", "dora", "full"], help="what trains: an update of low rank, or all; default: lora")
+    add("--config", metavar="FILE", help="settings: .toml, or a .yaml of mlx_lm.lora as it is")
+    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its schedule")
+    add("--epochs", type=float, metavar="X", help="the same in passes over the rows; default: 3")
+    add("--adapter", metavar="DIR", help="train on this adapter: of a run, PEFT or mlx-lm")
+    add("--train-on-prompt", action="store_true", help="loss on every token, not only on the assistant's")
+    add("--task", choices=["lm", "classify"], help="answers, or labels; default: lm")
+    add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
+    add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
+    add("--force", action="store_true", help="with --adapter: though it was trained on a model of other weights")
+    _add_backend(parser)
+
+
 def _generate(parser: argparse.ArgumentParser) -> None:
     import dataclasses
 
@@ -335,6 +354,12 @@ VERBS = {
         "train pydocs --out runs/first",
         "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
         "train --resume runs/first --backend torch",
+    )),
+    "finetune": Verb("tune a model on rows of data: LoRA, DoRA or all", "mlxgpt.common.tune_start:finetune", _finetune, (
+        "finetune --model runs/first --data pydocs-qa --out runs/qa",
+        "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
+        "finetune --config lora_config.yaml",
+        "finetune --resume runs/qa --backend torch",
     )),
     "generate": Verb("continue a prompt", "mlxgpt.common.generating:generate_command", _generate, (
         "generate -m runs/first -p 'The list is'",

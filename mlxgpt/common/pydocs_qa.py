@@ -27,7 +27,7 @@ def rows() -> Iterator[dict[str, str]]:
         if private or name.startswith("topic ") or len(answer) > LONGEST or len(_WORDS.findall(answer)) < 3:
             continue
         name = re.sub(r"^posixpath\.", "os.path.", name)  # as it is imported
-        question = f"What does {name} do?" if header.endswith(")") else f"What is {name}?"
+        question = f"What does {name} do?\n" if header.endswith(")") else f"What is {name}?\n"
         yield {"prompt": question, "completion": answer}
 
 

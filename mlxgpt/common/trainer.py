@@ -42,7 +42,7 @@ class Job:
     verb: str = "train"  # what resumes it
     score: Callable[[dict[str, float]], dict[str, float]] | None = None  # of a validation's sums, more to judge by
     write_adapter: checkpoint.WriteAdapter | None = None  # what a checkpoint holds in place of a model folder
-    finish: Callable[[], None] | None = None  # at the end of the whole run
+    finish: Callable[["Job"], None] | None = None  # at the end of the whole run
 
 
 def train(job: Job) -> int:
@@ -107,7 +107,7 @@ def train(job: Job) -> int:
         if done and job.sample and not signals.received:
             _sample(job)
         if done and job.finish and not signals.received:
-            job.finish()
+            job.finish(job)
     if done:
         progress.say(_verdict(job, time.perf_counter() - began))
     else:

@@ -1,6 +1,7 @@
 """The settings of a fine-tuning: recipes/finetune.toml, over it --config (TOML, or an mlx-lm YAML), flags and --set."""
 
 import dataclasses
+import datetime
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from mlxgpt.common import pydocs_qa, recipes, schedule
 from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_toml
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft import SftSource
 
 FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # of method full, where nothing else is said (Taori 2023, Alpaca)
 Sections = dict[str, dict[str, Any]]
@@ -101,16 +103,17 @@ def recipe(sections: Sections, where: str) -> Recipe:
         if not getattr(made.tune, key):
             raise UserError(f"tune.{key}: expected {flag}")
     source = str(pydocs_qa.file()) if made.tune.source == pydocs_qa.NAME else made.tune.source
+    date = made.tune.date or datetime.date.today().isoformat()
     paths = {"source": source, "model": made.tune.model, "adapter": made.tune.adapter, "template": made.tune.template}
     absolute = {
         key: str(Path(value).expanduser().resolve())
         for key, value in paths.items()
         if value and Path(value).expanduser().exists()
     }
-    return dataclasses.replace(made, tune=dataclasses.replace(made.tune, **{"source": source, **absolute}))
+    return dataclasses.replace(made, tune=dataclasses.replace(made.tune, **{"source": source, "date": date, **absolute}))
 
 
-def with_length(recipe: Recipe, chosen: Chosen, steps_per_epoch: float) -> Recipe:
+def with_length(recipe: Recipe, chosen: Chosen, source: SftSource) -> Recipe:
     """The recipe with its number of steps, from the epochs where none was given, and a warm-up that fits.
 
     Raises:
@@ -119,13 +122,11 @@ def with_length(recipe: Recipe, chosen: Chosen, steps_per_epoch: float) -> Recip
     assert recipe.tune
     steps = recipe.train.steps
     if "steps" not in chosen.written.get("train", {}):
-        steps = max(1, round(recipe.tune.epochs * steps_per_epoch))
-        print(f"{steps:,} steps: {recipe.tune.epochs:g} epochs of {steps_per_epoch:,.4g}")
+        steps = source.steps(recipe.tune.epochs)
+        print(f"{steps:,} steps: {recipe.tune.epochs:g} epochs of {source.steps_per_epoch:,}")
     optim = recipe.optim
     if "warmup" not in chosen.written.get("optim", {}):
         optim = dataclasses.replace(optim, warmup=min(optim.warmup, steps // 10))
-    if steps == 1:
-        optim = dataclasses.replace(optim, warmup=0) if optim.warmup == 1 else optim
     schedule.check(optim, steps)
     return dataclasses.replace(recipe, optim=optim, train=dataclasses.replace(recipe.train, steps=steps))
 

@@ -52,7 +52,7 @@ def _begin(args: Namespace) -> int:
     chosen = tune_config.gather(args)
     recipe = tune_config.recipe(chosen.sections, chosen.where)
     assert recipe.tune and recipe.adapter
-    out = run_folder.unused(Path(chosen.out) if chosen.out else None, recipes_name(recipe))
+    out = run_folder.unused(Path(chosen.out) if chosen.out else None, _name(recipe))
     tune_metrics.check(recipe.tune.metrics)
     base, given = _locate(recipe)
     config = folder.read_config(base)
@@ -61,8 +61,8 @@ def _begin(args: Namespace) -> int:
     for note in chosen.notes:
         print(f"{chosen.where}: {note}")
     backend = session.open_backend(args)
-    source = sft.open_source(recipe.tune, recipe.train, load_tokenizer(base), config, print)
-    recipe = tune_config.with_length(recipe, chosen, source.steps_per_epoch)
+    source = sft.open(recipe.tune, recipe.train, load_tokenizer(base), config, print)
+    recipe = tune_answers.check(tune_config.with_length(recipe, chosen, source), source)
     session.check_settings(recipe, args)
     recipe = _with_tokens(recipe, source.tokenizer)
     base_weights = _base_weights(base, recipe)
@@ -103,7 +103,7 @@ def _continue(args: Namespace) -> int:
         base = found[0] if whole else _locate(recipe)[0]
         config = recipe.model if whole else folder.read_config(base)
         tokenizer = load_tokenizer(found[0] if whole else base)
-        source = sft.open_source(recipe.tune, recipe.train, tokenizer, config, print)
+        source = sft.open(recipe.tune, recipe.train, tokenizer, config, print)
         resume.check_data(run, found[1].data, _digests(recipe, source.digest, base))
         weights = _base_weights(base, recipe)
         adapter = None if whole else adapter_folder.read(found[0], base, recipe.model)
@@ -134,16 +134,16 @@ def _run(
         frozen = {name: array for name, array in own.items() if name.rpartition(".")[2].startswith("start_")}
         more["write_adapter"] = functools.partial(_write, recipe=recipe, base=base, frozen=frozen, source=source)
     answers = tune_answers.Answers(backend, engine, recipe, source)
-    more |= {"verb": "finetune", "sample": answers.sample, "score": answers.score}
-    if recipe.tune.test and source.count("test"):
-        more["finish"] = lambda job: answers.test(job)
+    more |= {"verb": "finetune", "sample": answers.sample if recipe.sample.max_tokens else None, "score": answers.score}
+    if recipe.tune.test and source.rows("test"):
+        more["finish"] = answers.test
     return session.run(args, run, recipe, engine, source, source.tokenizer, state, **more)
 
 
 def _write(place: Path, trained: Weights, recipe: Recipe, base: Path, frozen: Weights, source: Any) -> None:
     """A checkpoint's adapter folder; the tokenizer is written where training added to it."""
     assert recipe.tune
-    tokenizer = source.tokenizer if source.extended else None
+    tokenizer = source.tokenizer if source.added else None
     adapter_folder.write(place, recipe, base, {**trained, **frozen}, tokenizer, recipe.tune.model)
 
 
