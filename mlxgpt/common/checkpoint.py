@@ -306,7 +306,7 @@ def is_model(place: Path) -> bool:
 def resolve_model(path: str | Path) -> Path:
     """The folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
 
-    It holds a model or, of a run that trained one, an adapter. A hub id is looked up in the local cache of huggingface_hub first.
+    It holds a model or an adapter. A hub id is looked up in the local cache of huggingface_hub first.
 
     Raises:
         UserError: there is no such model.

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mlxgpt.common import adapter_folder, checkpoint
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import read_json
 
 Given = str | Path | Sequence[tuple[str | Path, float]] | None
 """An adapter, or several with their weights."""
@@ -22,35 +21,9 @@ def find(model: str | Path, given: Given = None) -> tuple[Path, list[tuple[Path,
     place = checkpoint.resolve_model(model)
     listed = [(given, 1.0)] if isinstance(given, str | Path) else list(given or ())
     found = [(_adapter(path), weight) for path, weight in listed]
-    if is_adapter(place):
-        return base_of(place), [(place, 1.0), *found]
+    if adapter_folder.is_adapter(place):
+        return adapter_folder.base_of(place), [(place, 1.0), *found]
     return place, found
-
-
-def is_adapter(place: Path) -> bool:
-    """Whether a folder holds an adapter, and no model."""
-    return (place / adapter_folder.CONFIG).is_file() and not (place / "config.json").is_file()
-
-
-def base_of(adapter: Path) -> Path:
-    """The folder of the model that an adapter says it was trained on.
-
-    Raises:
-        UserError: it says none, or that one is not there.
-    """
-    values = read_json(adapter / adapter_folder.CONFIG)
-    name = values.get("base_model_name_or_path") or values.get("model")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{adapter}: an adapter that names no base: expected --model BASE --adapter {adapter}")
-    try:
-        place = checkpoint.resolve_model(name)
-    except UserError as error:
-        raise UserError(
-            f"{adapter}: its base is gone: {error}; --model BASE --adapter {adapter} names another"
-        ) from None
-    if is_adapter(place):
-        raise UserError(f"{adapter}: its base {name} is an adapter: expected a model (mlxgpt fuse makes one)")
-    return place
 
 
 def _adapter(path: str | Path) -> Path:
