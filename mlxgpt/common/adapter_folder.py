@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common import adapters, families, folder, mlx_lm_adapter, params, peft_adapter
+from mlxgpt.common import adapters, checkpoint, families, folder, mlx_lm_adapter, params, peft_adapter
 from mlxgpt.common.adapters import Target
 from mlxgpt.common.config import SECTIONS, AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError
@@ -319,6 +319,32 @@ def _check_base(path: Path, base: Path, adapter: Adapter, config: ModelConfig, f
         copy = adapter.params.pop(name)
         if not np.array_equal(copy, weights[name.removesuffix(".base") + ".weight"]):
             raise UserError(f"{path}: carries a copy of {name.removesuffix('.base')} that is not the one of {base}")
+
+
+def is_adapter(place: Path) -> bool:
+    """Whether a folder holds an adapter, and no model."""
+    return (place / CONFIG).is_file() and not (place / "config.json").is_file()
+
+
+def base_of(adapter: Path) -> Path:
+    """The folder of the model that an adapter says it was trained on.
+
+    Raises:
+        UserError: it says none, or that one is not there.
+    """
+    values = read_json(adapter / CONFIG)
+    name = values.get("base_model_name_or_path") or values.get("model")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter}: an adapter that names no base: expected --model BASE --adapter {adapter}")
+    try:
+        place = checkpoint.resolve_model(name)
+    except UserError as error:
+        raise UserError(
+            f"{adapter}: its base is gone: {error}; --model BASE --adapter {adapter} names another"
+        ) from None
+    if is_adapter(place):
+        raise UserError(f"{adapter}: its base {name} is an adapter: expected a model (mlxgpt fuse makes one)")
+    return place
 
 
 def base_sha256(base: Path | str) -> str:

@@ -271,7 +271,7 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
     if values.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type {values.get('peft_type')!r} is not supported: expected 'LORA'")
     init = values.get("init_lora_weights", True)
-    if not (init in _INITS or isinstance(init, str) and init.startswith("lora_init")):
+    if not (init in _INITS or (isinstance(init, str) and init.startswith("lora_init"))):
         raise UserError(
             f"{where}: init_lora_weights {init!r} changes the base model: save it with PEFT's "
             "path_initial_model_for_weight_conversion first"
@@ -296,7 +296,7 @@ def _strings(values: Mapping[str, Any], key: str, where: str) -> list[str] | str
     found = values.get(key)
     if found is None:
         return []
-    if isinstance(found, str) or isinstance(found, list) and all(isinstance(item, str) for item in found):
+    if isinstance(found, str) or (isinstance(found, list) and all(isinstance(item, str) for item in found)):
         return found
     raise UserError(f"{where}: {key}: expected names, or one regular expression")
 
