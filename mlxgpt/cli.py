@@ -355,7 +355,7 @@ VERBS = {
         "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
         "train --resume runs/first --backend torch",
     )),
-    "finetune": Verb("tune a model on rows of data: LoRA, DoRA or all", "mlxgpt.common.tune_start:finetune", _finetune, (
+    "finetune": Verb("tune a model on rows: LoRA, DoRA or all", "mlxgpt.common.tune_start:finetune", _finetune, (
         "finetune --model runs/first --data pydocs-qa --out runs/qa",
         "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
         "finetune --config lora_config.yaml",

@@ -110,7 +110,9 @@ def recipe(sections: Sections, where: str) -> Recipe:
         for key, value in paths.items()
         if value and Path(value).expanduser().exists()
     }
-    return dataclasses.replace(made, tune=dataclasses.replace(made.tune, **{"source": source, "date": date, **absolute}))
+    return dataclasses.replace(
+        made, tune=dataclasses.replace(made.tune, **{"source": source, "date": date, **absolute})
+    )
 
 
 def with_length(recipe: Recipe, chosen: Chosen, source: SftSource) -> Recipe:
@@ -146,7 +148,9 @@ def with_layers(recipe: Recipe, chosen: Chosen, model: ModelConfig) -> Recipe:
     if layers in (-1, 0, model.n_layer):
         return recipe
     if recipe.adapter.method == "full":
-        raise UserError(f"{chosen.where}: num_layers = {layers} with fine_tune_type full: expected -1: all layers train")
+        raise UserError(
+            f"{chosen.where}: num_layers = {layers} with fine_tune_type full: expected -1: all layers train"
+        )
     return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, layers=layers))
 
 

@@ -1,4 +1,4 @@
-"""The verb ``finetune``: like ``train``, but what trains is an adapter or a model that exists, and the data are rows."""
+"""The verb ``finetune``: like ``train``, but an adapter trains or a model that exists, and the data are rows."""
 
 import dataclasses
 import functools
@@ -26,9 +26,10 @@ from mlxgpt.common import (
     tune_metrics,
 )
 from mlxgpt.common.adapter_folder import Adapter
-from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, read_toml
+from mlxgpt.common.config import Recipe, apply_sets, read_toml
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizer import Tokenizer, load_tokenizer
+from mlxgpt.common.sft import SftSource
+from mlxgpt.common.tokenizer import load_tokenizer
 
 Weights = dict[str, Any]
 """Canonical name -> float32 array, or affine.Quantised of a matrix that is frozen."""
@@ -61,10 +62,14 @@ def _begin(args: Namespace) -> int:
     for note in chosen.notes:
         print(f"{chosen.where}: {note}")
     backend = session.open_backend(args)
+    assert recipe.tune
     source = sft.open(recipe.tune, recipe.train, load_tokenizer(base), config, print)
     recipe = tune_answers.check(tune_config.with_length(recipe, chosen, source), source)
     session.check_settings(recipe, args)
-    recipe = _with_tokens(recipe, source.tokenizer)
+    recipe = _with_tokens(recipe, source)
+    if recipe.adapter and recipe.adapter.method != "full":
+        for line in adapter_folder.limits(recipe):
+            print(line)
     base_weights = _base_weights(base, recipe)
     own = _own(recipe, base_weights, adapter)
     checkpoint.check_space(run_folder.existing(out), session.space(recipe))
@@ -122,7 +127,7 @@ def _run(
     run: Path,
     recipe: Recipe,
     engine: Any,
-    source: Any,
+    source: SftSource,
     state: checkpoint.RunState,
     base: Path,
     own: Weights,
@@ -140,14 +145,14 @@ def _run(
     return session.run(args, run, recipe, engine, source, source.tokenizer, state, **more)
 
 
-def _write(place: Path, trained: Weights, recipe: Recipe, base: Path, frozen: Weights, source: Any) -> None:
+def _write(place: Path, trained: Weights, recipe: Recipe, base: Path, frozen: Weights, source: SftSource) -> None:
     """A checkpoint's adapter folder; the tokenizer is written where training added to it."""
     assert recipe.tune
     tokenizer = source.tokenizer if source.added else None
     adapter_folder.write(place, recipe, base, {**trained, **frozen}, tokenizer, recipe.tune.model)
 
 
-def recipes_name(recipe: Recipe) -> str:
+def _name(recipe: Recipe) -> str:
     """What a run is called where --out does not say it: the model and the method."""
     assert recipe.tune and recipe.adapter
     return f"{Path(recipe.tune.model).name}-{recipe.adapter.method}"
@@ -199,21 +204,21 @@ def _take_adapter(
     return dataclasses.replace(recipe, adapter=settings, tune=tune), found
 
 
-def _with_tokens(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """The recipe for a tokenizer with more tokens than the model has rows: embedding and head grow, and train whole."""
+def _with_tokens(recipe: Recipe, source: SftSource) -> Recipe:
+    """The recipe for a tokenizer that was given more tokens: embedding and head grow, and train whole."""
     assert recipe.adapter
-    if tokenizer.n_vocab <= recipe.model.vocab_size:
+    if not source.added:
         return recipe
-    old, model = recipe.model.vocab_size, dataclasses.replace(recipe.model, vocab_size=tokenizer.n_vocab)
-    families.config_to_hf(model)
-    print(f"embedding: {old:,} rows become {model.vocab_size:,}; the new ones start as the mean of the others")
-    adapter = recipe.adapter
+    old, model, adapter = recipe.model.vocab_size, recipe.model, recipe.adapter
+    if source.tokenizer.n_vocab > old:
+        model = dataclasses.replace(model, vocab_size=source.tokenizer.n_vocab)
+        families.config_to_hf(model)
+        print(f"embedding: {old:,} rows become {model.vocab_size:,}; the new ones start as the mean of the others")
     if adapter.method != "full":
         names = ("wte",) if model.tied else ("wte", "lm_head")
         adapter = dataclasses.replace(adapter, train=tuple(dict.fromkeys([*adapter.train, *names])))
         print(f"{' and '.join(names)} train whole, for the new tokens")
-    recipe = dataclasses.replace(recipe, model=model, adapter=adapter)
-    return recipe
+    return dataclasses.replace(recipe, model=model, adapter=adapter)
 
 
 def _base_weights(base: Path, recipe: Recipe) -> Weights:
