@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.report import Row, table
 
-SUITE = ("startup", "tokenizing", "train_step", "head", "decode")
-PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
+SUITE = ("startup", "tokenizing", "train_step", "head", "decode", "lora")
+PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
