@@ -378,9 +378,9 @@ def open(
 
 
 def _bin(asked: int, most: int, examples: list[Example]) -> int:
-    """Tokens of a bin: what is asked for, else the longest row or four average ones; no more than all rows fill."""
+    """Tokens of a bin: what is asked for, else the longest row or six average ones; no more than all rows fill."""
     lengths = [len(example) for example in examples]
-    wanted = asked or max(max(lengths), 4 * sum(lengths) // len(lengths))
+    wanted = asked or max(max(lengths), 6 * sum(lengths) // len(lengths))
     return min(most, -(-min(wanted, sum(lengths)) // 32) * 32)
 
 
@@ -428,15 +428,17 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     train = counts["train"]
     share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
     yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
+    longer = f"rows are longer than {source.encoder.size} tokens"
     for name, count in counts.items():
         if count.truncated:
-            yield f"{name}: {count.truncated:,} rows are longer than {source.encoder.size} tokens: their prompts lose the left"
+            yield f"{name}: {count.truncated:,} {longer}: what is asked loses its beginning"
         if count.cut:
-            yield f"{name}: {count.cut:,} rows are longer than {source.encoder.size} tokens in the answer alone: they lose its end"
+            yield f"{name}: {count.cut:,} {longer} in the answer alone: they lose their end"
         if count.dropped:
-            yield f"{name}: {count.dropped:,} rows are longer than {source.encoder.size} tokens: dropped"
+            yield f"{name}: {count.dropped:,} {longer}: dropped"
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
     form = f"packed into rows of {source.size}" if source.packing else "padded by length"
-    yield f"batches: {form}: {source.real_share:.1%} of the positions are tokens; {source.steps_per_epoch} steps an epoch"
+    share = f"{source.real_share:.1%} of the positions are tokens"
+    yield f"batches: {form}: {share}; {source.steps_per_epoch} steps an epoch"
