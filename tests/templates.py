@@ -188,7 +188,10 @@ TEXT = (
     "The device that measures atmospheric pressure is a barometer. What is it? <think> assistant user system model\n"
     "You are a helpful assistant.\n\nHe goes to the park every day.  It's 45 km, or 45,000 m.\n\n\n\nIt\n\n"
 ) * 3
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def tokenizer_folder(folder: Path, template: str | list | None, special: list[str], split: str = LLAMA3_SPLIT) -> Path:

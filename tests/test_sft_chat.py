@@ -256,7 +256,7 @@ def test_a_wrong_mask_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     space: dict[str, Any] = {"__name__": "mutant"}
     exec(compile(source.replace(old, new), sft_chat.__file__, "exec"), space)
     monkeypatch.setattr(Template, "_masked", space["Template"]._masked)
-    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):  # noqa: PT012
+    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
         test_every_answer_and_its_end_token_are_trained_and_nothing_else("smollm2", tmp_path / "a")
         test_qwen3_rewrites_history_and_is_refused_unless_unrolled(tmp_path / "b")
         test_tokens_before_an_answer_are_those_of_the_prompt_alone("", tmp_path / "c")

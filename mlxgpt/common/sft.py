@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxgpt.common import rng, sft_chat, sft_pack, sft_rows
+from mlxgpt.common import rng, sft_chat, sft_duplicates, sft_pack, sft_rows
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
@@ -225,6 +225,7 @@ class SftSource:
     counts: dict[str, Counts]
     digest: dict[str, str]
     added: tuple[str, ...] = ()
+    duplicates: list[sft_duplicates.Pair] = field(default_factory=list)
     _plans: dict[int, list[sft_pack.Plan]] = field(default_factory=dict)
     _steps: list[int] = field(default_factory=list)
 
@@ -298,6 +299,7 @@ class SftSource:
             "steps_per_epoch": self.steps_per_epoch,
             "template": self.template.name if self.template else None,
             "added_tokens": list(self.added),
+            "near_duplicates": [pair.as_dict() for pair in self.duplicates],
             "labels": list(self.labels),
         }
 
@@ -368,7 +370,8 @@ def open(
     if tune.packing:
         size = _bin(size if tune.block_size else 0, size, examples["train"])
     digest = rows.digest | {"tokenizer": tokenizer.digest}
-    source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added)
+    duplicates = sft_duplicates.find(rows.splits["train"], rows.splits["valid"])
+    source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
     source.digest["rows"] = sft_pack.digest(examples["train"])
     source.digest["valid rows"] = sft_pack.digest(examples["valid"])
     source.digest["order"] = sft_pack.digest([], size, source._plan(0))
@@ -436,6 +439,10 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
             yield f"{name}: {count.cut:,} {longer} in the answer alone: they lose their end"
         if count.dropped:
             yield f"{name}: {count.dropped:,} {longer}: dropped"
+    if source.duplicates:
+        first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
+        known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation rows have a training row like them"
+        yield f"near-duplicates: {known}: {first}"
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
