@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxgpt.common import rng, sft_chat, sft_pack, sft_rows
+from mlxgpt.common import rng, sft_chat, sft_duplicates, sft_pack, sft_rows
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
@@ -225,6 +225,7 @@ class SftSource:
     counts: dict[str, Counts]
     digest: dict[str, str]
     added: tuple[str, ...] = ()
+    duplicates: list[sft_duplicates.Pair] = field(default_factory=list)
     _plans: dict[int, list[sft_pack.Plan]] = field(default_factory=dict)
     _steps: list[int] = field(default_factory=list)
 
@@ -298,6 +299,7 @@ class SftSource:
             "steps_per_epoch": self.steps_per_epoch,
             "template": self.template.name if self.template else None,
             "added_tokens": list(self.added),
+            "near_duplicates": [pair.as_dict() for pair in self.duplicates],
             "labels": list(self.labels),
         }
 
@@ -368,7 +370,8 @@ def open(
     if tune.packing:
         size = _bin(size if tune.block_size else 0, size, examples["train"])
     digest = rows.digest | {"tokenizer": tokenizer.digest}
-    source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added)
+    duplicates = sft_duplicates.find(rows.splits["train"], rows.splits["valid"])
+    source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
     source.digest["rows"] = sft_pack.digest(examples["train"])
     source.digest["valid rows"] = sft_pack.digest(examples["valid"])
     source.digest["order"] = sft_pack.digest([], size, source._plan(0))
@@ -378,9 +381,9 @@ def open(
 
 
 def _bin(asked: int, most: int, examples: list[Example]) -> int:
-    """Tokens of a bin: what is asked for, else the longest row or four average ones; no more than all rows fill."""
+    """Tokens of a bin: what is asked for, else the longest row or six average ones; no more than all rows fill."""
     lengths = [len(example) for example in examples]
-    wanted = asked or max(max(lengths), 4 * sum(lengths) // len(lengths))
+    wanted = asked or max(max(lengths), 6 * sum(lengths) // len(lengths))
     return min(most, -(-min(wanted, sum(lengths)) // 32) * 32)
 
 
@@ -428,15 +431,21 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     train = counts["train"]
     share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
     yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
+    longer = f"rows are longer than {source.encoder.size} tokens"
     for name, count in counts.items():
         if count.truncated:
-            yield f"{name}: {count.truncated:,} rows are longer than {source.encoder.size} tokens: their prompts lose the left"
+            yield f"{name}: {count.truncated:,} {longer}: what is asked loses its beginning"
         if count.cut:
-            yield f"{name}: {count.cut:,} rows are longer than {source.encoder.size} tokens in the answer alone: they lose its end"
+            yield f"{name}: {count.cut:,} {longer} in the answer alone: they lose their end"
         if count.dropped:
-            yield f"{name}: {count.dropped:,} rows are longer than {source.encoder.size} tokens: dropped"
+            yield f"{name}: {count.dropped:,} {longer}: dropped"
+    if source.duplicates:
+        first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
+        known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation rows have a training row like them"
+        yield f"near-duplicates: {known}: {first}"
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
     form = f"packed into rows of {source.size}" if source.packing else "padded by length"
-    yield f"batches: {form}: {source.real_share:.1%} of the positions are tokens; {source.steps_per_epoch} steps an epoch"
+    share = f"{source.real_share:.1%} of the positions are tokens"
+    yield f"batches: {form}: {share}; {source.steps_per_epoch} steps an epoch"

@@ -31,6 +31,7 @@ CHATML = (
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # never characters: around what {% generation %} encloses
 _SAID = "2f6b51c8"  # an answer that no template changes
+_UNROLL = "tune.unroll = true makes a row of each answer with what precedes it"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 Messages = Sequence[dict[str, Any]]
@@ -155,7 +156,9 @@ class Template:
     def encode_turns(
         self, conversations: Sequence[tuple[str, Messages, Messages]], last_only: bool = False
     ) -> list[Encoded]:
-        """Tokens and assistant masks of (where, messages, tools); ``last_only``: the last turn alone is the assistant's.
+        """Tokens and assistant masks of (where, messages, tools); ``last_only``: only the last turn is the assistant's.
+
+        Where template and answer would share a token, the tokens are cut there, as generation cuts them.
 
         Raises:
             UserError: names the row whose turns cannot be found exactly.
@@ -164,72 +167,85 @@ class Template:
         encoded = self.tokenizer.encode_batch([text for plan in plans for text in plan])
         made, place = [], 0
         for (where, _, _), plan in zip(conversations, plans, strict=True):
-            made.append(self._masked(where, encoded[place : place + len(plan)]))
+            cuts: list[int] = []
+            ids = encoded[place : place + len(plan)]
             place += len(plan)
+            while isinstance(found := self._masked(where, plan, ids), int):
+                if found in cuts:
+                    raise UserError(f"{where}: {self.name}: no token begins where an answer does: expected one")
+                cuts.append(found)
+                ids = [self._encode_cut(text, cuts) for text in plan]
+            if cuts and self.tokenizer.decode(found.ids.tolist()) != self.tokenizer.decode(encoded[place - len(plan)]):
+                raise UserError(
+                    f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
+                    "cannot cut there: expected no white space at the answer's beginning"
+                )
+            made.append(found)
         return made
+
+    def _encode_cut(self, text: str, cuts: list[int]) -> np.ndarray:
+        """The ids of ``text`` in pieces that end at the characters ``cuts``."""
+        ends = sorted({cut for cut in cuts if cut < len(text)} | {len(text)})
+        return np.concatenate(
+            self.tokenizer.encode_batch([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
+        )
 
     def _plan(self, where: str, messages: Messages, tools: Messages, last_only: bool) -> list[str]:
         """The texts to encode: the whole, then for each turn what is before it, and all up to and with it."""
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-            if last_only:
-                turns = turns[-1:]
             if self.marked:
-                return self._marked_plan(self.render(messages, tools, marks=True))
-            texts = [self.render(messages, tools)]
-            for k in turns:
-                texts += [self.render(messages[:k], tools, generation=True), self.render(messages[: k + 1], tools)]
-            return texts
+                texts = self._marked_plan(self.render(messages, tools, marks=True))
+            else:
+                texts = [self.render(messages, tools)]
+                for k in turns:
+                    texts += [self.render(messages[:k], tools, generation=True), self.render(messages[: k + 1], tools)]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if len(texts) < 3:
+            raise UserError(f"{where}: {self.name} encloses nothing in {{% generation %}}: expected an answer")
+        if last_only:
+            texts = [texts[0], *texts[-2:]]
+        for before in texts[1::2]:
+            if not texts[0].startswith(before):
+                raise UserError(
+                    f"{where}: {self.name} writes what is before an answer otherwise once more follows, so the "
+                    f"assistant's tokens cannot be told: {_UNROLL}"
+                )
+        return texts
 
     def _marked_plan(self, marked: str) -> list[str]:
         """The same from marks, less the header that some templates enclose as well."""
-        parts = marked.replace(_END, _BEGIN).split(_BEGIN)
         text, texts = "", []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
             if number % 2:
-                skip = len(self._header) if self._header and part.startswith(self._header) else 0
+                skip = len(self._header) if part.startswith(self._header) else 0
                 texts += [text + part[:skip], text + part]
             text += part
         return [text, *texts]
 
-    def _masked(self, where: str, encoded: list[np.ndarray]) -> Encoded:
+    def _masked(self, where: str, texts: list[str], encoded: Sequence[np.ndarray]) -> Encoded | int:
+        """The tokens of the whole and which are the assistant's; or the character at which tokens must be cut."""
         whole = np.asarray(encoded[0], np.int32)
         mask = np.zeros(len(whole), bool)
-        for before, upto in zip(encoded[1::2], encoded[2::2], strict=True):
+        for number in range(1, len(texts), 2):
+            before, upto = encoded[number], encoded[number + 1]
             start = len(before)
             if not np.array_equal(whole[:start], before):
-                raise UserError(self._refusal(where, before, whole))
-            ends = np.flatnonzero(np.asarray(upto[start:]) == self.end_id)
-            if self.marked and len(upto) < len(whole) and not len(ends):  # the end token follows the mark
-                upto = whole[: len(upto) + 1]
-                ends = np.flatnonzero(upto[start:] == self.end_id)
+                return len(texts[number])
+            if self.marked and np.array_equal(whole[: len(upto)], upto):
+                upto = whole[: len(upto) + 1]  # the end token may follow the mark
+            ends = np.flatnonzero(upto[start:] == self.end_id)
             if not len(ends):
-                raise UserError(f"{where}: {self.name}: a turn without {self.end}, which ends the others")
+                raise UserError(f"{where}: {self.name}: an answer without {self.end}, which ends the others")
             stop = start + int(ends[-1]) + 1
             if not np.array_equal(whole[:stop], upto[:stop]):
                 raise UserError(
                     f"{where}: {self.name} writes an answer otherwise once more follows (as Qwen3 drops its thinking), "
-                    "so no place in the whole is what was asked: tune.unroll = true makes a row of each answer"
+                    f"so the assistant's tokens cannot be told: {_UNROLL}"
                 )
             mask[start:stop] = True
         return Encoded(whole, mask)
-
-    def _refusal(self, where: str, before: np.ndarray, whole: np.ndarray) -> str:
-        """Why a turn does not begin at a token: the first one that differs from the prompt's alone."""
-        size = min(len(before), len(whole))
-        place = next((n for n in range(size) if before[n] != whole[n]), size)
-        if place < size - 4:
-            return (
-                f"{where}: {self.name} writes what is before an answer otherwise once it is there: the assistant's "
-                "tokens cannot be told: expected a template whose prompts begin the whole (or tune.train_on_prompt)"
-            )
-        joined = self.tokenizer.decode(whole[place : place + 1].tolist())
-        return (
-            f"{where}: an answer begins inside token {joined!r}, which {self.name} and the answer make together: "
-            "expected no white space at the answer's beginning"
-        )
 
 
 def _said(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Rows of tokens into batches: several rows side by side in one (packing), or rows of like length padded.
 
-Packed rows have numbers (``segments``, from 1; 0 is padding) and positions that start at 0 in each, so a row sees itself
-alone and its losses are those that it has alone. An epoch's plan is a pure function of (seed, epoch): a permutation,
+Packed rows have numbers (``segments``, from 1; 0 is padding) and positions that start at 0 in each: a row sees itself
+alone, and its losses are those that it has alone. An epoch's plan is a pure function of (seed, epoch): a permutation,
 cut into windows, each packed first-fit-decreasing, and the bins in a drawn order.
 
 B bins of a batch, T tokens of a bin.
@@ -16,7 +16,7 @@ import numpy as np
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 
-_WINDOW = 32  # bins that a window fills: enough for a good fit, few enough for chance
+_WINDOW = 64  # bins that a window fills: enough for a good fit, few enough for chance
 Plan = list[tuple[int, ...]]
 """The rows of each bin."""
 

@@ -37,7 +37,7 @@ csv.field_size_limit(1 << 30)
 
 @dataclass(frozen=True)
 class Row:
-    """One row: ``text`` alone, ``text`` with the ``answer`` that follows it, ``messages``, or ``text`` and ``label``."""
+    """One row: ``text``, ``text`` with the ``answer`` that follows it, ``messages``, or ``text`` and ``label``."""
 
     where: str  # file and row
     text: str = ""
