@@ -289,7 +289,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     add("src", metavar="SRC", help="a model or adapter folder, a run, a file of weights or a hub id; its content tells")
     add("dst", metavar="DST", help="the folder or file to make")
     add("--to", choices=_FORMATS,
-        help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; of an adapter peft or mlx-lm, else both")  # fmt: skip
+        help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; an adapter: both layouts")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="put this .json, .model or folder in the place of the source's tokenizer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as they are")
     add("--bits", type=int, choices=[4, 8], help="quantise the matrices (mlx-lm: 4 or 8; gguf: 8)")

@@ -191,7 +191,10 @@ def read(
     method, targets, arrays = made[0]
     if len(made) == 2:
         _check_same(path, made[0], made[1])
+    config = _grown(config, arrays["wte.weight"].shape[0] if "wte.weight" in arrays else None)
     for name, array in arrays.items():
+        if name in ("wte.weight", "lm_head.weight", "lm_head.bias") and len(array) != config.vocab_size:
+            raise UserError(f"{path}: {name} has {len(array)} rows, expected the vocabulary, {config.vocab_size}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite (NaN or Inf)")
     adapter = Adapter(
@@ -201,7 +204,7 @@ def read(
         adapter=own.get("adapter"),
         base=values.get("base_model_name_or_path") or values.get("model"),
         base_sha256=own.get("base_sha256"),
-        vocab_size=arrays["wte.weight"].shape[0] if "wte.weight" in arrays else None,
+        vocab_size=config.vocab_size if "wte.weight" in arrays else None,
         notes=notes,
     )
     if own.get("pissa"):
