@@ -222,6 +222,15 @@ def _data_inspect(parser: argparse.ArgumentParser) -> None:
     _add_source(parser, ", or a folder of shards")
     parser.add_argument("--tokenizer", metavar="PATH",
         help="count tokens with this .json, .model, folder or run; default: one trained on the source")  # fmt: skip
+    add = parser.add_argument
+    add(
+        "-m",
+        "--model",
+        metavar="DIR",
+        help="show rows as fine-tuning this model sees them: what is trained, what is cut",
+    )
+    add("--rows", type=_positive, metavar="N", help="with --model: rows to show; default: 3")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="with --model: such as tune.block_size=512")
     _add_json(parser)
 
 
@@ -369,6 +378,7 @@ VERBS = {
     "data inspect": Verb("what a corpus holds", "mlxgpt.common.data_commands:inspect", _data_inspect, (
         "data inspect pydocs",
         "data inspect corpus/ --tokenizer runs/first --json",
+        "data inspect rows.jsonl --model models/small --rows 5",
     )),
     "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.common.data_commands:prepare", _data_prepare, (
         "data prepare corpus.jsonl --out shards --vocab-size 8192",

@@ -7,6 +7,7 @@ they import nothing heavy, so a wrong recipe fails at once.
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
 import tomllib
@@ -24,6 +25,13 @@ def _field(default: Any, help: str) -> Any:
 def _check(section: str, ok: bool, what: str, found: object, expected: str) -> None:
     if not ok:
         raise UserError(f"{section}.{what} = {found!r}: expected {expected}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
@@ -265,6 +273,8 @@ class TuneConfig:
     label_key: str = _field("label", "classify: key of the label")
     template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
     train_on_prompt: bool = _field(False, "loss on every token, not only on the assistant's")
+    unroll: bool = _field(False, "a row of each answer, with what precedes it: for templates that rewrite history")
+    date: str = _field("", "day that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = _field(0, "tokens of a row at the most; 0 = the model's context, at most 2048")
     overflow: str = _field("truncate", "longer rows: truncate (the prompt, from its left), drop or refuse")
     packing: bool = _field(
@@ -285,6 +295,9 @@ class TuneConfig:
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
+        _check("tune", not self.date or _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
+        fits = not (self.unroll and self.train_on_prompt)
+        _check("tune", fits, "unroll", self.unroll, "false where tune.train_on_prompt")
         for name in ("block_size", "neftune", "metric_rows"):
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")

@@ -25,7 +25,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
-        self._files = files
+        self.files = files
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
@@ -46,6 +46,8 @@ class JsonTokenizer:
                 f"{where / 'tokenizer.json'}: largest id {found}: expected tokens, with ids below {_MAX_ID}"
             )
         self.n_vocab = max(vocabulary.values()) + 1
+        added = self.backend.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
         model = type(self.backend.model).__name__
         over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
@@ -82,7 +84,7 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
-        write_files(folder, self._files)
+        write_files(folder, self.files)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: dict, where: Path) -> None:

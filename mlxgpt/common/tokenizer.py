@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
     """In words, for messages: ``char``, ``byte-level BPE`` and so on."""
     digest: str
     """sha256 of what defines the ids."""
+    files: dict[str, bytes]
+    """What ``save`` writes, name -> bytes."""
+    special: frozenset[int]
+    """Tokens that mark a place and stand for no text, such as the one between documents."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, no special token added.
@@ -126,6 +130,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         folder, files = path.parent, _files_beside(path)
     else:
         raise UserError(f"{path}: no such tokenizer file or folder (or one of: {', '.join(KINDS)})")
+    return from_files(files, folder)
+
+
+def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
+    """The tokenizer that files make, name -> bytes; ``folder`` is where they lie, for messages."""
     if "tokenizer.json" in files:
         from mlxgpt.common.char_tokenizer import CharTokenizer, characters_of
 
