@@ -180,21 +180,36 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _generate(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 
     from mlxgpt.common.config import SampleConfig
 
+    for field in dataclasses.fields(SampleConfig):
+        if field.name != "prompt":
+            flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
+            default = defaults.get(field.name, field.default)
+            text = f"{field.metadata['help']}; default: {default}"
+            parser.add_argument(*flags, type=type(field.default), default=default, metavar="X", help=text)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the system prompt; /system changes it")
+    add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_sampling(parser, max_tokens=1024)
+    _add_backend(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
-    for field in dataclasses.fields(SampleConfig):
-        if field.name != "prompt":
-            flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
-            text = f"{field.metadata['help']}; default: {field.default}"
-            add(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
+    _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     _add_json(parser)
     _add_backend(parser)
@@ -366,6 +381,11 @@ VERBS = {
     "generate": Verb("continue a prompt", "mlxgpt.common.generating:generate_command", _generate, (
         "generate -m runs/first -p 'The list is'",
         "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
+    )),
+    "chat": Verb("talk with a model that has a chat template", "mlxgpt.common.chatting:chat_command", _chat, (
+        "chat -m runs/qa",
+        "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
+        "chat -m runs/qa < questions.txt",
     )),
     "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",
