@@ -28,6 +28,7 @@ from mlxgpt.common.peft_adapter import by_suffix, suffixes, tidy, usual
 from mlxgpt.common.tensors import read_header, read_json, read_tensor, write_json, write_tensors
 
 CONFIG = "adapter_config.json"
+LAYOUTS = ("peft", "mlx-lm")
 FORMAT_VERSION = 1
 _BLOCK = 1 << 22
 _AGREES = 1e-6  # of the largest weight of an update: the factor that mlx-lm's file has in b is rounded
@@ -84,8 +85,11 @@ def write(
         tokenizer.save(place)
 
 
-def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str, ...] = ("peft", "mlx-lm")) -> None:
+def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str, ...] = LAYOUTS) -> list[str]:
     """Writes ``adapter`` into the folder ``place`` in these layouts, as far as they can hold it; one must.
+
+    Returns:
+        Why one cannot.
 
     Raises:
         UserError: none of them can, or the system refuses to write.
@@ -125,6 +129,7 @@ def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str,
     if ours:
         own["adapter"] = dataclasses.asdict(ours)
     write_json(place / CONFIG, values | {"mlxgpt": own})
+    return [line for line in refused if line]
 
 
 def limits(recipe: Recipe) -> list[str]:
@@ -144,7 +149,13 @@ def limits(recipe: Recipe) -> list[str]:
     return [line for line in gaps if line]
 
 
-def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, force: bool = False) -> Adapter:
+def read(
+    path: Path | str,
+    base_folder: Path | str | None,
+    config: ModelConfig,
+    force: bool = False,
+    pickled: Mapping[str, np.ndarray] | None = None,
+) -> Adapter:
     """The adapter in a folder that was written here, by PEFT or by mlx-lm, for the model ``config``.
 
     Args:
@@ -152,6 +163,7 @@ def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, 
         base_folder: the model it goes on; None: nothing is held against it.
         config: that model's; its vocabulary may be smaller than the adapter's, if training added tokens.
         force: take it although it was trained on a model with other weights.
+        pickled: tensors of PEFT's adapter_model.bin, which is not read here.
 
     Raises:
         UserError: it is damaged or incomplete, for another model, or of a kind that is not supported.
@@ -159,12 +171,11 @@ def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, 
     path = Path(path)
     values = read_json(path / CONFIG)
     own = _own(values.get("mlxgpt"), path)
-    if own.get("vocab_size", 0) > config.vocab_size:
-        config = dataclasses.replace(config, vocab_size=own["vocab_size"])
+    config = _grown(config, own.get("vocab_size"))
     notes: list[str] = []
     made = []
-    if (path / peft_adapter.TENSORS).exists():
-        tensors = _tensors(path / peft_adapter.TENSORS)
+    if pickled is not None or (path / peft_adapter.TENSORS).exists():
+        tensors = pickled if pickled is not None else _tensors(path / peft_adapter.TENSORS)
         made.append(peft_adapter.decode(values, tensors, config, str(path)))
     for file in (mlx_lm_adapter.TENSORS, mlx_lm_adapter.OLD_TENSORS):
         if (path / file).exists():
@@ -175,11 +186,15 @@ def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, 
             break
     if not made:
         others = ", ".join(sorted(p.name for p in path.glob("adapter*") if p.name != CONFIG)) or "neither"
+        others += " (mlxgpt convert reads it)" * others.endswith(".bin")
         raise UserError(f"{path}: found {others}, expected {peft_adapter.TENSORS} or {mlx_lm_adapter.TENSORS}")
     method, targets, arrays = made[0]
     if len(made) == 2:
         _check_same(path, made[0], made[1])
+    config = _grown(config, arrays["wte.weight"].shape[0] if "wte.weight" in arrays else None)
     for name, array in arrays.items():
+        if name in ("wte.weight", "lm_head.weight", "lm_head.bias") and len(array) != config.vocab_size:
+            raise UserError(f"{path}: {name} has {len(array)} rows, expected the vocabulary, {config.vocab_size}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite (NaN or Inf)")
     adapter = Adapter(
@@ -189,7 +204,7 @@ def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, 
         adapter=own.get("adapter"),
         base=values.get("base_model_name_or_path") or values.get("model"),
         base_sha256=own.get("base_sha256"),
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size if "wte.weight" in arrays else None,
         notes=notes,
     )
     if own.get("pissa"):
@@ -197,6 +212,15 @@ def read(path: Path | str, base_folder: Path | str | None, config: ModelConfig, 
     if base_folder is not None:
         _check_base(path, Path(base_folder), adapter, config, force)
     return adapter
+
+
+def grown(config: ModelConfig, adapter: Adapter) -> ModelConfig:
+    """The model that runs with ``adapter``: its vocabulary is larger where training added tokens."""
+    return _grown(config, adapter.vocab_size)
+
+
+def _grown(config: ModelConfig, vocab_size: int | None) -> ModelConfig:
+    return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size or 0))
 
 
 def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
