@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import device as devices
 from mlxgpt import adapters, losses, optim
+from mlxgpt import device as devices
 from mlxgpt.common import adapters as adaption
 from mlxgpt.common import params as parameters
 from mlxgpt.common import rng

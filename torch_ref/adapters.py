@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -112,7 +111,9 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.n
         module, squares = at(model, path), None
         for kind in adapters.KINDS:
             if f"{path}.{kind}" in params:
-                setattr(module, kind, nn.Parameter(torch.from_numpy(params[f"{path}.{kind}"]).to(device, copy=True), False))
+                setattr(
+                    module, kind, nn.Parameter(torch.from_numpy(params[f"{path}.{kind}"]).to(device, copy=True), False)
+                )
         if f"{path}.magnitude" in params:
             squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
         module._update = Update(target.scale, site, squares)

@@ -11,8 +11,8 @@ from mlxgpt.common import params as parameters
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from torch_ref import device as devices
 from torch_ref import adapters, losses, optim
+from torch_ref import device as devices
 from torch_ref.model import Dropout, Model
 from torch_ref.noise import SITES
 

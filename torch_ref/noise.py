@@ -33,7 +33,9 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor, first_row: torch.Te
     return torch.where(keep, x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def neftune(x: torch.Tensor, alpha: float, key: torch.Tensor, first_row: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+def neftune(
+    x: torch.Tensor, alpha: float, key: torch.Tensor, first_row: torch.Tensor, segments: torch.Tensor | None
+) -> torch.Tensor:
     """Embeddings x (B, T, C) plus alpha / sqrt(L C) times noise from [-1, 1) (Jain et al. 2023, NEFTune).
 
     L is the number of tokens of the segment that a token is in, T where a row is one segment.

@@ -24,7 +24,13 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
 
 
 def adamw(
-    p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, s: list[float], param: Param, config: OptimConfig
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    s: list[float],
+    param: Param,
+    config: OptimConfig,
 ) -> None:
     """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars().
 
