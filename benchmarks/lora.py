@@ -67,7 +67,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     from mlxgpt.common import adapters, sft_pack
     from mlxgpt.common import folder as folders
     from mlxgpt.common.config import build
-    from mlxgpt.common.tune_start import _Dequantised
+    from mlxgpt.common.tune_start import Dequantised
 
     config = folders.read_config(folder)
     weights = folders.read_params(folder, config)
@@ -80,7 +80,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     import dataclasses
 
     recipe = dataclasses.replace(build(settings), model=config)
-    own = adapters.init(recipe, _Dequantised(weights))
+    own = adapters.init(recipe, Dequantised(weights))
     engine = importlib.import_module(f"{package}.engine").Engine(recipe, weights | own, "cpu")
     held = [sft_pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in rows(int(count))]
     sizes = np.array([len(example) for example in held])

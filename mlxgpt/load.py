@@ -7,18 +7,23 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
+from mlxgpt import adapters, quant
 from mlxgpt import device as devices
-from mlxgpt.adapters import attach
-from mlxgpt.common import adapter_folder, finding, folder, params, tokenizer
+from mlxgpt.common import adapter_folder, finding, folder, params, quantising, tokenizer
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.finding import Given
 from mlxgpt.model import Model
 
 
 def load(
-    path: str | Path, adapter: Given = None, device: str = "auto", dtype: str = "float32", force: bool = False
+    path: str | Path,
+    adapter: Given = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    dequantise: str = "auto",
+    force: bool = False,
 ) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
@@ -27,6 +32,7 @@ def load(
         adapter: an adapter's folder, or several with their weights.
         device: ``auto``, ``cpu`` or ``gpu``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
+        dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
         force: take an adapter that was trained on a model of other weights.
 
     Returns:
@@ -38,16 +44,20 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
-    devices.use(device)
+    where = devices.use(device)
     place, found = finding.find(path, adapter)
     base = folder.read_config(place)
     given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
     model = Model(config, getattr(mx, dtype))
-    arrays = params.resize_vocab(folder.read_params(place, base), config.vocab_size)
-    model.update(
-        tree_unflatten([(name, mx.array(arrays.pop(name)).astype(model.dtype)) for name in params.table(config)])
-    )
-    attach(model, given)
+    stored = params.resize_vocab(folder.read_stored(place, base), config.vocab_size)
+    arrays, _ = quantising.widen(stored, where == mx.Device(mx.cpu), dequantise)
+    for name in params.table(config):
+        (module, _, kind), each = name.rpartition("."), arrays.pop(name)
+        if isinstance(each, Quantised):
+            quant.place(model, module, each)
+        else:
+            setattr(model.at(module), kind, mx.array(each).astype(model.dtype))
+    adapters.attach(model, given)
     mx.eval(model.parameters())
     return model, tokenizer.load_last([place, *(each for each, _ in found)])

@@ -17,11 +17,13 @@ Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] ev
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlxgpt.common import rng
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig, nearest
 from mlxgpt.common.errors import UserError
 
@@ -104,15 +106,16 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def resize_vocab(arrays: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dict[str, np.ndarray | Quantised]:
     """``arrays`` with ``size`` rows in embedding and head; new ones are the mean of the others (Hewitt 2021).
 
     So a new token begins as likely as the average one, and moves no probability of the others.
     """
     made = dict(arrays)
     for name in ("wte.weight", "lm_head.weight", "lm_head.bias"):
-        if name in made and len(made[name]) < size:
+        if name in made and made[name].shape[0] < size:
             array = made[name]
+            array = array.dequantise() if isinstance(array, Quantised) else array
             mean = array.mean(axis=0, dtype=np.float64).astype(np.float32)
             made[name] = np.concatenate([array, np.broadcast_to(mean, (size - len(array), *array.shape[1:]))])
     return made
@@ -123,8 +126,10 @@ def count(config: ModelConfig) -> int:
     return sum(int(np.prod(param.shape)) for param in table(config).values())
 
 
-def check(shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], where: str = "parameters") -> None:
-    """Holds arrays against the names and shapes that are expected of them; all are float32.
+def check(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantised], where: str = "parameters"
+) -> None:
+    """Holds arrays against the names and shapes that are expected of them; all are float32, or quantised matrices.
 
     Raises:
         UserError: the first name that is missing or unknown, or the first other shape or dtype.
@@ -137,5 +142,6 @@ def check(shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], whe
             raise UserError(f"{where}: tensor {name} is missing; expected shape {shape}")
         if tuple(arrays[name].shape) != tuple(shape):
             raise UserError(f"{where}: tensor {name} has shape {tuple(arrays[name].shape)}; expected {tuple(shape)}")
-        if arrays[name].dtype != np.float32:
-            raise UserError(f"{where}: tensor {name} is {arrays[name].dtype}; expected float32")
+        array = arrays[name]
+        if isinstance(array, np.ndarray) and array.dtype != np.float32:
+            raise UserError(f"{where}: tensor {name} is {array.dtype}; expected float32")

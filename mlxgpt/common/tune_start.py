@@ -12,7 +12,6 @@ import numpy as np
 from mlxgpt.common import (
     adapter_folder,
     adapters,
-    affine,
     checkpoint,
     families,
     folder,
@@ -26,6 +25,7 @@ from mlxgpt.common import (
     tune_metrics,
 )
 from mlxgpt.common.adapter_folder import Adapter
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import Recipe, apply_sets, read_toml
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import SftSource
@@ -222,52 +222,26 @@ def _with_tokens(recipe: Recipe, source: SftSource) -> Recipe:
 
 
 def _base_weights(base: Path, recipe: Recipe) -> Weights:
-    """The model's weights as the engine takes them: resized, quantised where asked for, float32 where they train."""
-    assert recipe.adapter
-    config = folder.read_config(base)
-    weights: Weights = folder.read_params(base, config)
-    trains = adapters.trainable(recipe)
-    for name in trains:
-        if isinstance(weights.get(name), affine.Quantised):
+    """The model's weights as the engine takes them: with rows for new tokens, and float32 where they train."""
+    weights: Weights = dict(folder.read_stored(base, folder.read_config(base)))
+    for name in adapters.trainable(recipe):
+        if isinstance(weights.get(name), Quantised):
             weights[name] = weights[name].dequantise()
-            print(f"{name}: trains, so it is not quantised")
-    weights = params.resize_vocab(weights, recipe.model.vocab_size)
-    if recipe.adapter.bits:
-        weights = _quantise(weights, recipe)
-    return weights
-
-
-def _quantise(weights: Weights, recipe: Recipe) -> Weights:
-    """Every frozen matrix of the blocks, and the embedding and head, as adapter.bits says.
-
-    Raises:
-        UserError: the model is quantised already, or a matrix has no whole groups.
-    """
-    assert recipe.adapter
-    bits, size = recipe.adapter.bits, recipe.adapter.group_size
-    trains, made = adapters.trainable(recipe), dict(weights)
-    for name, param in params.table(recipe.model).items():
-        if isinstance(weights[name], affine.Quantised):
-            raise UserError(f"adapter.bits = {bits}: the model is quantised already; expected 0")
-        if not param.adaptable or name in trains:
-            continue
-        if param.shape[1] % size:
-            raise UserError(f"adapter.group_size = {size}: expected a divisor of {param.shape[1]}, the width of {name}")
-        made[name] = affine.Quantised(*affine.quantise(weights[name], bits, size), bits, size)
-    return made
+            print(f"{name}: trains, so it is dequantised")
+    return params.resize_vocab(weights, recipe.model.vocab_size)
 
 
 def _own(recipe: Recipe, weights: Weights, adapter: Adapter | None) -> Weights:
     """The adapter's tensors: as given, or as an adapter starts; nothing for method full."""
     assert recipe.adapter
     if adapter is not None:
-        return {name: array for name, array in adapter.params.items()}
+        return dict(adapter.params)
     if recipe.adapter.method == "full":
         return {}
-    return dict(adapters.init(recipe, _Dequantised(weights)))
+    return dict(adapters.init(recipe, Dequantised(weights)))
 
 
-class _Dequantised(Mapping[str, np.ndarray]):
+class Dequantised(Mapping[str, np.ndarray]):
     """Weights by name, a quantised one dequantised when it is asked for."""
 
     def __init__(self, weights: Weights):
@@ -275,7 +249,7 @@ class _Dequantised(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         found = self._weights[name]
-        return found.dequantise() if isinstance(found, affine.Quantised) else found
+        return found.dequantise() if isinstance(found, Quantised) else found
 
     def __iter__(self) -> Any:
         return iter(self._weights)
