@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import math
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,13 @@ from mlxgpt.common.tokenizer import FILES
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
 # option -> the formats that it means something for
-_ONLY = {"bits": ("mlx-lm", "gguf"), "group_size": ("mlx-lm",), "max_shard": ("hf", "mlx-lm"), "version": ("llama2c",)}
+_ONLY = {
+    "bits": ("mlx-lm", "gguf"),
+    "keep_bits": ("mlx-lm",),
+    "group_size": ("mlx-lm",),
+    "max_shard": ("hf", "mlx-lm"),
+    "version": ("llama2c",),
+}
 _MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
 
 
@@ -74,12 +81,27 @@ def convert(
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
+    format_of(to)
+    _options(to, options)
+    again = functools.partial(_verify, src, n_head=n_head) if verify else None
+    return convert_opened(open_model(src, n_head), src, dst, to, force=force, verify=again, **options)
+
+
+def convert_opened(
+    opened: Opened,
+    src: Path | str,
+    dst: Path | str,
+    to: str,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Report:
+    """``convert`` of a model that is open already, such as one that no format holds; ``src`` is what it is called."""
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    to = to or _BY_SUFFIX.get(dst.suffix, "hf")
-    writer = format_of(to)
-    made = _options(to, options)
-    opened = open_model(src, n_head)
+    writer, made = format_of(to), _options(to, options)
     _check_places(opened, src, dst, force)
     beside = _check_beside(writer, dst, force)
     if made.tokenizer:
@@ -90,7 +112,7 @@ def convert(
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
     temporary = dst.with_name(f".{dst.name}.partial")
-    _remove(temporary)
+    drop(temporary)
     sources = _Digests(opened.files if made.hash else ())
     try:
         with _as_user_errors(dst):
@@ -102,18 +124,18 @@ def convert(
                 raise UserError(f"{opened.path}: changed while it was read")
             if writer.KIND == "folder":
                 _seal(temporary, opened, block)
-            _sync(temporary)
+            sync(temporary)
             if verify:
-                _verify(src, temporary, n_head)
+                verify(temporary)
             _put(temporary, dst, force)
             if writer.KIND == "file":
                 write_json(dst.with_name(dst.name + SIDECAR), block)
                 _write_beside(writer, opened, beside)
     finally:
         sources.stop()
-        _remove(temporary)
+        drop(temporary)
     seconds, count = time.perf_counter() - start, params.count(opened.config)
-    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify)
+    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify is not None)
 
 
 def _options(to: str, options: dict[str, Any]) -> Options:
@@ -310,7 +332,7 @@ def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
         checkpoint.write_state(place, checkpoint.RunState(**state))
 
 
-def _sync(place: Path) -> None:
+def sync(place: Path) -> None:
     """Everything onto the disk, files before folders."""
     found = sorted(place.rglob("*"), reverse=True) if place.is_dir() else []
     for item in [*(item for item in found if item.is_file()), *(item for item in found if item.is_dir()), place]:
@@ -338,13 +360,14 @@ def _put(temporary: Path, dst: Path, force: bool) -> None:
     if dst.exists() or dst.is_symlink():
         if not force:
             raise UserError(f"{dst}: is there by now; --force replaces it")
-        _remove(old)
+        drop(old)
         os.rename(dst, old)
     os.rename(temporary, dst)
-    _remove(old)
+    drop(old)
 
 
-def _remove(place: Path) -> None:
+def drop(place: Path) -> None:
+    """Removes a file or folder, if it is there."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:

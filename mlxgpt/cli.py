@@ -155,6 +155,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a run (its best, else its last checkpoint), a checkpoint, a model folder or a hub id")  # fmt: skip
 
 
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR[:WEIGHT]",
+        help="an adapter of a run, PEFT or mlx-lm, and by what its change is multiplied; repeatable")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="although it was trained on a model of other weights")
+
+
 def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
     text = f"pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder of them{also}"
     parser.add_argument("source", metavar="SOURCE", help=text)
@@ -174,20 +180,36 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _generate(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 
     from mlxgpt.common.config import SampleConfig
 
-    _add_model(parser)
-    add = parser.add_argument
-    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
-    add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
     for field in dataclasses.fields(SampleConfig):
         if field.name != "prompt":
             flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
-            text = f"{field.metadata['help']}; default: {field.default}"
-            add(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
+            default = defaults.get(field.name, field.default)
+            text = f"{field.metadata['help']}; default: {default}"
+            parser.add_argument(*flags, type=type(field.default), default=default, metavar="X", help=text)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the system prompt; /system changes it")
+    add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_sampling(parser, max_tokens=1024)
+    _add_backend(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
+    _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     _add_json(parser)
     _add_backend(parser)
@@ -195,6 +217,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_adapter(parser)
     add = parser.add_argument
     add("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
     add("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
@@ -275,7 +298,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8765, metavar="N", help="of --watch; 0 = any that is free; default: 8765")
 
 
-_FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz")
+_FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz", "peft")
 
 
 def _bytes(text: str) -> int:
@@ -287,11 +310,10 @@ def _bytes(text: str) -> int:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "src", metavar="SRC", help="a model folder, a run, a file of weights or a hub id; its content says which format"
-    )
+    add("src", metavar="SRC", help="a model or adapter folder, a run, a file of weights or a hub id; its content tells")
     add("dst", metavar="DST", help="the folder or file to make")
-    add("--to", choices=_FORMATS, help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf")
+    add("--to", choices=_FORMATS,
+        help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; an adapter: both layouts")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="put this .json, .model or folder in the place of the source's tokenizer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as they are")
     add("--bits", type=int, choices=[4, 8], help="quantise the matrices (mlx-lm: 4 or 8; gguf: 8)")
@@ -299,10 +321,21 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     add("--max-shard", type=_bytes, metavar="SIZE", help="of a file of weights (hf, mlx-lm); default: 5GB")
     add("--version", type=int, choices=[0, 1], help="of llama2c; default: 0")
     add("--n-head", type=_positive, metavar="N", help="heads, where a file does not say it (mingpt, gptmodel)")
+    add("--model", metavar="DIR", help="of an adapter: its base, or that one's config.json; default: what it names")
     add("--no-hash", action="store_true", help="no sha256 of source and result in the provenance")
     add("--allow-nan", action="store_true", help="go on where values are not finite, and say how many")
     add("--verify", action="store_true", help="hold the result against the source, and keep it only if they agree")
     add("--force", action="store_true", help="replace DST, once the new one is complete")
+    _add_json(parser)
+
+
+def _fuse(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-o", "--out", required=True, metavar="DIR", help="the model folder to make")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as the base has them")
+    add("--dequantize", action="store_true", help="plain weights from a quantised base, which else stays quantised")
     _add_json(parser)
 
 
@@ -349,6 +382,11 @@ VERBS = {
         "generate -m runs/first -p 'The list is'",
         "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
     )),
+    "chat": Verb("talk with a model that has a chat template", "mlxgpt.common.chatting:chat_command", _chat, (
+        "chat -m runs/qa",
+        "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
+        "chat -m runs/qa < questions.txt",
+    )),
     "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",
         "eval -m runs/first -d book.txt --backend torch --json",
@@ -391,6 +429,11 @@ VERBS = {
         "convert out/ckpt.pt model",
         "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
         "convert model model.gguf --dtype bfloat16",
+        "convert adapters peft-adapter --to peft",
+    )),
+    "fuse": Verb("make one model of a model and adapters", "convert.fuse:fuse_command", _fuse, (
+        "fuse -m runs/qa -o tuned",
+        "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
     )),
     "verify": Verb("hold two models against each other", "convert.verify:verify_command", _verify, (
         "verify out/ckpt.pt model",

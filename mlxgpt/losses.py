@@ -42,10 +42,12 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
-    if not config.loss_chunk or model.config.vocab_size <= config.loss_chunk:
-        return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
-    weight = (model.wte if model.config.tied else model.lm_head).weight
+    module = model.wte if model.config.tied else model.lm_head
+    if not config.loss_chunk or model.config.vocab_size <= config.loss_chunk or module._update is not None:
+        return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
+    weight = module.weight
     bias = model.lm_head.bias if model.config.head_bias else None
-    needs, cap = "none" if plain else "both", model.config.final_softcap
+    trains = bool(module.trainable_parameters())
+    needs, cap = "none" if plain else "both" if trains else "hidden", model.config.final_softcap
     options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute)
     return head.token_losses(hidden, weight, batch.targets, options, bias)

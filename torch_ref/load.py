@@ -1,39 +1,49 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
+import functools
 from pathlib import Path
 
 import torch
 
-from mlxgpt.common import checkpoint, folder, params, tokenizer
+from mlxgpt.common import adapter_folder, finding, folder, params, tokenizer
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.finding import Given
 from torch_ref import device as devices
+from torch_ref.adapters import attach
 from torch_ref.model import Model
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "float32") -> tuple[Model, "tokenizer.Tokenizer | None"]:
+def load(
+    path: str | Path, adapter: Given = None, device: str = "auto", dtype: str = "float32", force: bool = False
+) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
-        path: where the model is.
+        path: where the model is; an adapter, or a run that trained one, brings its base.
+        adapter: an adapter's folder, or several with their weights.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
+        force: take an adapter that was trained on a model of other weights.
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
-        None where the folder has none.
+        the last adapter's that has one, else the base's, else None.
 
     Raises:
-        UserError: no model is there, it is damaged, or its architecture is not supported.
+        UserError: no model is there, it is damaged, its architecture is not supported, or an adapter is not for it.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     where = devices.use(device)
-    place = checkpoint.resolve_model(path)
-    config = folder.read_config(place)
+    place, found = finding.find(path, adapter)
+    base = folder.read_config(place)
+    given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
+    config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
     model = Model(config, getattr(torch, dtype)).to(where, getattr(torch, dtype))
-    arrays = folder.read_params(place, config)
+    arrays = params.resize_vocab(folder.read_params(place, base), config.vocab_size)
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name in params.table(config):
             weights[name].copy_(torch.from_numpy(arrays.pop(name)))
-    return model.eval(), tokenizer.load_tokenizer(place) if tokenizer.has_tokenizer(place) else None
+    attach(model, given)
+    return model.eval(), tokenizer.load_last([place, *(each for each, _ in found)])

@@ -295,20 +295,25 @@ def follow(run: Path, name: str) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     found = run / target
-    return found if _STEP.fullmatch(found.name) and (found / "config.json").is_file() else None
+    return found if _STEP.fullmatch(found.name) and is_model(found) else None
+
+
+def is_model(place: Path) -> bool:
+    """Whether a folder looks like a model, or an adapter."""
+    return (place / "config.json").is_file() or (place / "adapter_config.json").is_file()
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The model folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
+    """The folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
 
-    A hub id is looked up in the local cache of huggingface_hub first.
+    It holds a model or an adapter. A hub id is looked up in the local cache of huggingface_hub first.
 
     Raises:
         UserError: there is no such model.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        if (place / "config.json").is_file():
+        if is_model(place):
             return place
         if not is_run(place):
             raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
@@ -337,7 +342,7 @@ def _from_hub(name: str) -> Path:
             # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             continue
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+        if is_model(found) and any(found.glob("*.safetensors")):
             return found
         reason = "no config.json with safetensors weights"
     raise UserError(f"{name}: no such folder, and not to be had as a hub id: {reason}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import finding
 from mlxgpt.common.data import windows
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.evaluation_data import Text, open_text
@@ -71,7 +72,9 @@ def evaluate(
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, as lines or as one JSON object."""
     backend = backends.load(args.backend)
-    model, tokenizer = backend.load.load(args.model, device=args.device)
+    model, tokenizer = backend.load.load(
+        args.model, adapter=finding.parse(args.adapter) or None, device=args.device, force=args.force
+    )
     config = model.config
     stride = args.stride or config.block_size
     if stride > config.block_size:

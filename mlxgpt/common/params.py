@@ -104,6 +104,20 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def resize_vocab(arrays: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """``arrays`` with ``size`` rows in embedding and head; new ones are the mean of the others (Hewitt 2021).
+
+    So a new token begins as likely as the average one, and moves no probability of the others.
+    """
+    made = dict(arrays)
+    for name in ("wte.weight", "lm_head.weight", "lm_head.bias"):
+        if name in made and len(made[name]) < size:
+            array = made[name]
+            mean = array.mean(axis=0, dtype=np.float64).astype(np.float32)
+            made[name] = np.concatenate([array, np.broadcast_to(mean, (size - len(array), *array.shape[1:]))])
+    return made
+
+
 def count(config: ModelConfig) -> int:
     """The number of parameters."""
     return sum(int(np.prod(param.shape)) for param in table(config).values())

@@ -133,6 +133,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return from_files(files, folder)
 
 
+def load_last(folders: Sequence[Path]) -> Tokenizer | None:
+    """The tokenizer of the last of these folders that has one; None where none has."""
+    found = [folder for folder in folders if has_tokenizer(folder)]
+    return load_tokenizer(found[-1]) if found else None
+
+
 def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
     """The tokenizer that files make, name -> bytes; ``folder`` is where they lie, for messages."""
     if "tokenizer.json" in files:
