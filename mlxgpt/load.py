@@ -45,6 +45,8 @@ def load(
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
     model = Model(config, getattr(mx, dtype))
     arrays = params.resize_vocab(folder.read_params(place, base), config.vocab_size)
+    if config.labels:
+        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
     model.update(
         tree_unflatten([(name, mx.array(arrays.pop(name)).astype(model.dtype)) for name in params.table(config)])
     )

@@ -106,10 +106,14 @@ def probe(
         logits = trained.model(*(torch.from_numpy(each) for each in (batch.tokens, batch.positions, batch.segments)))
     everything = dict(trained.model.named_parameters())
     assert {name for name, each in everything.items() if each.grad is not None} == set(trained.table)
-    return Probe(logits.numpy(), {name: each.grad.numpy() for name, each in everything.items() if each.grad is not None})
+    return Probe(
+        logits.numpy(), {name: each.grad.numpy() for name, each in everything.items() if each.grad is not None}
+    )
 
 
-def train(package: str, config: Recipe, params: dict[str, Any], steps: int, first: int = 1, **batch: Any) -> tuple[Any, np.ndarray]:
+def train(
+    package: str, config: Recipe, params: dict[str, Any], steps: int, first: int = 1, **batch: Any
+) -> tuple[Any, np.ndarray]:
     """The engine after the steps, and the mean loss of each."""
     trained, losses = engine(package, config, params), []
     for step in range(first, first + steps):

@@ -44,7 +44,9 @@ def test_the_frameworks_agree(case: str, choice: str) -> None:
 def test_base_and_adapter_compute_as_the_fused_matrices(package: str, case: str, choice: str) -> None:
     config = recipe(case, targets=("all-linear", "wte" if case == "gpt2" else "lm_head"), **CHOICES[choice])
     if case != "gpt2":
-        config = recipe(case, targets=("all-linear", "embed_out" if case == "gpt_neox" else "lm_head", "wte"), **CHOICES[choice])
+        config = recipe(
+            case, targets=("all-linear", "embed_out" if case == "gpt_neox" else "lm_head", "wte"), **CHOICES[choice]
+        )
     params = moved(config)
     plain = Recipe(model=config.model, train=config.train)
     fused = {name: params[name] for name in adapters.shapes(plain)}

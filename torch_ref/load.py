@@ -41,6 +41,8 @@ def load(
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
     model = Model(config, getattr(torch, dtype)).to(where, getattr(torch, dtype))
     arrays = params.resize_vocab(folder.read_params(place, base), config.vocab_size)
+    if config.labels:
+        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name in params.table(config):
