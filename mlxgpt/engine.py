@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxgpt import adapters, losses, optim
 from mlxgpt import device as devices
 from mlxgpt.common import adapters as adaption
-from mlxgpt.common import params as parameters
 from mlxgpt.common import confusion, rng
+from mlxgpt.common import params as parameters
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from mlxgpt.model import Dropout, Model

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from mlxgpt.common import adapters as adaption
-from mlxgpt.common import params as parameters
 from mlxgpt.common import confusion, rng
+from mlxgpt.common import params as parameters
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from torch_ref import adapters, losses, optim
