@@ -246,6 +246,19 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
+def _classify(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-t", "--text", action="append", default=[], metavar="TEXT", help="a text to classify; repeatable")
+    add("-f", "--file", metavar="FILE", help="rows of text: .txt (a line each), .jsonl, .json, .csv, .tsv, .parquet;"
+        " where they have labels, how well they are told is printed")  # fmt: skip
+    add("--text-key", default="text", metavar="KEY", help="key or column of the text; default: text")
+    add("--label-key", default="label", metavar="KEY", help="key or column of the label; default: label")
+    _add_json(parser)
+    _add_backend(parser)
+
+
 def _data_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the corpus, such as tinyshakespeare")
     parser.add_argument("--from", dest="from_file", metavar="FILE", help="take this copy, if its checksum is right")
@@ -415,6 +428,10 @@ VERBS = {
     "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",
         "eval -m runs/first -d book.txt --backend torch --json",
+    )),
+    "classify": Verb("tell which label texts have", "mlxgpt.common.classifying:classify_command", _classify, (
+        "classify -m runs/spam -t 'You have won a prize'",
+        "classify -m models/small --adapter runs/spam -f test.csv --json",
     )),
     "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.common.data_commands:fetch", _data_fetch, (
         "data fetch tinyshakespeare",

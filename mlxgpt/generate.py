@@ -170,3 +170,10 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
         mx.eval(pieces[-1])
     return np.array(mx.concatenate(pieces, axis=1))
+
+
+def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
+    hidden = model.hidden(mx.array(tokens))
+    last = hidden[mx.arange(len(tokens)), mx.array(lengths - 1)]
+    return np.array(model.head(last))

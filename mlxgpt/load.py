@@ -52,6 +52,8 @@ def load(
     model = Model(config, getattr(mx, dtype))
     stored = params.resize_vocab(folder.read_stored(place, base), config.vocab_size)
     arrays, _ = quantising.widen(stored, where == mx.Device(mx.cpu), dequantise)
+    if config.labels:
+        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
     for name in params.table(config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantised):

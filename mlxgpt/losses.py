@@ -56,3 +56,15 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     needs, cap = "none" if plain else "both" if trains else "hidden", model.config.final_softcap
     options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute)
     return head.token_losses(hidden, weight, batch.targets, options, bias)
+
+
+def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+    """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
+    return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
+
+
+def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+    """A classifier's logits (B, T, n), from what each token has seen."""
+    recompute = config.checkpoint_activations
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
+    return model.head(hidden, drop)

@@ -164,3 +164,12 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         piece = slice(start, start + HEAD)
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
     return torch.cat(pieces, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
+    device = model.wte.weight.device
+    hidden = model.hidden(torch.tensor(tokens, device=device))
+    last = hidden[torch.arange(len(tokens), device=device), torch.tensor(lengths - 1, device=device)]
+    return model.head(last).cpu().numpy()

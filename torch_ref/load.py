@@ -49,6 +49,8 @@ def load(
     model = Model(config, getattr(torch, dtype))
     stored = params.resize_vocab(folder.read_stored(place, base), config.vocab_size)
     arrays, _ = quantising.widen(stored, where.type == "cpu", dequantise)
+    if config.labels:
+        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
     for name in params.table(config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantised):

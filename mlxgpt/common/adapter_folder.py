@@ -45,6 +45,7 @@ class Adapter:
     base: str | None = None  # base_model_name_or_path, model: where its base was
     base_sha256: str | None = None
     vocab_size: int | None = None  # where training added tokens
+    labels: tuple[str, ...] = ()  # where it makes a classifier of its base
     notes: list[str] = field(default_factory=list)  # lines to say
 
 
@@ -125,6 +126,8 @@ def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str,
         own["base_sha256"] = adapter.base_sha256
     own["pissa"] = any(name.endswith(".start_a") for name in adapter.params)
     own["vocab_size"] = config.vocab_size
+    if config.labels:
+        own["labels"] = list(config.labels)
     own["targets"] = {path: {"rank": t.rank, "scale": t.scale} for path, t in adapter.targets.items()}
     if ours:
         own["adapter"] = dataclasses.asdict(ours)
@@ -171,11 +174,13 @@ def read(
     path = Path(path)
     values = read_json(path / CONFIG)
     own = _own(values.get("mlxgpt"), path)
-    config = _grown(config, own.get("vocab_size"))
+    config = _grown(config, own.get("vocab_size"), tuple(own.get("labels", ())))
     notes: list[str] = []
     made = []
     if pickled is not None or (path / peft_adapter.TENSORS).exists():
         tensors = pickled if pickled is not None else _tensors(path / peft_adapter.TENSORS)
+        if not config.labels:
+            config = _grown(config, None, peft_adapter.labels(values, tensors))
         made.append(peft_adapter.decode(values, tensors, config, str(path)))
     for file in (mlx_lm_adapter.TENSORS, mlx_lm_adapter.OLD_TENSORS):
         if (path / file).exists():
@@ -205,6 +210,7 @@ def read(
         base=values.get("base_model_name_or_path") or values.get("model"),
         base_sha256=own.get("base_sha256"),
         vocab_size=config.vocab_size if "wte.weight" in arrays else None,
+        labels=config.labels,
         notes=notes,
     )
     if own.get("pissa"):
@@ -215,12 +221,13 @@ def read(
 
 
 def grown(config: ModelConfig, adapter: Adapter) -> ModelConfig:
-    """The model that runs with ``adapter``: its vocabulary is larger where training added tokens."""
-    return _grown(config, adapter.vocab_size)
+    """The model that runs with ``adapter``: a larger vocabulary where training added tokens, or a classifier."""
+    return _grown(config, adapter.vocab_size, adapter.labels)
 
 
-def _grown(config: ModelConfig, vocab_size: int | None) -> ModelConfig:
-    return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size or 0))
+def _grown(config: ModelConfig, vocab_size: int | None, labels: tuple[str, ...] = ()) -> ModelConfig:
+    size = max(config.vocab_size, vocab_size or 0)
+    return dataclasses.replace(config, vocab_size=size, labels=labels or config.labels)
 
 
 def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
@@ -277,7 +284,7 @@ def _own(own: Any, path: Path) -> dict[str, Any]:
     if not isinstance(own, dict) or own.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path / CONFIG}: mlxgpt: expected a table with format_version {FORMAT_VERSION}")
     made = dict(own)
-    for key, kind in (("base_sha256", str), ("vocab_size", int), ("pissa", bool), ("adapter", dict)):
+    for key, kind in (("base_sha256", str), ("vocab_size", int), ("pissa", bool), ("adapter", dict), ("labels", list)):
         if key in own and type(own[key]) is not kind:
             raise UserError(f"{path / CONFIG}: mlxgpt.{key}: expected {kind.__name__}")
     if "adapter" in own:

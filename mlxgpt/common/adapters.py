@@ -8,7 +8,8 @@ A matrix W (n_out, n_in) at PATH (``h.0.attn.q_proj``) computes as W + scale B A
 
 so that the base stays as it is, byte for byte. The embedding wte (V, C) is W^T of such a matrix: lora_a (r, V), lora_b
 (C, r); where the head is tied to it, the update acts there too. scale = alpha / r, rslora: alpha / sqrt(r).
-What trains whole (adapter.train, biases, every weight of method full) keeps its name of params.table.
+What trains whole (adapter.train, biases, a classifier's score, every weight of method full) keeps its name of
+params.table.
 """
 
 import re
@@ -143,6 +144,7 @@ def whole(model: ModelConfig, adapter: AdapterConfig, found: Mapping[str, Target
     table = params.table(model)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in table))
     picked = {path for pattern in adapter.train for path in find(model, pattern, modules, "adapter.train")}
+    picked |= {"score"} if model.labels else set()
     both = sorted(picked & set(found))
     if both:
         raise UserError(f"adapter.train: {both[0]} is adapted as well: expected it in adapter.targets or here")

@@ -48,6 +48,7 @@ def chat_command(args: argparse.Namespace) -> int:
     place, found = finding.find(args.model, adapters)
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
+    finding.expect(model.config, args.model)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
     template = _template(args.template, tokenizer, str(args.model))

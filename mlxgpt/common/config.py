@@ -91,6 +91,7 @@ class ModelConfig:
     norm_bias: bool = _field(True, "biases in LayerNorm")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
+    labels: tuple = _field((), "of a classifier, in the order of its head's rows; empty = a language model")
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -128,6 +129,12 @@ class ModelConfig:
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
         _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
+        names = self.labels
+        known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
+        _check("model", known, "labels", names, "two different names or more, or none")
+        if names:  # its head is `score`, whatever the language model had
+            object.__setattr__(self, "tied", False)
+            object.__setattr__(self, "final_softcap", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
         unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),

@@ -76,6 +76,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         args.model, adapter=finding.parse(args.adapter) or None, device=args.device, force=args.force
     )
     config = model.config
+    finding.expect(config, args.model)
     stride = args.stride or config.block_size
     if stride > config.block_size:
         raise UserError(

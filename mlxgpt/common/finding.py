@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlxgpt.common import adapter_folder, checkpoint
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 
 Given = str | Path | Sequence[tuple[str | Path, float]] | None
@@ -36,6 +37,14 @@ def _adapter(path: str | Path) -> Path:
     if not (place / adapter_folder.CONFIG).is_file():
         raise UserError(f"{place}: a model, expected an adapter ({adapter_folder.CONFIG})")
     return place
+
+
+def expect(config: ModelConfig, model: str, classifier: bool = False) -> None:
+    """Refuses a classifier where a language model is needed, or the other way round."""
+    if config.labels and not classifier:
+        raise UserError(f"{model}: a classifier of {len(config.labels)} labels, which mlxgpt classify runs")
+    if classifier and not config.labels:
+        raise UserError(f"{model}: a language model: expected a classifier (mlxgpt finetune --task classify makes one)")
 
 
 def parse(items: Sequence[str]) -> list[tuple[str, float]]:

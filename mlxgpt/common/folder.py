@@ -98,7 +98,7 @@ def read_config(folder: Path | str) -> ModelConfig:
         return mlx_lm_folder.with_head(config, find_tensors(folder))
     config = families.config_from_hf(values, where)
     entries = _by_name(folder, config, find_tensors(folder))
-    if "tied" in families.family_of(config).fixed:
+    if config.labels or "tied" in families.family_of(config).fixed:
         return config
     head, table = (entries.get(families.to_foreign(config, name)[0]) for name in ("lm_head.weight", "wte.weight"))
     tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
@@ -259,7 +259,9 @@ def write_model(
         raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
     _check_given(config, weights, DTYPES[dtype])
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None, "pad_token_id": None}
+    eos = tokenizer.eos_id if tokenizer else None
+    # a classifier's last token is the last that is no padding
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,7 @@ def generate_command(args: argparse.Namespace) -> int:
     model, tokenizer = backend.load.load(
         args.model, adapter=finding.parse(args.adapter) or None, device=args.device, force=args.force
     )
+    finding.expect(model.config, args.model)
     if tokenizer is None:
         raise UserError(
             f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"

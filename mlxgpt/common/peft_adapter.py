@@ -57,13 +57,14 @@ def module(config: ModelConfig, path: str) -> str:
     for other, filed in family.aliases.items():
         if foreign == filed:
             return other
-    return foreign if path == "lm_head" or not family.prefixes else family.prefixes[0] + foreign
+    return foreign if path in ("lm_head", "score") or not family.prefixes else family.prefixes[0] + foreign
 
 
 def modules(config: ModelConfig) -> dict[str, str]:
     """What transformers calls a module that has parameters -> our path; the head also where it is tied."""
     paths = dict.fromkeys(name.rpartition(".")[0] for name in params.table(config))
-    return {module(config, path): path for path in [*paths, *(["lm_head"] if "lm_head" not in paths else [])]}
+    head = [] if "lm_head" in paths or config.labels else ["lm_head"]
+    return {module(config, path): path for path in [*paths, *head]}
 
 
 def suffixes(wanted: set[str], names: list[str]) -> list[str] | None:
@@ -145,7 +146,7 @@ def encode(
     both = "wte" in targets or "wte" in saved
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if config.labels else "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -162,6 +163,14 @@ def encode(
         "ensure_weight_tying": config.tied and both,
     }
     return values, tensors
+
+
+def labels(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """The labels of an adapter that makes a classifier, as transformers numbers them; () where it makes none."""
+    score = tensors.get(f"{_PREFIX}score.weight")
+    if values.get("task_type") != "SEQ_CLS" or score is None or score.ndim != 2:
+        return ()
+    return tuple(f"LABEL_{n}" for n in range(len(score)))
 
 
 def gap(config: ModelConfig, method: str, targets: Mapping[str, Target], arrays: Mapping[str, Any]) -> str | None:

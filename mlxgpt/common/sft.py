@@ -3,6 +3,7 @@
 ``open`` is the way in. What it did to the rows it says, and SftSource.counts holds it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ _GROUP = 512  # rows tokenised at once
 
 @dataclass
 class Counts:
-    """What became of a split's rows."""
+    """What became of a split's rows; a classifier's have one target each."""
 
     rows: int = 0
     tokens: int = 0
@@ -197,7 +198,9 @@ class Encoder:
                 counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
                 ids = ids[: self.size]
             if row.label not in self.labels:
-                raise UserError(f"{row.where}: label {row.label!r} is not in the training rows: {_some(self.labels)}")
+                raise UserError(
+                    f"{row.where}: label {row.label!r}: expected one of the training rows', {_some(self.labels)}"
+                )
             targets, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
             targets[-1] = self.labels.index(row.label)
             weights[-1] = self.label_weights[targets[-1]]
@@ -357,7 +360,9 @@ def open(
     size = tune.block_size or min(config.block_size, _LONGEST)
     if size > config.block_size:
         raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
-    template, tokenizer, added = (None, tokenizer, ()) if tune.task == "classify" else choose(tune, rows, tokenizer)
+    template, added = None, ()
+    if tune.task == "lm":
+        template, tokenizer, added = choose(tune, rows, tokenizer)
     encoder = Encoder(tune, tokenizer, template, size)
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
@@ -430,13 +435,17 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     sizes = ", ".join(f"{counts[name].rows - counts[name].dropped:,} {name}" for name in counts if counts[name].rows)
     train = counts["train"]
     share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
+    if source.labels:
+        found = Counter(row.label for row in rows.splits["train"])
+        share = "labels " + _some([f"{label} ({found[label]:,})" for label in source.labels])
     yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
     longer = f"rows are longer than {source.encoder.size} tokens"
     for name, count in counts.items():
         if count.truncated:
             yield f"{name}: {count.truncated:,} {longer}: what is asked loses its beginning"
         if count.cut:
-            yield f"{name}: {count.cut:,} {longer} in the answer alone: they lose their end"
+            alone = "" if source.labels or rows.format == "text" else " in the answer alone"
+            yield f"{name}: {count.cut:,} {longer}{alone}: they lose their end"
         if count.dropped:
             yield f"{name}: {count.dropped:,} {longer}: dropped"
     if source.duplicates:

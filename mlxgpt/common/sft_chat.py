@@ -42,7 +42,7 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
 
-    def parse(self, parser: Any) -> nodes.CallBlock:
+    def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
@@ -175,7 +175,9 @@ class Template:
                     raise UserError(f"{where}: {self.name}: no token begins where an answer does: expected one")
                 cuts.append(found)
                 ids = [self._encode_cut(text, cuts) for text in plan]
-            if cuts and self.tokenizer.decode(found.ids.tolist()) != self.tokenizer.decode(encoded[place - len(plan)]):
+            if cuts and self.tokenizer.decode(found.ids.tolist()) != self.tokenizer.decode(
+                encoded[place - len(plan)].tolist()
+            ):
                 raise UserError(
                     f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
                     "cannot cut there: expected no white space at the answer's beginning"

@@ -80,7 +80,7 @@ def open_rows(tune: TuneConfig) -> Rows:
     path = Path(tune.source).expanduser()
     files = _files(path)
     digest = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
-    raw = {split: list(_read(file)) for split, file in files.items()}
+    raw = {split: list(read_values(file)) for split, file in files.items()}
     if not raw["train"]:
         raise UserError(f"{files['train']}: no rows: expected at least one")
     kind = tune.format
@@ -132,8 +132,8 @@ def _files(path: Path) -> dict[str, Path]:
     return {"train": path}
 
 
-def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and row, its keys and values)."""
+def read_values(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and row, its keys and values) of one file."""
     suffix = path.suffix.lower()
     read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}.get(suffix, _read_table)
     for number, value in read(path):
@@ -277,6 +277,13 @@ def _sharegpt_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
     return Row(where, messages=_messages(messages, where), tools=_tools(row, where))
+
+
+def text_to_classify(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+    """A row whose label may not be known."""
+    if tune.label_key in row:
+        return _label_row(row, where, tune)
+    return Row(where, text=_string(row, tune.text_key, where))
 
 
 def _label_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
