@@ -305,7 +305,7 @@ def curves(steps: int) -> int:
         failed = False
         for method in ("lora", "dora", "full"):
             found = {
-                name: np.array([float(word) for word in _child("curve", package, str(folder), method, str(steps))])
+                name: np.array([float(word) for word in _child(package, str(folder), method, str(steps))])
                 for name, package in (("MLX", "mlxgpt"), ("torch_ref", "torch_ref"), ("PEFT", "peft"))
                 if method == "lora" or package != "peft"
             }
@@ -323,7 +323,7 @@ def curves(steps: int) -> int:
 
 
 def _child(*words: str) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.lora", *(("--curve", *words[1:]))]
+    command = [sys.executable, "-m", "benchmarks.lora", "--curve", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
@@ -417,7 +417,8 @@ def main() -> None:
     if args.peak:
         print(peak(*args.peak))
     elif args.curve:
-        print(*(repr(loss) for loss in curve(*args.curve[:3], int(args.curve[3]))))
+        package, folder, method, steps = args.curve
+        print(*(repr(loss) for loss in curve(package, folder, method, int(steps))))
     elif args.curves:
         sys.exit(curves(args.steps))
     else:

@@ -124,7 +124,9 @@ def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dic
     return made
 
 
-def as_classifier(arrays: dict[str, np.ndarray], config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+def as_classifier(
+    arrays: Mapping[str, np.ndarray | Quantised], config: ModelConfig, seed: int
+) -> dict[str, np.ndarray | Quantised]:
     """``arrays`` of a language model or a classifier for ``config``, a classifier: a new ``score`` is drawn."""
     made = {name: array for name, array in arrays.items() if not name.startswith("lm_head.")}
     name, param = "score.weight", table(config)["score.weight"]

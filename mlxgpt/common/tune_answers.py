@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mlxgpt.common import tune_metrics
+from mlxgpt.common import confusion, tune_metrics
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import RunError, UserError
@@ -41,10 +41,12 @@ class Answers:
         return f"{tokenizer.decode(prompt)}{result}"
 
     def score(self, sums: dict[str, float]) -> dict[str, float]:
-        """tune.metrics over the first rows that validate."""
-        return self._scored("valid")
+        """Of a classifier what the sums of a validation tell; else tune.metrics over the first rows that validate."""
+        return self._scored("valid", sums)
 
-    def _scored(self, split: str) -> dict[str, float]:
+    def _scored(self, split: str, sums: dict[str, float]) -> dict[str, float]:
+        if self._source.labels:
+            return confusion.figures(sums, len(self._source.labels))
         rows = self._source.rows(split)
         rows = rows[: self._tune.metric_rows or len(rows)]
         if not self._tune.metrics or not rows:
@@ -79,10 +81,12 @@ class Answers:
             for part in batch.split(job.recipe.train.micro_batch_size):
                 for name, value in self._engine.evaluate(part).items():
                     total[name] = total.get(name, 0.0) + value
-        found = {"loss": total["loss"] / total["weight"]} | self._scored("test")
+        found = {"loss": total["loss"] / total["weight"]} | self._scored("test", total)
         job.metrics.write(step=job.state.step, split="test", **found, targets=round(total["weight"]))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         job.progress.say(f"test split at step {job.state.step}: {shown}")
+        if self._source.labels:
+            job.progress.say("\n".join(confusion.lines(total, self._source.labels)))
 
 
 def check(recipe: Recipe, source: SftSource) -> Recipe:

@@ -63,9 +63,10 @@ def _begin(args: Namespace) -> int:
         print(f"{chosen.where}: {note}")
     backend = session.open_backend(args)
     assert recipe.tune
-    source = sft.open(recipe.tune, recipe.train, load_tokenizer(base), config, print)
+    source = sft.open(recipe.tune, recipe.train, load_tokenizer(base), config, print, config.labels)
     recipe = tune_answers.check(tune_config.with_length(recipe, chosen, source), source)
     session.check_settings(recipe, args)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, labels=source.labels))
     recipe = _with_tokens(recipe, source)
     if recipe.adapter and recipe.adapter.method != "full":
         for line in adapter_folder.limits(recipe):
@@ -108,7 +109,7 @@ def _continue(args: Namespace) -> int:
         base = found[0] if whole else _locate(recipe)[0]
         config = recipe.model if whole else folder.read_config(base)
         tokenizer = load_tokenizer(found[0] if whole else base)
-        source = sft.open(recipe.tune, recipe.train, tokenizer, config, print)
+        source = sft.open(recipe.tune, recipe.train, tokenizer, config, print, recipe.model.labels)
         resume.check_data(run, found[1].data, _digests(recipe, source.digest, base))
         weights = _base_weights(base, recipe)
         adapter = None if whole else adapter_folder.read(found[0], base, recipe.model)
@@ -139,7 +140,9 @@ def _run(
         frozen = {name: array for name, array in own.items() if name.rpartition(".")[2].startswith("start_")}
         more["write_adapter"] = functools.partial(_write, recipe=recipe, base=base, frozen=frozen, source=source)
     answers = tune_answers.Answers(backend, engine, recipe, source)
-    more |= {"verb": "finetune", "sample": answers.sample if recipe.sample.max_tokens else None, "score": answers.score}
+    if recipe.sample.max_tokens and recipe.tune.task == "lm":
+        more["sample"] = answers.sample
+    more |= {"verb": "finetune", "score": answers.score}
     if recipe.tune.test and source.rows("test"):
         more["finish"] = answers.test
     return session.run(args, run, recipe, engine, source, source.tokenizer, state, **more)
@@ -222,13 +225,14 @@ def _with_tokens(recipe: Recipe, source: SftSource) -> Recipe:
 
 
 def _base_weights(base: Path, recipe: Recipe) -> Weights:
-    """The model's weights as the engine takes them: with rows for new tokens, and float32 where they train."""
+    """The model's weights as the engine takes them: float32 where they train, with rows for new tokens, or a score."""
     weights: Weights = dict(folder.read_stored(base, folder.read_config(base)))
     for name in adapters.trainable(recipe):
         if isinstance(weights.get(name), Quantised):
             weights[name] = weights[name].dequantise()
             print(f"{name}: trains, so it is dequantised")
-    return params.resize_vocab(weights, recipe.model.vocab_size)
+    weights = params.resize_vocab(weights, recipe.model.vocab_size)
+    return params.as_classifier(weights, recipe.model, recipe.train.seed) if recipe.model.labels else weights
 
 
 def _own(recipe: Recipe, weights: Weights, adapter: Adapter | None) -> Weights:
