@@ -31,6 +31,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import SftSource
 from mlxgpt.common.tokenizer import load_tokenizer
 
+_BASE = "base model"  # among the digests
 Weights = dict[str, Any]
 """Canonical name -> float32 array, or affine.Quantised of a matrix that is frozen."""
 
@@ -110,7 +111,13 @@ def _continue(args: Namespace) -> int:
         config = recipe.model if whole else folder.read_config(base)
         tokenizer = load_tokenizer(found[0] if whole else base)
         source = sft.open(recipe.tune, recipe.train, tokenizer, config, print, recipe.model.labels)
-        resume.check_data(run, found[1].data, _digests(recipe, source.digest, base))
+        digests = _digests(recipe, source.digest, base)
+        before, after = found[1].data.get(_BASE), digests.get(_BASE)
+        if before != after:
+            raise UserError(
+                f"{base}: sha256 {after}: the run began on a model with {before}; --model names another place"
+            )
+        resume.check_data(run, found[1].data, digests)
         weights = _base_weights(base, recipe)
         adapter = None if whole else adapter_folder.read(found[0], base, recipe.model)
         own = _own(recipe, weights, adapter)
@@ -267,4 +274,4 @@ def _digests(recipe: Recipe, digest: dict[str, str], base: Path) -> dict[str, st
     assert recipe.adapter
     if recipe.adapter.method == "full":
         return digest
-    return digest | {"base model": adapter_folder.base_sha256(base)}
+    return digest | {_BASE: adapter_folder.base_sha256(base)}
