@@ -485,5 +485,5 @@ VERBS = {
     "probe": Verb("what a framework makes of a model, as .npz", "mlxgpt.common.probing:probe_command", _probe, (
         "probe model --tokens ids.npy --out .",
     )),
-    "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+    "demo": Verb("train and tune in MLX and in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip
