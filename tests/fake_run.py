@@ -49,6 +49,7 @@ class Engine:
     """See common/batch.py, Engine. The gradient of ``frozen`` tensors is zero; ``stuck`` ones never move."""
 
     unused_limits: list[str] = []  # noqa: RUF012  (never written)
+    note = ""
 
     def __init__(self, recipe: Recipe, weights: Arrays, device: str = "auto"):
         self.recipe, self.table = recipe, params.table(recipe.model)

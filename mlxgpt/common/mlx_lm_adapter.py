@@ -76,7 +76,8 @@ def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any]) -> str | None:
     whole = [name for name in arrays if name.endswith((".weight", ".bias"))]
     if whole:
         return (
-            f"mlx-lm holds no tensors that train whole ({whole[0]}): the adapter is for PEFT alone; fuse it for mlx-lm"
+            f"mlx-lm holds no tensors that train whole ({whole[0]}): the adapter is for PEFT alone; mlxgpt fuse makes "
+            "a model of it that mlx-lm can hold"
         )
     return None if targets else "mlx-lm needs an adapted matrix"
 

@@ -118,8 +118,9 @@ def run(
     own = adapters.count(recipe)
     size = f"{total:,} parameters" if own == total else f"{own:,} parameters train beside {total:,}"
     print(f"{run}: {size}, {recipe.train.steps:,} steps; {' '.join(names)}")
-    for line in engine.unused_limits:
-        print(line)
+    for line in [*engine.unused_limits, engine.note]:
+        if line:
+            print(line)
     display = Progress(
         run.name, recipe.train.steps, state.step, recipe.train.log_every, chips.training_flops(recipe.model),
         chips.peak_flops(environment["device"]), engine.memory,
