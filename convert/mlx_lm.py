@@ -13,7 +13,6 @@ from convert import hf, stream
 from convert.model import Opened, Options, Packed, Tensor
 from mlxgpt.common import affine, families, folder, mlx_lm_folder, mlx_lm_names, params
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.mlx_lm_folder import Matrix
 from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json
 
 KIND = "folder"
@@ -53,10 +52,10 @@ def read(path: Path) -> Opened:
     located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
     shapes = {name: param.shape for name, param in params.table(config).items()}
     tensors = {
-        name: hf.lies(where) if isinstance(where, Entry) else _packed(where, shapes[name])
+        name: hf.lies(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
         for name, where in located.items()
     }
-    count = sum(isinstance(where, Matrix) for where in located.values())
+    count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
     files = tuple(sorted({entry.path for entry in entries.values()}))
     opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
     opened.notes = list(hf.left(path, opened))
@@ -65,11 +64,10 @@ def read(path: Path) -> Opened:
     return opened
 
 
-def _packed(matrix: Matrix, shape: tuple[int, ...]) -> Tensor:
-    """A quantised matrix as the float32 tensor that it stands for, and as it lies."""
-    parts = (matrix.words, matrix.scales, matrix.biases)
-    packed = Packed(matrix.bits, matrix.group_size, DTYPES[matrix.scales.dtype], parts)
-    return Tensor(shape, np.dtype(np.float32), lambda: matrix.read().dequantise(), packed=packed)
+def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
+    parts = (where.words, where.scales, where.biases)
+    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
+    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantise(), packed=packed)
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:

@@ -80,7 +80,7 @@ def test_what_neither_library_holds_is_refused_before_it_trains(tmp_path: Path) 
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "patterns": ("llama-gqa", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2},
                                "alpha_pattern": {"v_proj": 5}}),
-    "regex": ("llama-gqa", {"target_modules": r".*\.layers\.[01]\.mlp\.(up|down)_proj", "exclude_modules": ".*1.*up.*"}),
+    "regex": ("llama-gqa", {"target_modules": r".*\.[01]\.mlp\.(up|down)_proj", "exclude_modules": ".*1.*up.*"}),
     "layers": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}),
     "one-layer": ("qwen3", {"target_modules": ["q_proj"], "layers_to_transform": 0}),
     "whole": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["ln_f", "c_fc"], "fan_in_fan_out": True}),

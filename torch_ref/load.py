@@ -26,18 +26,18 @@ def load(
 
     Args:
         path: where the model is; an adapter, or a run that trained one, brings its base.
-        adapter: an adapter's folder, or several with their weights.
+        adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
         dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
-        force: take an adapter that was trained on a model of other weights.
+        force: an adapter is taken though it was made for another base.
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
-        the last adapter's that has one, else the base's, else None.
+        the last adapter's that has one, else the model's, else None.
 
     Raises:
-        UserError: no model is there, it is damaged, its architecture is not supported, or an adapter is not for it.
+        UserError: no model is there, it is damaged, or its architecture is not supported; an adapter does not fit.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
@@ -46,12 +46,10 @@ def load(
     base = folder.read_config(place)
     given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
+    brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(torch, dtype))
-    stored = params.resize_vocab(folder.read_stored(place, base), config.vocab_size)
-    arrays, _ = quantising.widen(stored, where.type == "cpu", dequantise)
-    if config.labels:
-        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
-    for name in params.table(config):
+    arrays, _ = quantising.widen(folder.read_stored(place, base), where.type == "cpu", dequantise)
+    for name in (name for name in params.table(config) if name not in brought):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantised):
             quant.place(model, module, each)
