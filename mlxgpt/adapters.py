@@ -99,18 +99,10 @@ def start(module: Any) -> tuple[mx.array, ...]:
     return (module.start_a, module.start_b) if "start_a" in module else ()
 
 
-def at(model: Model, path: str) -> Any:
-    """The module at a path such as h.0.attn.q_proj."""
-    found: Any = model
-    for part in path.split("."):
-        found = found[int(part)] if part.isdigit() else getattr(found, part)
-    return found
-
-
 def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.ndarray]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
     for site, (path, target) in enumerate(targets.items()):
-        module, squares = at(model, path), None
+        module, squares = model.at(path), None
         for kind in adapters.KINDS:
             if f"{path}.{kind}" in params:
                 setattr(module, kind, mx.array(params[f"{path}.{kind}"]))
@@ -129,5 +121,5 @@ def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:
     targets, params, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in given])
     for name, array in whole.items():
         path, _, kind = name.rpartition(".")
-        setattr(at(model, path), kind, mx.array(array).astype(model.dtype))
+        setattr(model.at(path), kind, mx.array(array).astype(model.dtype))
     adapt(model, targets, params)

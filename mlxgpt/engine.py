@@ -1,5 +1,6 @@
 """MLX's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -11,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import adapters, losses, optim
+from mlxgpt import adapters, losses, optim, quant
 from mlxgpt import device as devices
 from mlxgpt.common import adapters as adaption
-from mlxgpt.common import confusion, rng
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from mlxgpt.model import Dropout, Model
@@ -27,15 +29,15 @@ class Engine:
 
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
-        params: float32 arrays by the names of params.table, and those of the adapter (common/adapters.py). What
-            adapters.trainable does not name is frozen: no gradient, no moments.
+        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu`` or ``gpu``.
 
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
@@ -51,13 +53,18 @@ class Engine:
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
         self.t = 0
         parameters.check(adaption.shapes(recipe), params)
-        table = parameters.table(recipe.model)
-        self.model.update(tree_unflatten([(name, mx.array(params[name])) for name in table]))
+        base, self.note = quantising.prepare(recipe, params, self.device == mx.Device(mx.cpu))
+        for name, each in base.items():
+            path, _, kind = name.rpartition(".")
+            if isinstance(each, Quantised):
+                quant.place(self.model, path, each)
+            else:
+                setattr(self.model.at(path), kind, mx.array(each))
         adapters.adapt(self.model, self.adapted, params)
         self.model.freeze()
         for name in self.table:
             path, _, kind = name.rpartition(".")
-            adapters.at(self.model, path).unfreeze(recurse=False, keys=kind)
+            self.model.at(path).unfreeze(recurse=False, keys=kind)
         self._settle()
         self._loss_and_grad = nn.value_and_grad(self.model, self._objective)
         self.compiled = recipe.train.compile != "off"

@@ -43,7 +43,12 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
     module = model.wte if model.config.tied else model.lm_head
-    if not config.loss_chunk or model.config.vocab_size <= config.loss_chunk or module._update is not None:
+    if (
+        not config.loss_chunk
+        or model.config.vocab_size <= config.loss_chunk
+        or module._update is not None
+        or not hasattr(module, "weight")
+    ):
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     weight = module.weight
     bias = model.lm_head.bias if model.config.head_bias else None

@@ -4,7 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -347,6 +347,13 @@ class Model(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    def at(self, path: str) -> Any:
+        """The module at a path such as h.0.attn.q_proj."""
+        found: Any = self
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
 
     def mask(
         self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, window: int = 0, fused: bool = True

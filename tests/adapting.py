@@ -57,7 +57,7 @@ def moved(config: Recipe, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 
 def packed(config: Recipe, step: int = 1, rows: int = 4, segments: bool = True) -> Batch:
-    """Skewed random tokens, three texts of other lengths side by side in a row; the first tokens of each are no targets."""
+    """Skewed random tokens, three texts side by side in a row; the first two tokens of each are no targets."""
     size, vocabulary = config.model.block_size - 1, config.model.vocab_size
     draw = rng.integers(0, "tokens", step, count=rows * (size + 1), high=vocabulary * vocabulary)
     tokens = np.sqrt(draw).astype(np.int32).reshape(rows, size + 1)

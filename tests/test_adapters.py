@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapting import PACKAGES, engine, moved, packed, probe, recipe, starting, train
-from compare import agree, worst, worst_gradient
+from adapting import PACKAGES, moved, probe, recipe, starting, train
+from compare import agree, worst_gradient
 
 from mlxgpt.common import adapters
 from mlxgpt.common.config import Recipe

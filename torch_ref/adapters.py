@@ -96,19 +96,11 @@ def start(module: Any) -> tuple[torch.Tensor, ...]:
     return (module.start_a, module.start_b) if hasattr(module, "start_a") else ()
 
 
-def at(model: Model, path: str) -> Any:
-    """The module at a path such as h.0.attn.q_proj."""
-    found: Any = model
-    for part in path.split("."):
-        found = found[int(part)] if part.isdigit() else getattr(found, part)
-    return found
-
-
 def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.ndarray]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
     device = model.ln_f.weight.device
     for site, (path, target) in enumerate(targets.items()):
-        module, squares = at(model, path), None
+        module, squares = model.at(path), None
         for kind in adapters.KINDS:
             if f"{path}.{kind}" in params:
                 setattr(
@@ -128,5 +120,5 @@ def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:
     targets, params, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in given])
     for name, array in whole.items():
         path, _, kind = name.rpartition(".")
-        getattr(at(model, path), kind).data.copy_(torch.from_numpy(array))
+        getattr(model.at(path), kind).data.copy_(torch.from_numpy(array))
     adapt(model, targets, params)

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from mlxgpt.common import adapters as adaption
-from mlxgpt.common import confusion, rng
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from torch_ref import adapters, losses, optim
+from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
 from torch_ref.model import Dropout, Model
 from torch_ref.noise import SITES
@@ -22,15 +23,15 @@ class Engine:
 
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
-        params: float32 arrays by the names of params.table, and those of the adapter (common/adapters.py). What
-            adapters.trainable does not name is frozen: no gradient, no moments.
+        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
 
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         if recipe.train.deterministic:
@@ -42,12 +43,18 @@ class Engine:
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.objective = losses.classify if recipe.model.labels else losses.lm
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
-        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype)).to(self.device)
+        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
         self.model.requires_grad_(False)
         parameters.check(adaption.shapes(recipe), params)
-        for name, own in self.model.named_parameters():
-            own.data = torch.from_numpy(params[name]).to(self.device, copy=name in self.table)
+        base, self.note = quantising.prepare(recipe, params, self.device.type == "cpu")
+        for name, each in base.items():
+            path, _, kind = name.rpartition(".")
+            if isinstance(each, Quantised):
+                quant.place(self.model, path, each)
+            else:
+                getattr(self.model.at(path), kind).data = torch.from_numpy(each).to(copy=name in self.table)
         adapters.adapt(self.model, self.adapted, params)
+        self.model.to(self.device)
         own = dict(self.model.named_parameters())
         self.weights = {name: own[name].requires_grad_() for name in self.table}
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}

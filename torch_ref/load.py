@@ -5,32 +5,39 @@ from pathlib import Path
 
 import torch
 
-from mlxgpt.common import adapter_folder, finding, folder, params, tokenizer
+from mlxgpt.common import adapter_folder, finding, folder, params, quantising, tokenizer
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.finding import Given
+from torch_ref import adapters, quant
 from torch_ref import device as devices
-from torch_ref.adapters import attach
 from torch_ref.model import Model
 
 
 def load(
-    path: str | Path, adapter: Given = None, device: str = "auto", dtype: str = "float32", force: bool = False
+    path: str | Path,
+    adapter: Given = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    dequantise: str = "auto",
+    force: bool = False,
 ) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
         path: where the model is; an adapter, or a run that trained one, brings its base.
-        adapter: an adapter's folder, or several with their weights.
+        adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
-        force: take an adapter that was trained on a model of other weights.
+        dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
+        force: an adapter is taken though it was made for another base.
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
-        the last adapter's that has one, else the base's, else None.
+        the last adapter's that has one, else the model's, else None.
 
     Raises:
-        UserError: no model is there, it is damaged, its architecture is not supported, or an adapter is not for it.
+        UserError: no model is there, it is damaged, or its architecture is not supported; an adapter does not fit.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
@@ -39,13 +46,14 @@ def load(
     base = folder.read_config(place)
     given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
-    model = Model(config, getattr(torch, dtype)).to(where, getattr(torch, dtype))
-    arrays = params.resize_vocab(folder.read_params(place, base), config.vocab_size)
-    if config.labels:
-        arrays = params.as_classifier(arrays, config, 0)  # an adapter brings its score
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in params.table(config):
-            weights[name].copy_(torch.from_numpy(arrays.pop(name)))
-    attach(model, given)
-    return model.eval(), tokenizer.load_last([place, *(each for each, _ in found)])
+    brought = {name for each, _ in given for name in each.params}
+    model = Model(config, getattr(torch, dtype))
+    arrays, _ = quantising.widen(folder.read_stored(place, base), where.type == "cpu", dequantise)
+    for name in (name for name in params.table(config) if name not in brought):
+        (module, _, kind), each = name.rpartition("."), arrays.pop(name)
+        if isinstance(each, Quantised):
+            quant.place(model, module, each)
+        else:
+            getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
+    adapters.attach(model, given)
+    return model.to(where).eval(), tokenizer.load_last([place, *(each for each, _ in found)])

@@ -5,7 +5,7 @@ D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -126,7 +126,7 @@ class Cache:
 
 def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:
     """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    device = model.wte.weight.device
+    device = model.ln_f.weight.device
     return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
 
 
@@ -347,6 +347,13 @@ class Model(nn.Module):
         """The dtype that the blocks compute in."""
         return self._dtype
 
+    def at(self, path: str) -> Any:
+        """The module at a path such as h.0.attn.q_proj."""
+        found: Any = self
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
+
     def mask(
         self,
         T: int,
@@ -367,8 +374,8 @@ class Model(nn.Module):
             if fused and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
         i, j = (
-            torch.arange(S - T, S, device=self.wte.weight.device)[:, None],
-            torch.arange(S, device=self.wte.weight.device)[None, :],
+            torch.arange(S - T, S, device=self.ln_f.weight.device)[:, None],
+            torch.arange(S, device=self.ln_f.weight.device)[None, :],
         )
         mask = j <= i
         if slides:

@@ -59,6 +59,7 @@ class Conversation:
             UserError: ``text`` alone does not fit into the context, or the template refuses it.
             RunError: the logits are not finite.
         """
+        before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
             ids, dropped = self._prompt(sample)
@@ -69,7 +70,7 @@ class Conversation:
             held = self._cut(ids)
             reason = self._draw(row, turn, on_text, stopped)
         except (UserError, RunError):
-            self.messages.pop()
+            self.messages = before
             raise
         self.messages.append({"role": "assistant", "content": row.text})
         return Answer(row.text, reason, len(row.tokens), len(ids) - held, held, dropped)

@@ -256,6 +256,8 @@ def decode(
             if lora:
                 raise UserError(f"{where}: unexpected tensor {name}.{min(lora)}: target_modules does not name {name}")
             continue
+        if not lora and name in _tied_head(values, config, adapted):
+            lora = {"lora_a": made["wte.lora_b"].T, "lora_b": made["wte.lora_a"].T}  # PEFT saves a tied update once
         missing = [kind for kind in needed if kind not in lora]
         if missing:
             raise UserError(f"{where}: {missing[0]} of {name} is missing, which target_modules names")
@@ -346,7 +348,15 @@ def _matched(values: Mapping[str, Any], names: Mapping[str, str], config: ModelC
         chosen = {name for name in names if ends(name, wanted)}
     else:
         chosen = {name for name in names if ends(name, wanted) and layered(name)}
-    return {name for name in chosen if not ends(name, excluded) and not (saved and ends(name, saved))}
+    chosen = {name for name in chosen if not ends(name, excluded) and not (saved and ends(name, saved))}
+    return chosen | _tied_head(values, config, chosen)
+
+
+def _tied_head(values: Mapping[str, Any], config: ModelConfig, chosen: set[str]) -> set[str]:
+    """The head, which PEFT ties to a chosen embedding where it is told to, and knows it as one by its name."""
+    embedding = module(config, "wte")
+    known = embedding.endswith("embed_tokens") and embedding in chosen
+    return {module(config, "lm_head")} if known and config.tied and values.get("ensure_weight_tying") else set()
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, usual: Any) -> Any:
@@ -390,8 +400,9 @@ def _saved(
     made: dict[str, np.ndarray] = {}
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     ours = params.table(config)
-    wanted = _strings(values, "modules_to_save", where)
-    known = modules(config)
+    known, wanted = modules(config), _strings(values, "modules_to_save", where)
+    chosen = {name for name in known if any(name.endswith(end) for end in wanted)}
+    chosen |= _tied_head(values, config, chosen)
     for name, path in known.items():
         for kind, array in found.get(path, {}).items():
             full = f"{path}.{kind}"
@@ -401,10 +412,10 @@ def _saved(
                 continue
             shape = shapes.get(full, (config.vocab_size, config.n_embd) if full == "lm_head.weight" else None)
             if kind == "weight":
-                if not any(name == end or name.endswith(end) for end in wanted):
+                if name not in chosen:
                     raise UserError(f"{where}: unexpected tensor {name}.weight: modules_to_save does not name it")
                 array = array.T if families.to_foreign(config, full)[1] else array
-            elif values.get("bias", "none") == "none" and not any(name.endswith(end) for end in wanted):
+            elif values.get("bias", "none") == "none" and name not in chosen:
                 raise UserError(f"{where}: unexpected tensor {name}.bias: bias is none")
             if path in ("wte", "lm_head") and shape and array.ndim == len(shape) and array.shape[1:] == shape[1:]:
                 shape = array.shape  # a vocabulary may have grown: who reads on holds it against the rest
@@ -415,7 +426,7 @@ def _saved(
             elif array.any():
                 raise UserError(f"{where}: {name}.{kind} is not zero, but the model has no such bias")
     for name, path in known.items():
-        if any(name == end or name.endswith(f".{end}") for end in wanted) and f"{path}.weight" not in made:
+        if name in chosen and f"{path}.weight" not in made:
             raise UserError(f"{where}: {name}.weight is missing, which modules_to_save names")
     return made
 
