@@ -238,9 +238,10 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
-    add("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
+    add("-d", "--data", required=True, metavar="PATH", 
+        help="a text or .jsonl file, shards, a flat .bin, or rows of fine-tuning")  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
-    add("--split", choices=["train", "val"], default="val", help="of prepared shards; default: val")
+    add("--split", choices=["train", "val", "test"], default="val", help="of shards or a folder of rows; default: val")
     add("--stride", type=_positive, metavar="N", help="targets a window after the first; default: the whole context")
     _add_json(parser)
     _add_backend(parser)

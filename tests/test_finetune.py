@@ -185,9 +185,14 @@ def test_answers_are_scored_the_best_kept_and_the_test_split_scored_at_the_end(
     assert set(names) < set(tested) and tested["targets"] > 10
     out = capsys.readouterr().out
     assert "best validation chrf" in out and "test split at step" in out and "sample at step" in out
-    assert checkpoint.resolve_model("scored") == checkpoint.path_of(
-        Path("scored"), int(state.best["step"])
-    ).resolve() or (checkpoint.resolve_model("scored").name == f"step-{int(state.best['step']):07d}")
+    best = int(state.best["step"])
+    assert checkpoint.resolve_model("scored") == checkpoint.path_of(Path("scored"), best)
+    for backend in BACKENDS:
+        assert cli.main(["eval", "--model", "scored", "--data", "split", "--json", "--backend", backend]) == 0
+        found = json.loads(capsys.readouterr().out)
+        (line,) = [line for line in scored if line["step"] == best]
+        assert found["loss"] == pytest.approx(line["loss"], abs=1e-5) and found["tokens"] == line["targets"]
+    assert cli.main(["eval", "--model", "llama", "--data", "chat-less.jsonl", "--json"]) == 2
 
 
 def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

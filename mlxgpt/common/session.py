@@ -121,8 +121,10 @@ def run(
     for line in [*engine.unused_limits, engine.note]:
         if line:
             print(line)
+    # a frozen weight has no gradient of its own: 4 FLOPs a token, not 6
+    flops = chips.training_flops(recipe.model) * (1 if own == total else 2 / 3)
     display = Progress(
-        run.name, recipe.train.steps, state.step, recipe.train.log_every, chips.training_flops(recipe.model),
+        run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
         chips.peak_flops(environment["device"]), engine.memory,
     )  # fmt: skip
     sinks = metrics.open_sinks(
