@@ -238,7 +238,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
-    add("-d", "--data", required=True, metavar="PATH", 
+    add("-d", "--data", required=True, metavar="PATH",
         help="a text or .jsonl file, shards, a flat .bin, or rows of fine-tuning")  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
     add("--split", choices=["train", "val", "test"], default="val", help="of shards or a folder of rows; default: val")
