@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import hf
+from convert import hf, stream
 from convert.command import line
 from convert.conversion import Report, convert_opened
 from convert.formats import open_model
 from convert.model import Opened, Packed, Tensor
-from mlxgpt.common import adapter_folder, adapters, finding, params
+from mlxgpt.common import adapter_folder, adapters, finding, folder, params
 from mlxgpt.common.adapters import Target
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizer import FILES
@@ -72,7 +72,7 @@ def fuse(
     if not found:
         raise UserError(f"{place}: a model without an adapter: expected --adapter DIR")
     base = open_model(place)
-    opened = fused(base, found, force)
+    opened = fused(base, found, force, dtype)
     packed = any(tensor.packed for tensor in base.tensors.values())
     options = {"dtype": dtype} if dtype else {}
     if packed and not dequantize:
@@ -82,6 +82,7 @@ def fuse(
         return report, _loss(base, opened, open_model(out))
     if packed and not dtype:
         options = {"dtype": "bfloat16"}
+        opened = fused(base, found, force, "bfloat16")
     return convert_opened(opened, place, out, "hf", **options), None
 
 
@@ -95,8 +96,11 @@ def read(path: Path) -> Opened:
     return dataclasses.replace(made, path=path, format=FORMAT)
 
 
-def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False) -> Opened:
-    """The model that ``base`` is with the adapters in these folders, times their weights."""
+def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False, dtype: str | None = None) -> Opened:
+    """The model that ``base`` is with the adapters in these folders, times their weights.
+
+    What changes is rounded once, to ``dtype`` or what the base has.
+    """
     read = [(adapter_folder.read(path, base.path, base.config, force), weight) for path, weight in given]
     targets, arrays, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in read])
     config = base.config
@@ -105,19 +109,20 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
     tensors = {}
     for name, param in params.table(config).items():
         tensor, path = base.tensors[name], name.removesuffix(".weight")
+        kept = folder.DTYPES[dtype] if dtype else tensor.dtype
         if name in whole:
-            tensor = _given(whole[name], tensor)
+            tensor = _given(name, whole[name], tensor, kept)
         elif path in targets and path != name:
-            tensor = _merged(tensor, targets[path], arrays, path)
+            tensor = _merged(tensor, targets[path], arrays, path, kept)
         if tensor.shape != param.shape:
             raise UserError(f"{given[0][0]}: {name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
         tensors[name] = tensor
     companions = dict(base.companions)
-    for folder, _ in given:
-        own = {name: content for name, content in hf.companions(folder).items() if name in FILES}
+    for place, _ in given:
+        own = {name: content for name, content in hf.companions(place).items() if name in FILES}
         if own:
             companions = {name: content for name, content in companions.items() if name not in FILES} | own
-    files = tuple(file for folder, _ in given for file in sorted(folder.glob("adapter*.safetensors")))
+    files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
     notes = [*(note for each, _ in read for note in each.notes), *hf.left(base.path, base)]
     return dataclasses.replace(
         base, config=config, tensors=tensors,
@@ -125,18 +130,19 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
     )  # fmt: skip
 
 
-def _given(array: np.ndarray, tensor: Tensor) -> Tensor:
-    """A tensor that was trained whole, as the base keeps it."""
-    return Tensor(array.shape, tensor.dtype, lambda: array.astype(tensor.dtype), packed=_anew(tensor))
+def _given(name: str, array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """A tensor that was trained whole."""
+    return Tensor(array.shape, dtype, lambda: stream.cast(name, array, dtype), packed=_anew(tensor))
 
 
-def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], path: str) -> Tensor:
+def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], path: str, dtype: np.dtype) -> Tensor:
     """A matrix with its update."""
 
     def read() -> np.ndarray:
-        return adapters.fuse(tensor.read().astype(np.float32), target, arrays, path).astype(tensor.dtype)
+        made = adapters.fuse(tensor.read().astype(np.float32), target, arrays, path)
+        return stream.cast(f"{path}.weight", made, dtype)
 
-    return Tensor(tensor.shape, tensor.dtype, read, packed=_anew(tensor))
+    return Tensor(tensor.shape, dtype, read, packed=_anew(tensor))
 
 
 def _anew(tensor: Tensor) -> Packed | None:
