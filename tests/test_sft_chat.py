@@ -144,7 +144,7 @@ def test_tokens_before_an_answer_are_those_of_the_prompt_alone(split: str, tmp_p
 def test_a_template_without_an_end_is_refused(tmp_path: Path) -> None:
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match=r"chat template: after an answer comes '\\n': expected a special token"):
-        template_of(made(tmp_path, endless, []))
+        getattr(template_of(made(tmp_path, endless, [])), "end_id")  # noqa: B009
 
 
 @pytest.mark.parametrize(

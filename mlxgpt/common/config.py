@@ -307,7 +307,9 @@ class TuneConfig:
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
-        _check("tune", not self.date or _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
+        if not self.date:  # a run that goes on tomorrow renders the same rows
+            object.__setattr__(self, "date", datetime.date.today().isoformat())
+        _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
         fits = not (self.unroll and self.train_on_prompt)
         _check("tune", fits, "unroll", self.unroll, "false where tune.train_on_prompt")
         for name in ("block_size", "neftune", "metric_rows"):

@@ -82,7 +82,7 @@ class Encoded:
 
 
 class Template:
-    """A chat template and the tokenizer that it goes with. ``end_id`` is the token that ends an assistant's turn.
+    """A chat template and the tokenizer that it goes with.
 
     Args:
         sources: jinja by name; ``tool_use`` is taken where a conversation has tools, else ``default``.
@@ -91,7 +91,7 @@ class Template:
         date: the day that the template may write, as 2026-11-25; else it is today.
 
     Raises:
-        UserError: no jinja, or answers that end with no token that is only an end.
+        UserError: no jinja, or what it raises.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class Template:
             except jinja2.TemplateError as error:
                 raise UserError(f"{name}: not a template: {_said(error)}") from None
         self.marked = any("generation" in _tags(source) for source in sources.values())
-        self.end_id = self._find_end()
         start = self.render([{"role": "user", "content": _SAID}])
         asked = self.render([{"role": "user", "content": _SAID}], generation=True)
         self._header = asked[len(start) :] if asked.startswith(start) else ""
@@ -141,8 +140,13 @@ class Template:
         """The ids of a conversation, as transformers' apply_chat_template gives them."""
         return self.tokenizer.encode(self.render(messages, tools, generation, **more))
 
-    def _find_end(self) -> int:
-        """The first special token after an answer."""
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that ends an assistant's turn: the first special one after an answer.
+
+        Raises:
+            UserError: there is none.
+        """
         text = self.render([{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}])
         tail = text[text.rfind(_SAID) + len(_SAID) :]
         special = self.tokenizer.special
