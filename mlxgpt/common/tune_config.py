@@ -1,7 +1,6 @@
 """The settings of a fine-tuning: recipes/finetune.toml, over it --config (TOML, or an mlx-lm YAML), flags and --set."""
 
 import dataclasses
-import datetime
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,6 @@ def recipe(sections: Sections, where: str) -> Recipe:
         if not getattr(made.tune, key):
             raise UserError(f"tune.{key}: expected {flag}")
     source = str(pydocs_qa.file()) if made.tune.source == pydocs_qa.NAME else made.tune.source
-    date = made.tune.date or datetime.date.today().isoformat()
     paths = {"source": source, "model": made.tune.model, "adapter": made.tune.adapter, "template": made.tune.template}
     absolute = {
         key: str(Path(value).expanduser().resolve())
@@ -111,7 +109,7 @@ def recipe(sections: Sections, where: str) -> Recipe:
         if value and Path(value).expanduser().exists()
     }
     return dataclasses.replace(
-        made, tune=dataclasses.replace(made.tune, **{"source": source, "date": date, **absolute})
+        made, tune=dataclasses.replace(made.tune, **{"source": source, **absolute})
     )
 
 
