@@ -234,7 +234,7 @@ def test_a_quantised_base_trains_as_its_dequantised_self(at: Path, capsys: pytes
     assert np.abs(losses("bits") - losses("folder")).max() <= 1e-6
     assert np.abs(losses("never") - losses("folder")).max() <= 1e-4
     assert np.abs(losses("plain") - losses("folder")).max() > 1e-4
-    assert go("whole", "--method", "full", model="llama-4bit", steps=6) in (0, 2)
+    assert go("whole", "--method", "full", model="llama-4bit", steps=6) == 0
 
 
 def test_an_adapter_is_trained_on(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,6 +341,10 @@ def test_a_conversation_that_teaches_nothing_is_named(
         (["--set", "tune.block_size=4", "--set", "tune.overflow=refuse"], ("row 1: ", "expected at most 4")),
         (["--set", "optim.warmup=50"], ("optim.warmup = 50",)),
         (["--set", "train.wandb=x", "--set", "adapter.init=nonsense"], ("adapter.init = 'nonsense'",)),
+        (["--set", "tune.metrics=['exact']", "--set", "train.eval_every=0"], ("tune.metrics", "train.eval_every")),
+        (["--set", "tune.class_weights=balanced"], ("tune.class_weights = 'balanced'",)),
+        (["--set", f"sample.prompt={'red ' * 60}"], ("sample.prompt", "expected at most model.block_size = 48")),
+        (["--set", "tune.epochs=inf"], ("tune.epochs = inf",)),
         (["--set", "tune.template=none.jinja"], ("none.jinja",)),
     ],
 )

@@ -315,7 +315,10 @@ class TuneConfig:
         for name in ("block_size", "neftune", "metric_rows"):
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
-        _check("tune", self.epochs > 0, "epochs", self.epochs, "a positive number")
+        _check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
+        for name, idle, task in (("metrics", (), "lm"), ("class_weights", "none", "classify")):
+            used = self.task == task or getattr(self, name) == idle
+            _check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")
         known = ("exact", "bleu", "chrf", "rouge_l")
         for name in self.metrics:
             _check("tune", name in known, "metrics", name, "some of " + ", ".join(known))

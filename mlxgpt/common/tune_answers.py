@@ -26,14 +26,7 @@ class Answers:
 
     def sample(self) -> str:
         """A question and what the model answers to it: sample.prompt, else the first row that validates."""
-        tokenizer = self._source.tokenizer
-        if self._sample.prompt:
-            template = self._source.template
-            asked = [{"role": "user", "content": self._sample.prompt}]
-            prompt = template.encode(asked, generation=True) if template else tokenizer.encode(self._sample.prompt)
-        else:
-            held = self._source.rows("valid") or self._source.rows("train")
-            prompt = held[0].last_answer[0].tolist()
+        tokenizer, prompt = self._source.tokenizer, _question(self._sample.prompt, self._source)
         try:
             result = self._generate([prompt], self._sample)[0]
         except RunError as error:
@@ -89,16 +82,40 @@ class Answers:
             job.progress.say("\n".join(confusion.lines(total, self._source.labels)))
 
 
+def _question(prompt: str, source: SftSource) -> list[int]:
+    """The tokens of a question as rows have it; '' is the first row that validates, or else trains."""
+    if not prompt:
+        return (source.rows("valid") or source.rows("train"))[0].last_answer[0].tolist()
+    if source.template:
+        return source.template.encode([{"role": "user", "content": prompt}], generation=True)
+    return source.tokenizer.encode(prompt)
+
+
 def check(recipe: Recipe, source: SftSource) -> Recipe:
     """The recipe for the splits that there are: without rows that validate nothing is validated.
 
     Raises:
-        UserError: metrics, or early stopping, want rows that validate; or sample.prompt cannot be asked.
+        UserError: a setting wants rows that validate, or validations; or sample.prompt cannot be asked.
     """
     assert recipe.tune
-    if not source.rows("valid"):
-        for key, value in (("tune.metrics", recipe.tune.metrics), ("train.early_stop", recipe.train.early_stop)):
-            if value:
-                raise UserError(f"{key} = {value!r}: no rows to validate on: expected more rows, or a valid.jsonl")
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, eval_every=0))
-    return recipe
+    tune, train = recipe.tune, recipe.train
+    wanted = {"tune.metrics": tune.metrics, "train.early_stop": train.early_stop}
+    wanted |= {"tune.keep_best": tune.keep_best} if tune.keep_best != "loss" else {}
+    for key, value in wanted.items():
+        if value and not source.rows("valid"):
+            raise UserError(f"{key} = {value!r}: no rows to validate on: expected more rows, or a valid.jsonl")
+        if value and not train.eval_every:
+            raise UserError(f"{key} = {value!r}: expected train.eval_every, which is 0: nothing is ever validated")
+    if recipe.sample.max_tokens and tune.task == "lm" and recipe.sample.prompt:
+        try:
+            count = len(_question(recipe.sample.prompt, source))
+        except UserError as error:
+            raise UserError(f"sample.prompt = {recipe.sample.prompt!r}: {error}") from None
+        if not 0 < count <= recipe.model.block_size:
+            raise UserError(
+                f"sample.prompt = {recipe.sample.prompt!r}: {count} tokens; expected at most model.block_size = "
+                f"{recipe.model.block_size}"
+            )
+    if source.rows("valid"):
+        return recipe
+    return dataclasses.replace(recipe, train=dataclasses.replace(train, eval_every=0))

@@ -108,9 +108,7 @@ def recipe(sections: Sections, where: str) -> Recipe:
         for key, value in paths.items()
         if value and Path(value).expanduser().exists()
     }
-    return dataclasses.replace(
-        made, tune=dataclasses.replace(made.tune, **{"source": source, **absolute})
-    )
+    return dataclasses.replace(made, tune=dataclasses.replace(made.tune, **{"source": source, **absolute}))
 
 
 def with_length(recipe: Recipe, chosen: Chosen, source: SftSource) -> Recipe:

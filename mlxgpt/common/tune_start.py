@@ -88,7 +88,8 @@ def _continue(args: Namespace) -> int:
     run = Path(args.resume)
     resume.check_run(run)
     for flag, value in (("--out", args.out), ("--adapter", args.adapter), ("--config", args.config),
-                        ("--method", args.method), ("--task", args.task), ("--epochs", args.epochs)):  # fmt: skip
+                        ("--method", args.method), ("--task", args.task), ("--epochs", args.epochs),
+                        ("--train-on-prompt", args.train_on_prompt)):  # fmt: skip
         if value:
             raise UserError(f"{flag} {value}: a resumed run goes on as it began, where it is")
     with run_folder.locked(run):
@@ -159,7 +160,8 @@ def _write(place: Path, trained: Weights, recipe: Recipe, base: Path, frozen: We
     """A checkpoint's adapter folder; the tokenizer is written where training added to it."""
     assert recipe.tune
     tokenizer = source.tokenizer if source.added else None
-    adapter_folder.write(place, recipe, base, {**trained, **frozen}, tokenizer, recipe.tune.model)
+    hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
+    adapter_folder.write(place, recipe, base, {**trained, **frozen}, tokenizer, hub_id)
 
 
 def _name(recipe: Recipe) -> str:
