@@ -108,8 +108,28 @@ class Update:
 
 
 def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """scale B A x, in x's dtype."""
-    return ((x @ a.astype(x.dtype).T) * scale) @ b.astype(x.dtype).T
+    """scale B A x, in x's dtype; x (..., n_in) to (..., n_out).
+
+    Where a gradient goes on through x, it waits for those of A and B: MLX would put them off to the end of the backward
+    pass, and keep the cotangents of all layers until then.
+    """
+
+    @mx.custom_function
+    def run(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        h = (x @ a.T) * scale
+        return h @ b.T, h
+
+    @run.vjp
+    def run_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        (x, a, b), c, h = primals, cotangents[0], outputs[1]
+        back = (c @ b) * scale
+        grad_a = back.reshape(-1, a.shape[0]).T @ x.reshape(-1, x.shape[-1])
+        grad_b = c.reshape(-1, c.shape[-1]).T @ h.reshape(-1, h.shape[-1])
+        return mx.depends([back @ a], [grad_a, grad_b])[0], grad_a, grad_b
+
+    return run(x, a.astype(x.dtype), b.astype(x.dtype))[0]
 
 
 def start(module: Any) -> tuple[mx.array, ...]:
