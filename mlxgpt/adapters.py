@@ -31,18 +31,16 @@ class Update:
 
     def linear(self, module: Linear, x: mx.array, drop: Dropout | None) -> mx.array:
         """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
-        given = x
-        if drop and drop.adapter_rate:
-            given = noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
+        given, bias = self.dropped(x, drop), module.bias if "bias" in module else None
         z = low_rank(given, module.lora_a, module.lora_b, self.scale)
         if "start_a" in module:
             z = z - low_rank(x, module.start_a, module.start_b, self.scale)
         if self.squares is None:
-            return module.product(x) + z
+            return module.times(x, bias) + z
         g = self.gain(module, module.lora_a, module.lora_b, *start(module)).astype(x.dtype)
         # as PEFT has it: what dropout left is what the whole of dora's change reads
         y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
-        return y + module.bias.astype(x.dtype) if "bias" in module else y
+        return y if bias is None else y + bias.astype(x.dtype)
 
     def rows(self, module: Embedding, index: mx.array) -> mx.array:
         """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
@@ -68,6 +66,26 @@ class Update:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).astype(x.dtype)
 
+    def low(self, module: Any, x: mx.array, drop: Dropout | None) -> tuple[mx.array, mx.array]:
+        """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
+        if isinstance(module, Embedding):
+            turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
+        else:
+            turned = [module.lora_a, module.lora_b, *start(module)]
+        u, b = self.dropped(x, drop if isinstance(module, Linear) else None) @ turned[0].astype(x.dtype).T, turned[1]
+        if turned[2:]:
+            u, b = (
+                mx.concatenate([u, -(x @ turned[2].astype(x.dtype).T)], axis=-1),
+                mx.concatenate([b, turned[3]], axis=-1),
+            )
+        return u * self.scale, b
+
+    def dropped(self, x: mx.array, drop: Dropout | None) -> mx.array:
+        """What the update reads of x."""
+        if not (drop and drop.adapter_rate):
+            return x
+        return noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
+
     def gain(
         self,
         module: Linear | Embedding,
@@ -90,8 +108,28 @@ class Update:
 
 
 def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """scale B A x, in x's dtype."""
-    return ((x @ a.astype(x.dtype).T) * scale) @ b.astype(x.dtype).T
+    """scale B A x, in x's dtype; x (..., n_in) to (..., n_out).
+
+    Where a gradient goes on through x, it waits for those of A and B: MLX would put them off to the end of the backward
+    pass, and keep the cotangents of all layers until then.
+    """
+
+    @mx.custom_function
+    def run(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        h = (x @ a.T) * scale
+        return h @ b.T, h
+
+    @run.vjp
+    def run_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        (x, a, b), c, h = primals, cotangents[0], outputs[1]
+        back = (c @ b) * scale
+        grad_a = back.reshape(-1, a.shape[0]).T @ x.reshape(-1, x.shape[-1])
+        grad_b = c.reshape(-1, c.shape[-1]).T @ h.reshape(-1, h.shape[-1])
+        return mx.depends([back @ a], [grad_a, grad_b])[0], grad_a, grad_b
+
+    return run(x, a.astype(x.dtype), b.astype(x.dtype))[0]
 
 
 def start(module: Any) -> tuple[mx.array, ...]:
@@ -109,7 +147,7 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.n
         if f"{path}.magnitude" in params:
             squares = mx.square(module.matrix().astype(mx.float32)).sum(axis=-1)
             mx.eval(squares)
-        module._update = Update(target.scale, site, squares)
+        module.adapter = Update(target.scale, site, squares)
 
 
 def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:

@@ -37,7 +37,7 @@ def recipe(case: str, loop: dict[str, Any] | None = None, neftune: float = 0.0, 
     """A recipe of fine-tuning on a case of models.CASES; ``loop`` is train's, keyword arguments adapter's."""
     return Recipe(
         model=CASES[case],
-        optim=OptimConfig(lr=1e-2, warmup=0, weight_decay=0.05),
+        optim=OptimConfig(lr=2e-3, min_lr=0.0, warmup=0, weight_decay=0.05),
         train=TrainConfig(**({"steps": 100, "batch_size": 4, "loss_chunk": 32} | (loop or {}))),
         tune=TuneConfig(neftune=neftune),
         adapter=AdapterConfig(**({"rank": 4} | adapter)),
@@ -91,9 +91,9 @@ def exact(trained: Any) -> Any:
     trained.model.double()
     trained.model._dtype = torch.float64
     for module in trained.model.modules():
-        if module.__dict__.get("_update") and module._update.squares is not None:
-            squares = module._update.squares.double()
-            module._update = dataclasses.replace(module._update, squares=squares)
+        if module.__dict__.get("adapter") and module.adapter.squares is not None:
+            squares = module.adapter.squares.double()
+            module.adapter = dataclasses.replace(module.adapter, squares=squares)
     return trained
 
 
@@ -124,7 +124,9 @@ def train(
     """The engine after the steps, and the mean loss of each."""
     trained, losses = engine(package, config, params), []
     for step in range(first, first + steps):
-        stats = trained.train_step(step, packed(config, step % 2, **batch).split(config.train.micro_batch_size), 1e-2)
+        stats = trained.train_step(
+            step, packed(config, step % 2, **batch).split(config.train.micro_batch_size), config.optim.lr
+        )
         assert stats.finite
         losses.append(stats.loss_sum / stats.weight)
 
@@ -185,7 +187,7 @@ def peft_probe(config: Recipe, params: dict[str, Any], batch: Batch, place: Path
 def peft_curve(config: Recipe, params: dict[str, Any], steps: int, place: Path) -> np.ndarray:
     """The mean loss of each step of a loop by hand: PEFT, torch's AdamW and clipping, matrices decay."""
     model, own = peft_model(config, params, place)
-    optim, rate, losses = config.optim, 1e-2, []
+    optim, losses = config.optim, []
     groups = [
         {
             "params": [each for each in own.values() if (each.ndim > 1) == decay],
@@ -193,7 +195,7 @@ def peft_curve(config: Recipe, params: dict[str, Any], steps: int, place: Path) 
         }
         for decay in (True, False)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     for step in range(1, steps + 1):
         batch = packed(config, step % 2, segments=False)
         optimizer.zero_grad()

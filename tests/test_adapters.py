@@ -106,7 +106,7 @@ def curves(config: Recipe, params: dict[str, Any], steps: int, place: Path) -> N
     """Rung 4: MLX, torch and a loop by hand on PEFT."""
     ours, theirs = (train(package, config, params, steps, segments=False)[1] for package in PACKAGES)
     by_hand = peft_curve(config, params, steps, place)
-    assert ours[-2] < ours[0] - 0.02, "it learns: batches come again"
+    assert ours[-2] < ours[0] - 2e-3, "it learns: batches come again"
     for name, curve in (("torch", theirs), ("PEFT", by_hand)):
         agree(f"{name}, step 1", ours[:1], curve[:1], 1e-6, 1.0)
         agree(f"{name}, {steps} steps", ours, curve, 1e-4, 1.0)
