@@ -171,6 +171,7 @@ def read(
     path = Path(path)
     values = read_json(path / CONFIG)
     own = _own(values.get("mlxgpt"), path)
+    known = config.vocab_size
     config = _grown(config, own.get("vocab_size"))
     notes: list[str] = []
     made = []
@@ -191,7 +192,10 @@ def read(
     method, targets, arrays = made[0]
     if len(made) == 2:
         _check_same(path, made[0], made[1])
-    config = _grown(config, arrays["wte.weight"].shape[0] if "wte.weight" in arrays else None)
+    if "wte.weight" in arrays:
+        config = _grown(config, len(arrays["wte.weight"]))
+    elif own.get("vocab_size", 0) > known:
+        raise UserError(f"{path / CONFIG}: mlxgpt.vocab_size = {own['vocab_size']}: the base's is {known}")
     for name, array in arrays.items():
         if name in ("wte.weight", "lm_head.weight", "lm_head.bias") and len(array) != config.vocab_size:
             raise UserError(f"{path}: {name} has {len(array)} rows, expected the vocabulary, {config.vocab_size}")
