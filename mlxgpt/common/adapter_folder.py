@@ -232,6 +232,9 @@ def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
     if adapter.adapter is not None:
         return adapter.adapter
     able = [name.removesuffix(".weight") for name, param in params.table(config).items() if param.adaptable]
+    layer = {path: int(path.split(".")[1]) for path in able if path.startswith("h.")}
+    first = min((layer[path] for path in adapter.targets if path in layer), default=0)
+    able = [path for path in able if layer.get(path, first) >= first]
     ranks = {path: target.rank for path, target in adapter.targets.items()}
     alphas = {path: tidy(target.scale * target.rank) for path, target in adapter.targets.items()}
     rank, alpha = usual(ranks, 8), usual(alphas, 16)
@@ -242,6 +245,7 @@ def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
     return AdapterConfig(
         method=adapter.method,
         targets=tuple(suffixes(set(ranks), able) or ranks),
+        layers=config.n_layer - first if first else 0,
         rank=rank,
         alpha=float(alpha),
         ranks=tuple(f"{name}={value}" for name, value in by_suffix(ranks, rank).items()),
