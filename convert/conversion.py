@@ -102,6 +102,8 @@ def convert_opened(
     start = time.perf_counter()
     dst = Path(dst).expanduser()
     writer, made = format_of(to), _options(to, options)
+    if opened.config.labels and to != "hf":
+        raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
     beside = _check_beside(writer, dst, force)
     if made.tokenizer:

@@ -108,7 +108,8 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
         config = adapter_folder.grown(config, each)
     tensors = {}
     for name, param in params.table(config).items():
-        tensor, path = base.tensors[name], name.removesuffix(".weight")
+        # a score that the base does not have is kept as its norms are
+        tensor, path = base.tensors.get(name, base.tensors["ln_f.weight"]), name.removesuffix(".weight")
         kept = folder.DTYPES[dtype] if dtype else tensor.dtype
         if name in whole:
             tensor = _given(name, whole[name], tensor, kept)

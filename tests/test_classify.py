@@ -240,7 +240,9 @@ def test_figures_by_hand() -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT, of transformers
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_adapter_is_pefts(family: str, method: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_an_adapter_is_pefts(
+    family: str, method: str, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = tiny(family=family, block_size=64, vocab_size=tokenizer.n_vocab)
     folder.write_model(tmp_path / "base", base, weights(base), tokenizer=tokenizer)
     config = Recipe(
@@ -264,6 +266,14 @@ def test_an_adapter_is_pefts(family: str, method: str, tmp_path: Path, tokenizer
     expected = theirs(input_ids=torch.tensor(tokens)).logits.detach().numpy()
     for backend in BACKENDS:
         agree(f"{backend} {method}", logits(backend, tmp_path / "base", tokens, tmp_path / "adapter"), expected, 1e-5)
+    code, _, error = run(
+        capsys, "fuse", "-m", tmp_path / "base", "--adapter", tmp_path / "adapter", "-o", tmp_path / "f"
+    )
+    assert code == 0, error
+    agree("fused", logits("mlxgpt", tmp_path / "f", tokens), expected, 1e-5)
+    assert folder.read_config(tmp_path / "f").labels == LABELS
+    code, _, error = run(capsys, "convert", tmp_path / "f", tmp_path / "c", "--to", "mlx-lm")
+    assert code == 2 and "a classifier of 3 labels: only --to hf has a place for it" in error
     theirs.save_pretrained(tmp_path / "theirs")
     agree("by PEFT", logits("mlxgpt", tmp_path / "base", tokens, tmp_path / "theirs"), expected, 1e-5)
 

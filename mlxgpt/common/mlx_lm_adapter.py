@@ -73,6 +73,8 @@ def encode(
 
 def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any]) -> str | None:
     """Why mlx-lm cannot hold an adapter of these targets and tensors (names); None where it can."""
+    if "score.weight" in arrays:
+        return "mlx-lm has no classifiers: the adapter is for PEFT alone"
     whole = [name for name in arrays if name.endswith((".weight", ".bias"))]
     if whole:
         return (

@@ -168,20 +168,19 @@ class Template:
             UserError: names the row whose turns cannot be found exactly.
         """
         plans = [self._plan(where, messages, tools, last_only) for where, messages, tools in conversations]
-        encoded = self.tokenizer.encode_batch([text for plan in plans for text in plan])
-        made, place = [], 0
+        texts = list(dict.fromkeys(text for plan in plans for text in plan))
+        encoded = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+        made = []
         for (where, _, _), plan in zip(conversations, plans, strict=True):
             cuts: list[int] = []
-            ids = encoded[place : place + len(plan)]
-            place += len(plan)
+            ids = [encoded[text] for text in plan]
             while isinstance(found := self._masked(where, plan, ids), int):
                 if found in cuts:
                     raise UserError(f"{where}: {self.name}: no token begins where an answer does: expected one")
                 cuts.append(found)
                 ids = [self._encode_cut(text, cuts) for text in plan]
-            if cuts and self.tokenizer.decode(found.ids.tolist()) != self.tokenizer.decode(
-                encoded[place - len(plan)].tolist()
-            ):
+            as_whole = self.tokenizer.decode(encoded[plan[0]].tolist()) if cuts else ""
+            if cuts and self.tokenizer.decode(found.ids.tolist()) != as_whole:
                 raise UserError(
                     f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
                     "cannot cut there: expected no white space at the answer's beginning"

@@ -7,7 +7,7 @@ pairs are found exactly: of two sets that are near, the rarest |s| - ceil(NEAR |
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,35 +36,36 @@ class Pair:
 
 def find(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
     """For each validation row that has a training row like it, the likest one, in the order of the rows."""
-    sets = [[_shingles(row.words) for row in rows] for rows in (train, valid)]
-    rarity = Counter(member for rows in sets for members in rows for member in members)
+    if not train or not valid:
+        return []
+    known, asked = ([_shingles(row.words) for row in rows] for rows in (train, valid))
+    rarity = np.unique(np.concatenate([*known, *asked]), return_counts=True)
     by_member: dict[int, list[int]] = defaultdict(list)
-    for place, members in enumerate(sets[1]):
-        for member in _rarest(members, rarity):
+    for place, members in enumerate(asked):
+        for member in _rarest(members, *rarity):
             by_member[member].append(place)
     best: dict[int, tuple[float, int]] = {}
-    for place, members in enumerate(sets[0]):
-        for other in {v for member in _rarest(members, rarity) for v in by_member.get(member, ())}:
-            similarity = _jaccard(members, sets[1][other])
+    for place, members in enumerate(known):
+        for other in {v for member in _rarest(members, *rarity) for v in by_member.get(member, ())}:
+            similarity = _jaccard(members, asked[other])
             if similarity >= NEAR and similarity > best.get(other, (0.0, 0))[0]:
                 best[other] = (similarity, place)
     return [Pair(valid[v].where, train[t].where, similarity) for v, (similarity, t) in sorted(best.items())]
 
 
-def _shingles(text: str) -> list[int]:
-    """Distinct hashes of every three words in a row, sorted; of all words where there are fewer."""
+def _shingles(text: str) -> np.ndarray:
+    """Distinct hashes of every three words in a row; of all words where there are fewer."""
     words = _WORD.findall(text.casefold())
     count = max(1, len(words) - _WORDS + 1)
-    return sorted({hash(tuple(words[i : i + _WORDS])) for i in range(count)})
+    return np.unique(np.array([hash(tuple(words[i : i + _WORDS])) for i in range(count)], np.int64))
 
 
-def _rarest(members: list[int], rarity: Counter[int]) -> list[int]:
+def _rarest(members: np.ndarray, hashes: np.ndarray, counts: np.ndarray) -> list[int]:
     """The members of which a near set shares at least one."""
-    return sorted(members, key=lambda member: (rarity[member], member))[
-        : len(members) - math.ceil(NEAR * len(members)) + 1
-    ]
+    order = np.argsort(counts[np.searchsorted(hashes, members)], kind="stable")
+    return members[order[: len(members) - math.ceil(NEAR * len(members)) + 1]].tolist()
 
 
-def _jaccard(a: list[int], b: list[int]) -> float:
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
