@@ -14,6 +14,7 @@ weights included: MLX's own count, and for torch the weights and what the profil
 import argparse
 import importlib
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -262,7 +263,8 @@ def measure(rounds: int, count: int) -> list[Row]:
                 made.append(Row(what, against, "MiB", one, other, [one / other], memory))
             for line in made[-2 if memory else -1 :]:
                 say("  ".join(line.cells()))
-            say(f"{what} against {against}: {time.perf_counter() - began:.0f} s")
+            ratio = statistics.median(x / y for x, y in zip(a.cpu, b.cpu, strict=True))
+            say(f"{what} against {against}: {time.perf_counter() - began:.0f} s; by CPU time {ratio:.2f}")
 
         llama = "llama 54 M"
         compare(f"MLX LoRA, {llama}", "mlx_lm.lora, same BLAS", mine("mlxgpt"), lm(), rounds, ">= 1.25", "<= 0.6")

@@ -85,7 +85,7 @@ def go_on(
     )
 
 
-def clear(run: Path, recipe: Recipe, engine: Any, step: int) -> None:
+def clear(run: Path, recipe: Recipe, environment: dict[str, Any], step: int) -> None:
     """Makes a stopped run as it was after ``step``, and notes that a segment begins."""
     checkpoint.check_space(run, space(recipe))
     checkpoint.sweep(run)
@@ -93,7 +93,7 @@ def clear(run: Path, recipe: Recipe, engine: Any, step: int) -> None:
     if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
         print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
     samples.cut(run, step)
-    run_folder.note(run, recipe, engine.describe(), step)
+    run_folder.note(run, recipe, environment, step)
 
 
 def space(recipe: Recipe) -> int:

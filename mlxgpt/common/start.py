@@ -80,9 +80,11 @@ def _begin(args: Namespace) -> int:
         _take_moments(origin, recipe, engine, state)
     elif origin and (origin / checkpoint.OPTIMIZER).is_file():
         print(f"{origin}: its optimizer's moments are left out; --moments goes on with them")
+    if otherwise := families.mlx_lm_deviations(recipe.model):
+        print(f"the checkpoints in mlx-lm: {'; '.join(otherwise)}")
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, engine.describe(), args.init_from, state.step)
+        run_folder.begin(out, recipe, engine.describe() | {"data": source.statistics}, args.init_from, state.step)
         sample = _sampler(backend, engine, recipe, tokenizer)
         more = {"sample": sample, "save_first": origin is not None}
         return session.run(args, out, recipe, engine, source, tokenizer, state, **more)
@@ -120,7 +122,7 @@ def _continue(args: Namespace) -> int:
             weights = params.init_params(recipe.model, recipe.train.seed)
             engine = backend.engine.Engine(recipe, weights, device=args.device)
             state = session.fresh(recipe, source.digest, engine.describe())
-        session.clear(run, recipe, engine, state.step)
+        session.clear(run, recipe, engine.describe() | {"data": source.statistics}, state.step)
         sample = _sampler(backend, engine, recipe, tokenizer)
         return session.run(args, run, recipe, engine, source, tokenizer, state, sample=sample)
 

@@ -79,7 +79,7 @@ def _begin(args: Namespace) -> int:
     state = session.fresh(recipe, _digests(recipe, source.digest, base), engine.describe())
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, engine.describe(), None)
+        run_folder.begin(out, recipe, engine.describe() | {"data": source.describe()}, None)
         return _run(args, backend, out, recipe, engine, source, state, base, own, save_first=True)
 
 
@@ -126,7 +126,7 @@ def _continue(args: Namespace) -> int:
         trained = {name: (weights | own)[name] for name in adapters.trainable(recipe)}
         snapshot = checkpoint.read_optimizer(found[0], trained)
         state = session.go_on(run, found, snapshot, recipe, engine, rounding)
-        session.clear(run, recipe, engine, state.step)
+        session.clear(run, recipe, engine.describe() | {"data": source.describe()}, state.step)
         return _run(args, backend, run, recipe, engine, source, state, base, own)
 
 
