@@ -41,7 +41,7 @@ SECTIONS = {
     "checkpointing": Section("Checkpoints", 7, "--rounds 2 --steps 10 --layers 2"),
     "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
     "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50"),
-    "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 4"),
+    "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")

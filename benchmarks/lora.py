@@ -1,6 +1,6 @@
 """LoRA beside mlx_lm.lora and PEFT: real tokens a second and peak memory, the same rows in turns; and loss curves.
 
-    python -m benchmarks.lora [--rounds 9] [--rows 24] [--json]
+    python -m benchmarks.lora [--rounds 9] [--rows 40] [--json]
     python -m benchmarks.lora --curves [--steps 100]
 
 A random llama of 54 M (width 512, 12 layers, 8 heads, MLP 1376, vocabulary 32,000, tied), float32, rank 8 on every
@@ -407,7 +407,7 @@ def main() -> None:
     """Prints the table, or with --json the rows; with --curves the distances."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=24, help="a multiple of 4")
+    parser.add_argument("--rows", type=int, default=40, help="a multiple of 4")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--steps", type=int, default=100, help="of the curves")
     parser.add_argument("--json", action="store_true")
