@@ -65,6 +65,7 @@ def test_base_and_adapter_compute_as_the_fused_matrices(package: str, case: str,
     params = moved(config)
     plain = Recipe(model=config.model, train=config.train)
     fused = {name: params[name] for name in adapters.shapes(plain)}
+    assert config.adapter is not None
     for path, target in adapters.targets(config.model, config.adapter).items():
         fused[f"{path}.weight"] = adapters.fuse(params[f"{path}.weight"], target, params, path)
     agree("logits", probe(package, config, params).logits, probe(package, plain, fused).logits, 1e-5)
