@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -47,7 +45,7 @@ class Update:
         y = module.rows(index)
 
         def changed(a: mx.array, b: mx.array) -> mx.array:
-            rows = gather(a.T, index) if module._deterministic else a.T[index]
+            rows: Any = gather(a.T, index) if module._deterministic else a.T[index]
             return (rows @ b.T) * self.scale
 
         y = y + changed(module.lora_a, module.lora_b).astype(y.dtype)
@@ -129,7 +127,8 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
         grad_b = c.reshape(-1, c.shape[-1]).T @ h.reshape(-1, h.shape[-1])
         return mx.depends([back @ a], [grad_a, grad_b])[0], grad_a, grad_b
 
-    return run(x, a.astype(x.dtype), b.astype(x.dtype))[0]
+    made: Any = run(x, a.astype(x.dtype), b.astype(x.dtype))
+    return made[0]
 
 
 def start(module: Any) -> tuple[mx.array, ...]:
@@ -137,7 +136,7 @@ def start(module: Any) -> tuple[mx.array, ...]:
     return (module.start_a, module.start_b) if "start_a" in module else ()
 
 
-def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.ndarray]) -> None:
+def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
     for site, (path, target) in enumerate(targets.items()):
         module, squares = model.at(path), None

@@ -4,6 +4,8 @@ The backend's transcendental functions are scalar code, about 15 ns an element; 
 vector code. Each keeps its inputs alone for the gradient and makes the rest again, which costs less than to keep it.
 """
 
+from typing import Any
+
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -106,9 +108,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: floa
             for each, by in ((slope, turned), (p, c[n])):  # a group of query heads shares its key head
                 done.append((each.reshape(-1, S).T @ by.reshape(-1, D))[None])
             grads.append(done)
-        return *(mx.stack(each) for each in zip(*grads, strict=True)), mx.zeros_like(mask)
+        return *(mx.stack(list(each)) for each in zip(*grads, strict=True)), mx.zeros_like(mask)
 
-    return run(q, k, v, mask)[0].reshape(B, H, T, D)
+    made: Any = run(q, k, v, mask)
+    return made[0].reshape(B, H, T, D)
 
 
 def after(done: list[mx.array], x: mx.array) -> mx.array:
