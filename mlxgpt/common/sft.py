@@ -422,7 +422,7 @@ def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tupl
     numbers = all(name.lstrip("-").isdecimal() for name in names)
     labels = tuple(known) or tuple(sorted(names, key=int) if numbers else sorted(names))
     if len(labels) < 2:
-        raise UserError(f"{tune.source}: one label, {labels[0]!r}: expected at least two to tell apart")
+        raise UserError(f"{tune.source}: one label, {found[0]!r}: expected at least two to tell apart")
     if tune.class_weights == "none":
         return labels, (1.0,) * len(labels)
     for label in labels:
