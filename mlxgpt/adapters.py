@@ -31,18 +31,16 @@ class Update:
 
     def linear(self, module: Linear, x: mx.array, drop: Dropout | None) -> mx.array:
         """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
-        given = x
-        if drop and drop.adapter_rate:
-            given = noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
+        given, bias = self.dropped(x, drop), module.bias if "bias" in module else None
         z = low_rank(given, module.lora_a, module.lora_b, self.scale)
         if "start_a" in module:
             z = z - low_rank(x, module.start_a, module.start_b, self.scale)
         if self.squares is None:
-            return module.product(x) + z
+            return module.times(x, bias) + z
         g = self.gain(module, module.lora_a, module.lora_b, *start(module)).astype(x.dtype)
         # as PEFT has it: what dropout left is what the whole of dora's change reads
         y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
-        return y + module.bias.astype(x.dtype) if "bias" in module else y
+        return y if bias is None else y + bias.astype(x.dtype)
 
     def rows(self, module: Embedding, index: mx.array) -> mx.array:
         """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
@@ -67,6 +65,26 @@ class Update:
         if turned[2:]:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).astype(x.dtype)
+
+    def low(self, module: Any, x: mx.array, drop: Dropout | None) -> tuple[mx.array, mx.array]:
+        """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
+        if isinstance(module, Embedding):
+            turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
+        else:
+            turned = [module.lora_a, module.lora_b, *start(module)]
+        u, b = self.dropped(x, drop if isinstance(module, Linear) else None) @ turned[0].astype(x.dtype).T, turned[1]
+        if turned[2:]:
+            u, b = (
+                mx.concatenate([u, -(x @ turned[2].astype(x.dtype).T)], axis=-1),
+                mx.concatenate([b, turned[3]], axis=-1),
+            )
+        return u * self.scale, b
+
+    def dropped(self, x: mx.array, drop: Dropout | None) -> mx.array:
+        """What the update reads of x."""
+        if not (drop and drop.adapter_rate):
+            return x
+        return noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
 
     def gain(
         self,
@@ -109,7 +127,7 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.n
         if f"{path}.magnitude" in params:
             squares = mx.square(module.matrix().astype(mx.float32)).sum(axis=-1)
             mx.eval(squares)
-        module._update = Update(target.scale, site, squares)
+        module.adapter = Update(target.scale, site, squares)
 
 
 def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlxgpt import noise
+from mlxgpt import fast, noise
 from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
@@ -34,33 +34,42 @@ class Dropout(NamedTuple):
     adapter_keys: mx.array  # (adapted matrices,) uint32
 
 
-class Linear(nn.Module):
-    """y = x W^T + b in x's dtype; W is (n_out, n_in). adapters.adapt may give it an update."""
+class Matrix(nn.Module):
+    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
 
-    _update: "Update | None" = None
+    bits = group_size = 0
+    adapter: "Update | None" = None
 
-    def __init__(self, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_out: int, n_in: int):
         super().__init__()
         self.weight = mx.zeros((n_out, n_in))
-        if bias:
-            self.bias = mx.zeros((n_out,))
 
-    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
-        return self.product(x) if self._update is None else self._update.linear(self, x, drop)
+    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x W^T + bias, in x's dtype."""
+        weight = self.weight.astype(x.dtype)
+        return x @ weight.T if bias is None else mx.addmm(bias.astype(x.dtype), x, weight.T)
 
-    def product(self, x: mx.array) -> mx.array:
-        """x W^T + b."""
-        if "bias" in self:
-            return mx.addmm(self.bias.astype(x.dtype), x, self.weight.astype(x.dtype).T)
-        return self.times(x)
-
-    def times(self, x: mx.array) -> mx.array:
-        """x W^T."""
-        return x @ self.weight.astype(x.dtype).T
+    def stored(self) -> list[mx.array]:
+        """The weight, or a quantised one's words, scales and biases."""
+        return [self.weight]
 
     def matrix(self) -> mx.array:
         """W."""
         return self.weight
+
+
+class Linear(Matrix):
+    """y = x W^T + b in x's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__(n_out, n_in)
+        if bias:
+            self.bias = mx.zeros((n_out,))
+
+    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
+        if self.adapter is not None:
+            return self.adapter.linear(self, x, drop)
+        return self.times(x, self.bias if "bias" in self else None)
 
 
 @mx.custom_function
@@ -76,34 +85,23 @@ def _gather_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.a
     return one_hot.T @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
 
 
-class Embedding(nn.Module):
-    """Rows of W (n_rows, C). adapters.adapt may give it an update."""
-
-    _update: "Update | None" = None
+class Embedding(Matrix):
+    """Rows of W (n_rows, C)."""
 
     def __init__(self, n_rows: int, n_embd: int, deterministic: bool):
-        super().__init__()
+        super().__init__(n_rows, n_embd)
         self._deterministic = deterministic
-        self.weight = mx.zeros((n_rows, n_embd))
 
     def __call__(self, index: mx.array) -> mx.array:
-        return self.rows(index) if self._update is None else self._update.rows(self, index)
+        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
 
     def rows(self, index: mx.array) -> mx.array:
         """W[index]."""
         return cast(mx.array, gather(self.weight, index)) if self._deterministic else self.weight[index]
 
     def head(self, x: mx.array) -> mx.array:
-        """What a tied head makes of x."""
-        return self.times(x) if self._update is None else self._update.head(self, x)
-
-    def times(self, x: mx.array) -> mx.array:
-        """x W^T."""
-        return x @ self.weight.astype(x.dtype).T
-
-    def matrix(self) -> mx.array:
-        """W."""
-        return self.weight
+        """x W^T: what a tied head makes of x."""
+        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
 
 
 class Norm(nn.Module):
@@ -167,6 +165,8 @@ def attend(
 ) -> mx.array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if not (drop and drop.rate) and not softcap:
+        if isinstance(mask, mx.array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
+            return fast.attention(q, k, v, mask, scale)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
@@ -236,7 +236,8 @@ class Attention(nn.Module):
 def activate(x: mx.array, kind: str) -> mx.array:
     """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
     if kind == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u), which MLX's CPU backend computes in half the time
-        return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        sigmoid = fast.sigmoid if fast.helps(x) else mx.sigmoid
+        return x * cast(mx.array, sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)))
     if kind == "gelu":
         return nn.gelu(x)
     assert kind == "silu"
@@ -264,6 +265,8 @@ class MLP(nn.Module):
             gate, x = self.c_gate(x, drop), self.c_fc(x, drop)
         else:
             return self.c_proj(activate(self.c_fc(x, drop), self._config.activation), drop)
+        if self._config.activation == "silu" and fast.helps(x):
+            return self.c_proj(cast(mx.array, fast.silu_times(gate, x)), drop)
         return self.c_proj(activate(gate, self._config.activation) * x, drop)
 
 

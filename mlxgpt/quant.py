@@ -12,55 +12,52 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxgpt.common.affine import Quantised
-from mlxgpt.model import Embedding, Linear, Model
+from mlxgpt.model import Embedding, Linear, Matrix, Model
 
 FEW = 8  # rows of x below which the CPU's quantised product beats making the matrix
 
 
-class QuantisedLinear(Linear):
-    """y = x W^T + b with W as words (n_out, n_in bits / 32), scales and biases (n_out, n_in / group_size)."""
-
-    def __init__(self, matrix: Quantised, bias: mx.array | None):
-        nn.Module.__init__(self)
-        self._bits, self._group_size = matrix.bits, matrix.group_size
-        self.words, self.scales, self.biases = parts(matrix)
-        if bias is not None:
-            self.bias = bias
-
-    def product(self, x: mx.array) -> mx.array:
-        """x W^T + b."""
-        return self.times(x) + self.bias.astype(x.dtype) if "bias" in self else self.times(x)
-
-    def times(self, x: mx.array) -> mx.array:
-        """x W^T."""
-        return product(self._bits, self._group_size)(x, self.words, self.scales, self.biases)
-
-    def matrix(self) -> mx.array:
-        """W."""
-        return dequantise(self.words, self.scales, self.biases, self._bits, self._group_size)
-
-
-class QuantisedEmbedding(Embedding):
-    """Rows of a W that is quantised as a QuantisedLinear's."""
+class Words(Matrix):
+    """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
     def __init__(self, matrix: Quantised):
         nn.Module.__init__(self)
-        self._deterministic = False
-        self._bits, self._group_size = matrix.bits, matrix.group_size
+        self.bits, self.group_size = matrix.bits, matrix.group_size
         self.words, self.scales, self.biases = parts(matrix)
 
-    def rows(self, index: mx.array) -> mx.array:
-        """W[index]."""
-        some = (self.words[index], self.scales[index], self.biases[index])
-        return dequantise(*some, self._bits, self._group_size)
+    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x W^T + bias, in x's dtype."""
+        y = product(self.bits, self.group_size)(x, *self.stored())
+        return y if bias is None else y + bias.astype(x.dtype)
 
-    def times(self, x: mx.array) -> mx.array:
-        """x W^T."""
-        return product(self._bits, self._group_size)(x, self.words, self.scales, self.biases)
+    def stored(self) -> list[mx.array]:
+        """Words, scales and biases."""
+        return [self.words, self.scales, self.biases]
 
     def matrix(self) -> mx.array:
         """W."""
-        return dequantise(self.words, self.scales, self.biases, self._bits, self._group_size)
+        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+
+
+class QuantisedLinear(Words, Linear):
+    """y = x W^T + b."""
+
+    def __init__(self, matrix: Quantised, bias: mx.array | None):
+        super().__init__(matrix)
+        if bias is not None:
+            self.bias = bias
+
+
+class QuantisedEmbedding(Words, Embedding):
+    """Rows of W."""
+
+    def __init__(self, matrix: Quantised):
+        super().__init__(matrix)
+        self._deterministic = False
+
+    def rows(self, index: mx.array) -> mx.array:
+        """W[index]."""
+        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
 def parts(matrix: Quantised) -> list[mx.array]:

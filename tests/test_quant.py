@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapting import PACKAGES, engine, moved, probe, recipe, starting, train
+from adapting import PACKAGES, engine, moved, probe, recipe
 from compare import agree, worst_gradient
 from models import CASES, tiny, weights
 
 from convert import conversion  # noqa: F401
-from mlxgpt.common import affine, folder, quantising
-from mlxgpt.common.affine import Quantised
-from mlxgpt.common.errors import UserError
+from mlxgpt.common import folder
 
 # isort: split
 import mlx.core as mx
@@ -22,9 +20,8 @@ import mlx.core as mx
 
 def quantised_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = False) -> Any:
     """Writes a model's folder, and has mlx-lm quantise it; returns mlx-lm's model."""
-    import json
 
-    from mlx_lm.utils import load_config, load_model, quantize_model, save_config, save_model
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     folder.write_model(place / "plain", CASES[case], weights(CASES[case]))
     model, read = load_model(place / "plain")

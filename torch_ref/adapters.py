@@ -29,18 +29,16 @@ class Update:
 
     def linear(self, module: Linear, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
         """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
-        given = x
-        if drop and drop.adapter_rate:
-            given = noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
+        given, bias = self.dropped(x, drop), module.bias
         z = low_rank(given, module.lora_a, module.lora_b, self.scale)
         if hasattr(module, "start_a"):
             z = z - low_rank(x, module.start_a, module.start_b, self.scale)
         if self.squares is None:
-            return module.product(x) + z
+            return module.times(x, bias) + z
         g = self.gain(module, module.lora_a, module.lora_b, *start(module)).to(x.dtype)
         # as PEFT has it: what dropout left is what the whole of dora's change reads
         y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
-        return y if module.bias is None else y + module.bias.to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
 
     def rows(self, module: Embedding, index: torch.Tensor) -> torch.Tensor:
         """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
@@ -64,6 +62,23 @@ class Update:
         if turned[2:]:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).to(x.dtype)
+
+    def low(self, module: Any, x: torch.Tensor, drop: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
+        if isinstance(module, Embedding):
+            turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
+        else:
+            turned = [module.lora_a, module.lora_b, *start(module)]
+        u, b = self.dropped(x, drop if isinstance(module, Linear) else None) @ turned[0].to(x.dtype).T, turned[1]
+        if turned[2:]:
+            u, b = torch.cat([u, -(x @ turned[2].to(x.dtype).T)], dim=-1), torch.cat([b, turned[3]], dim=-1)
+        return u * self.scale, b
+
+    def dropped(self, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+        """What the update reads of x."""
+        if not (drop and drop.adapter_rate):
+            return x
+        return noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
 
     def gain(
         self,
@@ -108,7 +123,7 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.n
                 )
         if f"{path}.magnitude" in params:
             squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
-        module._update = Update(target.scale, site, squares)
+        module.adapter = Update(target.scale, site, squares)
 
 
 def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:

@@ -33,59 +33,55 @@ class Dropout(NamedTuple):
     adapter_keys: torch.Tensor  # (adapted matrices,) int32
 
 
-class Linear(nn.Module):
-    """y = x W^T + b in x's dtype; W is (n_out, n_in). adapters.adapt may give it an update."""
+class Matrix(nn.Module):
+    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
 
-    _update: "Update | None" = None
+    bits = group_size = 0
+    adapter: "Update | None" = None
 
-    def __init__(self, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_out: int, n_in: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros((n_out, n_in)))
-        self.bias = nn.Parameter(torch.zeros((n_out,))) if bias else None
 
-    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
-        return self.product(x) if self._update is None else self._update.linear(self, x, drop)
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias, in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def stored(self) -> list[torch.Tensor]:
+        """The weight, or a quantised one's words, scales and biases."""
+        return [self.weight]
 
     def matrix(self) -> torch.Tensor:
         """W."""
         return self.weight
 
 
-class Embedding(nn.Module):
-    """Rows of W (n_rows, C). adapters.adapt may give it an update."""
+class Linear(Matrix):
+    """y = x W^T + b in x's dtype."""
 
-    _update: "Update | None" = None
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__(n_out, n_in)
+        self.bias = nn.Parameter(torch.zeros((n_out,))) if bias else None
 
-    def __init__(self, n_rows: int, n_embd: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros((n_rows, n_embd)))
+    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
+        if self.adapter is not None:
+            return self.adapter.linear(self, x, drop)
+        return self.times(x, self.bias)
+
+
+class Embedding(Matrix):
+    """Rows of W (n_rows, C)."""
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.rows(index) if self._update is None else self._update.rows(self, index)
+        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """W[index]."""
         return F.embedding(index, self.weight)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """What a tied head makes of x."""
-        return self.times(x) if self._update is None else self._update.head(self, x)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def matrix(self) -> torch.Tensor:
-        """W."""
-        return self.weight
+        """x W^T: what a tied head makes of x."""
+        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
 
 
 class Norm(nn.Module):

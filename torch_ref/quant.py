@@ -8,38 +8,11 @@ import torch
 import torch.nn as nn
 
 from mlxgpt.common.affine import Quantised
-from torch_ref.model import Embedding, Linear, Model
+from torch_ref.model import Embedding, Linear, Matrix, Model
 
 
-class QuantisedLinear(Linear):
-    """y = x W^T + b with W as words (n_out, n_in bits / 32), scales and biases (n_out, n_in / group_size)."""
-
-    words: torch.Tensor
-    scales: torch.Tensor
-    biases: torch.Tensor
-
-    def __init__(self, matrix: Quantised, bias: nn.Parameter | None):
-        nn.Module.__init__(self)
-        self._bits, self._group_size = matrix.bits, matrix.group_size
-        for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
-            self.register_buffer(name, part)
-        self.bias = bias
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b."""
-        return self.times(x) if self.bias is None else self.times(x) + self.bias.to(x.dtype)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T."""
-        return Product.apply(x, self.words, self.scales, self.biases, self._bits, self._group_size)
-
-    def matrix(self) -> torch.Tensor:
-        """W."""
-        return dequantise(self.words, self.scales, self.biases, self._bits, self._group_size)
-
-
-class QuantisedEmbedding(Embedding):
-    """Rows of a W that is quantised as a QuantisedLinear's."""
+class Words(Matrix):
+    """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
     words: torch.Tensor
     scales: torch.Tensor
@@ -47,22 +20,38 @@ class QuantisedEmbedding(Embedding):
 
     def __init__(self, matrix: Quantised):
         nn.Module.__init__(self)
-        self._bits, self._group_size = matrix.bits, matrix.group_size
+        self.bits, self.group_size = matrix.bits, matrix.group_size
         for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
             self.register_buffer(name, part)
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """W[index]."""
-        some = (self.words[index], self.scales[index], self.biases[index])
-        return dequantise(*some, self._bits, self._group_size)
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias, in x's dtype."""
+        y = Product.apply(x, *self.stored(), self.bits, self.group_size)
+        return y if bias is None else y + bias.to(x.dtype)
 
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T."""
-        return Product.apply(x, self.words, self.scales, self.biases, self._bits, self._group_size)
+    def stored(self) -> list[torch.Tensor]:
+        """Words, scales and biases."""
+        return [self.words, self.scales, self.biases]
 
     def matrix(self) -> torch.Tensor:
         """W."""
-        return dequantise(self.words, self.scales, self.biases, self._bits, self._group_size)
+        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+
+
+class QuantisedLinear(Words, Linear):
+    """y = x W^T + b."""
+
+    def __init__(self, matrix: Quantised, bias: nn.Parameter | None):
+        super().__init__(matrix)
+        self.bias = bias
+
+
+class QuantisedEmbedding(Words, Embedding):
+    """Rows of W."""
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """W[index]."""
+        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
 def parts(matrix: Quantised) -> list[torch.Tensor]:

@@ -174,6 +174,7 @@ def read(
     path = Path(path)
     values = read_json(path / CONFIG)
     own = _own(values.get("mlxgpt"), path)
+    known = config.vocab_size
     config = _grown(config, own.get("vocab_size"), tuple(own.get("labels", ())))
     notes: list[str] = []
     made = []
@@ -196,7 +197,10 @@ def read(
     method, targets, arrays = made[0]
     if len(made) == 2:
         _check_same(path, made[0], made[1])
-    config = _grown(config, arrays["wte.weight"].shape[0] if "wte.weight" in arrays else None)
+    if "wte.weight" in arrays:
+        config = _grown(config, len(arrays["wte.weight"]))
+    elif own.get("vocab_size", 0) > known:
+        raise UserError(f"{path / CONFIG}: mlxgpt.vocab_size = {own['vocab_size']}: the base's is {known}")
     for name, array in arrays.items():
         if name in ("wte.weight", "lm_head.weight", "lm_head.bias") and len(array) != config.vocab_size:
             raise UserError(f"{path}: {name} has {len(array)} rows, expected the vocabulary, {config.vocab_size}")
@@ -235,6 +239,9 @@ def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
     if adapter.adapter is not None:
         return adapter.adapter
     able = [name.removesuffix(".weight") for name, param in params.table(config).items() if param.adaptable]
+    layer = {path: int(path.split(".")[1]) for path in able if path.startswith("h.")}
+    first = min((layer[path] for path in adapter.targets if path in layer), default=0)
+    able = [path for path in able if layer.get(path, first) >= first]
     ranks = {path: target.rank for path, target in adapter.targets.items()}
     alphas = {path: tidy(target.scale * target.rank) for path, target in adapter.targets.items()}
     rank, alpha = usual(ranks, 8), usual(alphas, 16)
@@ -245,6 +252,7 @@ def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
     return AdapterConfig(
         method=adapter.method,
         targets=tuple(suffixes(set(ranks), able) or ranks),
+        layers=config.n_layer - first if first else 0,
         rank=rank,
         alpha=float(alpha),
         ranks=tuple(f"{name}={value}" for name, value in by_suffix(ranks, rank).items()),
