@@ -274,7 +274,7 @@ def test_an_adapter_is_pefts(
     assert folder.read_config(tmp_path / "f").labels == LABELS
     code, _, error = run(capsys, "convert", tmp_path / "f", tmp_path / "c", "--to", "mlx-lm")
     assert code == 2 and "a classifier of 3 labels: only --to hf has a place for it" in error
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     agree("by PEFT", logits("mlxgpt", tmp_path / "base", tokens, tmp_path / "theirs"), expected, 1e-5)
 
 

@@ -52,8 +52,8 @@ def opened(
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tiny(family="llama", block_size=256, vocab_size=400)
-    settings = TrainConfig(**{"batch_size": 4, "seed": 5} | (train or {}))
-    return sft.open(TuneConfig(source=str(path), **tune), settings, tokenizer, config, lambda line: None)
+    settings: dict[str, Any] = {"batch_size": 4, "seed": 5} | (train or {})
+    return sft.open(TuneConfig(source=str(path), **tune), TrainConfig(**settings), tokenizer, config, lambda line: None)
 
 
 def epoch(source: SftSource, number: int = 0) -> list[Batch]:

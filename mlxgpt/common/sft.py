@@ -145,11 +145,10 @@ class Encoder:
         excess = len(ids) - (self.size + 1)
         if excess > 0:
             self._too_long(where, len(ids) - 1)
-            counts.lost += excess
             if self.tune.overflow == "drop":
-                counts.dropped += 1
-                counts.lost += len(ids) - 1 - excess
+                counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids) - 1
                 return None
+            counts.lost += excess
             ids, mask = self._cut(ids, mask, excess, counts)
         weights = mask[1:].astype(np.float32)
         if not weights.any():
@@ -286,8 +285,11 @@ class SftSource:
     @property
     def real_share(self) -> float:
         """The share of the first epoch's positions that hold a token of a row."""
-        held = sum(len(example) for example in self.examples["train"])
-        return held / sum(self._build("train", plan).tokens.size for plan in self._plan(0))
+        rows, places = self.examples["train"], 0
+        for plan in self._plan(0):
+            longest = max(len(rows[row]) for (row, *_) in plan)
+            places += len(plan) * (self.size if self.packing else sft_pack.bucket(longest, self.size))
+        return sum(map(len, rows)) / places
 
     def describe(self) -> dict[str, object]:
         """What the rows became, for --json and metrics."""
@@ -389,7 +391,7 @@ def _bin(asked: int, most: int, examples: list[Example]) -> int:
     """Tokens of a bin: what is asked for, else the longest row or six average ones; no more than all rows fill."""
     lengths = [len(example) for example in examples]
     wanted = asked or max(max(lengths), 6 * sum(lengths) // len(lengths))
-    return min(most, -(-min(wanted, sum(lengths)) // 32) * 32)
+    return min(most, -(-min(wanted, sum(lengths)) // 8) * 8)
 
 
 def choose(
@@ -420,7 +422,7 @@ def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tupl
     numbers = all(name.lstrip("-").isdecimal() for name in names)
     labels = tuple(known) or tuple(sorted(names, key=int) if numbers else sorted(names))
     if len(labels) < 2:
-        raise UserError(f"{tune.source}: one label, {labels[0]!r}: expected at least two to tell apart")
+        raise UserError(f"{tune.source}: one label, {found[0]!r}: expected at least two to tell apart")
     if tune.class_weights == "none":
         return labels, (1.0,) * len(labels)
     for label in labels:
@@ -457,4 +459,5 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
     form = f"packed into rows of {source.size}" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
-    yield f"batches: {form}: {share}; {source.steps_per_epoch} steps an epoch"
+    steps = source.steps_per_epoch
+    yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
