@@ -22,6 +22,23 @@ SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "-
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments"} | RUNS_A_MODEL,
+    "finetune": {
+        "--model",
+        "--data",
+        "--out",
+        "--method",
+        "--config",
+        "--steps",
+        "--epochs",
+        "--adapter",
+        "--set",
+        "--resume",
+        "--stop-after",
+        "--task",
+        "--train-on-prompt",
+        "--force",
+    }
+    | RUNS_A_MODEL,
     "generate": {"--model", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
     "eval": {"--model", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
     "chat": {"--model", "--adapter", "--system"} | RUNS_A_MODEL,
