@@ -4,11 +4,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.plan_memory import Footprint, Piece
 from torch_ref import engine as engines
 from torch_ref import losses, optim
 
@@ -18,9 +19,9 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live: dict[int, tuple[weakref.ref, tuple[int, ...], int]] = {}
+        self.live: dict[int, tuple[weakref.ref, Piece]] = {}
         self.bytes = self.peak = 0
-        self.at_peak: list[tuple[tuple[int, ...], int]] = []
+        self.at_peak: list[Piece] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -29,67 +30,85 @@ class Watch(TorchDispatchMode):
                 self.note(tensor)
         return made
 
-    def note(self, tensor: torch.Tensor) -> None:
+    def note(self, tensor: torch.Tensor, label: str = "") -> None:
         """Takes up a storage that is new."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key in self.live:
             return
-        size = storage.nbytes()
 
-        def gone(_: weakref.ref, key: int = key, size: int = size) -> None:
+        def gone(_: weakref.ref) -> None:
             self.live.pop(key)
             self.bytes -= size
 
-        self.live[key] = weakref.ref(storage, gone), tuple(tensor.shape), size
+        self.live[key] = weakref.ref(storage, gone), Piece(label, tuple(tensor.shape), size)
         self.bytes += size
         if self.bytes > self.peak:
             self.peak = self.bytes
-            self.at_peak = [(shape, size) for _, shape, size in self.live.values()]
-
-
-class Still(engines.Model):
-    """A model that is where it is: tensors without values cannot be moved."""
-
-    def to(self, *_: Any, **__: Any) -> "Still":
-        """Itself."""
-        return self
+            self.at_peak = [piece for _, piece in self.live.values()]
 
 
 class Outline(engines.Engine):
     """An engine of the right shapes without values."""
 
     def __init__(self, recipe: Recipe):
-        kept, engines.Model = engines.Model, Still
+        use, limit = engines.devices.use, engines.devices.limit
+        engines.devices.use = lambda *_: torch.device("meta")
+        engines.devices.limit = lambda *_: []
         try:
-            super().__init__(recipe, {}, "cpu")
+            super().__init__(recipe, {})
         finally:
-            engines.Model = kept
+            engines.devices.use, engines.devices.limit = use, limit
 
     def _put(self, params: dict) -> None:
         """Keeps the zeros that the model was made of."""
 
 
-def peak(recipe: Recipe, rows: int, length: int) -> Any:
-    """Of a step on micro-batches of ``rows`` rows of ``length`` tokens."""
-    config = recipe.optim
-    shapes = FakeTensorMode()
-    with shapes:
-        outline = Outline(recipe)
-    watch = Watch()
-    for tensor in (*outline.model.parameters(), *outline.model.buffers(), *outline.m.values(), *outline.v.values()):
-        watch.note(tensor)
-    with shapes, watch:
-        ints, floats = torch.zeros((rows, length), dtype=torch.int32), torch.zeros((rows, length))
-        batch = losses.Arrays(ints, ints, floats, None, None)
-        keys = torch.zeros((1 + engines.SITES * recipe.model.n_layer,), dtype=torch.int32)
-        first = torch.zeros((), dtype=torch.int32)
-        outline._gradients(batch, keys, first)
-        with torch.no_grad():
-            for name, p in outline.weights.items():
-                g, m = p.grad, outline.m[name]
-                if name in outline.muon:
-                    optim.muon(p, g, m, [0.0] * 5, config)
-                else:
-                    optim.adamw(p, g, m, outline.v[name], [0.0] * 5, outline.table[name].decay, config)
-    return watch.peak, watch.at_peak
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention as the CPU runs it; on tensors without values torch would take another kernel."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -float("inf"))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def step(outline: Outline, rows: int, length: int, micro_batches: int) -> None:
+    """What Engine.train_step does, but for the values."""
+    device, config = outline.device, outline.recipe.optim
+    ints = torch.zeros((rows, length), dtype=torch.int32, device=device)
+    batch = losses.Arrays(ints, ints, torch.zeros((rows, length), device=device), None, None)
+    keys = torch.zeros((1 + engines.SITES * outline.recipe.model.n_layer,), dtype=torch.int32, device=device)
+    for _ in range(min(micro_batches, 2)):  # the second finds the first one's gradients, as any other does
+        outline._gradients(batch, keys, torch.zeros((), dtype=torch.int32, device=device))
+    with torch.no_grad():
+        for name, p in outline.weights.items():
+            g, m, scalars = p.grad, outline.m[name], [0.0] * 5
+            if name in outline.muon:
+                optim.muon(p, g, m, scalars, config)
+            else:
+                optim.adamw(p, g, m, outline.v[name], scalars, outline.table[name].decay, config)
+
+
+def footprint(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
+    """Of a step on ``micro_batches`` of ``rows`` rows of ``length`` tokens, run eagerly on the CPU."""
+    outline, watch = Outline(recipe), Watch()
+    groups = {"weights": [*outline.model.parameters(), *outline.model.buffers()],
+              "moments": [*outline.m.values(), *outline.v.values()]}  # fmt: skip
+    for label, tensors in groups.items():
+        for tensor in tensors:
+            watch.note(tensor, label)
+    kept, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
+    try:
+        with watch:
+            step(outline, rows, length, micro_batches)
+    finally:
+        F.scaled_dot_product_attention = kept
+    return Footprint(watch.peak, watch.at_peak)

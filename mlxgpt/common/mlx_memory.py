@@ -17,10 +17,62 @@ DISPATCHES, TASKS = 10, 10  # dispatches a task, tasks in flight (encoder.h, tra
 SLACK = 16384  # bytes by which a buffer taken over may be too large
 
 _FUSABLE = set(
-    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf ErfInv Exp Floor Log "
-    "Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh Expm1 Real Imag BitwiseInvert Add "
-    "Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum Multiply NotEqual "
-    "Power Subtract BitwiseBinary ArcTan2 Select Broadcast".split()
+    [
+        "Abs",
+        "ArcCos",
+        "ArcCosh",
+        "ArcSin",
+        "ArcSinh",
+        "ArcTan",
+        "ArcTanh",
+        "AsType",
+        "Ceil",
+        "Cos",
+        "Conjugate",
+        "Cosh",
+        "Remainder",
+        "Erf",
+        "ErfInv",
+        "Exp",
+        "Floor",
+        "Log",
+        "Log1p",
+        "LogicalNot",
+        "Negative",
+        "Round",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Square",
+        "Sqrt",
+        "Tan",
+        "Tanh",
+        "Expm1",
+        "Real",
+        "Imag",
+        "BitwiseInvert",
+        "Add",
+        "Divide",
+        "Equal",
+        "Greater",
+        "GreaterEqual",
+        "Less",
+        "LessEqual",
+        "LogicalAnd",
+        "LogicalOr",
+        "LogAddExp",
+        "Maximum",
+        "Minimum",
+        "Multiply",
+        "NotEqual",
+        "Power",
+        "Subtract",
+        "BitwiseBinary",
+        "ArcTan2",
+        "Select",
+        "Broadcast",
+    ]
 )
 _RESHAPE = {"Reshape", "Flatten", "Unflatten", "View"}
 _IN_PLACE = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate", "Copy"}  # begin as a copy of their input
@@ -74,60 +126,62 @@ def merge(graph: Graph) -> Graph:
 
 
 def recompute(graph: Graph, start: str, end: str) -> Graph:
-    """The graph with what lies between two marks computed again where the backward pass needs it, as mx.checkpoint does.
+    """The graph with what lies between two marks computed again for the backward pass, as mx.checkpoint does.
 
     A mark is ``Depends(x, start)`` before a block and ``Depends(y, end)`` after it.
     """
-    maker = {name: node for node in graph.nodes for name in node.outputs}
     nodes, kinds = list(graph.nodes), dict(graph.kinds)
+    maker = {name: node for node in nodes for name in node.outputs}
     for last in [node for node in graph.nodes if node.name == "Depends" and node.inputs[1:] == [end]]:
-        inside: list[Node] = []
-        seen: set[int] = set()
-        marks: list[Node] = []
-
-        def visit(node: Node | None, inside: list[Node] = inside, seen: set[int] = seen, marks: list[Node] = marks) -> bool:
-            """Whether it depends on the block's input."""
-            if node is None:
-                return False
-            if node.name == "Depends" and node.inputs[1:] == [start]:
-                marks.append(node)
-                return True
-            if id(node) in seen:
-                return any(node is each for each in inside)
-            seen.add(id(node))
-            if any([visit(maker.get(name)) for name in node.inputs]):
-                inside.append(node)
-                return True
-            return False
-
-        visit(maker.get(last.inputs[0]))
-        if not marks:
-            continue
+        mark, inside = _between(last, start, maker)
         own = {name for node in inside for name in node.outputs}
-        members = {id(node) for node in [*inside, last]}
-        again = {name: f"{name}*" for name in own} | {marks[0].outputs[0]: f"{marks[0].outputs[0]}*"}
+        again = {name: f"{name}*" for name in [mark, *own]}
         kinds |= {copy: kinds[name] for name, copy in again.items()}
-        clones = [Node("Depends", [], [marks[0].outputs[0], last.outputs[0]], [again[marks[0].outputs[0]]])]
-        clones += [Node(node.name, node.arguments, [again.get(name, name) for name in node.inputs],
-                        [again[name] for name in node.outputs]) for node in inside]  # fmt: skip
-        rest = []
-        place = None
+        clones = [Node("Depends", [], [mark, last.outputs[0]], [again[mark]])]
+        clones += [_renamed(node, again) for node in inside]
+        members, made, place = {id(node) for node in [*inside, last]}, [], len(nodes)
         for node in nodes:
             if id(node) not in members and own & set(node.inputs):
-                place = len(rest) if place is None else place
-                node = Node(node.name, node.arguments, [again.get(name, name) if name in own else name for name in node.inputs], node.outputs)
-                for name in node.outputs:
-                    maker[name] = node
-            rest.append(node)
-        if place is not None:
-            rest[place:place] = clones
-        nodes = rest
+                place = min(place, len(made))
+                names = [again[name] if name in own else name for name in node.inputs]
+                node = Node(node.name, node.arguments, names, node.outputs)
+                maker |= dict.fromkeys(node.outputs, node)
+            made.append(node)
+        nodes = made[:place] + clones + made[place:]
     needed, wanted = set(graph.outputs), []
     for node in reversed(nodes):
         if needed & set(node.outputs):
             needed |= set(node.inputs)
             wanted.append(node)
     return Graph(wanted[::-1], kinds, graph.inputs, graph.outputs)
+
+
+def _between(last: Node, start: str, maker: dict[str, Node]) -> tuple[str, list[Node]]:
+    """What the mark before a block names, and the nodes from there to ``last`` in order."""
+    inside: list[Node] = []
+    known: dict[int, bool] = {}
+    marks: list[str] = []
+
+    def visit(node: Node | None) -> bool:
+        """Whether it depends on the mark."""
+        if node is None:
+            return False
+        if node.name == "Depends" and node.inputs[1:] == [start]:
+            marks.append(node.outputs[0])
+            return True
+        if id(node) not in known:
+            known[id(node)] = any([visit(maker.get(name)) for name in node.inputs])
+            if known[id(node)]:
+                inside.append(node)
+        return known[id(node)]
+
+    visit(maker.get(last.inputs[0]))
+    return marks[0], inside
+
+
+def _renamed(node: Node, names: dict[str, str]) -> Node:
+    return Node(node.name, node.arguments, [names.get(name, name) for name in node.inputs],
+                [names[name] for name in node.outputs])  # fmt: skip
 
 
 def fuse(graph: Graph) -> Graph:
@@ -255,6 +309,7 @@ class Buffer:
     origin: str
     arrays: int = 0
     pending: int = 0
+    freed: bool = False
 
 
 @dataclass
@@ -288,25 +343,36 @@ class Heap:
     arrays: dict[str, Array] = field(default_factory=dict)
     live: int = 0
     peak: int = 0
-    at_peak: list[tuple[str, int]] = field(default_factory=list)
-    buffers: dict[int, Buffer] = field(default_factory=dict)
+    log: list[tuple[Buffer, bool]] = field(default_factory=list)  # what was allocated (True) and freed, in order
+    length: int = 0  # of the log at the peak
     dispatched: int = 0
     queue: deque[tuple[int, list[Buffer]]] = field(default_factory=deque)
 
     def allocate(self, size: int, origin: str) -> Buffer:
         """A new buffer."""
         buffer = Buffer(size, origin)
-        self.buffers[id(buffer)] = buffer
+        self.log.append((buffer, True))
         self.live += size
         if self.live > self.peak:
-            self.peak = self.live
-            self.at_peak = [(each.origin, each.size) for each in self.buffers.values()]
+            self.peak, self.length = self.live, len(self.log)
         return buffer
 
     def free(self, buffer: Buffer) -> None:
         """Gives it back if nothing holds it."""
-        if not buffer.arrays and not buffer.pending and self.buffers.pop(id(buffer), None) is not None:
+        if not buffer.arrays and not buffer.pending and not buffer.freed:
+            buffer.freed = True
+            self.log.append((buffer, False))
             self.live -= buffer.size
+
+    def at_peak(self) -> list[Buffer]:
+        """What lived when the most did."""
+        held: dict[int, Buffer] = {}
+        for buffer, made in self.log[: self.length]:
+            if made:
+                held[id(buffer)] = buffer
+            else:
+                del held[id(buffer)]
+        return list(held.values())
 
     def place(self, name: str, buffer: Buffer, strides: tuple[int, ...], data: int, contiguous: bool) -> None:
         """Puts an array into a buffer."""
@@ -356,44 +422,43 @@ class Heap:
         self.place(out, buffer, array.strides, array.data, array.contiguous)
 
 
-def peak(graph: Graph, held: list[str], compiled: bool = True) -> tuple[int, list[tuple[str, int]]]:
-    """Most bytes live at a time, and which arrays they belong to: (the name they began as, bytes).
+class Outcome(NamedTuple):
+    """Most bytes live at a time, the buffers that they are, and how the outputs lie."""
 
-    ``held`` are inputs that somebody keeps while the graph is computed; the others go when they have been used.
+    peak: int
+    buffers: list[Buffer]
+    strides: list[tuple[int, ...]]
+
+
+def run(graph: Graph, kept: list[str], strides: dict[str, tuple[int, ...]]) -> Outcome:
+    """Evaluates the graph without values.
+
+    ``kept`` are inputs that somebody holds while it is computed; the others go when they have been used. ``strides``
+    are those of inputs that do not lie in rows.
     """
-    graph = fuse(graph) if compiled else graph
-    heap = Heap(graph.kinds)
-    nodes = order(graph)
+    heap, nodes = Heap(graph.kinds), order(graph)
     users = Counter(name for node in nodes for name in node.inputs)
-    for name in dict.fromkeys([*graph.inputs, *held, *(n for node in nodes for n in node.inputs)]):
-        if name not in heap.arrays and not any(False for _ in ()):
-            pass
     made = {name for node in nodes for name in node.outputs}
-    for name in dict.fromkeys([*graph.inputs, *(n for node in nodes for n in node.inputs if n not in made)]):
+    stay = {*kept, *graph.outputs}
+    for name in dict.fromkeys([*graph.inputs, *(name for name in users if name not in made)]):
         heap.new(name)
-        heap.arrays[name].users = users[name] + (name in held or name in graph.outputs or not users[name])
+        heap.arrays[name].users = users[name] + (name in stay or not users[name])
+        heap.arrays[name].strides = strides.get(name, heap.arrays[name].strides)
     for node in nodes:
         temporaries = _evaluate(node, heap)
-        inputs = list(dict.fromkeys(node.inputs))
-        own = {id(heap.arrays[name].buffer) for name in node.outputs}
-        holds = {id(heap.arrays[name].buffer): heap.arrays[name].buffer for name in inputs}
-        holds |= {id(each): each for each in temporaries}
-        for name in node.outputs:
-            heap.arrays[name].users = users[name] + (name in graph.outputs)
-        heap.hold([each for key, each in holds.items() if key not in own], _dispatches(node, heap))
         counts = Counter(node.inputs)
-        for name in inputs:
-            array = heap.arrays[name]
-            array.users -= counts[name]
-            if not array.users:
-                array.buffer.arrays -= 1
-                heap.free(array.buffer)
+        own = {id(heap.arrays[name].buffer) for name in node.outputs}
+        holds = {id(each): each for each in (*(heap.arrays[name].buffer for name in counts), *temporaries)}
         for name in node.outputs:
+            heap.arrays[name].users = users[name] + (name in stay)
+        heap.hold([each for key, each in holds.items() if key not in own], _dispatches(node, heap))
+        for name, count in (*counts.items(), *((name, 0) for name in node.outputs)):
             array = heap.arrays[name]
+            array.users -= count
             if not array.users:
                 array.buffer.arrays -= 1
                 heap.free(array.buffer)
-    return heap.peak, heap.at_peak
+    return Outcome(heap.peak, heap.at_peak(), [heap.arrays[name].strides for name in graph.outputs])
 
 
 def _dispatches(node: Node, heap: Heap) -> int:
@@ -424,7 +489,7 @@ def _evaluate(node: Node, heap: Heap) -> list[Buffer]:
             steps = node.arguments[2] if node.name == "Slice" else (1,) * len(source.strides)
             strides = tuple(stride * step for stride, step in zip(source.strides, steps, strict=True))
             row = _is_row(kinds[each].shape, strides)
-            heap.place(each, source.buffer, strides, kinds[each].size, whole and source.contiguous or row)
+            heap.place(each, source.buffer, strides, kinds[each].size, (whole and source.contiguous) or row)
     elif node.name in _RESHAPE:
         source = arrays[first]
         strides = _reshaped(kinds[first].shape, source.strides, shape) if source.data == kinds[first].size else None
@@ -446,7 +511,7 @@ def _evaluate(node: Node, heap: Heap) -> list[Buffer]:
         good = arrays[first].strides[-1:] == (1,) and arrays[first].contiguous
         (heap.share if heap.takes(first, out) else heap.like)(first, out) if good else heap.new(out)
     elif node.name == "AsType" or node.name in _IN_PLACE:
-        if not arrays[first].contiguous or arrays[first].data != kinds[first].size and node.name != "AsType":
+        if not arrays[first].contiguous or (arrays[first].data != kinds[first].size and node.name != "AsType"):
             heap.new(out)
         else:
             (heap.share if heap.takes(first, out) else heap.like)(first, out)
