@@ -15,6 +15,7 @@ from mlxgpt.common import (
     folder,
     metrics,
     params,
+    planner,
     recipes,
     resume,
     run_folder,
@@ -36,7 +37,7 @@ def train(args: Namespace) -> int:
     """Starts a run, or goes on with one.
 
     Args:
-        args: recipe, out, steps, stop_after, set, resume, init_from, moments, backend, device.
+        args: recipe, out, steps, stop_after, set, resume, init_from, moments, force, backend, device.
 
     Returns:
         0, or 130 and 143 after a signal.
@@ -77,6 +78,7 @@ def _begin(args: Namespace) -> int:
     _check_sample(recipe, tokenizer)
     space = 12 * params.count(recipe.model) + 4 * 2**20
     checkpoint.check_space(run_folder.existing(out), space)
+    gate = planner.gate(recipe, backend, args)
     weights = (
         folder.read_params(origin, recipe.model) if origin else params.init_params(recipe.model, recipe.train.seed)
     )
@@ -90,7 +92,7 @@ def _begin(args: Namespace) -> int:
     run_folder.make(out)
     with run_folder.locked(out):
         run_folder.begin(out, recipe, engine.describe(), args.init_from, state.step)
-        return _run(args, backend, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
+        return _run(args, gate, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
 
 
 def _continue(args: Namespace) -> int:
@@ -118,6 +120,7 @@ def _continue(args: Namespace) -> int:
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
+        gate = planner.gate(recipe, backend, args)
         if found:
             place, state = found
             resume.check_data(run, state.data, source.digest)
@@ -144,12 +147,12 @@ def _continue(args: Namespace) -> int:
             print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
         samples.cut(run, step)
         run_folder.note(run, recipe, engine.describe(), step)
-        return _run(args, backend, run, recipe, engine, source, tokenizer, state)
+        return _run(args, gate, run, recipe, engine, source, tokenizer, state)
 
 
 def _run(
     args: Namespace,
-    backend: Backend,
+    gate: planner.Gate,
     run: Path,
     recipe: Recipe,
     engine: Any,
@@ -177,8 +180,10 @@ def _run(
         job.stop_after = args.stop_after or 0
         job.save_first = save_first
         if recipe.sample.max_tokens:
-            job.sample = lambda: _sample(backend, engine, recipe, tokenizer)
-        return trainer.train(job)
+            job.sample = lambda: _sample(gate.backend, engine, recipe, tokenizer)
+        code = trainer.train(job)
+    gate.finish(run, engine)
+    return code
 
 
 def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:
