@@ -83,9 +83,14 @@ class Outline(engines.Engine):
     def marked(self, block: Any) -> Any:
         """Stands for mx.checkpoint: a block whose ends can be found in the graph."""
 
-        def run(x: mx.array, *rest: Any) -> mx.array:
+        def run(x: mx.array, mask: Any, rope: Any, *rest: Any) -> mx.array:
             start, end = self.marks
-            return mx.depends([block(mx.depends([x], [start])[0], *rest)], [end])[0]
+            masks = [mask] if isinstance(mask, mx.array) else []
+            x, *others = mx.depends([x, *masks, *(rope or ())], [start])
+            if masks:
+                mask, *others = others
+            y = block(x, mask, tuple(others) if rope else rope, *rest)
+            return mx.depends([y], [end])[0]
 
         return run
 

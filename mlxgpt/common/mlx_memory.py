@@ -75,6 +75,9 @@ _FUSABLE = set(
     ]
 )
 _RESHAPE = {"Reshape", "Flatten", "Unflatten", "View"}
+_VIEWS = _RESHAPE | set(
+    ["Transpose", "Broadcast", "ExpandDims", "Squeeze", "Split", "Slice", "StopGradient", "Depends"]
+)
 _IN_PLACE = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate", "Copy"}  # begin as a copy of their input
 
 
@@ -128,22 +131,21 @@ def merge(graph: Graph) -> Graph:
 def recompute(graph: Graph, start: str, end: str) -> Graph:
     """The graph with what lies between two marks computed again for the backward pass, as mx.checkpoint does.
 
-    A mark is ``Depends(x, start)`` before a block and ``Depends(y, end)`` after it.
+    A mark is ``Depends(x, ..., start)`` before a block, of all that it reads but weights, and ``Depends(y, end)`` after.
     """
     nodes, kinds = list(graph.nodes), dict(graph.kinds)
     maker = {name: node for node in nodes for name in node.outputs}
-    for last in [node for node in graph.nodes if node.name == "Depends" and node.inputs[1:] == [end]]:
+    for last in [node for node in graph.nodes if node.name == "Depends" and node.inputs[-1] == end]:
         mark, inside = _between(last, start, maker)
-        own = {name for node in inside for name in node.outputs}
-        again = {name: f"{name}*" for name in [mark, *own]}
+        again = {name: f"{name}*" for node in [mark, *inside] for name in node.outputs}
         kinds |= {copy: kinds[name] for name, copy in again.items()}
-        clones = [Node("Depends", [], [mark, last.outputs[0]], [again[mark]])]
+        clones = [Node("Depends", [], [*mark.outputs, last.outputs[0]], [again[name] for name in mark.outputs])]
         clones += [_renamed(node, again) for node in inside]
         members, made, place = {id(node) for node in [*inside, last]}, [], len(nodes)
         for node in nodes:
-            if id(node) not in members and own & set(node.inputs):
+            if id(node) not in members and again.keys() & set(node.inputs):
                 place = min(place, len(made))
-                names = [again[name] if name in own else name for name in node.inputs]
+                names = [again.get(name, name) for name in node.inputs]
                 node = Node(node.name, node.arguments, names, node.outputs)
                 maker |= dict.fromkeys(node.outputs, node)
             made.append(node)
@@ -156,18 +158,18 @@ def recompute(graph: Graph, start: str, end: str) -> Graph:
     return Graph(wanted[::-1], kinds, graph.inputs, graph.outputs)
 
 
-def _between(last: Node, start: str, maker: dict[str, Node]) -> tuple[str, list[Node]]:
-    """What the mark before a block names, and the nodes from there to ``last`` in order."""
+def _between(last: Node, start: str, maker: dict[str, Node]) -> tuple[Node, list[Node]]:
+    """The mark before a block, and the nodes from there to ``last`` in order."""
     inside: list[Node] = []
     known: dict[int, bool] = {}
-    marks: list[str] = []
+    marks: list[Node] = []
 
     def visit(node: Node | None) -> bool:
         """Whether it depends on the mark."""
         if node is None:
             return False
-        if node.name == "Depends" and node.inputs[1:] == [start]:
-            marks.append(node.outputs[0])
+        if node.name == "Depends" and node.inputs[-1] == start:
+            marks.append(node)
             return True
         if id(node) not in known:
             known[id(node)] = any([visit(maker.get(name)) for name in node.inputs])
@@ -451,7 +453,7 @@ def run(graph: Graph, kept: list[str], strides: dict[str, tuple[int, ...]]) -> O
         holds = {id(each): each for each in (*(heap.arrays[name].buffer for name in counts), *temporaries)}
         for name in node.outputs:
             heap.arrays[name].users = users[name] + (name in stay)
-        heap.hold([each for key, each in holds.items() if key not in own], _dispatches(node, heap))
+        heap.hold([each for key, each in holds.items() if key not in own], _dispatches(node, heap, len(temporaries)))
         for name, count in (*counts.items(), *((name, 0) for name in node.outputs)):
             array = heap.arrays[name]
             array.users -= count
@@ -461,13 +463,16 @@ def run(graph: Graph, kept: list[str], strides: dict[str, tuple[int, ...]]) -> O
     return Outcome(heap.peak, heap.at_peak(), [heap.arrays[name].strides for name in graph.outputs])
 
 
-def _dispatches(node: Node, heap: Heap) -> int:
-    """Tasks that a node puts into the queue: its own and the one that holds its inputs."""
+def _dispatches(node: Node, heap: Heap, copies: int) -> int:
+    """Tasks that a node puts into the queue: what it computes, copies of its inputs, and the one that holds them."""
     if node.name == "Concatenate":
         return 1 + len(node.inputs)
-    name = node.outputs[0]
-    looks = any(heap.arrays[name].buffer is heap.arrays[each].buffer for each in node.inputs)
-    return 1 if looks and node.name not in _FUSABLE | {"Compiled", "Softmax"} | _IN_PLACE else 2
+    first, out = node.inputs[:1], heap.arrays[node.outputs[0]].buffer
+    if node.name in _VIEWS and any(heap.arrays[name].buffer is out for name in first):
+        return 1
+    if node.name in _IN_PLACE and heap.arrays[node.inputs[0]].buffer is not out:
+        copies += 1
+    return 2 + copies + (node.name == "AddMM")
 
 
 def _evaluate(node: Node, heap: Heap) -> list[Buffer]:
@@ -499,7 +504,7 @@ def _evaluate(node: Node, heap: Heap) -> list[Buffer]:
             heap.new(out)
         else:
             heap.place(out, source.buffer, strides, source.data, source.contiguous)
-    elif node.name in ("StopGradient", "Depends", "CustomTransforms"):
+    elif node.name in ("StopGradient", "Depends"):
         for name, each in zip(node.inputs, node.outputs, strict=False):
             heap.share(name, each)
     elif node.name in ("Matmul", "AddMM", "QuantizedMatmul"):
