@@ -19,11 +19,14 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        self.tied: tuple[int, ...] = ()  # shape of a matrix that is used twice
         self.live: dict[int, tuple[weakref.ref, Piece]] = {}
         self.bytes = self.peak = 0
         self.at_peak: list[Piece] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and args[0].shape == self.tied == getattr(args[1], "shape", None):
+            func = torch.ops.aten.add_.Tensor  # autograd's sum is in place, but for who watches and so holds the tensor
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
@@ -100,6 +103,7 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> None:
 def footprint(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
     """Of a step on ``micro_batches`` of ``rows`` rows of ``length`` tokens, run eagerly on the CPU."""
     outline, watch = Outline(recipe), Watch()
+    watch.tied = outline.model.wte.weight.shape if recipe.model.tied else ()
     groups = {"weights": [*outline.model.parameters(), *outline.model.buffers()],
               "moments": [*outline.m.values(), *outline.v.values()]}  # fmt: skip
     for label, tensors in groups.items():
