@@ -83,8 +83,9 @@ def here(device: str) -> Chip | None:
     names = {chip.name: chip for chip in CHIPS.values()}
     if device == "cpu":
         return None
-    found = names.get(device) or names.get(name())
-    return found or next((chip for key, chip in CHIPS.items() if key in device.lower().replace(" ", "")), None)
+    words = {"A100": "a100", "H100": "h100", "H200": "h200", "4090": "rtx4090"}  # of what CUDA calls its devices
+    card = next((CHIPS[key] for word, key in words.items() if word in device), None)
+    return names.get(device) or names.get(name()) or card
 
 
 def peak_flops(device: str) -> float | None:

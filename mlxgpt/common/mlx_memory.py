@@ -131,7 +131,7 @@ def merge(graph: Graph) -> Graph:
 def recompute(graph: Graph, start: str, end: str) -> Graph:
     """The graph with what lies between two marks computed again for the backward pass, as mx.checkpoint does.
 
-    A mark is ``Depends(x, ..., start)`` before a block, of all that it reads but weights, and ``Depends(y, end)`` after.
+    A mark is ``Depends(x, ..., start)`` before a block, of what it reads but weights, and ``Depends(y, end)`` after.
     """
     nodes, kinds = list(graph.nodes), dict(graph.kinds)
     maker = {name: node for node in nodes for name in node.outputs}
@@ -415,13 +415,17 @@ class Heap:
     def share(self, name: str, out: str) -> None:
         """``out`` in the buffer and the layout of ``name``."""
         array = self.arrays[name]
-        self.place(out, array.buffer, array.strides, array.data, array.contiguous)
+        self.place(out, array.buffer, self.wide(array, out), array.data, array.contiguous)
+
+    def wide(self, array: Array, out: str) -> tuple[int, ...]:
+        """An array's strides with those of the axes of size 1 that ``out`` has before it."""
+        return (0,) * (len(self.kinds[out].shape) - len(array.strides)) + array.strides
 
     def like(self, name: str, out: str) -> None:
         """``out`` in a new buffer, laid out like ``name``."""
         array = self.arrays[name]
         buffer = self.allocate(array.data * self.kinds[out].itemsize, out)
-        self.place(out, buffer, array.strides, array.data, array.contiguous)
+        self.place(out, buffer, self.wide(array, out), array.data, array.contiguous)
 
 
 class Outcome(NamedTuple):
@@ -497,7 +501,7 @@ def _evaluate(node: Node, heap: Heap) -> list[Buffer]:
             heap.place(each, source.buffer, strides, kinds[each].size, (whole and source.contiguous) or row)
     elif node.name in _RESHAPE:
         source = arrays[first]
-        strides = _reshaped(kinds[first].shape, source.strides, shape) if source.data == kinds[first].size else None
+        strides = _reshaped(kinds[first].shape, source.strides, shape)
         if node.name == "View":
             strides = source.strides
         if strides is None:
