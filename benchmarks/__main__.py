@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.report import Row, table
 
-SUITE = ("startup", "tokenizing", "train_step", "head", "decode")
+SUITE = ("startup", "tokenizing", "train_step", "head", "decode", "planning")
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}

@@ -15,10 +15,14 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.report import Row, finish
 
 Setting = dict[str, dict[str, Any]]
 GATE = (0.95, 1.10)  # of predicted / measured
@@ -187,6 +191,30 @@ def describe(setting: Setting) -> str:
     return f"{model['family']} {sizes} B{train['batch_size']} {' '.join(more)}".strip()
 
 
+def as_row(backend: str, rows: list[dict[str, Any]]) -> Row:
+    """A line of make bench: all settings of a framework, totals and the ratios one by one."""
+    own = [row for row in rows if row["backend"] == backend]
+    predicted, measured = (sum(row[key] for row in own) / 2**20 for key in ("predicted", "measured"))
+    what = f"planned peak memory, {backend}, {len(own)} settings"
+    return Row(what, "measured", "MiB", predicted, measured, [row["ratio"] for row in own], "each 0.95 to 1.10")
+
+
+def hours(backends: list[str], recipe: str, steps: int, sets: list[str]) -> list[dict[str, Any]]:
+    """Seconds of a run: as ``plan --calibrate`` says, and as the same run then takes."""
+    rows = []
+    for backend in backends:
+        common = ["-n", str(steps), "--backend", backend, *(word for each in sets for word in ("--set", each))]
+        with tempfile.TemporaryDirectory() as folder:
+            run = [sys.executable, "-m", "mlxgpt"]
+            said = subprocess.run([*run, "plan", recipe, "--calibrate", "--json", *common], stdout=subprocess.PIPE,
+                                  text=True, check=True)  # fmt: skip
+            out = Path(folder, "run")
+            subprocess.run([*run, "train", recipe, "--out", str(out), *common], stdout=subprocess.DEVNULL, check=True)
+            took = json.loads((out / "plan.json").read_text())["measured_seconds"]
+        rows.append({"backend": backend, "predicted": json.loads(said.stdout)["seconds"], "measured": took})
+    return rows
+
+
 def main() -> None:
     """Prints the table; exit code 1 if a prediction is off the gate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,10 +222,20 @@ def main() -> None:
     parser.add_argument("--backend", choices=PACKAGES, action="append", help="default: both")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N random settings in place of the list")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument("--hours", action="store_true", help="time a run instead, against what plan --calibrate says")
+    parser.add_argument("--recipe", default="pydocs", help="of --hours; default: pydocs")
+    parser.add_argument("--steps", type=int, default=200, help="of --hours; default: 200")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of --hours")
+    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)  # make bench passes it; nothing here is timed
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.serve:
         serve(args.serve)
+        return
+    if args.hours:
+        for row in hours(args.backend or list(PACKAGES), args.recipe, args.steps, args.set):
+            ratio = row["predicted"] / row["measured"]
+            print(f"{row['backend']:6}{row['predicted']:10.1f} s{row['measured']:10.1f} s{ratio:8.3f}", flush=True)
         return
     dice = random.Random(args.seed)
     settings = [draw(dice) for _ in range(args.random)] if args.random else SETTINGS
@@ -211,7 +249,10 @@ def main() -> None:
             print(f"{backend:6}{sizes}{ratio:8.3f}  {describe(row['setting'])}{mark}", file=sys.stderr, flush=True)
     ratios = [row["ratio"] for row in rows]
     off = sum(not GATE[0] <= ratio <= GATE[1] for ratio in ratios)
-    print(json.dumps(rows) if args.json else f"{len(rows)} settings, {min(ratios):.3f} to {max(ratios):.3f}, {off} off")
+    if args.json:
+        finish([as_row(backend, rows) for backend in args.backend or PACKAGES], True)
+    else:
+        print(f"{len(rows)} settings, {min(ratios):.3f} to {max(ratios):.3f}, {off} off")
     if off:
         raise SystemExit(1)
 
