@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=PACKAGES, action="append", help="default: both")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N random settings in place of the list")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument("--few", action="store_true", help="every seventh setting of the list")
     parser.add_argument("--hours", action="store_true", help="time a run instead, against what plan --calibrate says")
     parser.add_argument("--recipe", default="pydocs", help="of --hours; default: pydocs")
     parser.add_argument("--steps", type=int, default=200, help="of --hours; default: 200")
@@ -238,7 +239,7 @@ def main() -> None:
             print(f"{row['backend']:6}{row['predicted']:10.1f} s{row['measured']:10.1f} s{ratio:8.3f}", flush=True)
         return
     dice = random.Random(args.seed)
-    settings = [draw(dice) for _ in range(args.random)] if args.random else SETTINGS
+    settings = [draw(dice) for _ in range(args.random)] if args.random else SETTINGS[:: 7 if args.few else 1]
     rows = []
     for backend in args.backend or PACKAGES:
         for row in compare(backend, settings):

@@ -138,7 +138,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
     """
     config, values = opened.config, families.config_to_hf(opened.config)
-    notes = families.mlx_lm_deviations(config)
+    notes = hf.mlx_lm_warning(config)
     if not options.bits:
         parts = hf.plain_parts(opened, options)
         return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf, mlx_lm, stream
+from convert import hf, mlx_lm, placing, stream
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import families, mlx_lm_names, params
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import DTYPES, Entry, read_json, write_json
+from mlxgpt.common.tensors import DTYPES, Entry, read_json
 
 KIND = "folder"
 _FILE = "weights.npz"
@@ -140,8 +140,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 _write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
-    write_json(place / "config.json", values)
-    notes = families.mlx_lm_deviations(config)
+    placing.write_json(place / "config.json", values)
+    notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 
 

@@ -95,7 +95,8 @@ class Row:
 def start_rows(
     config: ModelConfig, tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]
 ) -> list[Row]:
-    """A row a prompt; text or token ids. An empty text starts from the end-of-text token.
+    """A row a prompt; text or token ids. A text begins with what its tokenizer puts before one, an empty one else
+    with the end-of-text token.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
@@ -116,6 +117,8 @@ def start_rows(
                 ids = tokenizer.encode(prompt)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+            if ids[: len(tokenizer.before)] != tokenizer.before:
+                ids = [*tokenizer.before, *ids]
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:

@@ -47,6 +47,8 @@ class JsonTokenizer:
             )
         self.n_vocab = max(vocabulary.values()) + 1
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
+        around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
+        self.before = around[:-1] if around[-1:] == [self.eos_id] else around
         model = type(self.backend.model).__name__
         over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
         self.kind = "byte-level BPE" if over_bytes else model

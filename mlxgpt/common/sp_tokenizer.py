@@ -65,6 +65,8 @@ class SentencePieceTokenizer:
         ):
             eos = self._model.piece_to_id(named)
         self.eos_id: int | None = eos if eos >= 0 else None
+        begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
+        self.before = [self._model.bos_id()] if begins else []
         if not config and self._is_bpe():
             self._files["tokenizer_config.json"] = self._settings()
         self._controls = {

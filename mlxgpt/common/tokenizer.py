@@ -33,6 +33,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eos_id: int | None
     """The token between documents, where there is one."""
+    before: list[int]
+    """What a model is given before a text, such as Llama's <s>; ``encode`` does not add it."""
     kind: str
     """In words, for messages: ``char``, ``byte-level BPE`` and so on."""
     digest: str
