@@ -1,31 +1,33 @@
 """What a training step holds at most, from the graph of the step itself, which is built and never computed."""
 
+import contextlib
 import dataclasses
-from typing import Any
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxgpt import engine as engines
-from mlxgpt import losses, model
+from mlxgpt import losses, model, quant
 from mlxgpt.common import mlx_memory
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.mlx_memory import Graph, Kind, Node
 from mlxgpt.common.plan_memory import Footprint, Piece
 
 
-class Cut:
-    """Stands for mx.custom_function, whose graph MLX cannot export: notes what goes in and how it is differentiated."""
+class Stand:
+    """Stands for mx.custom_function, whose graph MLX cannot export: linear maps that are found and replaced afterwards."""
 
-    last: "Cut | None" = None
+    calls: ClassVar[list[tuple["Stand", list[mx.array], Any]]] = []
 
     def __init__(self, function: Any):
         self.function = function
-        Cut.last = self
 
     def vjp(self, function: Any) -> Any:
         """Takes the function that mx.custom_function calls for gradients."""
@@ -33,12 +35,74 @@ class Cut:
         return function
 
     def __call__(self, *primals: mx.array) -> Any:
-        self.primals = primals
-        named = tree_flatten(list(self.function(*primals)))
-        whole = mx.depends([*primals, *(array for _, array in named)], [mx.zeros(())])  # all outputs, or none
-        joined = whole[len(primals) :]
-        self.outputs = tree_unflatten([(name, array) for (name, _), array in zip(named, joined, strict=True)])
-        return self.outputs
+        made = self.function(*primals)
+        outputs = tree_flatten(made if isinstance(made, tuple) else (made,))
+        number = len(Stand.calls)
+        Stand.calls.append((self, list(primals), made))
+        marked = mx.depends(list(primals), [_tag(number, 0)])
+        like, parts = outputs[0][1], []
+        for place, (primal, mark) in enumerate(zip(primals, marked, strict=True)):
+            if mx.issubdtype(primal.dtype, mx.floating):
+                matrix = mx.broadcast_to(_tag(number, 2 + place).astype(primal.dtype), (primal.size, like.size))
+                parts.append((mark.reshape(1, primal.size) @ matrix).astype(like.dtype))
+        first = mx.depends([sum(parts[1:], parts[0]).reshape(like.shape)], [_tag(number, 1)])[0]
+        others = [(name, mx.zeros(each.shape, each.dtype)) for name, each in outputs[1:]]
+        whole = tree_unflatten([(outputs[0][0], first), *others])
+        return tuple(whole) if isinstance(made, tuple) else first
+
+    def call(self, number: int, primals: list[mx.array], made: Any, names: dict[float, str]) -> mlx_memory.Call:
+        """What is put in the place of call ``number``; ``names`` are those of the constants."""
+        outputs = tree_flatten(made if isinstance(made, tuple) else (made,))
+        linear = [place for place, each in enumerate(primals) if mx.issubdtype(each.dtype, mx.floating)]
+        into, out = _like(primals), _like([each for _, each in outputs])
+
+        def forward(values: list[mx.array]) -> list[mx.array]:
+            found = self.function(*values)
+            return [each for _, each in tree_flatten(found if isinstance(found, tuple) else (found,))]
+
+        def backward(values: list[mx.array], cotangent: list[mx.array], results: list[mx.array]) -> list[mx.array]:
+            def shaped(arrays: list[mx.array]) -> Any:
+                if not isinstance(made, tuple):
+                    return arrays[0]
+                return tuple(tree_unflatten([(name, a) for (name, _), a in zip(outputs, arrays, strict=True)]))
+
+            given = tuple(values) if len(values) > 1 else values[0]
+            grads = self.backward(given, shaped([*cotangent, *results[1:]]), shaped(results))  # the others are zero
+            grads = list(grads) if isinstance(grads, tuple | list) else [grads]
+            return [grads[place] for place in linear]
+
+        there, _, _ = export(forward, into)
+        back, _, _ = export(backward, into, _like([outputs[0][1]]), out)
+        start, end = (names[_value(number, kind)] for kind in (0, 1))
+        return mlx_memory.Call(start, end, linear, there, back)
+
+
+def _value(number: int, kind: int) -> float:
+    """A constant that nothing else has: float32 holds it exactly."""
+    return -(2.0**22) - 16 * number - kind
+
+
+def _tag(number: int, kind: int) -> mx.array:
+    return mx.array(_value(number, kind), mx.float32)
+
+
+def _like(arrays: list[mx.array]) -> list[mx.array]:
+    return [mx.zeros(each.shape, each.dtype) for each in arrays]
+
+
+def outlined(recipe: Recipe) -> dict[str, Any]:
+    """The base's tensors without values: quantised where the engine would have them so."""
+    adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
+    stay = adapter and adapter.bits and (adapter.dequantise == "never" or mx.default_device() == mx.Device(mx.gpu))
+    made: dict[str, Any] = {}
+    for name, param in engines.parameters.table(recipe.model).items():
+        made[name] = mx.zeros(param.shape)
+        if adapter and stay and param.adaptable and name not in trains and not param.shape[1] % adapter.group_size:
+            n_out, n_in = param.shape
+            scales = [mx.zeros((n_out, n_in // adapter.group_size)) for _ in range(2)]
+            made[name] = Quantised(mx.zeros((n_out, n_in * adapter.bits // 32), mx.uint32), *scales, adapter.bits,
+                                   adapter.group_size)  # fmt: skip
+    return made
 
 
 class Outline(engines.Engine):
@@ -46,9 +110,14 @@ class Outline(engines.Engine):
 
     def __init__(self, recipe: Recipe):
         train = dataclasses.replace(recipe.train, deterministic=False)
-        super().__init__(dataclasses.replace(recipe, train=train), {}, "auto")
+        recipe = dataclasses.replace(recipe, train=train)
+        kept = engines.quantising.prepare
+        engines.quantising.prepare = lambda *_: (outlined(recipe), "")
+        try:
+            super().__init__(recipe, {name: mx.zeros(s) for name, s in engines.adaption.shapes(recipe).items()}, "auto")
+        finally:
+            engines.quantising.prepare = kept
         self.names = [name for name, _ in tree_flatten(self.model.parameters())]
-        self._loss_and_grad = self._staged
         self.marks = [mx.zeros(()), mx.zeros(())]
 
     def _put(self, params: dict) -> None:
@@ -56,29 +125,6 @@ class Outline(engines.Engine):
 
     def _settle(self, *more: mx.array) -> None:
         """Leaves everything pending."""
-
-    def _staged(self, *inputs: Any) -> Any:
-        """nn.value_and_grad of the objective, around a Cut by hand."""
-        Cut.last = None
-        _, terms = self._objective(*inputs)
-        if Cut.last is None:
-            return nn.value_and_grad(self.model, self._objective)(*inputs)
-        cut = Cut.last
-        cotangents = [inputs[0].weights.reshape(-1), *cut.outputs[1:]]  # a head uses the first alone
-        back = list(cut.backward(cut.primals, cotangents, cut.outputs))
-        flat = tree_flatten(self.model.trainable_parameters())
-        kept = [n for n in range(len(back)) if n != 2]  # hidden states, weight, bias; not the targets
-
-        def primals(*values: mx.array) -> list[mx.array]:
-            self.model.update(tree_unflatten([(name, v) for (name, _), v in zip(flat, values, strict=True)]))
-            self._objective(*inputs)
-            assert Cut.last
-            return [Cut.last.primals[n] for n in kept]
-
-        _, grads = mx.vjp(primals, [value for _, value in flat], [back[n] for n in kept])
-        self.model.update(tree_unflatten(flat))
-        named = [(name, grad) for (name, _), grad in zip(flat, grads, strict=True)]
-        return (terms.sum(), terms), tree_unflatten(named)
 
     def marked(self, block: Any) -> Any:
         """Stands for mx.checkpoint: a block whose ends can be found in the graph."""
@@ -96,7 +142,7 @@ class Outline(engines.Engine):
 
     def state(self) -> tuple[list[mx.array], list[mx.array]]:
         """Weights; moments."""
-        weights = self._weights()
+        weights = dict(tree_flatten(self.model.parameters()))
         return [weights[name] for name in self.names], [*self.m.values(), *self.v.values()]
 
     def take(self, weights: list[mx.array], moments: list[mx.array]) -> None:
@@ -106,9 +152,11 @@ class Outline(engines.Engine):
         self.m, self.v = ({name: next(it) for name in group} for group in (self.m, self.v))
 
 
-def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str]]]:
-    """The graph that ``function`` (a list of arrays a group -> list of arrays) makes, and the groups' names in it."""
-    made, kinds, records = Graph([], {}, [], []), {}, []
+def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str]], dict[float, str]]:
+    """The graph that ``function`` (a list of arrays a group -> list of arrays) makes, the groups' names in it, and those
+    of constant scalars by value.
+    """
+    made, kinds, records, scalars = Graph([], {}, [], []), {}, [], {}
 
     def flat(*arrays: mx.array) -> list[mx.array]:
         it = iter(arrays)
@@ -118,6 +166,9 @@ def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str
     for record in records:
         if record["type"] == "constants":
             kinds |= {name: Kind(tuple(array.shape), array.dtype.size) for name, array in record["constants"]}
+            scalars |= {
+                float(a.item()): name for name, a in record["constants"] if not a.ndim and a.dtype == mx.float32
+            }
             continue
         for key in ("inputs", "outputs"):
             kinds |= {name: Kind(tuple(shape), dtype.size) for name, shape, dtype in record.get(key, ())}
@@ -127,7 +178,7 @@ def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str
         elif record["type"] in names:
             setattr(made, record["type"], names[record["type"]])
     it = iter(made.inputs)
-    return dataclasses.replace(made, kinds=kinds), [[next(it) for _ in group] for group in groups]
+    return dataclasses.replace(made, kinds=kinds), [[next(it) for _ in group] for group in groups], scalars
 
 
 @dataclasses.dataclass
@@ -143,7 +194,7 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> list[P
     """What Engine.train_step calls, in order."""
     weights, moments = outline.state()
     ints, floats, scalars = mx.zeros((rows, length), mx.int32), mx.zeros((rows, length)), [mx.zeros((6,))]
-    keys = mx.zeros((1 + engines.SITES * outline.recipe.model.n_layer,), mx.uint32)
+    keys = outline._keys(1)
     data = [ints, ints, floats, keys, mx.zeros((), mx.uint32)]
 
     def gradients(w: list, m: list, data: list, marks: list, total: dict | None = None) -> tuple:
@@ -171,7 +222,12 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> list[P
         return update(terms[0], dict(zip(outline.table, total, strict=True)), scalars)
 
     def phase(function: Any, kept: tuple[str, ...], **groups: list[mx.array]) -> Phase:
-        graph, names = export(function, *groups.values())
+        Stand.calls.clear()
+        graph, names, scalars = export(function, *groups.values())
+        calls = list(Stand.calls)
+        if calls:
+            made = [each.call(number, primals, out, scalars) for number, (each, primals, out) in enumerate(calls)]
+            graph = mlx_memory.merge(mlx_memory.substitute(graph, made))
         named = dict(zip(groups, names, strict=True))
         return Phase(graph, named, [name for group in kept for name in named[group]])
 
@@ -191,22 +247,36 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> list[P
     return phases
 
 
+@contextlib.contextmanager
+def standing(outline: Outline) -> Iterator[None]:
+    """Puts stand-ins where the model has custom functions and checkpoints, and takes them away again."""
+    spec = importlib.util.find_spec("mlxgpt.fast")
+    assert spec and spec.loader
+    copy = importlib.util.module_from_spec(spec)  # fast.py once more, decorated by the stand-in
+    patches = [(mx, "custom_function", Stand), (model, "checkpoint", outline.marked), (model, "fast", copy),
+               (quant, "product", quant.product.__wrapped__)]  # fmt: skip
+    kept = [(place, name, getattr(place, name)) for place, name, _ in patches]
+    try:
+        for place, name, value in patches:
+            setattr(place, name, value)
+        spec.loader.exec_module(copy)
+        yield
+    finally:
+        for place, name, value in kept:
+            setattr(place, name, value)
+        Stand.calls.clear()
+
+
 def footprint(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
     """Of a step on ``micro_batches`` of ``rows`` rows of ``length`` tokens."""
     outline, best = Outline(recipe), Footprint(0, [])
-    kept = mx.custom_function, model.checkpoint
-    mx.custom_function, model.checkpoint = Cut, outline.marked  # type: ignore[assignment]
-    try:
+    with standing(outline):
         phases = step(outline, rows, length, micro_batches)
-        cut = Cut.last is not None
-    finally:
-        mx.custom_function, model.checkpoint = kept
-        Cut.last = None
     lie: list[tuple[int, ...]] = []  # gradients as the phase before leaves them
     for phase in phases:
         graph, total = phase.graph, phase.names.get("gradients", [])
         if "marks" in phase.names:
-            graph = mlx_memory.recompute(mlx_memory.merge(graph) if cut else graph, *phase.names["marks"])
+            graph = mlx_memory.recompute(graph, *phase.names["marks"])
         if outline.compiled:
             graph = mlx_memory.fuse(graph)
         done = mlx_memory.run(graph, phase.kept, dict(zip(total, lie, strict=False)))

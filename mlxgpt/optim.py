@@ -27,13 +27,17 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
 
 
 def adamw(
-    p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, decay: bool, config: OptimConfig
+    p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, param: Param, config: OptimConfig
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars()."""
+    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars().
+
+    lr is the step's times param.lr (Hayou et al. 2024, LoRA+).
+    """
     m = m + (1 - config.beta1) * (g - m)
     v = config.beta2 * v + (1 - config.beta2) * g * g
-    p = p * s[2] if decay else p
-    return p - s[0] * m / (mx.sqrt(v) * s[1] + config.eps), m, v
+    rate, keep = (s[0], s[2]) if param.lr == 1 else (s[0] * param.lr, 1 - (1 - s[2]) * param.lr)
+    p = p * keep if param.decay else p
+    return p - rate * m / (mx.sqrt(v) * s[1] + config.eps), m, v
 
 
 def orthogonalise(g: mx.array) -> mx.array:

@@ -26,7 +26,7 @@ def prepare(model: Model) -> None:
 
     Names, shapes and values stay. For a model that will only generate: an update would undo it.
     """
-    if model.wte.weight.device.type == "cpu":
+    if model.ln_f.weight.device.type == "cpu":
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.data = weight.data.T.contiguous().T
@@ -86,7 +86,7 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     """
-    device = model.wte.weight.device
+    device = model.ln_f.weight.device
     width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
@@ -153,7 +153,7 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
 @torch.no_grad()
 def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
-    device = model.wte.weight.device
+    device = model.ln_f.weight.device
     hidden, labels = model.hidden(torch.tensor(tokens, device=device)), torch.tensor(targets, device=device)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):

@@ -24,14 +24,24 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
 
 
 def adamw(
-    p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, s: list[float], decay: bool, config: OptimConfig
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    s: list[float],
+    param: Param,
+    config: OptimConfig,
 ) -> None:
-    """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars()."""
+    """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars().
+
+    lr is the step's times param.lr (Hayou et al. 2024, LoRA+).
+    """
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-    if decay:
-        p.mul_(s[2])
-    p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-s[0])
+    rate, keep = (s[0], s[2]) if param.lr == 1 else (s[0] * param.lr, 1 - (1 - s[2]) * param.lr)
+    if param.decay:
+        p.mul_(keep)
+    p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-rate)
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:

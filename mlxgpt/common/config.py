@@ -315,11 +315,13 @@ class AdapterConfig:
     b_lr: float = _field(1.0, "LoRA+: learning rate of B over that of A")
     bits: int = _field(0, "quantise the frozen matrices: 4 or 8 bits; 0 = as the model has them")
     group_size: int = _field(64, "inputs that share a scale")
+    dequantise: str = _field("auto", "a quantised base: auto (once, on a CPU, where memory allows) or never")
 
     def __post_init__(self) -> None:
         _one_of("adapter", self, "method", "lora", "dora", "full")
         _one_of("adapter", self, "init", "default", "pissa")
         _one_of("adapter", self, "bias", "none", "adapted", "all")
+        _one_of("adapter", self, "dequantise", "auto", "never")
         for name in ("rank", "alpha", "b_lr"):
             _check("adapter", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _check("adapter", self.layers >= 0, "layers", self.layers, "0 or a positive number")

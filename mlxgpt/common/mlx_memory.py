@@ -114,18 +114,107 @@ class Graph:
 
 
 def merge(graph: Graph) -> Graph:
-    """The graph with one of each pair of nodes that compute the same from the same."""
+    """The graph with one of each pair of nodes that compute the same from the same, as mx.compile simplifies it."""
     same: dict[str, str] = {}
     first: dict[str, Node] = {}
     nodes = []
     for node in graph.nodes:
         node = Node(node.name, node.arguments, [same.get(name, name) for name in node.inputs], node.outputs)
-        known = first.setdefault(f"{node.name} {node.arguments} {node.inputs}", node)
+        known = (
+            node if node.name == "Depends" else first.setdefault(f"{node.name} {node.arguments} {node.inputs}", node)
+        )
         if known is not node and not set(node.outputs) & set(graph.outputs):
             same |= dict(zip(node.outputs, known.outputs, strict=True))
         else:
             nodes.append(node)
     return Graph(nodes, graph.kinds, graph.inputs, graph.outputs)
+
+
+def prune(graph: Graph) -> Graph:
+    """The graph without what no output needs."""
+    needed, wanted = set(graph.outputs), []
+    for node in reversed(graph.nodes):
+        if needed & set(node.outputs):
+            needed |= set(node.inputs)
+            wanted.append(node)
+    return Graph(wanted[::-1], graph.kinds, graph.inputs, graph.outputs)
+
+
+@dataclass
+class Call:
+    """A custom function in a graph, where linear maps stand for it: y = sum of M_j p_j, differentiated as M_j^T dy.
+
+    ``start`` names the mark Depends(p ..., start) of what goes in, ``end`` Depends(y, end) of the first output. The graph
+    ``forward`` takes all that goes in; ``backward`` that, dy and the outputs; it gives the gradients of ``linear``.
+    """
+
+    start: str
+    end: str
+    linear: list[int]  # which of what goes in has a map
+    forward: Graph
+    backward: Graph
+
+
+def substitute(graph: Graph, calls: list[Call]) -> Graph:
+    """The graph with the custom functions themselves in the place of their maps; one node holds all of a function's outputs."""
+    nodes, kinds = list(graph.nodes), dict(graph.kinds)
+    for number, call in enumerate(calls):
+        maker = {name: node for node in nodes for name in node.outputs}
+        start = next((node for node in nodes if node.name == "Depends" and node.inputs[-1] == call.start), None)
+        end = next((node for node in nodes if node.name == "Depends" and node.inputs[-1] == call.end), None)
+        if start is None or end is None:
+            continue
+        primals = start.inputs[:-1]
+        inner, made = _inlined(call.forward, primals, f"f{number}.", kinds)
+        held = [f"h{number}.{n}" for n in range(len(primals) + len(made))]
+        held[len(primals)] = end.outputs[0]
+        kinds |= {name: kinds[source] for name, source in zip(held, [*primals, *made], strict=True)}
+        ahead = [*inner, Node("Depends", [], [*primals, *made], held)]
+
+        matrices: dict[str, int] = {}  # transposed M_j -> j
+        for node in nodes:
+            if node.name == "Matmul" and (source := _through(maker, node.inputs[0])) in start.outputs:
+                matrices[node.inputs[1]] = start.outputs.index(source)
+        turned = {node.outputs[0]: matrices[node.inputs[0]] for node in nodes
+                  if node.name == "Transpose" and node.inputs[0] in matrices}  # fmt: skip
+        back = [node for node in nodes if node.name == "Matmul" and node.inputs[1] in turned]
+        behind: list[Node] = []
+        again: dict[str, str] = {}
+        if back:
+            cotangent = _through(maker, back[0].inputs[0])
+            behind, grads = _inlined(call.backward, [*primals, cotangent, *held[len(primals) :]], f"b{number}.", kinds)
+            again = {node.outputs[0]: grads[call.linear.index(turned[node.inputs[1]])] for node in back}
+        gone, result = {id(node) for node in back}, []
+        for node in nodes:
+            if node is end:
+                result += ahead
+            elif id(node) in gone:
+                result += behind
+                behind = []
+            else:
+                names = [again.get(name, name) for name in node.inputs]
+                result.append(Node(node.name, node.arguments, names, node.outputs))
+        nodes = result
+    return prune(Graph(nodes, kinds, graph.inputs, graph.outputs))
+
+
+def _through(maker: dict[str, Node], name: str) -> str:
+    """What a map multiplies, before it was flattened and cast."""
+    for allowed in ("AsType", "Reshape", "AsType"):
+        node = maker.get(name)
+        if node is not None and node.name == allowed:
+            name = node.inputs[0]
+    return name
+
+
+def _inlined(graph: Graph, inputs: list[str], prefix: str, kinds: dict[str, Kind]) -> tuple[list[Node], list[str]]:
+    """A graph's nodes for other inputs, under names of their own, and the names of its outputs."""
+    names = dict(zip(graph.inputs, inputs, strict=True))
+    names = {name: names.get(name, prefix + name) for name in graph.kinds}
+    for name, kind in graph.kinds.items():
+        kinds.setdefault(names[name], kind)
+    nodes = [_renamed(node, names) for node in graph.nodes]
+    return nodes, [names[name] for name in graph.outputs]
 
 
 def recompute(graph: Graph, start: str, end: str) -> Graph:
@@ -150,12 +239,7 @@ def recompute(graph: Graph, start: str, end: str) -> Graph:
                 maker |= dict.fromkeys(node.outputs, node)
             made.append(node)
         nodes = made[:place] + clones + made[place:]
-    needed, wanted = set(graph.outputs), []
-    for node in reversed(nodes):
-        if needed & set(node.outputs):
-            needed |= set(node.inputs)
-            wanted.append(node)
-    return Graph(wanted[::-1], kinds, graph.inputs, graph.outputs)
+    return prune(Graph(nodes, kinds, graph.inputs, graph.outputs))
 
 
 def _between(last: Node, start: str, maker: dict[str, Node]) -> tuple[Node, list[Node]]:

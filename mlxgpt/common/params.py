@@ -17,11 +17,13 @@ Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] ev
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlxgpt.common import rng
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig, nearest
 from mlxgpt.common.errors import UserError
 
@@ -109,8 +111,10 @@ def count(config: ModelConfig) -> int:
     return sum(int(np.prod(param.shape)) for param in table(config).values())
 
 
-def check(shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], where: str = "parameters") -> None:
-    """Holds arrays against the names and shapes that are expected of them; all are float32.
+def check(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantised], where: str = "parameters"
+) -> None:
+    """Holds arrays against the names and shapes that are expected of them; all are float32, or quantised matrices.
 
     Raises:
         UserError: the first name that is missing or unknown, or the first other shape or dtype.
@@ -123,5 +127,6 @@ def check(shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], whe
             raise UserError(f"{where}: tensor {name} is missing; expected shape {shape}")
         if tuple(arrays[name].shape) != tuple(shape):
             raise UserError(f"{where}: tensor {name} has shape {tuple(arrays[name].shape)}; expected {tuple(shape)}")
-        if arrays[name].dtype != np.float32:
-            raise UserError(f"{where}: tensor {name} is {arrays[name].dtype}; expected float32")
+        array = arrays[name]
+        if isinstance(array, np.ndarray) and array.dtype != np.float32:
+            raise UserError(f"{where}: tensor {name} is {array.dtype}; expected float32")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import checkpoint, guards, params, samples, schedule
+from mlxgpt.common import adapters, checkpoint, guards, samples, schedule
 from mlxgpt.common.batch import Engine, Source
 from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import Recipe
@@ -53,7 +53,7 @@ def train(job: Job) -> int:
     settings, state, engine, progress = job.recipe.train, job.state, job.engine, job.progress
     began, first = time.perf_counter(), state.step + 1
     saver, finite = Saver(job), guards.Finite()
-    watch = guards.FirstUpdates(engine, params.table(job.recipe.model))
+    watch = guards.FirstUpdates(engine, adapters.trainable(job.recipe))
     compiling = ", compilation included" if engine.describe().get("compiled") == "True" else ""
     stopped_early = False
     with Signals() as signals, saver:
