@@ -33,6 +33,7 @@ def _s(family: str, sizes: str, batch: int = 4, train: dict[str, Any] | None = N
     """A setting: ``sizes`` are layers, heads, key-value heads, width, context, vocabulary."""
     names = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size")
     model = dict(zip(names, map(int, sizes.split()), strict=True), family=family) | more.pop("model", {})
+    more |= {"tune": {"source": "rows.jsonl"}} if "adapter" in more else {}
     return {"model": model, "train": {"batch_size": batch, **(train or {})}, **more}
 
 
@@ -65,6 +66,12 @@ SETTINGS = [
     _s("phi3", "4 4 2 128 128 500", 4),
     _s("olmo2", "4 4 4 128 128 500", 4, {"dropout": 0.1}),
     _s("smollm3", "4 4 2 128 128 2500", 4, {"checkpoint_activations": True}),
+    _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "rank": 8}),
+    _s("llama", "4 4 2 256 128 3000", 4, {"checkpoint_activations": True}, adapter={"method": "lora", "rank": 16}),
+    _s("qwen3", "4 4 2 256 64 2000", 2, adapter={"method": "dora", "rank": 4}),
+    _s("gpt2", "4 4 4 256 128 2000", 4, adapter={"method": "lora", "rank": 8, "dropout": 0.05}),
+    _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "bits": 4, "dequantise": "never"}),
+    _s("gemma3_text", "4 4 2 256 64 3000", 4, adapter={"method": "full"}),
 ]
 
 
@@ -109,6 +116,14 @@ def batch_of(recipe: Any) -> Any:
     return Batch(tokens, targets, np.ones(shape, np.float32))
 
 
+def tensors_of(recipe: Any) -> dict[str, Any]:
+    """What an engine is given: weights from the seed, and what adapters start from."""
+    from mlxgpt.common import adapters, params
+
+    base = params.init_params(recipe.model, 0)
+    return base | (adapters.init(recipe, base) if recipe.adapter else {})
+
+
 def predict(backend: str, recipe: Any) -> int:
     """Bytes, as the planner says."""
     rows = recipe.train.micro_batch_size or recipe.train.batch_size
@@ -123,11 +138,9 @@ def measure_mlx(recipe: Any) -> int:
     # isort: split
     import mlx.core as mx
 
-    from mlxgpt.common import params
-
     gc.collect()
     before = mx.get_active_memory()
-    engine = engines.Engine(recipe, params.init_params(recipe.model, 0), "cpu")
+    engine = engines.Engine(recipe, tensors_of(recipe), "cpu")
     batch = batch_of(recipe)
     mx.reset_peak_memory()
     for step in (1, 2, 3):
@@ -139,11 +152,10 @@ def measure_torch(recipe: Any) -> int:
     """Peak live bytes of steps 2 and 3."""
     from torch.profiler import ProfilerActivity, profile
 
-    from mlxgpt.common import params
     from torch_ref import engine as engines
 
     gc.collect()
-    engine = engines.Engine(recipe, params.init_params(recipe.model, 0), "cpu")
+    engine = engines.Engine(recipe, tensors_of(recipe), "cpu")
     batch = batch_of(recipe)
     kept = [*engine.model.parameters(), *engine.model.buffers(), *engine.m.values(), *engine.v.values()]
     engine.train_step(1, batch.split(recipe.train.micro_batch_size), 1e-3)
@@ -187,6 +199,8 @@ def describe(setting: Setting) -> str:
     model, train = setting["model"], setting["train"]
     sizes = "{n_layer}x{n_embd} T{block_size} V{vocab_size}".format(**model)
     more = [key if value is True else f"{key}={value}" for key, value in train.items() if key != "batch_size"]
+    if adapter := setting.get("adapter"):
+        more += [adapter["method"], *(f"{key}={value}" for key, value in adapter.items() if key != "method")]
     more += [setting["optim"]["name"]] if setting.get("optim", {}).get("name") == "muon" else []
     return f"{model['family']} {sizes} B{train['batch_size']} {' '.join(more)}".strip()
 

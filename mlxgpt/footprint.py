@@ -22,7 +22,7 @@ from mlxgpt.common.plan_memory import Footprint, Piece
 
 
 class Stand:
-    """Stands for mx.custom_function, whose graph MLX cannot export: linear maps that are found and replaced afterwards."""
+    """Stands for mx.custom_function, whose graph MLX cannot export: linear maps, to be found and replaced."""
 
     calls: ClassVar[list[tuple["Stand", list[mx.array], Any]]] = []
 
@@ -153,9 +153,7 @@ class Outline(engines.Engine):
 
 
 def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str]], dict[float, str]]:
-    """The graph that ``function`` (a list of arrays a group -> list of arrays) makes, the groups' names in it, and those
-    of constant scalars by value.
-    """
+    """The graph that ``function`` (a list of arrays a group -> such a list) makes; names of groups, and of scalars."""
     made, kinds, records, scalars = Graph([], {}, [], []), {}, [], {}
 
     def flat(*arrays: mx.array) -> list[mx.array]:
@@ -163,16 +161,19 @@ def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str
         return function(*([next(it) for _ in group] for group in groups))
 
     mx.export_function(records.append, flat, *(array for group in groups for array in group))
+    alias: dict[str, str] = {}  # scalars that are equal are one, here and in any other graph
     for record in records:
         if record["type"] == "constants":
-            kinds |= {name: Kind(tuple(array.shape), array.dtype.size) for name, array in record["constants"]}
-            scalars |= {
-                float(a.item()): name for name, a in record["constants"] if not a.ndim and a.dtype == mx.float32
-            }
+            for name, array in record["constants"]:
+                if not array.ndim:
+                    alias[name] = f"{mlx_memory.SCALAR}{array.dtype} {array.item()}"
+                    scalars |= {float(array.item()): alias[name]} if array.dtype == mx.float32 else {}
+                kinds[alias.get(name, name)] = Kind(tuple(array.shape), array.dtype.size)
             continue
         for key in ("inputs", "outputs"):
             kinds |= {name: Kind(tuple(shape), dtype.size) for name, shape, dtype in record.get(key, ())}
-        names = {key: [entry[0] for entry in record[key]] for key in ("inputs", "outputs") if key in record}
+        names = {key: [alias.get(entry[0], entry[0]) for entry in record[key]]
+                 for key in ("inputs", "outputs") if key in record}  # fmt: skip
         if record["type"] == "primitive":
             made.nodes.append(Node(record["name"], record["arguments"], **names))
         elif record["type"] in names:

@@ -3,15 +3,19 @@
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.plan_memory import Footprint, Piece
 from torch_ref import engine as engines
 from torch_ref import losses, optim
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "int32", "int64", "uint32", "bool")}
 
 
 class Watch(TorchDispatchMode):
@@ -51,17 +55,47 @@ class Watch(TorchDispatchMode):
             self.at_peak = [piece for _, piece in self.live.values()]
 
 
+def outlined(recipe: Recipe) -> dict[str, Any]:
+    """The base's tensors without values: quantised where the engine would have them so."""
+    adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
+    stay = adapter and adapter.bits and adapter.dequantise == "never"
+    made: dict[str, Any] = {}
+    for name, param in engines.parameters.table(recipe.model).items():
+        made[name] = _empty(*param.shape)
+        if adapter and stay and param.adaptable and name not in trains and not param.shape[1] % adapter.group_size:
+            n_out, n_in = param.shape
+            scales = [_empty(n_out, n_in // adapter.group_size) for _ in range(2)]
+            words = np.zeros((n_out, n_in * adapter.bits // 32), np.uint32)
+            made[name] = Quantised(words, *scales, adapter.bits, adapter.group_size)
+    return made
+
+
+def _empty(*shape: int) -> np.ndarray:
+    """Memory that is asked for and never touched, so that it is none."""
+    return np.zeros(shape, np.float32)
+
+
 class Outline(engines.Engine):
     """An engine of the right shapes without values."""
 
     def __init__(self, recipe: Recipe):
-        use, limit = engines.devices.use, engines.devices.limit
-        engines.devices.use = lambda *_: torch.device("meta")
-        engines.devices.limit = lambda *_: []
+        devices, quantising = engines.devices, engines.quantising
+        patches = [
+            (devices, "use", lambda *_: torch.device("meta")),
+            (devices, "limit", lambda *_: []),
+            (quantising, "prepare", lambda *_: (outlined(recipe), "")),
+            (torch, "from_numpy", lambda a: torch.empty(a.shape, dtype=_DTYPES[a.dtype.name], device="meta")),
+        ]
+        kept = [(place, name, getattr(place, name)) for place, name, _ in patches]
+        shapes = engines.adaption.shapes(recipe)
         try:
-            super().__init__(recipe, {})
+            for place, name, value in patches:
+                setattr(place, name, value)
+            with torch.device("meta"):
+                super().__init__(recipe, {name: _empty(*shape) for name, shape in shapes.items()})
         finally:
-            engines.devices.use, engines.devices.limit = use, limit
+            for place, name, value in kept:
+                setattr(place, name, value)
 
     def _put(self, params: dict) -> None:
         """Keeps the zeros that the model was made of."""
@@ -88,7 +122,8 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> None:
     device, config = outline.device, outline.recipe.optim
     ints = torch.zeros((rows, length), dtype=torch.int32, device=device)
     batch = losses.Arrays(ints, ints, torch.zeros((rows, length), device=device), None, None)
-    keys = torch.zeros((1 + engines.SITES * outline.recipe.model.n_layer,), dtype=torch.int32, device=device)
+    keys = torch.zeros((2 + engines.SITES * outline.recipe.model.n_layer + len(outline.adapted),), dtype=torch.int32,
+                       device=device)  # fmt: skip
     for _ in range(min(micro_batches, 2)):  # the second finds the first one's gradients, as any other does
         outline._gradients(batch, keys, torch.zeros((), dtype=torch.int32, device=device))
     with torch.no_grad():
@@ -97,13 +132,14 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> None:
             if name in outline.muon:
                 optim.muon(p, g, m, scalars, config)
             else:
-                optim.adamw(p, g, m, outline.v[name], scalars, outline.table[name].decay, config)
+                optim.adamw(p, g, m, outline.v[name], scalars, outline.table[name], config)
 
 
 def footprint(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
     """Of a step on ``micro_batches`` of ``rows`` rows of ``length`` tokens, run eagerly on the CPU."""
     outline, watch = Outline(recipe), Watch()
-    watch.tied = outline.model.wte.weight.shape if recipe.model.tied else ()
+    if recipe.model.tied and "wte.weight" in outline.weights:
+        watch.tied = outline.weights["wte.weight"].shape
     groups = {"weights": [*outline.model.parameters(), *outline.model.buffers()],
               "moments": [*outline.m.values(), *outline.v.values()]}  # fmt: skip
     for label, tensors in groups.items():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 DEPTH, ARRAYS = 11, 24  # of one fused kernel: nesting, inputs (compile.cpp)
 WIDTH = 20  # of the breadth-first order (bfs_max_width)
 DISPATCHES, TASKS = 10, 10  # dispatches a task, tasks in flight (encoder.h, transforms.cpp)
+SCALAR = "scalar "  # begins the name of a constant, which has its value in it
 SLACK = 16384  # bytes by which a buffer taken over may be too large
 
 _FUSABLE = set(
@@ -144,8 +145,8 @@ def prune(graph: Graph) -> Graph:
 class Call:
     """A custom function in a graph, where linear maps stand for it: y = sum of M_j p_j, differentiated as M_j^T dy.
 
-    ``start`` names the mark Depends(p ..., start) of what goes in, ``end`` Depends(y, end) of the first output. The graph
-    ``forward`` takes all that goes in; ``backward`` that, dy and the outputs; it gives the gradients of ``linear``.
+    ``start`` names the mark Depends(p ..., start) of what goes in, ``end`` Depends(y, end) of the first output.
+    ``forward`` takes all that goes in; ``backward`` that, dy and the outputs, and gives the gradients of ``linear``.
     """
 
     start: str
@@ -156,7 +157,7 @@ class Call:
 
 
 def substitute(graph: Graph, calls: list[Call]) -> Graph:
-    """The graph with the custom functions themselves in the place of their maps; one node holds all of a function's outputs."""
+    """The graph with the functions themselves in the place of their maps; one node holds all outputs of a function."""
     nodes, kinds = list(graph.nodes), dict(graph.kinds)
     for number, call in enumerate(calls):
         maker = {name: node for node in nodes for name in node.outputs}
@@ -195,7 +196,20 @@ def substitute(graph: Graph, calls: list[Call]) -> Graph:
                 names = [again.get(name, name) for name in node.inputs]
                 result.append(Node(node.name, node.arguments, names, node.outputs))
         nodes = result
-    return prune(Graph(nodes, kinds, graph.inputs, graph.outputs))
+    return prune(_without_idle_reshapes(Graph(nodes, kinds, graph.inputs, graph.outputs)))
+
+
+def _without_idle_reshapes(graph: Graph) -> Graph:
+    """What a map needed and the function in its place does not: reshapes to the shape that an array has already."""
+    same: dict[str, str] = {}
+    nodes = []
+    for node in graph.nodes:
+        inputs = [same.get(name, name) for name in node.inputs]
+        if node.name == "Reshape" and graph.kinds[inputs[0]].shape == graph.kinds[node.outputs[0]].shape:
+            same[node.outputs[0]] = inputs[0]
+        else:
+            nodes.append(Node(node.name, node.arguments, inputs, node.outputs))
+    return Graph(nodes, graph.kinds, graph.inputs, [same.get(name, name) for name in graph.outputs])
 
 
 def _through(maker: dict[str, Node], name: str) -> str:
@@ -210,7 +224,7 @@ def _through(maker: dict[str, Node], name: str) -> str:
 def _inlined(graph: Graph, inputs: list[str], prefix: str, kinds: dict[str, Kind]) -> tuple[list[Node], list[str]]:
     """A graph's nodes for other inputs, under names of their own, and the names of its outputs."""
     names = dict(zip(graph.inputs, inputs, strict=True))
-    names = {name: names.get(name, prefix + name) for name in graph.kinds}
+    names = {name: names.get(name, name if name.startswith(SCALAR) else prefix + name) for name in graph.kinds}
     for name, kind in graph.kinds.items():
         kinds.setdefault(names[name], kind)
     nodes = [_renamed(node, names) for node in graph.nodes]
