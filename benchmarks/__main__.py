@@ -42,6 +42,7 @@ SECTIONS = {
     "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
     "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50"),
     "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
+    "planning": Section("Planned memory", 1, "--few"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")

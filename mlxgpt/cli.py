@@ -177,6 +177,37 @@ def _train(parser: argparse.ArgumentParser) -> None:
     add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
     add("--init-from", metavar="DIR", help="start from the weights of a run, a checkpoint, a model folder or a hub id")
     add("--moments", action="store_true", help="with --init-from: go on with its optimizer's state, after its step")
+    add("--force", action="store_true", help="start although the plan says that memory will not do")
+    _add_backend(parser)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+    return number
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
+    add("-m", "--model", metavar="DIR", help="instead: a run, a checkpoint, a model folder or a hub id, trained whole")
+    add("-d", "--data", metavar="PATH", help="with --model: plan its fine-tuning on this")
+    add("--method", choices=["lora", "dora", "full"], help="of fine-tuning; default with --data: lora")
+    add("-n", "--steps", type=_positive, metavar="N", help="length of the schedule")
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
+    add("--chip", metavar="NAME", help="plan for this chip, such as m3-max or h100, and its memory")
+    add("--calibrate", action="store_true", help="time some real steps here, seconds, and say the hours from them")
+    add("--price", type=_positive_number, metavar="X", help="what an hour costs")
+    add("--budget", metavar="MONEY", help="the other way round: the best model for '100 USD', with --price")
+    add("--hours", type=_positive_number, metavar="H", help="the same for so many hours")
+    add("--memory", metavar="SIZE", help="the same for a machine of 16GB; with --budget or --hours: at most this")
+    add("-o", "--out", metavar="FILE.toml", help="write the recipe that was found")
+    add("--plot", metavar="FILE", help="draw memory by component and loss against compute: .png or .svg")
+    _add_json(parser)
     _add_backend(parser)
 
 
@@ -195,7 +226,7 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
-    add("--force", action="store_true", help="with --adapter: though it was trained on a model of other weights")
+    add("--force", action="store_true", help="although memory will not do, or --adapter was trained on other weights")
     _add_backend(parser)
 
 
@@ -416,6 +447,11 @@ VERBS = {
         "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
         "finetune --config lora_config.yaml",
         "finetune --resume runs/qa --backend torch",
+    )),
+    "plan": Verb("memory, time and money before anything runs", "mlxgpt.common.planner:plan_command", _plan, (
+        "plan llama-10m --calibrate",
+        "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
+        "plan llama-10m --budget '100 USD' --chip h100 --price 2.5 --out recipe.toml",
     )),
     "generate": Verb("continue a prompt", "mlxgpt.common.generating:generate_command", _generate, (
         "generate -m runs/first -p 'The list is'",

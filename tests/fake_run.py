@@ -19,8 +19,10 @@ import numpy as np
 from mlxgpt.common import params, rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.plan_memory import Footprint, Piece
 
 VOCABULARY = 13
+FREE = 2**40  # bytes that the fake device has left
 Arrays = dict[str, np.ndarray]
 
 RECIPE = """
@@ -179,10 +181,19 @@ def open_data(data: Any, block: int, train: Any, out: Path | None = None, say: A
 
 def load_backend(name: str) -> Any:
     """In place of common.backend.load."""
-    engine = SimpleNamespace(Engine=Engine, devices=SimpleNamespace(use=lambda device: None))
-    return SimpleNamespace(
-        engine=engine, generate=SimpleNamespace(sample_text=lambda model, tokenizer, sample: f"bcd {model.t}")
+    devices = SimpleNamespace(
+        use=lambda device: None, describe=lambda device: {"device": "cpu"}, capacity=lambda device: {"free": FREE}
     )
+    engine = SimpleNamespace(Engine=Engine, devices=devices)
+    return SimpleNamespace(
+        name="fake", engine=engine, footprint=SimpleNamespace(footprint=footprint),
+        generate=SimpleNamespace(sample_text=lambda model, tokenizer, sample: f"bcd {model.t}"),
+    )  # fmt: skip
+
+
+def footprint(recipe: Any, rows: int, length: int, micro_batches: int) -> Footprint:
+    """1000 bytes a row."""
+    return Footprint(1000 * rows, [Piece("", (rows, length), 1000 * rows)])
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,8 @@ RUNS_A_MODEL = {"--backend", "--device"}
 SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
-    "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments"} | RUNS_A_MODEL,
+    "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments", "--force"}
+    | RUNS_A_MODEL,
     "finetune": {
         "--model",
         "--data",
@@ -37,6 +38,23 @@ FLAGS = {
         "--task",
         "--train-on-prompt",
         "--force",
+    }
+    | RUNS_A_MODEL,
+    "plan": {
+        "--model",
+        "--data",
+        "--method",
+        "--steps",
+        "--set",
+        "--chip",
+        "--calibrate",
+        "--price",
+        "--budget",
+        "--hours",
+        "--memory",
+        "--out",
+        "--plot",
+        "--json",
     }
     | RUNS_A_MODEL,
     "generate": {"--model", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,

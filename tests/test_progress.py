@@ -184,7 +184,8 @@ def test_formats() -> None:
 def test_peak_is_known_for_apple_chips_only_and_never_for_a_cpu() -> None:
     assert chips.peak_flops("Apple M2 Max") == 13.5e12
     assert chips.peak_flops("cpu") is None
-    assert chips.peak_flops("NVIDIA H200") is None
+    assert chips.peak_flops("NVIDIA H200") == 67e12
+    assert chips.peak_flops("NVIDIA Unknown") is None
 
 
 def test_flops_of_a_token() -> None:

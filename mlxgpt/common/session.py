@@ -24,6 +24,7 @@ from mlxgpt.common.batch import Source, State
 from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import Recipe, build
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.planner import Gate
 from mlxgpt.common.progress import Progress
 from mlxgpt.common.tokenizer import Tokenizer
 
@@ -103,6 +104,7 @@ def space(recipe: Recipe) -> int:
 
 def run(
     args: Namespace,
+    gate: Gate,
     run: Path,
     recipe: Recipe,
     engine: Any,
@@ -132,4 +134,6 @@ def run(
     )
     with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
         more |= {"stop_after": args.stop_after or 0}
-        return trainer.train(trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display, **more))
+        code = trainer.train(trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display, **more))
+    gate.finish(run, engine)
+    return code

@@ -12,6 +12,7 @@ from mlxgpt.common import (
     families,
     folder,
     params,
+    planner,
     recipes,
     resume,
     run_folder,
@@ -30,7 +31,7 @@ def train(args: Namespace) -> int:
     """Starts a run, or goes on with one.
 
     Args:
-        args: recipe, out, steps, stop_after, set, resume, init_from, moments, backend, device.
+        args: recipe, out, steps, stop_after, set, resume, init_from, moments, force, backend, device.
 
     Returns:
         0, or 130 and 143 after a signal.
@@ -70,6 +71,7 @@ def _begin(args: Namespace) -> int:
     recipe = _resolve(recipe, source, tokenizer)
     _check_sample(recipe, tokenizer)
     checkpoint.check_space(run_folder.existing(out), session.space(recipe))
+    gate = planner.gate(recipe, backend, args)
     weights = (
         folder.read_params(origin, recipe.model) if origin else params.init_params(recipe.model, recipe.train.seed)
     )
@@ -87,7 +89,7 @@ def _begin(args: Namespace) -> int:
         run_folder.begin(out, recipe, engine.describe() | {"data": source.statistics}, args.init_from, state.step)
         sample = _sampler(backend, engine, recipe, tokenizer)
         more = {"sample": sample, "save_first": origin is not None}
-        return session.run(args, out, recipe, engine, source, tokenizer, state, **more)
+        return session.run(args, gate, out, recipe, engine, source, tokenizer, state, **more)
 
 
 def _continue(args: Namespace) -> int:
@@ -111,6 +113,7 @@ def _continue(args: Namespace) -> int:
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
+        gate = planner.gate(recipe, backend, args)
         if found:
             resume.check_data(run, found[1].data, source.digest)
             snapshot = checkpoint.read(found[0], recipe.model)
@@ -124,7 +127,7 @@ def _continue(args: Namespace) -> int:
             state = session.fresh(recipe, source.digest, engine.describe())
         session.clear(run, recipe, engine.describe() | {"data": source.statistics}, state.step)
         sample = _sampler(backend, engine, recipe, tokenizer)
-        return session.run(args, run, recipe, engine, source, tokenizer, state, sample=sample)
+        return session.run(args, gate, run, recipe, engine, source, tokenizer, state, sample=sample)
 
 
 def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:

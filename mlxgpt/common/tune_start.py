@@ -16,6 +16,7 @@ from mlxgpt.common import (
     families,
     folder,
     params,
+    planner,
     resume,
     run_folder,
     session,
@@ -72,6 +73,7 @@ def _begin(args: Namespace) -> int:
     if recipe.adapter and recipe.adapter.method != "full":
         for line in adapter_folder.limits(recipe):
             print(line)
+    gate = planner.gate(recipe, backend, args)
     base_weights = _base_weights(base, recipe)
     own = _own(recipe, base_weights, adapter)
     checkpoint.check_space(run_folder.existing(out), session.space(recipe))
@@ -80,7 +82,7 @@ def _begin(args: Namespace) -> int:
     run_folder.make(out)
     with run_folder.locked(out):
         run_folder.begin(out, recipe, engine.describe() | {"data": source.describe()}, None)
-        return _run(args, backend, out, recipe, engine, source, state, base, own, save_first=True)
+        return _run(args, gate, out, recipe, engine, source, state, base, own, save_first=True)
 
 
 def _continue(args: Namespace) -> int:
@@ -119,6 +121,7 @@ def _continue(args: Namespace) -> int:
                 f"{base}: sha256 {after}: the run began on a model with {before}; --model names another place"
             )
         resume.check_data(run, found[1].data, digests)
+        gate = planner.gate(recipe, backend, args)
         weights = _base_weights(base, recipe)
         adapter = None if whole else adapter_folder.read(found[0], base, recipe.model)
         own = _own(recipe, weights, adapter)
@@ -127,12 +130,12 @@ def _continue(args: Namespace) -> int:
         snapshot = checkpoint.read_optimizer(found[0], trained)
         state = session.go_on(run, found, snapshot, recipe, engine, rounding)
         session.clear(run, recipe, engine.describe() | {"data": source.describe()}, state.step)
-        return _run(args, backend, run, recipe, engine, source, state, base, own)
+        return _run(args, gate, run, recipe, engine, source, state, base, own)
 
 
 def _run(
     args: Namespace,
-    backend: Any,
+    gate: planner.Gate,
     run: Path,
     recipe: Recipe,
     engine: Any,
@@ -147,13 +150,13 @@ def _run(
     if recipe.adapter.method != "full":
         frozen = {name: array for name, array in own.items() if name.rpartition(".")[2].startswith("start_")}
         more["write_adapter"] = functools.partial(_write, recipe=recipe, base=base, frozen=frozen, source=source)
-    answers = tune_answers.Answers(backend, engine, recipe, source)
+    answers = tune_answers.Answers(gate.backend, engine, recipe, source)
     if recipe.sample.max_tokens and recipe.tune.task == "lm":
         more["sample"] = answers.sample
     more |= {"verb": "finetune", "score": answers.score}
     if recipe.tune.test and source.rows("test"):
         more["finish"] = answers.test
-    return session.run(args, run, recipe, engine, source, source.tokenizer, state, **more)
+    return session.run(args, gate, run, recipe, engine, source, source.tokenizer, state, **more)
 
 
 def _write(place: Path, trained: Weights, recipe: Recipe, base: Path, frozen: Weights, source: SftSource) -> None:
