@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,13 @@ from mlxgpt.common.tokenizer import FILES
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
 # option -> the formats that it means something for
-_ONLY = {"bits": ("mlx-lm", "gguf"), "group_size": ("mlx-lm",), "max_shard": ("hf", "mlx-lm"), "version": ("llama2c",)}
+_ONLY = {
+    "bits": ("mlx-lm", "gguf"),
+    "keep_bits": ("mlx-lm",),
+    "group_size": ("mlx-lm",),
+    "max_shard": ("hf", "mlx-lm"),
+    "version": ("llama2c",),
+}
 _MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
 
 
@@ -78,12 +85,29 @@ def convert(
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
+    format_of(to)
+    _options(to, options)
+    again = functools.partial(_verify, src, n_head=n_head) if verify else None
+    return convert_opened(open_model(src, n_head), src, dst, to, force=force, verify=again, **options)
+
+
+def convert_opened(
+    opened: Opened,
+    src: Path | str,
+    dst: Path | str,
+    to: str,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Report:
+    """``convert`` of a model that is open already, such as one that no format holds; ``src`` is what it is called."""
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    to = to or _BY_SUFFIX.get(dst.suffix, "hf")
-    writer = format_of(to)
-    made = _options(to, options)
-    opened = open_model(src, n_head)
+    writer, made = format_of(to), _options(to, options)
+    if opened.config.labels and to != "hf":
+        raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
     if hasattr(writer, "BESIDE"):
         placing.check(dst.with_suffix(writer.BESIDE), force)
@@ -104,10 +128,10 @@ def convert(
         if writer.KIND == "folder":
             _seal(place, opened, block)
         if verify:
-            _verify(src, place, n_head)
+            verify(place)
         _put(place, dst, force, _beside(writer, opened, dst, block))
     seconds, count = time.perf_counter() - start, params.count(opened.config)
-    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify)
+    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify is not None)
 
 
 def _options(to: str, options: dict[str, Any]) -> Options:
