@@ -127,11 +127,10 @@ class Conversation:
             UserError: it is no list of messages in turns.
         """
         messages = row.get("messages") if isinstance(row, dict) else None
-        good = isinstance(messages, list) and all(
+        if not isinstance(messages, list) or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
-        )
-        if not good:
+        ):
             raise UserError(f"{where}: expected messages, each with role and content, as /save writes them")
         first = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         rest = messages[bool(first) :]
