@@ -68,8 +68,8 @@ class CharTokenizer:
 
     kind = "char"
     eos_id: int | None = None
-    ends: frozenset[int] = frozenset()
     special: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
 
     def __init__(self, characters: str, files: dict[str, bytes] | None = None) -> None:
         self.characters = characters

@@ -140,6 +140,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return made
 
 
+def load_last(folders: Sequence[Path]) -> Tokenizer | None:
+    """The tokenizer of the last of these folders that has one; None where none has."""
+    found = [folder for folder in folders if has_tokenizer(folder)]
+    return load_tokenizer(found[-1]) if found else None
+
+
 def generation_ends(folder: Path) -> list[int]:
     """The eos_token_id of generation_config.json, else of config.json: none, one or several.
 
@@ -156,12 +162,6 @@ def generation_ends(folder: Path) -> list[int]:
             raise UserError(f"{path}: eos_token_id {said!r}: expected a token id or a list of them")
         return ids
     return []
-
-
-def load_last(folders: Sequence[Path]) -> Tokenizer | None:
-    """The tokenizer of the last of these folders that has one; None where none has."""
-    found = [folder for folder in folders if has_tokenizer(folder)]
-    return load_tokenizer(found[-1]) if found else None
 
 
 def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
