@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import re
 import sys
 import types
@@ -397,6 +398,53 @@ def test_what_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
         f"batches: packed into rows of 40: {source.real_share:.1%} of the positions are tokens; "
         f"{source.steps_per_epoch} steps an epoch",
     ]
+
+
+def test_a_validation_row_may_be_the_longest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "He goes."}))
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"text": LONG["instruction"]}))
+    config = tiny(family="llama", block_size=256, vocab_size=400)
+    source = sft.open(TuneConfig(source=str(tmp_path)), TrainConfig(), tokenizer, config, lambda line: None)
+    (batch,) = source.validation()
+    assert batch.weight == len(source.rows("valid")[0])
+
+
+ROWS: list[list[dict[str, Any]]] = [
+    [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}]}] * 4,
+    [{"instruction": "a", "input": "b", "output": "c"}] * 4,
+    [{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}] * 4,
+    [{"prompt": "a b", "completion": "c"}, {"prompt": "b", "completion": "d"}],
+]
+ODD = [None, 1, -1.5, True, "", " ", "\ud800", "x" * 300, [], {}, [None], {"a": None}, "<|im_end|>", float("nan")]
+
+
+def damaged(value: Any, draw: random.Random) -> Any:
+    """The value with things replaced, renamed and left out."""
+    if draw.random() < 0.06:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        kept = {key: damaged(item, draw) for key, item in value.items() if draw.random() > 0.02}
+        return {key if draw.random() > 0.02 else "role": item for key, item in kept.items()}
+    return [damaged(item, draw) for item in value if draw.random() > 0.02] if isinstance(value, list) else value
+
+
+def test_damaged_rows_are_batches_or_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    chat = templates.made(tmp_path / "t", templates.QWEN25, templates._IM)
+    draw, outcomes = random.Random(1), Counter()
+    for _ in range(300):
+        rows = damaged(json.loads(json.dumps(draw.choice(ROWS))), draw)
+        tune = {"overflow": draw.choice(["truncate", "drop", "refuse"]), "packing": draw.random() < 0.5}
+        try:
+            source = opened(
+                tmp_path, draw.choice([tokenizer, chat]), rows if isinstance(rows, list) else [rows], **tune
+            )
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            outcomes["refused"] += 1
+            continue
+        assert source.batch(2).weight > 0 and all(batch.weight > 0 for batch in source.validation())
+        outcomes["taken"] += 1
+    assert min(outcomes["refused"], outcomes["taken"]) > 40, outcomes
 
 
 MUTATIONS = {

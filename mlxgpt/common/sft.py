@@ -375,7 +375,7 @@ def open(
         longest = f"all {counts['train'].dropped} training rows are longer than {size} tokens"
         raise UserError(f"{tune.source}: {longest}: nothing is left to train on (tune.overflow = drop)")
     if tune.packing:
-        size = _bin(size if tune.block_size else 0, size, examples["train"])
+        size = min(size, _bin(tune.block_size, examples))
     digest = rows.digest | {"tokenizer": tokenizer.digest}
     duplicates = sft_duplicates.find(rows.splits["train"], rows.splits["valid"])
     source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
@@ -387,11 +387,12 @@ def open(
     return source
 
 
-def _bin(asked: int, most: int, examples: list[Example]) -> int:
-    """Tokens of a bin: what is asked for, else the longest row or six average ones; no more than all rows fill."""
-    lengths = [len(example) for example in examples]
-    wanted = asked or max(max(lengths), 6 * sum(lengths) // len(lengths))
-    return min(most, -(-min(wanted, sum(lengths)) // 8) * 8)
+def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
+    """Tokens of a bin: what is asked for, else six average rows; at least the longest row, no more than all fill."""
+    lengths = [len(example) for example in examples["train"]]
+    longest = max(len(example) for held in examples.values() for example in held)
+    wanted = asked or 6 * sum(lengths) // len(lengths)
+    return -(-max(longest, min(wanted, sum(lengths))) // 8) * 8
 
 
 def choose(

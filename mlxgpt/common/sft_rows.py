@@ -270,7 +270,7 @@ def _sharegpt_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     for number, turn in enumerate(_list(row, "conversations", where), 1):
         if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
             raise UserError(f"{where}: turn {number} is {_shown(turn)}: expected an object with from and value")
-        if turn["from"] not in _SHAREGPT:
+        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
             known = ", ".join(_SHAREGPT)
             raise UserError(f"{where}: turn {number}: unknown role {turn['from']!r}: expected one of {known}")
         messages.append({"role": _SHAREGPT[turn["from"]], "content": turn["value"]})
