@@ -41,9 +41,11 @@ SECTIONS = {
     "checkpointing": Section("Checkpoints", 5, "--rounds 2 --steps 10 --layers 2"),
     "verify": Section("Verifying", 3, "--rounds 1 --layers 2"),
     "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50 --timed"),
+    "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
+    "planning": Section("Planned memory", 1, "--few"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
-PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
+PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")
 REPORT = DOCS / "benchmarks.md"
 NOTES = "Notes"
 """The heading of what is written by hand; sections go before it."""

@@ -8,11 +8,12 @@ A matrix W (n_out, n_in) at PATH (``h.0.attn.q_proj``) computes as W + scale B A
 
 so that the base stays as it is, byte for byte. The embedding wte (V, C) is W^T of such a matrix: lora_a (r, V), lora_b
 (C, r); where the head is tied to it, the update acts there too. scale = alpha / r, rslora: alpha / sqrt(r).
-What trains whole (adapter.train, biases, every weight of method full) keeps its name of params.table.
+What trains whole (adapter.train, biases, a classifier's score, every weight of method full) keeps its name of
+params.table.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.params import Param
 
+KINDS = ("lora_a", "lora_b", "magnitude", "start_a", "start_b")
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")  # what no name of a module has
 
 
@@ -103,21 +105,39 @@ def trainable(recipe: Recipe) -> dict[str, Param]:
     """Every tensor that trains, by name: params.table in pre-training and method full, else what the adapter says.
 
     Raises:
-        UserError: see ``targets``; a name of adapter.train that the model does not have.
+        UserError: see ``targets``; a name of adapter.train that the model does not have; muon, for A and B.
     """
     table, adapter = params.table(recipe.model), recipe.adapter
     if adapter is None or adapter.method == "full":
         return table
+    if recipe.optim.name == "muon":  # it makes A and B orthogonal each for itself, which says nothing of B A
+        raise UserError(f"optim.name = muon: expected adamw with adapter.method = {adapter.method}")
     found = targets(recipe.model, adapter)
     made: dict[str, Param] = {}
     for path, target in found.items():
-        # B starts at 0, so the first gradient of A is 0 by design; pissa starts from neither
-        zero = adapter.init == "default"
-        made[f"{path}.lora_a"] = Param((target.rank, target.n_in), zero_grad_at_init=zero, decay=True)
-        made[f"{path}.lora_b"] = Param((target.n_out, target.rank), decay=True, lr=adapter.b_lr)
+        # one of the two starts at 0, so the other's first gradient is 0 by design; not with pissa
+        zero_a, zero_b = (adapter.init == "default" and (path == "wte") == turned for turned in (False, True))
+        made[f"{path}.lora_a"] = Param((target.rank, target.n_in), zero_grad_at_init=zero_a, decay=True)
+        made[f"{path}.lora_b"] = Param(
+            (target.n_out, target.rank), zero_grad_at_init=zero_b, decay=True, lr=adapter.b_lr
+        )
         if adapter.method == "dora":
             made[f"{path}.magnitude"] = Param((target.n_in if path == "wte" else target.n_out,))
     made |= {name: table[name] for name in whole(recipe.model, adapter, found)}
+    return made
+
+
+def count(recipe: Recipe) -> int:
+    """The number of values that train."""
+    return sum(int(np.prod(param.shape)) for param in trainable(recipe).values())
+
+
+def shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an engine is given: the model's, the trainable ones of its updates, and PiSSA's starts."""
+    made = {name: param.shape for name, param in (params.table(recipe.model) | trainable(recipe)).items()}
+    if recipe.adapter is not None and recipe.adapter.init == "pissa":
+        for path, target in targets(recipe.model, recipe.adapter).items():
+            made |= {f"{path}.start_a": (target.rank, target.n_in), f"{path}.start_b": (target.n_out, target.rank)}
     return made
 
 
@@ -126,6 +146,7 @@ def whole(model: ModelConfig, adapter: AdapterConfig, found: Mapping[str, Target
     table = params.table(model)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in table))
     picked = {path for pattern in adapter.train for path in find(model, pattern, modules, "adapter.train")}
+    picked |= {"score"} if model.labels else set()
     both = sorted(picked & set(found))
     if both:
         raise UserError(f"adapter.train: {both[0]} is adapted as well: expected it in adapter.targets or here")
@@ -171,3 +192,62 @@ def init(recipe: Recipe, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
             rows = base[f"{path}.weight"].astype(np.float64)
             made[f"{path}.magnitude"] = np.linalg.norm(rows, axis=1).astype(np.float32)
     return made
+
+
+def delta(target: Target, arrays: Mapping[str, np.ndarray], path: str) -> np.ndarray:
+    """What an update adds to PATH.weight before dora's norms: scale (B A - B0 A0), float64, in the weight's layout."""
+    a, b = (arrays[f"{path}.{kind}"].astype(np.float64) for kind in ("lora_a", "lora_b"))
+    made = b @ a
+    if f"{path}.start_a" in arrays:
+        made -= arrays[f"{path}.start_b"].astype(np.float64) @ arrays[f"{path}.start_a"].astype(np.float64)
+    made *= target.scale
+    return made.T if path == "wte" else made
+
+
+def fuse(weight: np.ndarray, target: Target, arrays: Mapping[str, np.ndarray], path: str) -> np.ndarray:
+    """The matrix that PATH.weight and its update compute as, float32."""
+    made = weight + delta(target, arrays, path)
+    if f"{path}.magnitude" in arrays:
+        made *= (arrays[f"{path}.magnitude"] / np.linalg.norm(made, axis=1))[:, None]
+    return made.astype(np.float32)
+
+
+def add_up(
+    given: Sequence[tuple[Mapping[str, Target], Mapping[str, np.ndarray], float]],
+) -> tuple[dict[str, Target], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Several adapters (targets, tensors, weight) as one: targets, tensors of updates, and tensors trained whole.
+
+    Updates of one matrix are laid side by side along r, scales and weights folded into B.
+
+    Raises:
+        UserError: dora, or a tensor trained whole, that has a weight or shares what it changes with another.
+    """
+    made: dict[str, Target] = {}
+    arrays: dict[str, np.ndarray] = {}
+    whole: dict[str, np.ndarray] = {}
+    for each, tensors, weight in given:
+        for name, array in tensors.items():
+            path, _, kind = name.rpartition(".")
+            if kind in KINDS and path in each:
+                continue
+            if name in whole or weight != 1:
+                raise UserError(f"adapters: {name} is trained whole: expected it in one of them, without a weight")
+            whole[name] = array
+    for path in dict.fromkeys(path for each, _, _ in given for path in each):
+        parts = [(each[path], tensors, weight) for each, tensors, weight in given if path in each]
+        first, tensors, weight = parts[0]
+        if len(parts) == 1 and weight == 1:
+            made[path] = first
+            arrays |= {f"{path}.{kind}": tensors[f"{path}.{kind}"] for kind in KINDS if f"{path}.{kind}" in tensors}
+            continue
+        lefts, rights = [], []
+        for target, tensors, weight in parts:
+            if f"{path}.magnitude" in tensors:
+                raise UserError(f"adapters: {path} has a dora update: expected it alone and without a weight")
+            for sign, a, b in ((1, "lora_a", "lora_b"), (-1, "start_a", "start_b")):
+                if f"{path}.{a}" in tensors:
+                    rights.append(tensors[f"{path}.{a}"])
+                    lefts.append(tensors[f"{path}.{b}"] * np.float32(sign * weight * target.scale))
+        arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = np.concatenate(rights), np.concatenate(lefts, axis=1)
+        made[path] = Target(first.n_out, first.n_in, len(arrays[f"{path}.lora_a"]), 1.0)
+    return made, arrays, whole
