@@ -57,12 +57,12 @@ class SentencePieceTokenizer:
             raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
         self.n_vocab = size
         self.kind = "SentencePiece"
-        eos = self._model.eos_id()
+        eos: int = self._model.eos_id()
         config = read_json(files, "tokenizer_config.json", where)
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
         if isinstance(named, str):
-            eos = pieces.get(named, eos)
+            eos = pieces[named] if named in pieces else eos
         self.eos_id: int | None = eos if eos >= 0 else None
         if not config and self._is_bpe():
             self._files["tokenizer_config.json"] = self._settings()
