@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
-            pieces = {self._model.id_to_piece(i): i for i in range(size)}
+            pieces: dict[str, int] = {self._model.id_to_piece(i): i for i in range(size)}
         except UnicodeDecodeError:
             raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
         except RuntimeError as error:
@@ -62,7 +62,7 @@ class SentencePieceTokenizer:
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
         if isinstance(named, str):
-            eos = pieces[named] if named in pieces else eos
+            eos = pieces.get(named, eos)
         self.eos_id: int | None = eos if eos >= 0 else None
         if not config and self._is_bpe():
             self._files["tokenizer_config.json"] = self._settings()
