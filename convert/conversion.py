@@ -4,14 +4,16 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
+import json
 import math
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +22,24 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert import given_tokenizer, stream
+from convert import placing, stream
 from convert.formats import format_of, open_model
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tensors import atomic_write, read_json, write_json
+from mlxgpt.common.tensors import atomic_write, read_json
 from mlxgpt.common.tokenizer import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
 # option -> the formats that it means something for
-_ONLY = {"bits": ("mlx-lm", "gguf"), "group_size": ("mlx-lm",), "max_shard": ("hf", "mlx-lm"), "version": ("llama2c",)}
+_ONLY = {
+    "bits": ("mlx-lm", "gguf"),
+    "keep_bits": ("mlx-lm",),
+    "group_size": ("mlx-lm",),
+    "max_shard": ("hf", "mlx-lm"),
+    "version": ("llama2c",),
+}
 _MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
 
 
@@ -67,21 +75,42 @@ def convert(
     are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
     result against the source and keeps it only if they agree.
 
-        report = convert("gpt2", "gpt2-q4", to="mlx-lm", bits=4)
-        convert("gpt2-q4", "gpt2.gguf")
+        >>> report = convert("ckpt.pt", "small.gguf", dtype="bfloat16")
+        >>> report.format, sorted(report.sha256)
+        ('gguf', ['small.gguf'])
+        >>> convert("small.gguf", "again").source_format
+        'gguf'
 
     Raises:
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
+    format_of(to)
+    _options(to, options)
+    again = functools.partial(_verify, src, n_head=n_head) if verify else None
+    return convert_opened(open_model(src, n_head), src, dst, to, force=force, verify=again, **options)
+
+
+def convert_opened(
+    opened: Opened,
+    src: Path | str,
+    dst: Path | str,
+    to: str,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Report:
+    """``convert`` of a model that is open already, such as one that no format holds; ``src`` is what it is called."""
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    to = to or _BY_SUFFIX.get(dst.suffix, "hf")
-    writer = format_of(to)
-    made = _options(to, options)
-    opened = open_model(src, n_head)
+    writer, made = format_of(to), _options(to, options)
+    if opened.config.labels and to != "hf":
+        raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
-    beside = _check_beside(writer, dst, force)
+    if hasattr(writer, "BESIDE"):
+        placing.check(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
     elif opened.path.is_file() and not set(opened.companions) & set(FILES):
@@ -89,31 +118,20 @@ def convert(
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
-    temporary = dst.with_name(f".{dst.name}.partial")
-    _remove(temporary)
-    sources = _Digests(opened.files if made.hash else ())
-    try:
-        with _as_user_errors(dst):
-            notes = [*opened.notes, *writer.write(guarded, temporary, made)]
-            notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
-            hashes = _result_digests(temporary, dst.name, made) if made.hash else {}
-            block = _provenance(opened, to, options, sources.result(), hashes)
-            if _stamps(opened) != before:
-                raise UserError(f"{opened.path}: changed while it was read")
-            if writer.KIND == "folder":
-                _seal(temporary, opened, block)
-            _sync(temporary)
-            if verify:
-                _verify(src, temporary, n_head)
-            _put(temporary, dst, force)
-            if writer.KIND == "file":
-                write_json(dst.with_name(dst.name + SIDECAR), block)
-                _write_beside(writer, opened, beside)
-    finally:
-        sources.stop()
-        _remove(temporary)
+    with _as_user_errors(dst), placing.workplace(dst, force) as place, _Digests(opened, made) as sources:
+        notes = [*opened.notes, *writer.write(guarded, place, made)]
+        notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
+        hashes = _result_digests(place, made) if made.hash else {}
+        block = _provenance(opened, to, options, sources.result(), hashes)
+        if _stamps(opened) != before:
+            raise UserError(f"{opened.path}: changed while it was read")
+        if writer.KIND == "folder":
+            _seal(place, opened, block)
+        if verify:
+            verify(place)
+        _put(place, dst, force, _beside(writer, opened, dst, block))
     seconds, count = time.perf_counter() - start, params.count(opened.config)
-    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify)
+    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify is not None)
 
 
 def _options(to: str, options: dict[str, Any]) -> Options:
@@ -134,40 +152,40 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
     """Refuses a destination that is there, or that would meet the source."""
-    there = dst.resolve()
-    for source in {opened.path.resolve(), Path(src).expanduser().resolve()}:
+    there = Path(os.path.realpath(dst))  # a link that leads to itself is one more place, where resolve() raises
+    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
         raise UserError(f"{dst.parent}: no such folder")
-    if not (dst.exists() or dst.is_symlink()):
-        return
-    if not force:
-        raise UserError(f"{dst}: is there already; --force replaces it")
+    placing.check(dst, force)
     if dst.is_dir() and not dst.is_symlink() and not (dst / "config.json").is_file() and any(dst.iterdir()):
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
 
-def _check_beside(writer: ModuleType, dst: Path, force: bool) -> Path | None:
-    """Where the format's second file goes, if it has one."""
-    beside = dst.with_suffix(writer.BESIDE) if hasattr(writer, "BESIDE") else None
-    if beside and not force and (beside.exists() or beside.is_symlink()):
-        raise UserError(f"{beside}: is there already; --force replaces it")
-    return beside
+def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
+    """The files that stand beside a file: where it is from, the format's second file; None: there must be none."""
+    if writer.KIND == "folder":
+        return {}
+    made = {dst.with_name(dst.name + SIDECAR): (json.dumps(block, indent=2) + "\n").encode()}
+    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened)} if hasattr(writer, "BESIDE") else {})
 
 
-def _write_beside(writer: ModuleType, opened: Opened, beside: Path | None) -> None:
-    """The second file, where this model gives it anything to hold; one of an earlier model goes."""
-    data = writer.beside(opened) if beside else None
-    if beside and data is None:
-        beside.unlink(missing_ok=True)
-    elif beside and data is not None:
-        with atomic_write(beside) as file:
-            file.write(data)
+def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) -> None:
+    """Gives the result its name; what stands beside an earlier one goes before that, and is never untrue."""
+    for path in beside:
+        path.unlink(missing_ok=True)
+    placing.put(place, dst, force)
+    for path, data in beside.items():
+        if data is not None:
+            with atomic_write(path) as file:
+                file.write(data)
 
 
 def _take_tokenizer(opened: Opened, path: Path) -> None:
     """Puts the tokenizer at ``path`` in the place of the source's own."""
+    from convert import given_tokenizer  # loads `tokenizers`, which takes longer than copying 100 MB
+
     tokenizer = given_tokenizer.load(path)
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
@@ -219,13 +237,21 @@ def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
 
 
 class _Digests:
-    """sha256 of files on a thread of its own, beside the conversion that reads them."""
+    """sha256 of the source's files on a thread of its own, beside the conversion that reads them."""
 
-    def __init__(self, files: tuple[Path, ...]):
-        self._files, self._found, self._stopped = files, dict[str, str](), False
+    def __init__(self, opened: Opened, options: Options):
+        self._files = opened.files if options.hash else ()
+        self._found, self._stopped = dict[str, str](), False
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="source sha256", daemon=True)
+
+    def __enter__(self) -> "_Digests":
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.join()
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(stream.BLOCK))
@@ -246,19 +272,18 @@ class _Digests:
             raise self._error
         return self._found
 
-    def stop(self) -> None:
-        """Ends the thread; what it has not hashed by now nobody asks for."""
-        self._stopped = True
-        self._thread.join()
-
 
 @contextlib.contextmanager
 def _as_user_errors(dst: Path) -> Iterator[None]:
-    """What the system refuses, in one line."""
+    """What the system refuses, in one line: of the file that it names, if that is not the result's."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{dst}: cannot write: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else dst
+        if f".{dst.name}.partial" in named.parts or named == dst:
+            raise UserError(f"{dst}: cannot write: {reason}") from None
+        raise UserError(f"{named}: {reason}") from None
 
 
 def _weights(place: Path) -> list[Path]:
@@ -268,11 +293,11 @@ def _weights(place: Path) -> list[Path]:
     return sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".npz"))
 
 
-def _result_digests(place: Path, called: str, options: Options) -> dict[str, str]:
+def _result_digests(place: Path, options: Options) -> dict[str, str]:
     """Of what a writer did not hash on its way, here."""
     made = {}
     for file in _weights(place):
-        name = file.relative_to(place).as_posix() if place.is_dir() else called
+        name = file.relative_to(place).as_posix() if place.is_dir() else place.name
         if name not in options.digests:
             with open(file, "rb") as opened:
                 options.digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -303,52 +328,22 @@ def _provenance(
 def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
     """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
     values = read_json(place / "config.json")
-    write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
+    placing.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
     if opened.moments and opened.moments.state and (place / "training").is_dir():
         names = {each.name for each in dataclasses.fields(checkpoint.RunState)}
         state = {name: value for name, value in opened.moments.state.items() if name in names}
         checkpoint.write_state(place, checkpoint.RunState(**state))
 
 
-def _sync(place: Path) -> None:
-    """Everything onto the disk, files before folders."""
-    found = sorted(place.rglob("*"), reverse=True) if place.is_dir() else []
-    for item in [*(item for item in found if item.is_file()), *(item for item in found if item.is_dir()), place]:
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _verify(src: Path | str, made: Path, n_head: int) -> None:
     """Holds the result against the source before it gets its name."""
     from convert.verify import verify
 
-    report = verify(src, made)
+    report = verify(src, made, n_head=n_head)
     if not report.agrees:
         missing = [f"{item.what}: {item.reason}" for item in report.not_checked if item.requested]
         reasons = "; ".join([*map(str, report.findings[:3]), *missing[:3]])
         raise RunError(f"{src}: the result does not agree, nothing was kept: {reasons}")
-
-
-def _put(temporary: Path, dst: Path, force: bool) -> None:
-    """Gives the complete result its name; what it replaces goes after that."""
-    old = dst.with_name(f".{dst.name}.old")
-    if dst.exists() or dst.is_symlink():
-        if not force:
-            raise UserError(f"{dst}: is there by now; --force replaces it")
-        _remove(old)
-        os.rename(dst, old)
-    os.rename(temporary, dst)
-    _remove(old)
-
-
-def _remove(place: Path) -> None:
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _size(place: Path) -> int:

@@ -199,7 +199,9 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         else:
             yield from _pieces(config, opened, names[name], kind, options.allow_nan)
 
-    write_gguf(place, metadata, tensors, pieces)
+    digest = write_gguf(place, metadata, tensors, pieces, options.hash)
+    if digest:
+        options.digests[place.name] = digest
     return notes + left
 
 

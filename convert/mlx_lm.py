@@ -4,23 +4,19 @@ Plain folders have the family's names, so that transformers reads them too; gpt2
 mlx-lm turns. What mlx-lm itself wrote, and all that is quantised, has the names of its modules.
 """
 
-import dataclasses
-from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert import hf, stream
-from convert.model import Opened, Options, Tensor
-from mlxgpt.common import affine, families, folder, mlx_lm_names, params
-from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import TensorError, UserError
-from mlxgpt.common.tensors import Entry, read_header, read_json, read_tensor
+from convert.model import Opened, Options, Packed, Tensor
+from mlxgpt.common import affine, families, folder, mlx_lm_folder, mlx_lm_names, params
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json
 
 KIND = "folder"
 _METADATA = {"format": "mlx"}
-_KEYS = ("quantization", "quantization_config")
 
 
 def recognise(path: Path) -> bool:
@@ -44,16 +40,22 @@ def read(path: Path) -> Opened:
     """
     where = path / "config.json"
     values = read_json(where)
-    config, extra = hf.read_values({key: value for key, value in values.items() if key not in _KEYS}, str(where))
+    config, extra = hf.read_values(mlx_lm_folder.plain_values(values), str(where))
     entries = folder.find_tensors(path)
     own = set(mlx_lm_names.names(config)) - set(families.from_foreign(config))
     if not own & set(entries) and not any(name.endswith(".scales") for name in entries):
-        for key in _KEYS:
+        for key in mlx_lm_folder.KEYS:
             if values.get(key) is not None:
                 raise UserError(f"{where}: {key} is there, but no tensor is quantised")
         return hf.opened(path, "mlx-lm", folder.read_config(path), entries, extra)
-    config = with_head(config, entries)
-    tensors, count = _assemble(path, config, dict(entries), values.get("quantization"))
+    config = mlx_lm_folder.with_head(config, entries)
+    located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
+    shapes = {name: param.shape for name, param in params.table(config).items()}
+    tensors = {
+        name: hf.lies(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
+        for name, where in located.items()
+    }
+    count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
     files = tuple(sorted({entry.path for entry in entries.values()}))
     opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
     opened.notes = list(hf.left(path, opened))
@@ -62,83 +64,24 @@ def read(path: Path) -> Opened:
     return opened
 
 
-def with_head(config: ModelConfig, there: Container[str]) -> ModelConfig:
-    """``config``, tied where these tensors of mlx-lm's modules have no head."""
-    if "tied" in families.family_of(config).fixed:
-        return config
-    untied = dataclasses.replace(config, tied=False)
-    head = next(name for name, ours in mlx_lm_names.names(untied).items() if ours == "lm_head.weight")
-    return dataclasses.replace(config, tied=head not in there)
-
-
-def _assemble(path: Path, config: ModelConfig, entries: dict[str, Entry], scheme: Any) -> tuple[dict[str, Tensor], int]:
-    """Our tensors from those of mlx-lm's modules, and how many are quantised; ``entries`` is used up."""
-    where = f"{path / 'config.json'}: quantization"
-    if scheme is not None and not isinstance(scheme, dict):
-        raise UserError(f"{where} = {scheme!r}: expected a table")
-    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
-    wanted, made, count = params.table(config), {}, 0
-    for name, ours in mlx_lm_names.names(config).items():
-        entry = entries.pop(name, None)
-        if entry is None:
-            raise TensorError(name, f"{path}: tensor {name} is missing, which config.json asks for")
-        module = name.removesuffix(".weight")
-        if f"{module}.scales" in entries and name != module:
-            if scheme is None:
-                raise UserError(f"{where} is missing, but {module}.scales is there")
-            parts = [entries.pop(f"{module}.{part}", None) for part in ("scales", "biases")]
-            made[ours] = _matrix(where, module, (entry, *parts), shapes[ours], scheme)
-            count += 1
-            continue
-        if entry.shape != shapes[ours] or entry.dtype not in ("F32", "F16", "BF16"):
-            found = f"{entry.dtype} {list(entry.shape)}"
-            raise UserError(f"{entry.path}: {name} is {found}, expected floats {list(shapes[ours])} by config.json")
-        if ours in wanted:
-            made[ours] = hf.lies(entry)
-        elif read_tensor(entry).any():
-            raise UserError(f"{entry.path}: {name} is not zero, but config.json says so under mlxgpt")
-    if entries:
-        raise TensorError(min(entries), f"{path}: unexpected tensor {min(entries)}, for which config.json has no place")
-    return {name: made[name] for name in wanted}, count
-
-
-def _matrix(
-    where: str, module: str, parts: tuple[Entry | None, ...], shape: tuple[int, ...], scheme: Mapping[str, Any]
-) -> Tensor:
-    """A quantised matrix; its bits and groups are those of its shapes, and those that config.json says."""
-    words, scales, biases = parts
-    own = scheme.get(module)
-    said = own if isinstance(own, dict) else scheme
-    if said.get("mode", "affine") != "affine" or words is None or scales is None or biases is None:
-        raise UserError(f"{where}: {module}: mode {said.get('mode')!r} is not supported: expected 'affine'")
-    bits, group_size = said.get("bits"), said.get("group_size")
-    if bits not in affine.BITS or type(group_size) is not int or group_size < 1 or shape[1] % group_size:
-        raise UserError(
-            f"{where}: {module}: {bits!r} bits and group_size {group_size!r}: expected bits and whole groups"
-        )
-    expected = (shape[0], shape[1] * bits // 32), (shape[0], shape[1] // group_size)
-    for entry, each, dtypes in (
-        (words, expected[0], ("U32",)),
-        *((e, expected[1], hf.FLOATS) for e in (scales, biases)),
-    ):
-        if entry.shape != each or entry.dtype not in dtypes:
-            found = f"{entry.dtype} {list(entry.shape)}"
-            raise UserError(f"{entry.path}: {module}: found {found}, expected {' or '.join(dtypes)} {list(each)}")
-
-    def read() -> np.ndarray:
-        return affine.dequantise(read_tensor(words), read_tensor(scales), read_tensor(biases), bits, group_size)
-
-    return Tensor(shape, np.dtype(np.float32), read)
+def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
+    parts = (where.words, where.scales, where.biases)
+    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
+    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantise(), packed=packed)
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """A folder that mlx_lm.load reads; with ``bits`` every matrix that groups divide is quantised.
 
+    With ``keep_bits`` it is quantised as the source is.
+
     Raises:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
     """
     config, values = opened.config, families.config_to_hf(opened.config)
-    notes = families.mlx_lm_deviations(config)
+    notes = hf.mlx_lm_warning(config)
+    if options.keep_bits:
+        return notes + _write_as_packed(opened, place, options, values)
     if not options.bits:
         parts = hf.plain_parts(opened, options)
         return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
@@ -162,5 +105,26 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
             f"{', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}"
         )
     scheme = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
-    values |= dict.fromkeys(_KEYS, scheme)
+    values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
     return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
+
+
+def _write_as_packed(opened: Opened, place: Path, options: Options, values: dict[str, Any]) -> list[str]:
+    """A folder whose matrices are quantised as they were; those that changed are quantised anew."""
+    parts, schemes = [], {}
+    for foreign, tensor, _ in hf.in_file(opened):
+        name, packed = mlx_lm_names.of(opened.config.family, foreign), tensor.packed
+        if packed is None:
+            parts.append(stream.plain(name, tensor, tensor.dtype, False, options))
+            continue
+        module = name.removesuffix(".weight")
+        schemes[module] = {"group_size": packed.group_size, "bits": packed.bits, "mode": "affine"}
+        if packed.parts:
+            parts.append(stream.copied(module, packed.parts, options))
+        else:
+            part = stream.quantised(module, tensor, packed.dtype, packed.bits, packed.group_size, options)
+            parts.append(part)
+    usual = max(schemes.values(), key=list(schemes.values()).count)
+    scheme = usual | {module: own for module, own in schemes.items() if own != usual}
+    values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
+    return hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf, mlx_lm, stream
+from convert import hf, placing, stream
 from convert.model import Opened, Options, Tensor
-from mlxgpt.common import families, mlx_lm_names, params
+from mlxgpt.common import families, mlx_lm_folder, mlx_lm_names, params
 from mlxgpt.common.errors import TensorError, UserError
-from mlxgpt.common.tensors import DTYPES, Entry, read_json, write_json
+from mlxgpt.common.tensors import DTYPES, Entry, read_json
 
 KIND = "folder"
 _FILE = "weights.npz"
@@ -41,13 +41,13 @@ def read(path: Path) -> Opened:
     """The model in such a folder.
 
     Raises:
-        UserError: the archive is damaged or holds anything but arrays of floats, or see ``mlx_lm.assemble``.
+        UserError: the archive is damaged or holds anything but arrays of floats, or see ``mlx_lm_folder.locate``.
     """
     place = path.parent if path.name == _FILE else path
     where = place / "config.json"
     config, extra = hf.read_values(read_json(where), str(where))
     found = _arrays(place / _FILE)
-    config = mlx_lm.with_head(config, found)
+    config = mlx_lm_folder.with_head(config, found)
     wanted, tensors = params.table(config), {}
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     for name, ours in mlx_lm_names.names(config).items():
@@ -141,8 +141,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 _write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
-    write_json(place / "config.json", values)
-    notes = families.mlx_lm_deviations(config)
+    placing.write_json(place / "config.json", values)
+    notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 
 

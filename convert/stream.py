@@ -38,7 +38,7 @@ class Output:
     """
 
     def __init__(self, path: Path, hashed: bool):
-        self._file = open(path, "xb")  # noqa: SIM115  (closed in __exit__)
+        self._file = open(path, "wb")  # noqa: SIM115  (closed in __exit__)
         self._digest = hashlib.sha256() if hashed else None
         self._error: Exception | None = None
         self._work: queue.Queue[tuple[memoryview, memoryview | None] | None] = queue.Queue(4)
@@ -188,6 +188,18 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
         for parts in (scales, biases):
             for part in parts:
                 out.write(part)
+
+    return Part(specs, send)
+
+
+def copied(name: str, parts: tuple[Entry, Entry, Entry], options: Options) -> Part:
+    """A quantised matrix as it is: NAME.weight, NAME.scales and NAME.biases."""
+    names = [f"{name}.{kind}" for kind in ("weight", "scales", "biases")]
+    specs = {each: (DTYPES[entry.dtype], entry.shape) for each, entry in zip(names, parts, strict=True)}
+
+    def send(out: Output) -> None:
+        for each, entry in zip(names, parts, strict=True):
+            _copy(each, entry, DTYPES[entry.dtype], out, options)
 
     return Part(specs, send)
 

@@ -66,7 +66,8 @@ def gate_of(floor: float) -> float:
 
 def compare_logits(pair: Pair, floors: Floors, report: Report, least: float = 0.0) -> None:
     """Logits at every scale. ``least`` is a gate for weights that are quantised otherwise than here, at x1."""
-    for scale in SCALES:
+    scales = [scale for scale in SCALES if f"logits.{spell(scale)}" in pair.a]
+    for scale in scales:
         name = f"logits.{spell(scale)}"
         floor = floors.of(name)
         if floor > NO_GATE:
@@ -78,7 +79,7 @@ def compare_logits(pair: Pair, floors: Floors, report: Report, least: float = 0.
             report.find(
                 "logits", pair.name, f"{figure.what}: {figure.value:.2e} (gate {figure.gate:.1e}), {figure.where}"
             )
-    report.checked.append(Checked("logits", f"{pair.name}, {' and '.join(map(spell, SCALES))}"))
+    report.checked.append(Checked("logits", f"{pair.name}, {' and '.join(map(spell, scales))}"))
 
 
 def _logits(pair: Pair, what: str, gate: float, a: np.ndarray, b: np.ndarray) -> Figure:
@@ -102,6 +103,8 @@ def compare_activations(pair: Pair, floors: Floors, report: Report) -> None:
     count = 0
     for scale in SCALES:
         prefix = f"hidden.{spell(scale)}."
+        if f"logits.{spell(scale)}" not in pair.a:
+            continue
         names = [name for name in pair.a if name.startswith(prefix) and name in pair.b]
         if not names:
             report.skip(f"activations: {pair.name}", "the library does not give them", "activations" in report.demanded)

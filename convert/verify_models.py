@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf, verify_logits, verify_runs, verify_tensors, verify_tokenizer
+from convert import fuse, hf, verify_logits, verify_runs, verify_tensors, verify_tokenizer
 from convert.model import Opened, Options
 from convert.verify_report import Checked, Report
 from convert.verify_runs import JUDGES, Plan, Runs
@@ -41,7 +41,11 @@ def plan_of(
     configs = [side.opened.config for side in sides]
     text = Path(data).expanduser() if data else None
     ids = verify_runs.token_ids(configs, tokenizers[0] or tokenizers[1], text, report.notes)
-    return verify_runs.write_plan(ids, work, "gradients" in running, "greedy" in running)
+    adapted = any(side.opened.format == fuse.FORMAT for side in sides)
+    if adapted and "gradients" in running:
+        report.skip("gradients", "a side is a base and an adapter, whose matrices are not those of the other", False)
+        running.remove("gradients")
+    return verify_runs.write_plan(ids, work, "gradients" in running, "greedy" in running, adapted)
 
 
 def run(
@@ -84,8 +88,9 @@ def run(
 
 
 def _folder(side: Side, work: Path) -> Path:
-    """A Hugging Face folder of a side: itself, or what it converts to."""
-    return side.opened.path if side.opened.format == "hf" else _written(side.opened, work, f"{side.label}-hf")
+    """What the frameworks load of a side: itself, or what it converts to."""
+    as_it_is = side.opened.format in ("hf", fuse.FORMAT)  # an adapter is added by the framework itself
+    return side.opened.path if as_it_is else _written(side.opened, work, f"{side.label}-hf")
 
 
 def _written(opened: Opened, work: Path, name: str) -> Path:
@@ -141,7 +146,8 @@ def compare(
     base = keys[0] if not sides[0].judge else keys[1]
     floors = verify_logits.Floors(runs, base)
     if floors.measured:
-        costs = " and ".join(f"{floors.of(f'logits.{name}'):.1e} ({name})" for name in map(spell, SCALES))
+        ran = [name for name in map(spell, SCALES) if f"logits.{name}" in runs.exact]
+        costs = " and ".join(f"{floors.of(f'logits.{name}'):.1e} ({name})" for name in ran)
         report.notes.append(
             f"gates: 1e-5 of the largest value, or 4 times what float32 costs torch: {costs} for logits"
         )
@@ -199,6 +205,6 @@ def _own_rounding(runs: Runs, by: tuple[list[str], list[str]], keys: tuple[str, 
         verify_logits.worst(runs.arrays[name, keys[side]][what], runs.arrays[name, plain][what])[0]
         for name in by[side]
         for what in ("logits.x1", "logits.x8")
-        if (name, plain) in runs.arrays
+        if (name, plain) in runs.arrays and what in runs.arrays[name, plain]
     ]
     return max(found, default=0.0)

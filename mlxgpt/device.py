@@ -35,6 +35,14 @@ def memory() -> dict[str, int]:
     return {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
 
 
+def capacity(device: mx.Device) -> dict[str, int]:
+    """Bytes: what the device says of its memory beyond the machine's; Metal's ``recommended`` working set."""
+    if device == mx.Device(mx.cpu):
+        return {}
+    info = mx.device_info(device)
+    return {"recommended": int(info.get("max_recommended_working_set_size", 0))}
+
+
 def limit(device: mx.Device, train: TrainConfig) -> list[str]:
     """Sets the limits that ``train`` asks for, in MiB; returns a line for each that has no effect here."""
     gpu, unused = device == mx.Device(mx.gpu), []

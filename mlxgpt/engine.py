@@ -1,5 +1,6 @@
 """MLX's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxgpt import adapters, losses, optim, quant
 from mlxgpt import device as devices
-from mlxgpt import losses, optim
+from mlxgpt.common import adapters as adaption
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
-from mlxgpt.common import rng
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
 from mlxgpt.model import Dropout, Model
@@ -25,26 +28,44 @@ class Engine:
     """See common/batch.py, Engine. Masters and moments are float32; the blocks compute in train.compute_dtype.
 
     Args:
-        recipe: model (with vocab_size), optim and train are read.
-        params: float32 arrays by the names of params.table.
+        recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
+        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu`` or ``gpu``.
 
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
-        self.table = parameters.table(recipe.model)
+        self.table = adaption.trainable(recipe)
+        self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
+        self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
+        self.objective = losses.classify if recipe.model.labels else losses.lm
+        self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         train = recipe.train
         self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic)
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
         self.m = {name: mx.zeros(param.shape) for name, param in self.table.items()}
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
         self.t = 0
-        self._put(params)
+        parameters.check(adaption.shapes(recipe), params)
+        base, self.note = quantising.prepare(recipe, params, self.device == mx.Device(mx.cpu))
+        for name, each in base.items():
+            path, _, kind = name.rpartition(".")
+            if isinstance(each, Quantised):
+                quant.place(self.model, path, each)
+            else:
+                setattr(self.model.at(path), kind, mx.array(each))
+        adapters.adapt(self.model, self.adapted, params)
+        self.model.freeze()
+        for name in self.table:
+            path, _, kind = name.rpartition(".")
+            self.model.at(path).unfreeze(recurse=False, keys=kind)
+        self._settle()
         self._loss_and_grad = nn.value_and_grad(self.model, self._objective)
         self.compiled = recipe.train.compile != "off"
         state = [self.model.state, self.m, self.v]
@@ -60,7 +81,7 @@ class Engine:
         self._settle()
 
     def _weights(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self.model.parameters()))
+        return dict(tree_flatten(self.model.trainable_parameters()))
 
     def _settle(self, *more: mx.array) -> None:
         """Computes what is pending: MLX is lazy."""
@@ -71,20 +92,28 @@ class Engine:
         extra = (None if field is None else mx.array(field) for field in (batch.positions, batch.segments))
         return losses.Arrays(tokens, targets, weights, *extra)
 
-    def _dropout_keys(self, step: int) -> mx.array:
-        """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
-        seed, layers = self.recipe.train.seed, range(self.recipe.model.n_layer)
-        if not self.recipe.train.dropout:
-            return mx.zeros((1 + SITES * len(layers),), mx.uint32)
-        keys = [rng.key32(seed, "dropout", step, "embedding")]
-        keys += [rng.key32(seed, "dropout", step, layer, site) for layer in layers for site in range(SITES)]
+    def _keys(self, step: int) -> mx.array:
+        """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
+        recipe, layers = self.recipe, range(self.recipe.model.n_layer)
+        sites: list[tuple[object, ...]] = [("dropout", step, "embedding")]
+        sites += [("dropout", step, layer, site) for layer in layers for site in range(SITES)]
+        sites += [("neftune", step), *(("adapter-dropout", step, path) for path in self.adapted)]
+        rates = {"dropout": recipe.train.dropout, "neftune": self.neftune, "adapter-dropout": self.adapter_dropout}
+        keys = [rng.key32(recipe.train.seed, *site) if rates[str(site[0])] else 0 for site in sites]
         return mx.array(np.array(keys, dtype=np.uint32))
+
+    def _drop(self, keys: mx.array, first_row: mx.array) -> Dropout | None:
+        """What is random in a step."""
+        rate = self.recipe.train.dropout
+        if not (rate or self.neftune or self.adapter_dropout):
+            return None
+        sites = 1 + SITES * self.recipe.model.n_layer
+        adapter = (self.adapter_dropout, keys[sites + 1 :])
+        return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
     def _objective(self, batch: losses.Arrays, keys: mx.array, first_row: mx.array) -> tuple[mx.array, mx.array]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        rate = self.recipe.train.dropout
-        drop = Dropout(rate, keys, first_row) if rate else None
-        terms = losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights
+        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms
 
     def _gradients(
@@ -113,7 +142,7 @@ class Engine:
                 p_new, m_new = optim.muon(p, g, m, scalars[1:], config)
             else:
                 v = self.v[name]
-                p_new, m_new, v_new = optim.adamw(p, g, m, v, scalars[1:], self.table[name].decay, config)
+                p_new, m_new, v_new = optim.adamw(p, g, m, v, scalars[1:], self.table[name], config)
                 self.v[name] = mx.where(finite, v_new, v)
             self.m[name] = mx.where(finite, m_new, m)
             new[name] = mx.where(finite, p_new, p)
@@ -126,12 +155,16 @@ class Engine:
         terms, grads = self._gradients(batch, keys, first_row)
         return terms, *self._update(terms, grads, scalars)
 
-    def _evaluate(self, batch: losses.Arrays) -> mx.array:
-        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
+    def _evaluate(self, batch: losses.Arrays) -> list[mx.array]:
+        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        if not self.recipe.model.labels:
+            return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
+        logits = losses.scores(self.model, batch, self.recipe.train)
+        return [losses.cross_entropy(logits, batch.targets) * batch.weights, logits.argmax(-1)]
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
-        keys = self._dropout_keys(step)
+        keys = self._keys(step)
         weight = sum(batch.weight for batch in micro_batches)
         scalars = mx.array([1 / weight, *optim.scalars(self.recipe.optim, lr, self.t + 1)], mx.float32)
         firsts = [mx.array(batch.first_row, mx.uint32) for batch in micro_batches]
@@ -155,9 +188,10 @@ class Engine:
         return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        terms = np.array(self._run_evaluate(self._arrays(batch)))
-        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
+        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        return sums | (confusion.count(batch, answers[0]) if answers else {})
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

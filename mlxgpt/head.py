@@ -12,6 +12,7 @@ With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
 Sizes: N tokens, C width, V words, n words of a chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -19,12 +20,15 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 
+from mlxgpt import fast, quant
+
 
 class Options(NamedTuple):
     """What does not change from step to step.
 
-    ``needs`` says what is differentiated: "none", "hidden" (a frozen head) or "both". ``recompute`` keeps nothing of
-    the logits' size for "both", at the price of one more product.
+    ``needs`` says what is differentiated: "none", "hidden" (a frozen head), "both", or "low" (a frozen head's update).
+    ``recompute`` keeps nothing of the logits' size for "both", at the price of one more product. ``bits`` > 0: the
+    weight is quantised.
     """
 
     chunk: int
@@ -33,6 +37,8 @@ class Options(NamedTuple):
     z_loss: float = 0.0
     soft_cap: float = 0.0
     recompute: bool = False
+    bits: int = 0
+    group_size: int = 0
 
 
 class Sweep(NamedTuple):
@@ -54,18 +60,12 @@ def logits(hidden: mx.array, weight: mx.array, bias: mx.array | None = None, sof
     return soft_cap * mx.tanh(z / soft_cap) if soft_cap else z
 
 
-def exp(x: mx.array) -> mx.array:
-    """e^x for x up to 88, within 1.2e-7 of it; below -87 it is e^-87. MLX's own is 8 times slower on the CPU."""
-    if mx.default_device() == mx.Device(mx.gpu):
-        return mx.exp(x)
-    x = mx.maximum(x, -87.0)
-    t = x * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: the integer n nearest to x / ln 2, in the low bits
-    n = t - 12582912.0
-    f = (x - n * 0.693145751953125) - n * 1.42860682030941723e-6  # ln 2 in two parts
-    g = f * f
-    p = (0.041666187937311895 + 0.00836960292201252 * f) + g * 0.0013951670534103962
-    p = (1 + f) + g * ((0.5000000100828874 + 0.16666512838882447 * f) + g * p)  # minimax on |f| <= ln 2 / 2
-    return mx.view(mx.view(p, mx.int32) + mx.left_shift(mx.view(t, mx.int32), 23), mx.float32)
+def rows(weight: list[mx.array], at: "slice | mx.array", o: Options) -> mx.array:
+    """Rows of a head whose columns lie in several arrays; where it is quantised, the first three are one of them."""
+    parts = [each[at] for each in weight]
+    if o.bits:
+        parts[:3] = [quant.dequantise(parts[0], parts[1], parts[2], o.bits, o.group_size)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
 def curve(z: mx.array, o: Options) -> mx.array:
@@ -78,16 +78,17 @@ def after(done: list[mx.array], *arrays: mx.array) -> list[mx.array]:
     return mx.depends(list(arrays), done)
 
 
-def sweep(hidden: mx.array, weight: mx.array, targets: mx.array, bias: mx.array | None, o: Options) -> Sweep:
-    """The pass: hidden (N, C), weight (V, C), targets (N,), bias (V,) or None."""
-    (N, C), V = hidden.shape, weight.shape[0]
+def sweep(hidden: mx.array, weight: list[mx.array], targets: mx.array, bias: mx.array | None, o: Options) -> Sweep:
+    """The pass: hidden (N, C), weight (V, C) as ``rows`` takes it, targets (N,), bias (V,) or None."""
+    (N, C), V = hidden.shape, weight[0].shape[0]
     h, y = hidden, targets[:, None]
     top, total = mx.full((N, 1), -float("inf")), mx.zeros((N, 1))
     z_y, z_sum = mx.zeros((N, 1)), mx.zeros((N, 1))
     pull, even = mx.zeros((N, C)), mx.zeros((N, C))  # sum of exp(z - top) k w, and of k w
     kept, tops = [], []
     for start in range(0, V, o.chunk):
-        w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+        chunk = slice(start, start + o.chunk)
+        w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
         z = logits(h, w, b, o.soft_cap)
         inside = (y >= start) & (y < start + n)
@@ -96,7 +97,7 @@ def sweep(hidden: mx.array, weight: mx.array, targets: mx.array, bias: mx.array 
             z_sum = z_sum + z.sum(axis=-1, keepdims=True)
         last, top = top, mx.maximum(top, z.max(axis=-1, keepdims=True))
         k = curve(z, o) if o.soft_cap else None
-        e, fade = exp(z - top), exp(last - top)
+        e, fade = fast.exp(z - top), fast.exp(last - top)
         total = total * fade + e.sum(axis=-1, keepdims=True)
         if o.needs != "none":
             w = w.astype(h.dtype)
@@ -114,11 +115,13 @@ def sweep(hidden: mx.array, weight: mx.array, targets: mx.array, bias: mx.array 
     gradient = mx.zeros((N, C))
     if o.label_smoothing:
         losses = losses - o.label_smoothing / V * z_sum
-        even = even if o.soft_cap else weight.sum(axis=0)
+        even = even if o.soft_cap else rows(weight, slice(None), o).sum(axis=0)
     if o.z_loss:
         losses = losses + o.z_loss * mx.square(lse)
     if o.needs != "none":
-        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * weight[targets]
+        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * rows(
+            weight, targets, o
+        )
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
@@ -131,16 +134,18 @@ def keeps(o: Options) -> bool:
 
 def weight_gradient(
     hidden: mx.array,
-    weight: mx.array,
+    weight: list[mx.array],
     targets: mx.array,
     bias: mx.array | None,
     cotangents: mx.array,
     done: Sweep,
     o: Options,
 ) -> tuple[mx.array, mx.array | None]:
-    """Gradients of weight (V, C) and of bias (V,), by the cotangents (N, 1) of the losses."""
-    V = weight.shape[0]
+    """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
+    V = weight[0].shape[0]
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
+    if o.needs == "low":
+        x = x[:, -weight[-1].shape[1] :]
     if bias is not None:
         x = mx.concatenate([x, cotangents], axis=-1)
     parts, h = [], hidden
@@ -149,13 +154,14 @@ def weight_gradient(
         if keeps(o):
             e = done.kept[start // o.chunk]
         else:
-            w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+            chunk = slice(start, start + o.chunk)
+            w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
             z = logits(h, w, b, o.soft_cap)
-            e = exp(z - top)
+            e = fast.exp(z - top)
             if o.soft_cap:
                 k = curve(z, o)
                 e = e * k
-        scale = (1 + 2 * o.z_loss * done.lse) * exp(top - done.lse)
+        scale = (1 + 2 * o.z_loss * done.lse) * fast.exp(top - done.lse)
         part = (e.astype(h.dtype).T @ (scale * x).astype(h.dtype)).astype(mx.float32)  # (n, C)
         if o.label_smoothing:
             even = x.sum(axis=0) if k is None else k.T @ x
@@ -167,35 +173,46 @@ def weight_gradient(
 
 
 def token_losses(
-    hidden: mx.array, weight: mx.array, targets: mx.array, o: Options, bias: mx.array | None = None
+    hidden: mx.array,
+    weight: "mx.array | Sequence[mx.array]",
+    targets: mx.array,
+    o: Options,
+    bias: mx.array | None = None,
+    low: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
 
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
+
+    Args:
+        weight: or its words, scales and biases; see Options.bits.
+        low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
-    assert o.chunk > 0 and o.needs in ("none", "hidden", "both")
-    shape = targets.shape
+    assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")
+    shape, blocks = targets.shape, [weight] if isinstance(weight, mx.array) else list(weight)
+    if low is not None:
+        hidden, blocks = mx.concatenate([hidden, low[0]], axis=-1), [*blocks, low[1]]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if o.needs == "none":
-        return mx.stop_gradient(sweep(hidden, weight, targets, bias, o).losses).reshape(shape)
-    if o.needs == "hidden":
-        weight, bias = mx.stop_gradient(weight), None if bias is None else mx.stop_gradient(bias)
-    more = [] if bias is None else [bias]
+        return mx.stop_gradient(sweep(hidden, blocks, targets, bias, o).losses).reshape(shape)
+    own = len(blocks)
 
     @mx.custom_function
-    def run(h: mx.array, w: mx.array, y: mx.array, *b: mx.array) -> tuple:
-        return tuple(sweep(h, w, y, b[0] if b else None, o))
+    def run(h: mx.array, y: mx.array, *more: mx.array) -> tuple:
+        return tuple(sweep(h, list(more[:own]), y, more[own] if more[own:] else None, o))
 
     @run.vjp
     def run_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
-        h, w, y, *b = primals
+        h, y, *more = primals
         done, c = Sweep(*outputs), cotangents[0][:, None]
-        grad_h = (c * done.gradient).astype(h.dtype)
-        if o.needs == "hidden":
-            return (grad_h, mx.zeros_like(w), mx.zeros_like(y), *(mx.zeros_like(each) for each in b))
-        grad_w, grad_b = weight_gradient(h, w, y, b[0] if b else None, c, done, o)
-        grads_b = [] if grad_b is None else [grad_b.astype(b[0].dtype)]
-        return (grad_h, grad_w.astype(w.dtype), mx.zeros_like(y), *grads_b)
+        grads = [(c * done.gradient).astype(h.dtype), *(mx.zeros_like(each) for each in (y, *more))]
+        if o.needs != "hidden":
+            b = more[own] if more[own:] else None
+            grad_w, grad_b = weight_gradient(h, more[:own], y, b, c, done, o)
+            grads[1 + own] = grad_w.astype(more[own - 1].dtype)
+            if grad_b is not None and b is not None:
+                grads[2 + own] = grad_b.astype(b.dtype)
+        return tuple(grads)
 
-    outputs: Any = run(hidden, weight, targets, *more)
+    outputs: Any = run(hidden, targets, *blocks, *([] if bias is None else [bias]))
     return outputs[0].reshape(shape)

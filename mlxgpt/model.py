@@ -4,7 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
 """
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -13,34 +13,68 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from mlxgpt import noise
+from mlxgpt import fast, noise
 from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 
+if TYPE_CHECKING:
+    from mlxgpt.adapters import Update
+
 
 class Dropout(NamedTuple):
-    """What the dropout of one forward pass is a function of."""
+    """What the dropout and the noise of one forward pass are a function of; a rate of 0 is off."""
 
     rate: float
     keys: mx.array  # (1 + 3 n_layer,) uint32, a key a site
     first_row: mx.array  # () uint32, index of row 0 in the global batch
+    neftune: float  # alpha of the noise on embeddings
+    neftune_key: mx.array  # () uint32
+    adapter_rate: float
+    adapter_keys: mx.array  # (adapted matrices,) uint32
 
 
-class Linear(nn.Module):
-    """y = x W^T + b in x's dtype; W is (n_out, n_in)."""
+class Matrix(nn.Module):
+    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool):
+    bits = group_size = 0
+    adapter: "Update | None" = None
+    lora_a: mx.array
+    lora_b: mx.array
+    magnitude: mx.array
+    start_a: mx.array
+    start_b: mx.array
+
+    def __init__(self, n_out: int, n_in: int):
         super().__init__()
         self.weight = mx.zeros((n_out, n_in))
+
+    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x W^T + bias, in x's dtype."""
+        weight = self.weight.astype(x.dtype)
+        return x @ weight.T if bias is None else mx.addmm(bias.astype(x.dtype), x, weight.T)
+
+    def stored(self) -> list[mx.array]:
+        """The weight, or a quantised one's words, scales and biases."""
+        return [self.weight]
+
+    def matrix(self) -> mx.array:
+        """W."""
+        return self.weight
+
+
+class Linear(Matrix):
+    """y = x W^T + b in x's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__(n_out, n_in)
         if bias:
             self.bias = mx.zeros((n_out,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        weight = self.weight.astype(x.dtype)
-        if "bias" in self:
-            return mx.addmm(self.bias.astype(x.dtype), x, weight.T)
-        return x @ weight.T
+    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
+        if self.adapter is not None:
+            return self.adapter.linear(self, x, drop)
+        return self.times(x, self.bias if "bias" in self else None)
 
 
 @mx.custom_function
@@ -56,16 +90,23 @@ def _gather_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.a
     return one_hot.T @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Rows of W (n_rows, C)."""
 
     def __init__(self, n_rows: int, n_embd: int, deterministic: bool):
-        super().__init__()
+        super().__init__(n_rows, n_embd)
         self._deterministic = deterministic
-        self.weight = mx.zeros((n_rows, n_embd))
 
     def __call__(self, index: mx.array) -> mx.array:
+        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
+
+    def rows(self, index: mx.array) -> mx.array:
+        """W[index]."""
         return cast(mx.array, gather(self.weight, index)) if self._deterministic else self.weight[index]
+
+    def head(self, x: mx.array) -> mx.array:
+        """x W^T: what a tied head makes of x."""
+        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
 
 
 class Norm(nn.Module):
@@ -128,7 +169,9 @@ def attend(
     softcap: float,
 ) -> mx.array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
-    if drop is None and not softcap:
+    if not (drop and drop.rate) and not softcap:
+        if isinstance(mask, mx.array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
+            return fast.attention(q, k, v, mask, scale)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
@@ -140,7 +183,7 @@ def attend(
     if mask is not None:
         scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
     weights = mx.softmax(scores, axis=-1, precise=True)
-    if drop is not None:
+    if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
 
@@ -175,12 +218,12 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
-            qkv = self.c_attn(x).reshape(B, T, H, 3, D)
+            qkv = self.c_attn(x, drop).reshape(B, T, H, 3, D)
             q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         elif self._config.fused_qkv:
-            q, k, v = mx.split(self.c_attn(x), [H * D, (H + K) * D], axis=-1)
+            q, k, v = mx.split(self.c_attn(x, drop), [H * D, (H + K) * D], axis=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = self.q_proj(x, drop), self.k_proj(x, drop), self.v_proj(x, drop)
         if self._config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
@@ -192,13 +235,14 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D))
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 
 def activate(x: mx.array, kind: str) -> mx.array:
     """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
     if kind == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u), which MLX's CPU backend computes in half the time
-        return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        sigmoid = fast.sigmoid if fast.helps(x) else mx.sigmoid
+        return x * cast(mx.array, sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)))
     if kind == "gelu":
         return nn.gelu(x)
     assert kind == "silu"
@@ -219,14 +263,16 @@ class MLP(nn.Module):
             self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
         if self._config.fused_mlp:
-            gate, x = mx.split(self.c_gate_fc(x), 2, axis=-1)
+            gate, x = mx.split(self.c_gate_fc(x, drop), 2, axis=-1)
         elif self._config.gated:
-            gate, x = self.c_gate(x), self.c_fc(x)
+            gate, x = self.c_gate(x, drop), self.c_fc(x, drop)
         else:
-            return self.c_proj(activate(self.c_fc(x), self._config.activation))
-        return self.c_proj(activate(gate, self._config.activation) * x)
+            return self.c_proj(activate(self.c_fc(x, drop), self._config.activation), drop)
+        if self._config.activation == "silu" and fast.helps(x):
+            return self.c_proj(cast(mx.array, fast.silu_times(gate, x)), drop)
+        return self.c_proj(activate(gate, self._config.activation) * x, drop)
 
 
 class Block(nn.Module):
@@ -261,17 +307,17 @@ class Block(nn.Module):
             y = self.ln_1(y)
         elif place == "sandwich":
             y = self.ln_1_post(y)
-        if drop is not None:
+        if drop and drop.rate:
             y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
         after = x + y
         before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
         if place == "post":
-            z = self.ln_2(self.mlp(before))
+            z = self.ln_2(self.mlp(before, drop))
         else:
-            z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before))
+            z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before), drop)
         if place == "sandwich":
             z = self.ln_2_post(z)
-        if drop is not None:
+        if drop and drop.rate:
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
         return after + z
 
@@ -295,7 +341,9 @@ class Model(nn.Module):
             self._rope = [[mx.array(table) for table in rotary.tables(config, local)] for local in (False, True)]
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
-        if not config.tied:
+        if config.labels:
+            self.score = Linear(config.n_embd, len(config.labels), False)
+        elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
 
     @property
@@ -307,6 +355,13 @@ class Model(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    def at(self, path: str) -> Any:
+        """The module at a path such as h.0.attn.q_proj."""
+        found: Any = self
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
 
     def mask(
         self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, window: int = 0, fused: bool = True
@@ -354,12 +409,14 @@ class Model(nn.Module):
         if positions is None:
             positions = mx.arange(start, start + T)
         config, windows = self._config, set(self._config.window_layers)
-        fused = drop is None and not config.attn_softcap
+        fused = not (drop and drop.rate) and not config.attn_softcap
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if drop and drop.neftune:
+            x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
         if config.position == "learned":
             x = x + self.wpe(positions)
@@ -368,7 +425,7 @@ class Model(nn.Module):
         x = x.astype(self._dtype)
         if config.embed_scale:
             x = x * mx.array(config.n_embd**0.5, x.dtype)
-        if drop is not None:
+        if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = checkpoint(block) if recompute else block, n in windows
@@ -378,10 +435,13 @@ class Model(nn.Module):
             x = run(x, masks[local], rope, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
-    def head(self, x: mx.array) -> mx.array:
-        """Logits (..., V) in float32 of hidden states (..., C)."""
+    def head(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
+        """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        logits = x @ self.wte.weight.astype(x.dtype).T if self._config.tied else self.lm_head(x)
+        if self._config.tied:
+            logits = self.wte.head(x)
+        else:
+            logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         logits = logits.astype(mx.float32)
         return cap * mx.tanh(logits / cap) if cap else logits
 

@@ -33,3 +33,16 @@ def dropout(x: mx.array, rate: float, key: mx.array, first_row: mx.array) -> mx.
     """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     keep = bits(key, first_row, x.shape) >= mx.array(int(rate * 2**24), mx.uint32)
     return mx.where(keep, x * (1 / (1 - rate)), mx.array(0, x.dtype))
+
+
+def neftune(x: mx.array, alpha: float, key: mx.array, first_row: mx.array, segments: mx.array | None) -> mx.array:
+    """Embeddings x (B, T, C) plus alpha / sqrt(L C) times noise from [-1, 1) (Jain et al. 2023, NEFTune).
+
+    L is the number of tokens of the segment that a token is in, T where a row is one segment.
+    """
+    if segments is None:
+        length = x.shape[1]
+    else:
+        length = (segments[:, :, None] == segments[:, None, :]).sum(axis=-1, keepdims=True)  # (B, T, 1)
+    uniform = bits(key, first_row, x.shape).astype(mx.float32) * 2**-23 - 1
+    return x + (uniform * (alpha / (length * x.shape[-1]) ** 0.5)).astype(x.dtype)

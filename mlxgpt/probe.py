@@ -73,7 +73,7 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     """
     if request.exact:
         raise UserError("--exact: float64 is of the torch backend alone")
-    model, _ = load(folder, device)
+    model, _ = load(folder, device=device)
     request.check(model.config, str(folder))
     tokens, targets = (mx.array(array) for array in request.batch)
     before = 1.0

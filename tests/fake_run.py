@@ -19,8 +19,10 @@ import numpy as np
 from mlxgpt.common import params, rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.plan_memory import Footprint, Piece
 
 VOCABULARY = 13
+FREE = 2**40  # bytes that the fake device has left
 Arrays = dict[str, np.ndarray]
 
 RECIPE = """
@@ -49,6 +51,7 @@ class Engine:
     """See common/batch.py, Engine. The gradient of ``frozen`` tensors is zero; ``stuck`` ones never move."""
 
     unused_limits: list[str] = []  # noqa: RUF012  (never written)
+    note = ""
 
     def __init__(self, recipe: Recipe, weights: Arrays, device: str = "auto"):
         self.recipe, self.table = recipe, params.table(recipe.model)
@@ -127,6 +130,7 @@ class Tokenizer:
     """a is 0, b is 1 and so on."""
 
     n_vocab, eos_id, ends, kind = VOCABULARY, None, frozenset(), "fake"
+    before: list[int] = []  # noqa: RUF012
     digest = hashlib.sha256(b"fake").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -161,6 +165,10 @@ class Source:
         for start in (310, 350):
             yield self._batch(np.arange(start, start + 4 * self.block, self.block))
 
+    @property
+    def statistics(self) -> dict[str, int]:
+        return {"train_tokens": 300, "val_tokens": 100, "val_bytes": 100}
+
     def check_vocabulary(self, size: int) -> None:
         assert size == VOCABULARY
 
@@ -173,10 +181,19 @@ def open_data(data: Any, block: int, train: Any, out: Path | None = None, say: A
 
 def load_backend(name: str) -> Any:
     """In place of common.backend.load."""
-    engine = SimpleNamespace(Engine=Engine, devices=SimpleNamespace(use=lambda device: None))
-    return SimpleNamespace(
-        engine=engine, generate=SimpleNamespace(sample_text=lambda model, tokenizer, sample: f"bcd {model.t}")
+    devices = SimpleNamespace(
+        use=lambda device: None, describe=lambda device: {"device": "cpu"}, capacity=lambda device: {"free": FREE}
     )
+    engine = SimpleNamespace(Engine=Engine, devices=devices)
+    return SimpleNamespace(
+        name="fake", engine=engine, footprint=SimpleNamespace(footprint=footprint),
+        generate=SimpleNamespace(sample_text=lambda model, tokenizer, sample: f"bcd {model.t}"),
+    )  # fmt: skip
+
+
+def footprint(recipe: Any, rows: int, length: int, micro_batches: int) -> Footprint:
+    """1000 bytes a row."""
+    return Footprint(1000 * rows, [Piece("", (rows, length), 1000 * rows)])
 
 
 def main(argv: list[str]) -> int:
@@ -184,7 +201,7 @@ def main(argv: list[str]) -> int:
     from mlxgpt import cli
     from mlxgpt.common import backend, start
 
-    start.backends.load = load_backend  # type: ignore[attr-defined]
+    backend.load = load_backend  # type: ignore[assignment]
     start.data.open_data = open_data  # type: ignore[assignment]
     backend.resolve = lambda name: "fake"
     return cli.main(["train", *argv])

@@ -146,7 +146,8 @@ def late_correction(patch: pytest.MonkeyPatch) -> None:
 
 def decay_everything(patch: pytest.MonkeyPatch) -> None:
     plain = torch_ref.optim.adamw
-    patch.setattr(torch_ref.optim, "adamw", lambda p, g, m, v, s, decay, config: plain(p, g, m, v, s, True, config))
+    decayed = lambda p, g, m, v, s, param, config: plain(p, g, m, v, s, dataclasses.replace(param, decay=True), config)  # noqa: E731
+    patch.setattr(torch_ref.optim, "adamw", decayed)
 
 
 def other_masks(patch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,16 @@ def memory(device: torch.device) -> dict[str, int]:
     return {"active": peak, "peak": peak}
 
 
+def capacity(device: torch.device) -> dict[str, int]:
+    """Bytes: what the device says of its memory beyond the machine's; its own on CUDA, ``recommended`` on MPS."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"total": total, "free": free}
+    if device.type == "mps":
+        return {"recommended": torch.mps.recommended_max_memory()}
+    return {}
+
+
 def limit(device: torch.device, train: TrainConfig) -> list[str]:
     """Sets the limits that ``train`` asks for, in MiB; returns a line for each that has no effect here."""
     unused = []

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from mlxgpt.common import adapters as adaption
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
-from mlxgpt.common import rng
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
-from torch_ref import losses, optim
 from torch_ref.model import Dropout, Model
 from torch_ref.noise import SITES
 
@@ -20,29 +22,45 @@ class Engine:
     """See common/batch.py, Engine. Masters and moments are float32; the blocks compute in train.compute_dtype.
 
     Args:
-        recipe: model (with vocab_size), optim and train are read.
-        params: float32 arrays by the names of params.table.
+        recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
+        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
 
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: dict[str, np.ndarray], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         if recipe.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.recipe = recipe
-        self.table = parameters.table(recipe.model)
-        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype)).to(self.device)
-        self.weights = dict(self.model.named_parameters())
+        self.table = adaption.trainable(recipe)
+        self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
+        self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
+        self.objective = losses.classify if recipe.model.labels else losses.lm
+        self.neftune = recipe.tune.neftune if recipe.tune else 0.0
+        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
+        self.model.requires_grad_(False)
+        parameters.check(adaption.shapes(recipe), params)
+        base, self.note = quantising.prepare(recipe, params, self.device.type == "cpu")
+        for name, each in base.items():
+            path, _, kind = name.rpartition(".")
+            if isinstance(each, Quantised):
+                quant.place(self.model, path, each)
+            else:
+                getattr(self.model.at(path), kind).data = torch.from_numpy(each).to(copy=name in self.table)
+        adapters.adapt(self.model, self.adapted, params)
+        self.model.to(self.device)
+        own = dict(self.model.named_parameters())
+        self.weights = {name: own[name].requires_grad_() for name in self.table}
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
         self.m = {name: torch.zeros_like(self.weights[name]) for name in self.table}
         self.v = {name: torch.zeros_like(self.weights[name]) for name in self.table if name not in self.muon}
         self.t = 0
-        self._put(params)
         self.compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda")
         compiled = torch.compile if self.compiled else lambda function: function
         self._run_objective = compiled(self._objective)
@@ -62,22 +80,30 @@ class Engine:
         extra = (None if field is None else self._tensor(field) for field in (batch.positions, batch.segments))
         return losses.Arrays(tokens, targets, weights, *extra)
 
-    def _dropout_keys(self, step: int) -> torch.Tensor:
-        """A 32-bit key a dropout site of this step; nothing is drawn where dropout is off."""
-        seed, layers = self.recipe.train.seed, range(self.recipe.model.n_layer)
-        if not self.recipe.train.dropout:
-            return torch.zeros((1 + SITES * len(layers),), dtype=torch.int32, device=self.device)
-        keys = [rng.key32(seed, "dropout", step, "embedding")]
-        keys += [rng.key32(seed, "dropout", step, layer, site) for layer in layers for site in range(SITES)]
+    def _keys(self, step: int) -> torch.Tensor:
+        """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
+        recipe, layers = self.recipe, range(self.recipe.model.n_layer)
+        sites: list[tuple[object, ...]] = [("dropout", step, "embedding")]
+        sites += [("dropout", step, layer, site) for layer in layers for site in range(SITES)]
+        sites += [("neftune", step), *(("adapter-dropout", step, path) for path in self.adapted)]
+        rates = {"dropout": recipe.train.dropout, "neftune": self.neftune, "adapter-dropout": self.adapter_dropout}
+        keys = [rng.key32(recipe.train.seed, *site) if rates[str(site[0])] else 0 for site in sites]
         return self._tensor(np.array(keys, dtype=np.uint32).view(np.int32))
+
+    def _drop(self, keys: torch.Tensor, first_row: torch.Tensor) -> Dropout | None:
+        """What is random in a step."""
+        rate = self.recipe.train.dropout
+        if not (rate or self.neftune or self.adapter_dropout):
+            return None
+        sites = 1 + SITES * self.recipe.model.n_layer
+        adapter = (self.adapter_dropout, keys[sites + 1 :])
+        return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
     def _objective(
         self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        rate = self.recipe.train.dropout
-        drop = Dropout(rate, keys, first_row) if rate else None
-        terms = losses.lm(self.model, batch, self.recipe.train, drop) * batch.weights
+        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms.detach()
 
     def _gradients(self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
@@ -102,17 +128,21 @@ class Engine:
                 if name in self.muon:
                     optim.muon(p, g, m, scalars, config)
                 else:
-                    optim.adamw(p, g, m, self.v[name], scalars, self.table[name].decay, config)
+                    optim.adamw(p, g, m, self.v[name], scalars, self.table[name], config)
         self.model.zero_grad(set_to_none=True)
         return norm, squares
 
     @torch.no_grad()
-    def _evaluate(self, batch: losses.Arrays) -> torch.Tensor:
-        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
+    def _evaluate(self, batch: losses.Arrays) -> list[torch.Tensor]:
+        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        if not self.recipe.model.labels:
+            return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
+        logits = losses.scores(self.model, batch, self.recipe.train)
+        return [losses.cross_entropy(logits, batch.targets) * batch.weights, logits.argmax(-1)]
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
-        keys = self._dropout_keys(step)
+        keys = self._keys(step)
         weight = sum(batch.weight for batch in micro_batches)
         scalars = optim.scalars(self.recipe.optim, lr, self.t + 1)
         parts = []
@@ -129,9 +159,10 @@ class Engine:
         return StepStats(loss_sum, weight, norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        terms = self._run_evaluate(self._arrays(batch)).cpu().numpy()
-        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        terms, *answers = (each.cpu().numpy() for each in self._run_evaluate(self._arrays(batch)))
+        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        return sums | (confusion.count(batch, answers[0]) if answers else {})
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

@@ -12,16 +12,20 @@ With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
 Sizes: N tokens, C width, V words, n words of a chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from torch_ref import quant
 
 
 class Options(NamedTuple):
     """What does not change from step to step.
 
-    ``needs`` says what is differentiated: "none", "hidden" (a frozen head) or "both". ``recompute`` keeps nothing of
-    the logits' size for "both", at the price of one more product.
+    ``needs`` says what is differentiated: "none", "hidden" (a frozen head), "both", or "low" (a frozen head's update).
+    ``recompute`` keeps nothing of the logits' size for "both", at the price of one more product. ``bits`` > 0: the
+    weight is quantised.
     """
 
     chunk: int
@@ -30,6 +34,8 @@ class Options(NamedTuple):
     z_loss: float = 0.0
     soft_cap: float = 0.0
     recompute: bool = False
+    bits: int = 0
+    group_size: int = 0
 
 
 class Sweep(NamedTuple):
@@ -54,16 +60,24 @@ def logits(
     return soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
 
 
+def rows(weight: list[torch.Tensor], at: "slice | torch.Tensor", o: Options) -> torch.Tensor:
+    """Rows of a head whose columns lie in several arrays; where it is quantised, the first three are one of them."""
+    parts = [each[at] for each in weight]
+    if o.bits:
+        parts[:3] = [quant.dequantise(parts[0], parts[1], parts[2], o.bits, o.group_size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 def curve(z: torch.Tensor, o: Options) -> torch.Tensor:
     """k of capped logits."""
     return 1 - torch.square(z / o.soft_cap)
 
 
 def sweep(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, o: Options
+    hidden: torch.Tensor, weight: list[torch.Tensor], targets: torch.Tensor, bias: torch.Tensor | None, o: Options
 ) -> Sweep:
-    """The pass: hidden (N, C), weight (V, C), targets (N,), bias (V,) or None."""
-    (N, C), V = hidden.shape, weight.shape[0]
+    """The pass: hidden (N, C), weight (V, C) as ``rows`` takes it, targets (N,), bias (V,) or None."""
+    (N, C), V = hidden.shape, weight[0].shape[0]
     h, y = hidden, targets[:, None]
     like: dict[str, Any] = dict(dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     top, total = torch.full((N, 1), -float("inf"), **like), torch.zeros((N, 1), **like)
@@ -71,7 +85,8 @@ def sweep(
     pull, even = torch.zeros((N, C), **like), torch.zeros((N, C), **like)  # sum of exp(z - top) k w, and of k w
     kept, tops = [], []
     for start in range(0, V, o.chunk):
-        w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+        chunk = slice(start, start + o.chunk)
+        w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
         z = logits(h, w, b, o.soft_cap)
         inside = (y >= start) & (y < start + n)
@@ -97,11 +112,13 @@ def sweep(
     gradient = torch.zeros((N, C), **like)
     if o.label_smoothing:
         losses = losses - o.label_smoothing / V * z_sum
-        even = even if o.soft_cap else weight.sum(dim=0)
+        even = even if o.soft_cap else rows(weight, slice(None), o).sum(dim=0)
     if o.z_loss:
         losses = losses + o.z_loss * torch.square(lse)
     if o.needs != "none":
-        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * weight[targets]
+        gradient = pull * ((1 + 2 * o.z_loss * lse) / total) - ((1 - o.label_smoothing) * slope) * rows(
+            weight, targets, o
+        )
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
@@ -114,16 +131,18 @@ def keeps(o: Options) -> bool:
 
 def weight_gradient(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: list[torch.Tensor],
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     cotangents: torch.Tensor,
     done: Sweep,
     o: Options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of weight (V, C) and of bias (V,), by the cotangents (N, 1) of the losses."""
-    V = weight.shape[0]
+    """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
+    V = weight[0].shape[0]
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
+    if o.needs == "low":
+        x = x[:, -weight[-1].shape[1] :]
     if bias is not None:
         x = torch.cat([x, cotangents], dim=-1)
     grad, h = torch.empty((V, x.shape[1]), dtype=x.dtype, device=x.device), hidden
@@ -132,7 +151,8 @@ def weight_gradient(
         if keeps(o):
             e = done.kept[start // o.chunk]
         else:
-            w, b = weight[start : start + o.chunk], None if bias is None else bias[start : start + o.chunk]
+            chunk = slice(start, start + o.chunk)
+            w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
             z = logits(h, w, b, o.soft_cap)
             e = torch.exp(z - top)
             if o.soft_cap:
@@ -153,37 +173,50 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: torch.Tensor, w: torch.Tensor, y: torch.Tensor, b: torch.Tensor | None, o: Options
+        ctx: Any, h: torch.Tensor, y: torch.Tensor, b: torch.Tensor | None, o: Options, *w: torch.Tensor
     ) -> torch.Tensor:
-        done = sweep(h, w, y, b, o)
-        ctx.save_for_backward(h, w, y, b, done.gradient, done.lse, done.slope, *done.kept, *done.tops)
-        ctx.options = o
+        done = sweep(h, list(w), y, b, o)
+        ctx.save_for_backward(h, y, b, done.gradient, done.lse, done.slope, *w, *done.kept, *done.tops)
+        ctx.options, ctx.own = o, len(w)
         return done.losses
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple:
-        h, w, y, b, gradient, lse, slope, *rest = ctx.saved_tensors
-        o, c = ctx.options, cotangents[0][:, None]
+        h, y, b, gradient, lse, slope, *rest = ctx.saved_tensors
+        o, own, c = ctx.options, ctx.own, cotangents[0][:, None]
         grad_h = (c * gradient).to(h.dtype)
         if o.needs == "hidden":
-            return grad_h, None, None, None, None
+            return grad_h, None, None, None, *[None] * own
+        w, rest = rest[:own], rest[own:]
         held = len(rest) // 2 if keeps(o) else 0
         done = Sweep(c, gradient, lse, slope, rest[:held], rest[held:])
         grad_w, grad_b = weight_gradient(h, w, y, b, c, done, o)
-        return grad_h, grad_w.to(w.dtype), None, None if b is None or grad_b is None else grad_b.to(b.dtype), None
+        grad_b = None if b is None or grad_b is None else grad_b.to(b.dtype)
+        return grad_h, None, grad_b, None, *[None] * (own - 1), grad_w.to(w[-1].dtype)
 
 
 def token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, o: Options, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: "torch.Tensor | Sequence[torch.Tensor]",
+    targets: torch.Tensor,
+    o: Options,
+    bias: torch.Tensor | None = None,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
 
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
+
+    Args:
+        weight: or its words, scales and biases; see Options.bits.
+        low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
-    assert o.chunk > 0 and o.needs in ("none", "hidden", "both")
-    shape = targets.shape
+    assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")
+    shape, blocks = targets.shape, [weight] if isinstance(weight, torch.Tensor) else list(weight)
+    if low is not None:
+        hidden, blocks = torch.cat([hidden, low[0]], dim=-1), [*blocks, low[1]]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     if o.needs == "none":
         with torch.no_grad():
-            return sweep(hidden, weight, targets, bias, o).losses.reshape(shape)
-    return Losses.apply(hidden, weight, targets, bias, o).reshape(shape)
+            return sweep(hidden, blocks, targets, bias, o).losses.reshape(shape)
+    return Losses.apply(hidden, targets, bias, o, *blocks).reshape(shape)

@@ -1,39 +1,59 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
+import functools
 from pathlib import Path
 
 import torch
 
-from mlxgpt.common import checkpoint, folder, params, tokenizer
+from mlxgpt.common import adapter_folder, finding, folder, params, quantising, tokenizer
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.finding import Given
+from torch_ref import adapters, quant
 from torch_ref import device as devices
 from torch_ref.model import Model
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "float32") -> tuple[Model, "tokenizer.Tokenizer | None"]:
+def load(
+    path: str | Path,
+    adapter: Given = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    dequantise: str = "auto",
+    force: bool = False,
+) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
-        path: where the model is.
+        path: where the model is; an adapter, or a run that trained one, brings its base.
+        adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
+        dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
+        force: an adapter is taken though it was made for another base.
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
-        None where the folder has none.
+        the last adapter's that has one, else the model's, else None.
 
     Raises:
-        UserError: no model is there, it is damaged, or its architecture is not supported.
+        UserError: no model is there, it is damaged, or its architecture is not supported; an adapter does not fit.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     where = devices.use(device)
-    place = checkpoint.resolve_model(path)
-    config = folder.read_config(place)
-    model = Model(config, getattr(torch, dtype)).to(where, getattr(torch, dtype))
-    arrays = folder.read_params(place, config)
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in params.table(config):
-            weights[name].copy_(torch.from_numpy(arrays.pop(name)))
-    return model.eval(), tokenizer.load_tokenizer(place) if tokenizer.has_tokenizer(place) else None
+    place, found = finding.find(path, adapter)
+    base = folder.read_config(place)
+    given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
+    config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
+    brought = {name for each, _ in given for name in each.params}
+    model = Model(config, getattr(torch, dtype))
+    arrays, _ = quantising.widen(folder.read_stored(place, base), where.type == "cpu", dequantise)
+    for name in (name for name in params.table(config) if name not in brought):
+        (module, _, kind), each = name.rpartition("."), arrays.pop(name)
+        if isinstance(each, Quantised):
+            quant.place(model, module, each)
+        else:
+            getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
+    adapters.attach(model, given)
+    return model.to(where).eval(), tokenizer.load_last([place, *(each for each, _ in found)])

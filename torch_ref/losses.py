@@ -1,6 +1,6 @@
 """What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,30 @@ def lm(
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
-    if not config.loss_chunk or model.config.vocab_size <= config.loss_chunk:
-        return cross_entropy(model.head(hidden), batch.targets, smoothing, z_loss)
-    weight = (model.wte if model.config.tied else model.lm_head).weight
-    bias = model.lm_head.bias if model.config.head_bias else None
-    needs, cap = "none" if plain else "both", model.config.final_softcap
-    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute)
-    return head.token_losses(hidden, weight, batch.targets, options, bias)
+    module: Any = model.wte if model.config.tied else model.lm_head
+    small = not config.loss_chunk or model.config.vocab_size <= config.loss_chunk
+    if small or hasattr(module, "magnitude"):  # dora needs the norms of all words
+        return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
+    bias = module.bias if model.config.head_bias else None
+    low = module.adapter.low(module, hidden, drop) if module.adapter else None
+    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    if "bias" in trained and "weight" not in trained:  # a bias is a column of B whose input is 1
+        one, column = hidden.new_ones((*hidden.shape[:-1], 1)), module.bias[:, None]
+        low = (torch.cat([low[0], one], dim=-1), torch.cat([low[1], column], dim=-1)) if low else (one, column)
+        bias = None
+    needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
+    cap, kind = model.config.final_softcap, (module.bits, module.group_size)
+    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute, *kind)
+    return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
+
+
+def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> torch.Tensor:
+    """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
+    return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
+
+
+def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> torch.Tensor:
+    """A classifier's logits (B, T, n), from what each token has seen."""
+    recompute = config.checkpoint_activations
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
+    return model.head(hidden, drop)

@@ -5,7 +5,7 @@ D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,36 +17,76 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from torch_ref import noise
 
+if TYPE_CHECKING:
+    from torch_ref.adapters import Update
+
 
 class Dropout(NamedTuple):
-    """What the dropout of one forward pass is a function of."""
+    """What the dropout and the noise of one forward pass are a function of; a rate of 0 is off."""
 
     rate: float
     keys: torch.Tensor  # (1 + 3 n_layer,) int32, a key a site
     first_row: torch.Tensor  # () int32, index of row 0 in the global batch
+    neftune: float  # alpha of the noise on embeddings
+    neftune_key: torch.Tensor  # () int32
+    adapter_rate: float
+    adapter_keys: torch.Tensor  # (adapted matrices,) int32
 
 
-class Linear(nn.Module):
-    """y = x W^T + b in x's dtype; W is (n_out, n_in)."""
+class Matrix(nn.Module):
+    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool):
+    bits = group_size = 0
+    adapter: "Update | None" = None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    start_a: torch.Tensor
+    start_b: torch.Tensor
+
+    def __init__(self, n_out: int, n_in: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros((n_out, n_in)))
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias, in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def stored(self) -> list[torch.Tensor]:
+        """The weight, or a quantised one's words, scales and biases."""
+        return [self.weight]
+
+    def matrix(self) -> torch.Tensor:
+        """W."""
+        return self.weight
+
+
+class Linear(Matrix):
+    """y = x W^T + b in x's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__(n_out, n_in)
         self.bias = nn.Parameter(torch.zeros((n_out,))) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
+        if self.adapter is not None:
+            return self.adapter.linear(self, x, drop)
+        return self.times(x, self.bias)
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Rows of W (n_rows, C)."""
 
-    def __init__(self, n_rows: int, n_embd: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros((n_rows, n_embd)))
-
     def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """W[index]."""
         return F.embedding(index, self.weight)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: what a tied head makes of x."""
+        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
 
 
 class Norm(nn.Module):
@@ -87,7 +127,7 @@ class Cache:
 
 def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:
     """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    device = model.wte.weight.device
+    device = model.ln_f.weight.device
     return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
 
 
@@ -110,7 +150,7 @@ def attend(
     softcap: float,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
-    if drop is None and not softcap:
+    if not (drop and drop.rate) and not softcap:
         causal = isinstance(mask, str)
         return F.scaled_dot_product_attention(
             q,
@@ -131,7 +171,7 @@ def attend(
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -float("inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    if drop is not None:
+    if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
 
@@ -166,12 +206,12 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
-            qkv = self.c_attn(x).reshape(B, T, H, 3, D)
+            qkv = self.c_attn(x, drop).reshape(B, T, H, 3, D)
             q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         elif self._config.fused_qkv:
-            q, k, v = self.c_attn(x).split([H * D, K * D, K * D], dim=-1)
+            q, k, v = self.c_attn(x, drop).split([H * D, K * D, K * D], dim=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = self.q_proj(x, drop), self.k_proj(x, drop), self.v_proj(x, drop)
         if self._config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
@@ -183,7 +223,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D))
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 
 def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -210,14 +250,14 @@ class MLP(nn.Module):
             self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
         if self._config.fused_mlp:
-            gate, x = self.c_gate_fc(x).chunk(2, dim=-1)
+            gate, x = self.c_gate_fc(x, drop).chunk(2, dim=-1)
         elif self._config.gated:
-            gate, x = self.c_gate(x), self.c_fc(x)
+            gate, x = self.c_gate(x, drop), self.c_fc(x, drop)
         else:
-            return self.c_proj(activate(self.c_fc(x), self._config.activation))
-        return self.c_proj(activate(gate, self._config.activation) * x)
+            return self.c_proj(activate(self.c_fc(x, drop), self._config.activation), drop)
+        return self.c_proj(activate(gate, self._config.activation) * x, drop)
 
 
 class Block(nn.Module):
@@ -252,17 +292,17 @@ class Block(nn.Module):
             y = self.ln_1(y)
         elif place == "sandwich":
             y = self.ln_1_post(y)
-        if drop is not None:
+        if drop and drop.rate:
             y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
         after = x + y
         before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
         if place == "post":
-            z = self.ln_2(self.mlp(before))
+            z = self.ln_2(self.mlp(before, drop))
         else:
-            z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before))
+            z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before), drop)
         if place == "sandwich":
             z = self.ln_2_post(z)
-        if drop is not None:
+        if drop and drop.rate:
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
         return after + z
 
@@ -293,7 +333,9 @@ class Model(nn.Module):
                 self.register_buffer(f"_sin{kind}", sin, persistent=False)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
-        if not config.tied:
+        if config.labels:
+            self.score = Linear(config.n_embd, len(config.labels), False)
+        elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
 
     @property
@@ -305,6 +347,13 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    def at(self, path: str) -> Any:
+        """The module at a path such as h.0.attn.q_proj."""
+        found: Any = self
+        for part in path.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
 
     def mask(
         self,
@@ -326,8 +375,8 @@ class Model(nn.Module):
             if fused and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
         i, j = (
-            torch.arange(S - T, S, device=self.wte.weight.device)[:, None],
-            torch.arange(S, device=self.wte.weight.device)[None, :],
+            torch.arange(S - T, S, device=self.ln_f.weight.device)[:, None],
+            torch.arange(S, device=self.ln_f.weight.device)[None, :],
         )
         mask = j <= i
         if slides:
@@ -362,12 +411,14 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
-        fused = drop is None and not config.attn_softcap
+        fused = not (drop and drop.rate) and not config.attn_softcap
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if drop and drop.neftune:
+            x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
         if config.position == "learned":
             x = x + self.wpe(positions)
@@ -376,7 +427,7 @@ class Model(nn.Module):
         x = x.to(self._dtype)
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
-        if drop is not None:
+        if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = partial(checkpoint, block, use_reentrant=False) if recompute else block, n in windows
@@ -386,10 +437,13 @@ class Model(nn.Module):
             x = run(x, masks[local], rope, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) in float32 of hidden states (..., C)."""
+    def head(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
+        """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        logits = x @ self.wte.weight.to(x.dtype).T if self._config.tied else self.lm_head(x)
+        if self._config.tied:
+            logits = self.wte.head(x)
+        else:
+            logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         return cap * torch.tanh(logits / cap) if cap else logits
 

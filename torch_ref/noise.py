@@ -31,3 +31,18 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor, first_row: torch.Te
     """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     keep = bits(key, first_row, x.shape) >= int(rate * 2**24)
     return torch.where(keep, x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def neftune(
+    x: torch.Tensor, alpha: float, key: torch.Tensor, first_row: torch.Tensor, segments: torch.Tensor | None
+) -> torch.Tensor:
+    """Embeddings x (B, T, C) plus alpha / sqrt(L C) times noise from [-1, 1) (Jain et al. 2023, NEFTune).
+
+    L is the number of tokens of the segment that a token is in, T where a row is one segment.
+    """
+    if segments is None:
+        length = x.shape[1]
+    else:
+        length = (segments[:, :, None] == segments[:, None, :]).sum(dim=-1, keepdim=True)  # (B, T, 1)
+    uniform = bits(key, first_row, x.shape).to(torch.float32) * 2**-23 - 1
+    return x + (uniform * (alpha / (length * x.shape[-1]) ** 0.5)).to(x.dtype)

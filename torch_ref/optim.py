@@ -1,5 +1,7 @@
 """Update rules as functions of one tensor. Rates and bias corrections are computed on the host, in Python floats."""
 
+from typing import Any
+
 import torch
 
 from mlxgpt.common.config import OptimConfig
@@ -23,15 +25,29 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
     ]
 
 
+def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
+    """AdamW's step size and decay factor, of a rate times param.lr (Hayou et al. 2024, LoRA+)."""
+    if param.lr == 1:
+        return s[0], s[2]
+    return s[0] * param.lr, 1 - (1 - s[2]) * param.lr
+
+
 def adamw(
-    p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, s: list[float], decay: bool, config: OptimConfig
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    s: list[float],
+    param: Param,
+    config: OptimConfig,
 ) -> None:
     """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars()."""
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-    if decay:
-        p.mul_(s[2])
-    p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-s[0])
+    rate, keep = own_rate(param, s)
+    if param.decay:
+        p.mul_(keep)
+    p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-rate)
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:

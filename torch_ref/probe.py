@@ -70,7 +70,7 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     Raises:
         UserError: see ``load``; ids that the model does not have.
     """
-    model, _ = load(folder, device)
+    model, _ = load(folder, device=device)
     if request.exact:
         model.double()._dtype = torch.float64
     request.check(model.config, str(folder))

@@ -4,11 +4,38 @@ A matrix [out, in] becomes words uint32 [out, in * bits / 32], the lowest bits f
 [out, in / group_size] of the matrix's own dtype. The rules are those of mx.quantize in mlx 0.32: bit for bit.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 _SMALLEST = np.float32(1e-7)  # a scale of mx.quantize, where the weights of a group are equal
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix as its words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
+
+    words: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+    bits: int
+    group_size: int
+
+    @classmethod
+    def of(cls, weight: np.ndarray, bits: int, group_size: int) -> "Quantised":
+        """What mx.quantize makes of a matrix."""
+        return cls(*quantise(weight, bits, group_size), bits, group_size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        return (*self.words.shape[:-1], self.words.shape[-1] * 32 // self.bits)
+
+    def dequantise(self) -> np.ndarray:
+        """The matrix in float32."""
+        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
 
 
 def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ class Backend:
     engine: ModuleType
     load: ModuleType
     generate: ModuleType
+    footprint: ModuleType
 
 
 def resolve(name: str | None) -> str:
@@ -45,9 +46,8 @@ def resolve(name: str | None) -> str:
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)
-    return Backend(
-        name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in ("engine", "load", "generate"))
-    )
+    parts = ("engine", "load", "generate", "footprint")
+    return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
 
 
 def _broken(name: str) -> str:

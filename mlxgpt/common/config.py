@@ -1,11 +1,13 @@
 """Every setting, once: frozen dataclasses, and recipes in TOML that fill them.
 
-A recipe has the sections ``[model] [data] [optim] [train] [sample]``, whose keys are the fields below; ``--set
-section.key=value`` overrides one. A key that no dataclass has is an error that offers the nearest name. The classes
-check what can be checked without the data; they import nothing heavy, so a wrong recipe fails at once.
+A recipe has the sections ``[model] [data] [optim] [train] [sample]``; one that fine-tunes has ``[tune]`` and
+``[adapter]`` in place of ``[data]``. Their keys are the fields below; ``--set section.key=value`` overrides one. A key
+that no dataclass has is an error that offers the nearest name. The classes check what can be checked without the data;
+they import nothing heavy, so a wrong recipe fails at once.
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
 import tomllib
@@ -23,6 +25,13 @@ def _field(default: Any, help: str) -> Any:
 def _check(section: str, ok: bool, what: str, found: object, expected: str) -> None:
     if not ok:
         raise UserError(f"{section}.{what} = {found!r}: expected {expected}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
@@ -82,6 +91,7 @@ class ModelConfig:
     norm_bias: bool = _field(True, "biases in LayerNorm")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
+    labels: tuple = _field((), "of a classifier, in the order of its head's rows; empty = a language model")
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -119,6 +129,12 @@ class ModelConfig:
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
         _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
+        names = self.labels
+        known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
+        _check("model", known, "labels", names, "two different names or more, or none")
+        if names:  # its head is `score`, whatever the language model had
+            object.__setattr__(self, "tied", False)
+            object.__setattr__(self, "final_softcap", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
         unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),
@@ -251,14 +267,128 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Fine-tuning: rows of data, how they become tokens, and what is asked of the model."""
+
+    model: str = _field("", "what is tuned: a run, a checkpoint, a model folder or a hub id")
+    adapter: str = _field("", "an adapter of that model, to be trained on")
+    source: str = _field(
+        "", "pydocs-qa, a folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet"
+    )
+    task: str = _field("lm", "lm (answers) or classify (labels)")
+    format: str = _field("auto", "of a row: auto (by its keys), text, completion, chat, alpaca or sharegpt")
+    text_key: str = _field("text", "key of a text row, or of the text to classify")
+    prompt_key: str = _field("prompt", "completion: key of what is asked")
+    completion_key: str = _field("completion", "completion: key of what is answered")
+    messages_key: str = _field("messages", "chat: key of the list of messages")
+    label_key: str = _field("label", "classify: key of the label")
+    template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
+    train_on_prompt: bool = _field(False, "loss on every token, not only on the assistant's")
+    unroll: bool = _field(False, "a row of each answer, with what precedes it: for templates that rewrite history")
+    date: str = _field("", "day that templates may write, such as 2026-11-25; empty = the day the run began")
+    block_size: int = _field(0, "tokens of a row at the most; 0 = the model's context, at most 2048")
+    overflow: str = _field("truncate", "longer rows: truncate (the prompt, from its left), drop or refuse")
+    packing: bool = _field(
+        True, "several rows side by side in one, each seeing itself alone; false = padding by length"
+    )
+    val_fraction: float = _field(0.1, "share of rows, by hash, that validates where the source has no such split")
+    epochs: float = _field(3.0, "passes over the rows, where train.steps is not given")
+    neftune: float = _field(0.0, "alpha of NEFTune's uniform noise on embeddings; 0 = off")
+    class_weights: str = _field("none", "classify: none, or balanced (inverse to a label's share)")
+    metrics: tuple = _field((), "answers generated and scored at validation: exact, bleu, chrf, rouge_l")
+    metric_rows: int = _field(50, "rows that are answered for them; 0 = all")
+    test: bool = _field(True, "at the end, score the test split where the source has one")
+    keep_best: str = _field(
+        "loss", "what the best checkpoint is best by: loss, one of tune.metrics, accuracy, macro_f1"
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("tune", self, "task", "lm", "classify")
+        _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
+        _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
+        _one_of("tune", self, "class_weights", "none", "balanced")
+        if not self.date:  # a run that goes on tomorrow renders the same rows
+            object.__setattr__(self, "date", datetime.date.today().isoformat())
+        _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
+        fits = not (self.unroll and self.train_on_prompt)
+        _check("tune", fits, "unroll", self.unroll, "false where tune.train_on_prompt")
+        for name in ("block_size", "neftune", "metric_rows"):
+            _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
+        for name, idle, task in (("metrics", (), "lm"), ("class_weights", "none", "classify")):
+            used = self.task == task or getattr(self, name) == idle
+            _check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")
+        known = ("exact", "bleu", "chrf", "rouge_l")
+        for name in self.metrics:
+            _check("tune", name in known, "metrics", name, "some of " + ", ".join(known))
+        best = ("loss", "accuracy", "macro_f1") if self.task == "classify" else ("loss", *self.metrics)
+        _one_of("tune", self, "keep_best", *best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What trains in fine-tuning. Patterns name modules as the family's files do (q_proj) or as we do (attn.c_attn)."""
+
+    method: str = _field("lora", "lora, dora, or full (every weight)")
+    rank: int = _field(8, "rank of an update")
+    alpha: float = _field(16.0, "an update is multiplied by alpha / rank")
+    rslora: bool = _field(False, "by alpha / sqrt(rank) instead")
+    dropout: float = _field(0.0, "on what an update reads")
+    targets: tuple = _field(("all-linear",), "modules that get one: all-linear, ends of names, or regular expressions")
+    layers: int = _field(0, "only the last n blocks; 0 = all")
+    ranks: tuple = _field((), "other ranks, as 'pattern=rank'; the last that matches counts")
+    alphas: tuple = _field((), "other alphas, as 'pattern=alpha'")
+    init: str = _field("default", "default (B = 0) or pissa (the largest singular values train)")
+    train: tuple = _field((), "modules trained whole beside them: names of embedding, head or norms")
+    bias: str = _field("none", "biases that train: none, adapted (those of the targets) or all")
+    b_lr: float = _field(1.0, "LoRA+: learning rate of B over that of A")
+    bits: int = _field(0, "quantise the frozen matrices: 4 or 8 bits; 0 = as the model has them")
+    group_size: int = _field(64, "inputs that share a scale")
+    dequantise: str = _field("auto", "a quantised base: auto (once, on a CPU, where memory allows) or never")
+
+    def __post_init__(self) -> None:
+        _one_of("adapter", self, "method", "lora", "dora", "full")
+        _one_of("adapter", self, "init", "default", "pissa")
+        _one_of("adapter", self, "bias", "none", "adapted", "all")
+        _one_of("adapter", self, "dequantise", "auto", "never")
+        for name in ("rank", "alpha", "b_lr"):
+            _check("adapter", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        _check("adapter", self.layers >= 0, "layers", self.layers, "0 or a positive number")
+        _check("adapter", 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        _check("adapter", self.bits in (0, 4, 8), "bits", self.bits, "0, 4 or 8")
+        _check("adapter", self.group_size in (32, 64, 128), "group_size", self.group_size, "32, 64 or 128")
+        _check("adapter", bool(self.targets) or bool(self.train), "targets", self.targets, "at least one")
+        for field in dataclasses.fields(self) if self.method == "full" else ():
+            value, default = getattr(self, field.name), field.default
+            idle = value == default or field.name == "method"
+            _check("adapter", idle, field.name, value, f"{default!r} where adapter.method = full: every weight trains")
+        used = self.bits or self.group_size == type(self).group_size
+        _check("adapter", bool(used), "group_size", self.group_size, "64 where adapter.bits = 0")
+        for field, kind, words in (("ranks", int, "rank"), ("alphas", float, "alpha")):
+            for item in getattr(self, field):
+                pattern, equals, value = str(item).rpartition("=")
+                try:
+                    good = bool(pattern and equals) and kind(value) > 0
+                except ValueError:
+                    good = False
+                _check("adapter", good, field, item, f"pattern={words}, such as q_proj={16 if kind is int else 32.0}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies."""
+    """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies.
+
+    Pre-training reads ``data``; fine-tuning reads ``tune`` and ``adapter`` instead, which are None otherwise.
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    tune: TuneConfig | None = None
+    adapter: AdapterConfig | None = None
 
 
 SECTIONS: dict[str, type] = {
@@ -267,6 +397,8 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "tune": TuneConfig,
+    "adapter": AdapterConfig,
 }
 
 # What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
@@ -340,6 +472,8 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
     for section, values in sections.items():
         if section not in SECTIONS:
             raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        if values is None and section in ("tune", "adapter"):
+            continue  # of a recipe that pre-trains, as asdict gives it
         if not isinstance(values, dict):
             raise UserError(f"{where}: {section} = {values!r}: expected a section [{section}]")
         fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
@@ -402,7 +536,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return repr(list(value))
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -412,7 +546,10 @@ def _toml_value(value: Any) -> str:
 def to_toml(recipe: Recipe) -> str:
     """The recipe with every field written out, each with its meaning as a comment; ``build`` reads it back equal."""
     lines = []
+    unread = ("tune", "adapter") if recipe.tune is None else ("data",)
     for section, kind in SECTIONS.items():
+        if section in unread:
+            continue
         lines.append(f"[{section}]")
         for field in dataclasses.fields(kind):
             value = _toml_value(getattr(getattr(recipe, section), field.name))

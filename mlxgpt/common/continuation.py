@@ -36,7 +36,7 @@ class Row:
         self.tokens: list[int] = []
         self.text, self.reason = "", ""
         self._held = ""  # may be the beginning of a stop string
-        self._ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()
+        self.ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()  # tokens that end the text
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         if self._decoder:
             # what follows is spelled as after the prompt: SentencePiece drops a space only at the start of a text
@@ -47,7 +47,7 @@ class Row:
         """Takes the next token and returns the text that is certain now; ``limit`` and ``room`` count drawn tokens."""
         if token < 0:
             raise RunError(f"prompt {self.index + 1}, token {len(self.tokens) + 1}: the model's logits are not finite")
-        if token in self._ends:
+        if token in self.ends:
             return self._close("eos")
         self.tokens.append(token)
         if self._decoder:
@@ -95,7 +95,8 @@ class Row:
 def start_rows(
     config: ModelConfig, tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]
 ) -> list[Row]:
-    """A row a prompt; text or token ids. An empty text starts from the end-of-text token.
+    """A row a prompt; text or token ids. A text begins with what its tokenizer puts before one, an empty one else
+    with the end-of-text token.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
@@ -116,6 +117,8 @@ def start_rows(
                 ids = tokenizer.encode(prompt)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+            if ids[: len(tokenizer.before)] != tokenizer.before:
+                ids = [*tokenizer.before, *ids]
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:

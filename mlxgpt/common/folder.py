@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from mlxgpt.common import families, params
+from mlxgpt.common import families, mlx_lm_folder, params
+from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, TensorError, UserError
 from mlxgpt.common.tensors import (
@@ -25,7 +26,7 @@ from mlxgpt.common.tensors import (
     write_tensors,
 )
 
-__all__ = ["find_tensors", "read_config", "read_params", "read_tensors", "write_model", "write_tensors"]
+__all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -94,9 +95,13 @@ def read_config(folder: Path | str) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
-    config = families.config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    values, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if isinstance(values.get("quantization"), dict):
+        config = families.config_from_hf(mlx_lm_folder.plain_values(values), where)
+        return mlx_lm_folder.with_head(config, find_tensors(folder))
+    config = families.config_from_hf(values, where)
     entries = _by_name(folder, config, find_tensors(folder))
-    if "tied" in families.family_of(config).fixed:
+    if config.labels or "tied" in families.family_of(config).fixed:
         return config
     head, table = (entries.get(families.to_foreign(config, name)[0]) for name in ("lm_head.weight", "wte.weight"))
     tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
@@ -149,13 +154,29 @@ def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> d
 def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
 
-    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted.
+    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted. Matrices that mlx-lm
+    quantised are dequantised.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
             calls zero is not; or the files are damaged.
     """
+    made = read_stored(folder, config, dtype)
+    return {name: _widened(each, dtype) if isinstance(each, Quantised) else each for name, each in made.items()}
+
+
+def _widened(matrix: Quantised, dtype: Any) -> np.ndarray:
+    return matrix.dequantise().astype(dtype or np.float32, copy=False)
+
+
+def read_stored(
+    folder: Path | str, config: ModelConfig, dtype: Any = np.float32
+) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantised]:
+    """``read_params``, but what mlx-lm quantised stays as it is."""
     folder = Path(folder)
+    scheme = read_json(folder / "config.json").get("quantization")
+    if isinstance(scheme, dict):
+        return _read_mlx_lm(folder, config, scheme, dtype)
     located = locate(folder, config, find_tensors(folder))
     wanted, made = params.table(config), {}
     for name, (foreign, entry, transposed) in located.items():
@@ -169,6 +190,21 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
             continue
         made[name] = np.ascontiguousarray(array.T if transposed else array, dtype=dtype)
     return {name: made[name] for name in wanted}
+
+
+def _read_mlx_lm(
+    folder: Path, config: ModelConfig, scheme: dict[str, Any], dtype: Any
+) -> dict[str, np.ndarray | Quantised]:
+    """The parameters of a folder whose config.json says how it is quantised."""
+    made: dict[str, np.ndarray | Quantised] = {}
+    for name, where in mlx_lm_folder.locate(folder, config, find_tensors(folder), scheme).items():
+        each = where.read() if isinstance(where, mlx_lm_folder.Matrix) else read_tensor(where)
+        floats = (each.scales, each.biases) if isinstance(each, Quantised) else (each,)
+        bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)
+        if bad:
+            raise UserError(f"{folder}: {name} has {bad} values that are not finite (NaN or Inf)")
+        made[name] = each if isinstance(each, Quantised) else np.ascontiguousarray(each, dtype=dtype)
+    return made
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
@@ -225,7 +261,9 @@ def write_model(
         raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
     _check_given(config, weights, DTYPES[dtype])
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None, "pad_token_id": None}
+    eos = tokenizer.eos_id if tokenizer else None
+    # a classifier's last token is the last that is no padding
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,12 @@ def normal(seed: int, *address: object, shape: tuple[int, ...], std: float) -> n
     return draw * np.float32(std)
 
 
+def uniform(seed: int, *address: object, shape: tuple[int, ...], bound: float) -> np.ndarray:
+    """U(-bound, bound) as float32 of ``shape``."""
+    draw = np.random.Generator(philox(seed, *address)).random(shape, dtype=np.float32)
+    return (2 * draw - 1) * np.float32(bound)
+
+
 def integers(seed: int, *address: object, count: int, high: int) -> np.ndarray:
     """``count`` int64 values in [0, high); the modulo bias is below high / 2^64."""
     return (philox(seed, *address).random_raw(count) % np.uint64(high)).astype(np.int64)

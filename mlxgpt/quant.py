@@ -1,0 +1,114 @@
+"""Matrices that stay quantised, in MLX's affine format (common/affine.py); they compute, and do not train."""
+
+from functools import cache
+from typing import Any
+
+from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+
+# isort: split
+import ml_dtypes
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxgpt.common.affine import Quantised
+from mlxgpt.model import Embedding, Linear, Matrix, Model
+
+FEW = 8  # rows of x below which the CPU's quantised product beats making the matrix
+
+
+class Words(Matrix):
+    """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
+
+    def __init__(self, matrix: Quantised):
+        nn.Module.__init__(self)
+        self.bits, self.group_size = matrix.bits, matrix.group_size
+        self.words, self.scales, self.biases = parts(matrix)
+
+    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x W^T + bias, in x's dtype."""
+        y = product(self.bits, self.group_size)(x, *self.stored())
+        return y if bias is None else y + bias.astype(x.dtype)
+
+    def stored(self) -> list[mx.array]:
+        """Words, scales and biases."""
+        return [self.words, self.scales, self.biases]
+
+    def matrix(self) -> mx.array:
+        """W."""
+        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+
+
+class QuantisedLinear(Words, Linear):
+    """y = x W^T + b."""
+
+    def __init__(self, matrix: Quantised, bias: mx.array | None):
+        super().__init__(matrix)
+        if bias is not None:
+            self.bias = bias
+
+
+class QuantisedEmbedding(Words, Embedding):
+    """Rows of W."""
+
+    def __init__(self, matrix: Quantised):
+        super().__init__(matrix)
+        self._deterministic = False
+
+    def rows(self, index: mx.array) -> mx.array:
+        """W[index]."""
+        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
+
+
+def parts(matrix: Quantised) -> list[mx.array]:
+    """Words, scales and biases on the device, scales and biases in the dtype that they have."""
+    made = [mx.array(matrix.words)]
+    for array in (matrix.scales, matrix.biases):
+        narrow = array.dtype == ml_dtypes.bfloat16
+        made.append(mx.array(array.astype(np.float32)).astype(mx.bfloat16) if narrow else mx.array(array))
+    return made
+
+
+def dequantise(words: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+    """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+
+
+@cache
+def product(bits: int, group_size: int) -> Any:
+    """x W^T of x, words, scales and biases, which keeps no W for the gradient, which is by x alone.
+
+    A GPU multiplies by what is quantised. On a CPU that is 40 times slower than a BLAS, so W is made, and made again.
+    """
+
+    @mx.custom_function
+    def times(x: mx.array, words: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        if mx.default_device() == mx.Device(mx.gpu) or x.size // x.shape[-1] < FEW:
+            scales, biases = scales.astype(x.dtype), biases.astype(x.dtype)
+            return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=group_size, bits=bits)
+        return x @ dequantise(words, scales, biases, bits, group_size).astype(x.dtype).T
+
+    @times.vjp
+    def times_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        x, words, scales, biases = primals
+        still = mx.zeros_like(words), mx.zeros_like(scales), mx.zeros_like(biases)
+        if mx.default_device() == mx.Device(mx.gpu):
+            wide = scales.astype(x.dtype), biases.astype(x.dtype)
+            grad = mx.quantized_matmul(cotangent, words, *wide, transpose=False, group_size=group_size, bits=bits)
+            return grad, *still
+        words = mx.depends([words], [cotangent])[0]  # else compilation makes one W of the two, and keeps it
+        return cotangent @ dequantise(words, scales, biases, bits, group_size).astype(x.dtype), *still
+
+    return times
+
+
+def place(model: Model, path: str, matrix: Quantised) -> None:
+    """Puts a quantised matrix where ``path`` says, in place of the module there; its bias stays."""
+    above, _, name = path.rpartition(".")
+    owner: Any = model.at(above) if above else model
+    module = getattr(owner, name)
+    if isinstance(module, Embedding):
+        setattr(owner, name, QuantisedEmbedding(matrix))
+    else:
+        setattr(owner, name, QuantisedLinear(matrix, module.bias if "bias" in module else None))

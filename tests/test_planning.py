@@ -1,0 +1,237 @@
+"""Plans: predicted against measured memory in both frameworks, budgets, the gate of train, and what is refused."""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+
+import fake_run
+import pytest
+
+from benchmarks import planning
+from mlxgpt import cli
+from mlxgpt.common import chips, machine, plan_budget, plan_compute, plan_memory, planner
+from mlxgpt.common.config import Recipe, build
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan_memory import Footprint, Piece
+
+GATE = planning.GATE
+TINY = [
+    planning._s("gpt2", "2 2 2 64 64 300", 2),
+    planning._s("llama", "2 2 1 64 64 1500", 2, {"checkpoint_activations": True}),
+    planning._s("gemma2", "1 2 1 64 64 300", 2, {"dropout": 0.1, "micro_batch_size": 1}),
+    planning._s("qwen3", "1 4 2 64 64 1500", 1, optim={"name": "muon"}),
+]
+
+
+def ratio(backend: str, setting: planning.Setting) -> float:
+    """Predicted over measured peak."""
+    recipe = planning.recipe_of(setting)
+    measure = {"mlx": planning.measure_mlx, "torch": planning.measure_torch}[backend]
+    return planning.predict(backend, recipe) / measure(recipe)
+
+
+@pytest.mark.parametrize("setting", TINY, ids=planning.describe)
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_predicted_memory_is_what_is_measured(backend: str, setting: planning.Setting) -> None:
+    assert GATE[0] <= ratio(backend, setting) <= GATE[1]
+
+
+def test_a_plan_that_forgets_the_moments_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_ref import footprint
+
+    note, forgotten = footprint.Watch.note, set()
+
+    def forget(self, tensor, label: str = "") -> None:
+        key = tensor.untyped_storage()._cdata
+        if label == "moments":
+            forgotten.add(key)
+        if key not in forgotten:
+            note(self, tensor, label)
+
+    monkeypatch.setattr(footprint.Watch, "note", forget)
+    assert ratio("torch", planning._s("gpt2", "1 2 2 128 32 300", 1)) < GATE[0]
+
+
+def test_a_plan_that_forgets_the_logits_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_ref import footprint
+
+    note = footprint.Watch.note
+    narrow = lambda self, tensor, label="": None if tensor.shape[-1:] == (1000,) else note(self, tensor, label)  # noqa: E731
+    monkeypatch.setattr(footprint.Watch, "note", narrow)
+    assert ratio("torch", planning._s("gpt2", "1 2 2 32 64 1000", 2, {"loss_chunk": 0})) < GATE[0]
+
+
+def test_nothing_is_allocated_for_a_plan() -> None:
+    from mlxgpt import footprint
+
+    # isort: split
+    import mlx.core as mx
+
+    recipe = planning.recipe_of(planning._s("llama", "4 16 4 1024 1024 32000", 8))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert footprint.footprint(recipe, 8, 1024).peak > 2**30
+    assert mx.get_peak_memory() - before < 2**20
+
+
+def test_the_quick_bound_is_never_under_a_plan() -> None:
+    import random
+
+    from mlxgpt import footprint
+
+    dice = random.Random(5)
+    for _ in range(12):
+        recipe = planning.recipe_of(planning.draw(dice))
+        assert plan_memory.at_most(recipe) >= plan_memory.plan(recipe, footprint.footprint).whole, recipe
+
+
+def per_row(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
+    """A footprint of 1000 bytes a row and token, half of them where blocks are recomputed."""
+    size = 1000 * rows * length // (2 if recipe.train.checkpoint_activations else 1)
+    return Footprint(size, [Piece("", (rows, length), size)])
+
+
+def test_the_largest_micro_batch_and_row_that_fit() -> None:
+    recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}})
+    spare = plan_memory.copy(recipe)
+    assert plan_memory.largest_rows(recipe, per_row, 70_500 + spare) == 7
+    assert plan_memory.largest_rows(recipe, per_row, 9_000 + spare) == 0
+    one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=1))
+    long = plan_memory.longest(one, per_row, 100_000)
+    model = dataclasses.replace(recipe.model, block_size=long)
+    assert 60 < long <= 100
+    assert 1000 * long + plan_memory.copy(dataclasses.replace(one, model=model)) <= 100_000
+
+
+def test_flops_are_six_a_weight_and_attention_and_less_where_weights_are_frozen() -> None:
+    recipe = build({"model": {"vocab_size": 1000, "n_embd": 256, "n_layer": 4, "block_size": 64}})
+    found = plan_compute.flops(recipe, 64, 1000)
+    assert found.exact == pytest.approx(found.rule, rel=0.06)
+    tuned = build({"model": {"vocab_size": 1000, "n_embd": 256, "n_layer": 4, "block_size": 64},
+                   "tune": {"source": "x"}, "adapter": {"rank": 2}})  # fmt: skip
+    assert 0.6 < plan_compute.flops(tuned, 64, 1000).exact / found.exact < 0.75
+    again = build({"model": {"vocab_size": 1000, "n_embd": 256, "n_layer": 4, "block_size": 64},
+                   "train": {"checkpoint_activations": True}})  # fmt: skip
+    assert plan_compute.flops(again, 64, 1000).exact > 1.2 * found.exact
+
+
+def test_chinchilla_published_optimum_is_found() -> None:
+    # Besiroglu et al. 2024: at Chinchilla's own budget their fit agrees with 70 B parameters and 1.4 T tokens
+    size, tokens = plan_budget.BESIROGLU.best(5.76e23)
+    assert 60e9 < size < 80e9 and 1.2e12 < tokens < 1.6e12
+    assert plan_budget.BESIROGLU.loss(70e9, 1.4e12) == pytest.approx(1.97, abs=0.03)
+
+
+def command(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What a command prints; it ends with 0."""
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+SMALL = ["--set", "model.n_layer=1", "--set", "model.n_embd=64", "--set", "model.block_size=32", "--backend", "mlx"]
+
+
+def test_plan_of_a_recipe_as_json_has_the_documented_keys(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    argv = ["plan", "pydocs", "--chip", "m2 pro", "--price", "2", "--json", "--plot", str(picture), *SMALL]
+    found = json.loads(command(argv, capsys))
+    documented = (Path(__file__).parent.parent / "docs" / "planning.md").read_text()
+    assert {key for key in found if f"`{key}`" not in documented} == set()
+    assert sum(found["memory"]["components"].values()) == found["memory"]["peak"]
+    assert found["cost"] == pytest.approx(2 * found["seconds"] / 3600)
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_plan_as_a_table_keeps_to_80_columns(capsys: pytest.CaptureFixture) -> None:
+    text = command(["plan", "pydocs", *SMALL], capsys)
+    assert "peak" in text and "largest micro-batch" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    out = tmp_path / "best.toml"
+    argv = ["plan", "pydocs", "--hours", "0.001", "--chip", "m1", "--memory", "1GB", "--out", str(out), "--json",
+            "--backend", "mlx"]  # fmt: skip
+    found = json.loads(command(argv, capsys))
+    recipe = build(tomllib.loads(out.read_text()))
+    assert recipe.model.n_embd % recipe.model.n_head == 0
+    assert recipe.train.steps == found["steps"] and recipe.model.vocab_size == 0
+    assert found["memory"]["whole"] <= 10**9
+    assert found["seconds"] == pytest.approx(3.6, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--chip", "h1000"], "--chip h1000: unknown (did you mean 'h100'?): expected one of m1, m1-pro"),
+        (["--budget", "much", "--chip", "h100", "--price", "2"], "--budget much: expected an amount of money"),
+        (["--budget", "5 USD", "--chip", "h100"], "--budget 5 USD: expected --price as well"),
+        (["--memory", "16"], "--memory 16: expected a size"),
+        (["--memory", "2MB"], "too small for any model"),
+        (["--set", "train.batchsize=2"], "did you mean 'batch_size'"),
+        (["--price", "-1"], "expected a positive number"),
+        (["--plot", "x.doc"], "--plot x.doc: expected a file ending in .png or .svg"),
+        (["--out", "x.toml"], "--out: writes the recipe of --budget, --hours or --memory"),
+        (["--hours", "1"], "is not in the table: expected one of m1"),
+    ],
+)
+def test_what_is_wrong_is_one_line(argv: list[str], line: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", "pydocs", "--backend", "mlx", "--device", "cpu", *argv]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_a_recipe_with_a_typo_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[model]\nn_layers = 2\n")
+    assert cli.main(["plan", str(path)]) == 2
+    assert "unknown key model.n_layers (did you mean 'n_layer'?)" in capsys.readouterr().err
+
+
+def arguments(force: bool = False) -> argparse.Namespace:
+    """Of train, as far as the gate reads them."""
+    return argparse.Namespace(device="cpu", force=force)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = build({"model": {"vocab_size": 13, "n_layer": 1, "n_embd": 8, "n_head": 2, "block_size": 8}})
+    backend = fake_run.load_backend("mlx")
+    backend.name, spare = "mlx", plan_memory.copy(recipe)
+    monkeypatch.setattr(fake_run, "FREE", 4500 + spare)
+    with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=4; --force"):
+        planner.gate(recipe, backend, arguments())
+    assert planner.gate(recipe, backend, arguments(force=True)).memory
+    backend.footprint.footprint = per_row
+    monkeypatch.setattr(fake_run, "FREE", 70_000 + spare)
+    with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=8; --force"):
+        planner.gate(recipe, backend, arguments())
+    monkeypatch.setattr(fake_run, "FREE", 5_000 + spare)
+    with pytest.raises(UserError, match=r"train.checkpoint_activations=true"):
+        planner.gate(recipe, backend, arguments())
+    monkeypatch.setattr(fake_run, "FREE", spare)
+    with pytest.raises(UserError, match="no micro-batch fits: expected a smaller model"):
+        planner.gate(recipe, backend, arguments())
+
+
+def test_train_says_predicted_and_measured_and_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("hello world, " * 400)
+    argv = ["train", "pydocs", "--out", str(tmp_path / "run"), "--steps", "3", "--set", f"data.source={corpus}",
+            "--set", "data.tokenizer=char", "--set", "train.eval_every=0", "--set", "optim.warmup=1",
+            "--set", "sample.max_tokens=0", *SMALL]  # fmt: skip
+    assert " predicted, " in command(argv, capsys)
+    plan = json.loads((tmp_path / "run" / planner.FILE).read_text())
+    assert plan["backend"] == "mlx" and plan["predicted_seconds"] is None and plan["measured_seconds"] > 0
+    assert sum(plan["components"].values()) == plan["predicted_peak"] > 0 and plan["measured_peak"] > 0
+
+
+def test_memory_of_this_machine() -> None:
+    assert 2**27 < machine.free() <= machine.total()
+
+
+def test_chips_are_found_however_they_are_written() -> None:
+    assert chips.find("M3 Max") is chips.find("apple-m3-max") is chips.CHIPS["m3-max"]
+    assert chips.find("RTX4090").memory == 24
+    assert chips.here("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]

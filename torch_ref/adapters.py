@@ -1,0 +1,138 @@
+"""Matrices that compute as W + scale B A, in PyTorch; common/adapters.py has the formulas and the names of the tensors.
+
+An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mlxgpt.common import adapters
+from mlxgpt.common.adapter_folder import Adapter
+from mlxgpt.common.adapters import Target
+from torch_ref import noise
+from torch_ref.model import Dropout, Embedding, Linear, Model
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a module computes with the tensors of its update, which are its attributes."""
+
+    scale: float
+    site: int  # of Dropout.adapter_keys, its own
+    squares: torch.Tensor | None  # dora: the squared norms of the rows of W, which is frozen
+
+    def linear(self, module: Linear, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+        """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
+        given, bias = self.dropped(x, drop), module.bias
+        z = low_rank(given, module.lora_a, module.lora_b, self.scale)
+        if hasattr(module, "start_a"):
+            z = z - low_rank(x, module.start_a, module.start_b, self.scale)
+        if self.squares is None:
+            return module.times(x, bias) + z
+        g = self.gain(module, module.lora_a, module.lora_b, *start(module)).to(x.dtype)
+        # as PEFT has it: what dropout left is what the whole of dora's change reads
+        y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
+        return y if bias is None else y + bias.to(x.dtype)
+
+    def rows(self, module: Embedding, index: torch.Tensor) -> torch.Tensor:
+        """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
+        y = module.rows(index)
+
+        def changed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (F.embedding(index, a.T) @ b.T) * self.scale
+
+        y = y + changed(module.lora_a, module.lora_b).to(y.dtype)
+        if hasattr(module, "start_a"):
+            y = y - changed(module.start_a, module.start_b).to(y.dtype)
+        if self.squares is None:
+            return y
+        norm = y.detach().to(torch.promote_types(y.dtype, torch.float32)).square().sum(dim=-1).sqrt()
+        return (module.magnitude[index] / norm)[..., None].to(y.dtype) * y
+
+    def head(self, module: Embedding, x: torch.Tensor) -> torch.Tensor:
+        """x (W + scale A^T B^T)^T; dora: its rows at their magnitude."""
+        turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
+        y = module.times(x) + low_rank(x, turned[0], turned[1], self.scale)
+        if turned[2:]:
+            y = y - low_rank(x, turned[2], turned[3], self.scale)
+        return y if self.squares is None else y * self.gain(module, *turned).to(x.dtype)
+
+    def low(self, module: Any, x: torch.Tensor, drop: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
+        if isinstance(module, Embedding):
+            turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
+        else:
+            turned = [module.lora_a, module.lora_b, *start(module)]
+        u, b = self.dropped(x, drop if isinstance(module, Linear) else None) @ turned[0].to(x.dtype).T, turned[1]
+        if turned[2:]:
+            u, b = torch.cat([u, -(x @ turned[2].to(x.dtype).T)], dim=-1), torch.cat([b, turned[3]], dim=-1)
+        return u * self.scale, b
+
+    def dropped(self, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+        """What the update reads of x."""
+        if not (drop and drop.adapter_rate):
+            return x
+        return noise.dropout(x, drop.adapter_rate, drop.adapter_keys[self.site], drop.first_row)
+
+    def gain(
+        self,
+        module: Linear | Embedding,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        start_a: torch.Tensor | None = None,
+        start_b: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """magnitude / norms of the rows of the changed matrix; no gradient flows through the norms.
+
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T, so that nothing of the matrix's size is made.
+        """
+        assert self.squares is not None
+        if start_a is not None and start_b is not None:
+            a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
+        a, b = a.detach(), b.detach()
+        cross = (b * module.times(a).T).sum(dim=-1)
+        own = ((b @ (a @ a.T)) * b).sum(dim=-1)
+        return module.magnitude / (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
+
+
+def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale B A x, in x's dtype."""
+    return ((x @ a.to(x.dtype).T) * scale) @ b.to(x.dtype).T
+
+
+def start(module: Any) -> tuple[torch.Tensor, ...]:
+    """What the update of a module started from, (A0, B0), where that is taken off."""
+    return (module.start_a, module.start_b) if hasattr(module, "start_a") else ()
+
+
+def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]) -> None:
+    """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
+    device = model.ln_f.weight.device
+    for site, (path, target) in enumerate(targets.items()):
+        module, squares = model.at(path), None
+        for kind in adapters.KINDS:
+            if f"{path}.{kind}" in params:
+                setattr(
+                    module, kind, nn.Parameter(torch.from_numpy(params[f"{path}.{kind}"]).to(device, copy=True), False)
+                )
+        if f"{path}.magnitude" in params:
+            squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
+        module.adapter = Update(target.scale, site, squares)
+
+
+def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:
+    """Adds adapters, each times its weight, to a model whose weights are there.
+
+    Raises:
+        UserError: they cannot be added up; see common.adapters.add_up.
+    """
+    targets, params, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in given])
+    for name, array in whole.items():
+        path, _, kind = name.rpartition(".")
+        getattr(model.at(path), kind).data.copy_(torch.from_numpy(array))
+    adapt(model, targets, params)

@@ -1,0 +1,104 @@
+"""Matrices that stay quantised, in MLX's affine format (common/affine.py); they compute, and do not train."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn as nn
+
+from mlxgpt.common.affine import Quantised
+from torch_ref.model import Embedding, Linear, Matrix, Model
+
+
+class Words(Matrix):
+    """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor
+
+    def __init__(self, matrix: Quantised):
+        nn.Module.__init__(self)
+        self.bits, self.group_size = matrix.bits, matrix.group_size
+        for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
+            self.register_buffer(name, part)
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias, in x's dtype."""
+        y = Product.apply(x, *self.stored(), self.bits, self.group_size)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    def stored(self) -> list[torch.Tensor]:
+        """Words, scales and biases."""
+        return [self.words, self.scales, self.biases]
+
+    def matrix(self) -> torch.Tensor:
+        """W."""
+        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+
+
+class QuantisedLinear(Words, Linear):
+    """y = x W^T + b."""
+
+    def __init__(self, matrix: Quantised, bias: nn.Parameter | None):
+        super().__init__(matrix)
+        self.bias = bias
+
+
+class QuantisedEmbedding(Words, Embedding):
+    """Rows of W."""
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """W[index]."""
+        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
+
+
+def parts(matrix: Quantised) -> list[torch.Tensor]:
+    """Words (as int32), scales and biases, scales and biases in the dtype that they have."""
+    made = [torch.from_numpy(np.ascontiguousarray(matrix.words).view(np.int32))]
+    for array in (matrix.scales, matrix.biases):
+        narrow = array.dtype == ml_dtypes.bfloat16
+        made.append(torch.from_numpy(array.astype(np.float32)).bfloat16() if narrow else torch.from_numpy(array))
+    return made
+
+
+def dequantise(
+    words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, group_size: int
+) -> torch.Tensor:
+    """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
+    packed = words.contiguous().view(torch.uint8)
+    levels = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    made = torch.stack(levels, dim=-1).to(torch.float32).reshape(*scales.shape, group_size)
+    made.mul_(scales[..., None]).add_(biases[..., None])
+    return made.flatten(-2)
+
+
+class Product(torch.autograd.Function):
+    """x W^T of x, words, scales and biases, which keeps no W for the gradient, which is by x alone.
+
+    W is made, and made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *matrix: Any) -> torch.Tensor:
+        ctx.save_for_backward(*matrix[:3])
+        ctx.rest = matrix[3:]
+        return x @ dequantise(*matrix).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cotangent = cotangents[0]
+        grad = cotangent @ dequantise(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype)
+        return grad, None, None, None, None, None
+
+
+def place(model: Model, path: str, matrix: Quantised) -> None:
+    """Puts a quantised matrix where ``path`` says, in place of the module there; its bias stays."""
+    above, _, name = path.rpartition(".")
+    owner: Any = model.at(above) if above else model
+    module = getattr(owner, name)
+    if isinstance(module, Embedding):
+        setattr(owner, name, QuantisedEmbedding(matrix))
+    else:
+        setattr(owner, name, QuantisedLinear(matrix, module.bias))
