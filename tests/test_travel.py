@@ -50,7 +50,7 @@ def rest(place: Path) -> dict[str, bytes]:
 def test_everything_travels_and_the_last_one_says_from_what(
     route: tuple[str, ...], dressed: Path, tmp_path: Path
 ) -> None:
-    place = dressed
+    before = place = dressed
     for step, to in enumerate(route):
         before, place = place, tmp_path / (f"{step}.gguf" if to == "gguf" else str(step))
         convert_model(before, place, to)
