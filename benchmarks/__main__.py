@@ -33,18 +33,19 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "startup": Section("Start-up", 9, "--rounds 1"),
+    "startup": Section("Start-up", 7, "--rounds 1"),
     "tokenizing": Section("Tokenizing", 5, "--rounds 2 --megabytes 2"),
-    "train_step": Section("Training step", 9, "--rounds 2 --size tiny --no-compiled --no-installed"),
+    "train_step": Section("Training step", 7, "--rounds 2 --size tiny --no-compiled --no-installed"),
     "head": Section("Head and loss", 5, "--rounds 2 --frameworks mlx --forms frozen --tokens 512"),
-    "decode": Section("Decoding and the first token", 9, "--rounds 1 --tokens 16"),
-    "checkpointing": Section("Checkpoints", 7, "--rounds 2 --steps 10 --layers 2"),
-    "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
-    "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50"),
+    "decode": Section("Decoding and the first token", 7, "--rounds 1 --tokens 16"),
+    "checkpointing": Section("Checkpoints", 5, "--rounds 2 --steps 10 --layers 2"),
+    "verify": Section("Verifying", 3, "--rounds 1 --layers 2"),
+    "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50 --timed"),
+    "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "planning": Section("Planned memory", 1, "--few"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
-PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
+PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")
 REPORT = DOCS / "benchmarks.md"
 NOTES = "Notes"
 """The heading of what is written by hand; sections go before it."""
@@ -99,7 +100,7 @@ def main() -> None:
     """Runs the sections, prints their tables and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
-    parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 5 to 9, by section")
+    parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 3 to 7, by section")
     parser.add_argument("--quick", action="store_true", help="fewest pairs, smallest sizes; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md as it is")
     args = parser.parse_args()

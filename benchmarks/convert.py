@@ -1,6 +1,6 @@
 """How long conversions take and how much memory they need, against cp, sha256sum and mlx_lm.convert on the same folder.
 
-    python -m benchmarks.convert [--rounds 9] [--megabytes 1000] [--json] [--memory | --matrix]
+    python -m benchmarks.convert [--rounds 9] [--megabytes 1000] [--json] [--memory | --timed | --matrix]
 
 The folder is a llama of random bfloat16 weights. Each conversion is a process of its own, timed from its start to its
 end; what it wrote is removed and the disk is idle before the next begins. --memory: the peak of each conversion with
@@ -184,12 +184,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--memory", action="store_true", help="only the memory of each conversion")
+    parser.add_argument("--timed", action="store_true", help="only the times of those that move bytes")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         rows = [] if args.memory else timed(place, args.megabytes, args.rounds)
-        finish(rows + memory(place, args.megabytes), args.json)
+        rows += [] if args.timed else memory(place, args.megabytes)
+        finish(rows, args.json)
 
 
 if __name__ == "__main__":

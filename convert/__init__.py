@@ -1,11 +1,21 @@
 """Foreign formats and proof: any model that is readable here, from any format into any other.
 
-from convert import convert, open_model
+The source's format is recognised by content, and no tensor is in memory before it is asked for:
 
-opened = open_model("out/ckpt.pt")             # recognised by content; no tensor is in memory yet
-opened.config, opened.tensors["wte.weight"].read()
-report = convert("out/ckpt.pt", "model")       # a Hugging Face folder, with tokenizer, moments and provenance
-convert("model", "back.pt", to="nanogpt")      # and back: the same bits
+    >>> from convert import convert, open_model
+    >>> opened = open_model("ckpt.pt")
+    >>> opened.format, opened.config.n_layer, opened.tensors["wte.weight"].shape
+    ('nanogpt', 2, (80, 48))
+
+A Hugging Face folder of it, with tokenizer, moments and provenance, and back, bit for bit:
+
+    >>> convert("ckpt.pt", "model").format
+    'hf'
+    >>> convert("model", "back.pt", to="nanogpt").parameters
+    62016
+    >>> back = open_model("back.pt")
+    >>> all((back.tensors[name].read() == tensor.read()).all() for name, tensor in opened.tensors.items())
+    True
 """
 
 from convert.conversion import Report, convert

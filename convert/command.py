@@ -5,7 +5,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from convert import adapters
 from convert.conversion import Report, convert
+from mlxgpt.common.errors import UserError
 
 
 def convert_command(args: argparse.Namespace) -> int:
@@ -15,6 +17,10 @@ def convert_command(args: argparse.Namespace) -> int:
         args: src, dst, to, tokenizer, dtype, bits, group_size, max_shard, version, n_head, no_hash, allow_nan, verify,
             force, json.
     """
+    if adapters.is_adapter(args.src):
+        return _adapter(args)
+    if args.to == "peft" or args.model:
+        raise UserError(f"{'--to peft' if args.to == 'peft' else '--model'}: {args.src} is no adapter")
     names = ("dtype", "bits", "group_size", "max_shard", "version")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.tokenizer:
@@ -30,11 +36,28 @@ def convert_command(args: argparse.Namespace) -> int:
         return 0
     for note in report.notes:
         print(f"note: {note}")
-    print(_line(report))
+    print(line(report))
     return 0
 
 
-def _line(report: Report) -> str:
+def _adapter(args: argparse.Namespace) -> int:
+    """Moves an adapter between layouts."""
+    for name in ("dtype", "bits", "group_size", "max_shard", "version", "n_head", "tokenizer", "verify", "allow_nan"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: {args.src} is an adapter: expected --to, --model or --force")
+    adapter, notes = adapters.convert(args.src, args.dst, args.to, args.model, args.force)
+    if args.json:
+        print(
+            json.dumps({"path": args.dst, "method": adapter.method, "targets": sorted(adapter.targets), "notes": notes})
+        )
+        return 0
+    for note in notes:
+        print(f"note: {note}")
+    print(adapters.line(adapter, args.dst))
+    return 0
+
+
+def line(report: Report) -> str:
     """What was written."""
     agreed = ", agrees with the source" if report.verified else ""
     size = f"{report.size / 2**20:.1f} MiB" if report.size >= 2**20 else f"{report.size:,} bytes"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,13 @@ from mlxgpt.common.tokenizer import FILES
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
 # option -> the formats that it means something for
-_ONLY = {"bits": ("mlx-lm", "gguf"), "group_size": ("mlx-lm",), "max_shard": ("hf", "mlx-lm"), "version": ("llama2c",)}
+_ONLY = {
+    "bits": ("mlx-lm", "gguf"),
+    "keep_bits": ("mlx-lm",),
+    "group_size": ("mlx-lm",),
+    "max_shard": ("hf", "mlx-lm"),
+    "version": ("llama2c",),
+}
 _MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
 
 
@@ -68,19 +75,39 @@ def convert(
     are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
     result against the source and keeps it only if they agree.
 
-        report = convert("gpt2", "gpt2-q4", to="mlx-lm", bits=4)
-        convert("gpt2-q4", "gpt2.gguf")
+        >>> report = convert("ckpt.pt", "small.gguf", dtype="bfloat16")
+        >>> report.format, sorted(report.sha256)
+        ('gguf', ['small.gguf'])
+        >>> convert("small.gguf", "again").source_format
+        'gguf'
 
     Raises:
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
+    format_of(to)
+    _options(to, options)
+    again = functools.partial(_verify, src, n_head=n_head) if verify else None
+    return convert_opened(open_model(src, n_head), src, dst, to, force=force, verify=again, **options)
+
+
+def convert_opened(
+    opened: Opened,
+    src: Path | str,
+    dst: Path | str,
+    to: str,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+    **options: Any,
+) -> Report:
+    """``convert`` of a model that is open already, such as one that no format holds; ``src`` is what it is called."""
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    to = to or _BY_SUFFIX.get(dst.suffix, "hf")
-    writer = format_of(to)
-    made = _options(to, options)
-    opened = open_model(src, n_head)
+    writer, made = format_of(to), _options(to, options)
+    if opened.config.labels and to != "hf":
+        raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
     if hasattr(writer, "BESIDE"):
         placing.check(dst.with_suffix(writer.BESIDE), force)
@@ -101,10 +128,10 @@ def convert(
         if writer.KIND == "folder":
             _seal(place, opened, block)
         if verify:
-            _verify(src, place, n_head)
+            verify(place)
         _put(place, dst, force, _beside(writer, opened, dst, block))
     seconds, count = time.perf_counter() - start, params.count(opened.config)
-    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify)
+    return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify is not None)
 
 
 def _options(to: str, options: dict[str, Any]) -> Options:
@@ -125,8 +152,8 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
     """Refuses a destination that is there, or that would meet the source."""
-    there = dst.resolve()
-    for source in {opened.path.resolve(), Path(src).expanduser().resolve()}:
+    there = Path(os.path.realpath(dst))  # a link that leads to itself is one more place, where resolve() raises
+    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
@@ -248,11 +275,15 @@ class _Digests:
 
 @contextlib.contextmanager
 def _as_user_errors(dst: Path) -> Iterator[None]:
-    """What the system refuses, in one line."""
+    """What the system refuses, in one line: of the file that it names, if that is not the result's."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{dst}: cannot write: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else dst
+        if f".{dst.name}.partial" in named.parts or named == dst:
+            raise UserError(f"{dst}: cannot write: {reason}") from None
+        raise UserError(f"{named}: {reason}") from None
 
 
 def _weights(place: Path) -> list[Path]:
@@ -308,11 +339,11 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
     """Holds the result against the source before it gets its name."""
     from convert.verify import verify
 
-    report = verify(src, made)
+    report = verify(src, made, n_head=n_head)
     if not report.agrees:
-        raise RunError(
-            f"{src}: the result does not agree, nothing was kept: {'; '.join(map(str, report.findings[:3]))}"
-        )
+        missing = [f"{item.what}: {item.reason}" for item in report.not_checked if item.requested]
+        reasons = "; ".join([*map(str, report.findings[:3]), *missing[:3]])
+        raise RunError(f"{src}: the result does not agree, nothing was kept: {reasons}")
 
 
 def _size(place: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from convert.model import Opened
-from mlxgpt.common import checkpoint
+from mlxgpt.common import adapter_folder, checkpoint
 from mlxgpt.common.errors import UserError
 
 # what --to calls a format -> its module, in the order in which a model is held against them
@@ -46,7 +46,7 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
     reader = _reader(place)
     if reader is None and not place.is_file():
         place = checkpoint.resolve_model(path)
-        reader = _reader(place)
+        reader = importlib.import_module("convert.fuse") if adapter_folder.is_adapter(place) else _reader(place)
     if reader is None:
         raise UserError(f"{place}: not recognised as one of {', '.join(FORMATS)}")
     if not n_head:

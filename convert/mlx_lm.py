@@ -5,14 +5,15 @@ mlx-lm turns. What mlx-lm itself wrote, and all that is quantised, has the names
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert import hf, stream
-from convert.model import Opened, Options, Tensor
+from convert.model import Opened, Options, Packed, Tensor
 from mlxgpt.common import affine, families, folder, mlx_lm_folder, mlx_lm_names, params
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import Entry, read_header, read_json
+from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json
 
 KIND = "folder"
 _METADATA = {"format": "mlx"}
@@ -51,9 +52,7 @@ def read(path: Path) -> Opened:
     located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
     shapes = {name: param.shape for name, param in params.table(config).items()}
     tensors = {
-        name: hf.lies(where)
-        if isinstance(where, Entry)
-        else Tensor(shapes[name], np.dtype(np.float32), lambda where=where: where.read().dequantise())
+        name: hf.lies(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
         for name, where in located.items()
     }
     count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
@@ -65,14 +64,24 @@ def read(path: Path) -> Opened:
     return opened
 
 
+def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
+    parts = (where.words, where.scales, where.biases)
+    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
+    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantise(), packed=packed)
+
+
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """A folder that mlx_lm.load reads; with ``bits`` every matrix that groups divide is quantised.
+
+    With ``keep_bits`` it is quantised as the source is.
 
     Raises:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
     """
     config, values = opened.config, families.config_to_hf(opened.config)
     notes = hf.mlx_lm_warning(config)
+    if options.keep_bits:
+        return notes + _write_as_packed(opened, place, options, values)
     if not options.bits:
         parts = hf.plain_parts(opened, options)
         return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
@@ -98,3 +107,24 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     scheme = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
     values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
     return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
+
+
+def _write_as_packed(opened: Opened, place: Path, options: Options, values: dict[str, Any]) -> list[str]:
+    """A folder whose matrices are quantised as they were; those that changed are quantised anew."""
+    parts, schemes = [], {}
+    for foreign, tensor, _ in hf.in_file(opened):
+        name, packed = mlx_lm_names.of(opened.config.family, foreign), tensor.packed
+        if packed is None:
+            parts.append(stream.plain(name, tensor, tensor.dtype, False, options))
+            continue
+        module = name.removesuffix(".weight")
+        schemes[module] = {"group_size": packed.group_size, "bits": packed.bits, "mode": "affine"}
+        if packed.parts:
+            parts.append(stream.copied(module, packed.parts, options))
+        else:
+            part = stream.quantised(module, tensor, packed.dtype, packed.bits, packed.group_size, options)
+            parts.append(part)
+    usual = max(schemes.values(), key=list(schemes.values()).count)
+    scheme = usual | {module: own for module, own in schemes.items() if own != usual}
+    values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
+    return hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)

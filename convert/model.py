@@ -22,7 +22,8 @@ class Tensor:
 
     ``read`` gives the whole of it in our layout. ``stored`` is where its very bytes lie, little-endian and without
     gaps, as our layout or, with ``transposed``, as [in, out]; None where they take arithmetic to get at. A writer whose
-    layout and dtype are the same copies them in pieces and never calls ``read``.
+    layout and dtype are the same copies them in pieces and never calls ``read``. What mlx-lm has quantised is read
+    as float32; ``packed`` says how it was.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,17 @@ class Tensor:
     read: Callable[[], np.ndarray]
     stored: Entry | None = None
     transposed: bool = False
+    packed: "Packed | None" = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a matrix is quantised; ``parts`` is where its words, scales and biases lie, None for one that changed."""
+
+    bits: int
+    group_size: int
+    dtype: np.dtype  # of scales and biases
+    parts: tuple[Entry, Entry, Entry] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Options:
 
     dtype: str | None = None  # float32, float16, bfloat16; None: as stored
     bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 8 is Q8_0; 0: not quantised
+    keep_bits: bool = False  # mlx-lm: quantised as the source is, what did not change bit for bit
     group_size: int = 64  # mlx-lm: inputs that share a scale
     max_shard: int = 5 * 10**9  # bytes of a file of weights at the most
     version: int = 0  # llama2c: 0 or 1

@@ -17,7 +17,7 @@ from convert.expressible import check, left_behind
 from convert.model import Moments, Opened, Options
 from mlxgpt.common import params
 from mlxgpt.common.config import ModelConfig, OptimConfig
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.families import BIASES
 
 KIND = "file"
@@ -65,11 +65,12 @@ def read(path: Path) -> Opened:
     tensors = {}
     for name, param in wanted.items():
         if _PREFIX + name not in state:
-            raise UserError(f"{path}: tensor {_PREFIX + name} is missing, which model_args ask for")
+            raise TensorError(name, f"{path}: tensor {_PREFIX + name} is missing, which model_args ask for")
         tensors[name] = torch_file.lazy(f"{path}: {_PREFIX}{name}", state.pop(_PREFIX + name), param.shape)
     if state:
         name = min(state)
-        raise UserError(f"{path}: unexpected tensor {name} {list(state[name].shape)}, which model_args do not ask for")
+        said = f"unexpected tensor {name} {list(state[name].shape)}, which model_args do not ask for"
+        raise TensorError(name, f"{path}: {said}")
     if head is not None:
         _check_head(path, head, content["model"])
     own, notes = _beside(path, content, args)

@@ -192,6 +192,18 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
     return Part(specs, send)
 
 
+def copied(name: str, parts: tuple[Entry, Entry, Entry], options: Options) -> Part:
+    """A quantised matrix as it is: NAME.weight, NAME.scales and NAME.biases."""
+    names = [f"{name}.{kind}" for kind in ("weight", "scales", "biases")]
+    specs = {each: (DTYPES[entry.dtype], entry.shape) for each, entry in zip(names, parts, strict=True)}
+
+    def send(out: Output) -> None:
+        for each, entry in zip(names, parts, strict=True):
+            _copy(each, entry, DTYPES[entry.dtype], out, options)
+
+    return Part(specs, send)
+
+
 def _quantised_before(tensor: Tensor, bits: int, group_size: int, options: Options) -> np.dtype | None:
     """The dtype of scales and biases of which all of a float32 matrix may have been made; most are seen at once."""
     if tensor.dtype != np.float32:

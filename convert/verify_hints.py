@@ -36,7 +36,7 @@ class Hints:
             report.find("tensors", pair, "the two blocks have changed places")
         for name, (extent, looks) in self._found.items():
             looks = looks or (f"B has A's {moved[name]} here" if name in moved else "")
-            report.find("tensors", name, f"{extent}: {looks}" if looks else extent)
+            report.find("tensors", name, f"{looks}; {extent}" if looks else extent)
 
     def _moved(self) -> dict[str, str]:
         """Tensor of B that differs -> the tensor of A whose very bytes it has."""

@@ -35,11 +35,13 @@ class Plan:
     prompt: int
     gradients: bool
     greedy: bool
+    adapted: bool = False  # a side is a base and an adapter, of which only the sum is the other's
 
     def arguments(self) -> list[str]:
         """As ``probe`` and the judges take them."""
         made = ["--tokens", str(self.tokens), "--prompt", str(self.prompt)]
         made += ["--greedy", str(GREEDY)] if self.greedy else []
+        made += ["--scale", "1"] if self.adapted else []
         return made if self.gradients else [*made, "--no-gradients"]
 
 
@@ -104,10 +106,10 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def write_plan(ids: np.ndarray, work: Path, gradients: bool, greedy: bool) -> Plan:
+def write_plan(ids: np.ndarray, work: Path, gradients: bool, greedy: bool, adapted: bool = False) -> Plan:
     """Puts the ids where the programs find them."""
     np.save(work / "ids.npy", ids)
-    return Plan(work / "ids.npy", len(ids) - 1, min(PROMPT, len(ids) - 1), gradients, greedy)
+    return Plan(work / "ids.npy", len(ids) - 1, min(PROMPT, len(ids) - 1), gradients, greedy, adapted)
 
 
 def run_framework(name: str, folders: dict[str, Path], plan: Plan, work: Path, runs: Runs) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from convert import verify_hints
-from convert.model import Opened, Tensor
-from convert.verify_report import Report, Row
+from convert.model import Moments, Opened, Tensor
+from convert.verify_report import Checked, Report, Row
 from convert.verify_steps import Steps, steps_of
 
 
@@ -81,11 +81,28 @@ def compare(a: Opened, b: Opened, report: Report) -> Outcome:
         outcome.steps |= verdict.steps
         if verdict.note and verdict.agrees:
             outcome.kinds.add(verdict.note)
-        note = ", ".join(filter(None, (verdict.note, _layout(one, other))))
+        tied = [side for side, opened in (("A", a), ("B", b)) if name == "wte.weight" and opened.config.tied]
+        ties = f"the head too (tied) in {' and '.join(tied)}" if tied else ""
+        note = ", ".join(filter(None, (verdict.note, _layout(one, other), ties)))
         shapes, dtypes = (one.shape, other.shape), (str(one.dtype), str(other.dtype))
         report.tensors.append(Row(name, shapes, dtypes, gap, digests, verdict.agrees, note))
     hints.report(report)
     return outcome
+
+
+def compare_moments(a: Moments | None, b: Moments | None, report: Report) -> None:
+    """AdamW's state, bit for bit, where both sides have one; one that was left behind is a note."""
+    if a is None or b is None:
+        if a or b:
+            report.notes.append(f"AdamW's moments are in {'A' if a else 'B'} alone")
+        return
+    if a.t != b.t:
+        report.find("tensors", "t", f"AdamW's count of updates: {a.t} | {b.t}")
+    for group, one, other in (("m", a.m, b.m), ("v", a.v, b.v)):
+        for name in one:
+            if name in other and sha256(one[name].read()) != sha256(other[name].read()):
+                report.find("tensors", f"{group}.{name}", "AdamW's moment differs")
+    report.checked.append(Checked("tensors", f"AdamW's moments of {len(a.m)} tensors, t = {a.t} | {b.t}"))
 
 
 def _alone(name: str, one: Tensor | None, other: Tensor | None, report: Report) -> None:

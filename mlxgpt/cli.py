@@ -155,6 +155,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a run (its best, else its last checkpoint), a checkpoint, a model folder or a hub id")  # fmt: skip
 
 
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR[:WEIGHT]",
+        help="an adapter of a run, PEFT or mlx-lm, and by what its change is multiplied; repeatable")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="although it was trained on a model of other weights")
+
+
 def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
     text = f"pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder of them{also}"
     parser.add_argument("source", metavar="SOURCE", help=text)
@@ -205,20 +211,55 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _generate(parser: argparse.ArgumentParser) -> None:
+def _finetune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", metavar="DIR", help="what to tune: a run, a checkpoint, a model folder or a hub id")
+    add("-d", "--data", metavar="PATH", help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")
+    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/MODEL-METHOD")
+    add("--method", choices=["lora", "dora", "full"], help="what trains: an update of low rank, or all; default: lora")
+    add("--config", metavar="FILE", help="settings: .toml, or a .yaml of mlx_lm.lora as it is")
+    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its schedule")
+    add("--epochs", type=float, metavar="X", help="the same in passes over the rows; default: 3")
+    add("--adapter", metavar="DIR", help="train on this adapter: of a run, PEFT or mlx-lm")
+    add("--train-on-prompt", action="store_true", help="loss on every token, not only on the assistant's")
+    add("--task", choices=["lm", "classify"], help="answers, or labels; default: lm")
+    add("--stop-after", type=_positive, metavar="N", help="save at step N and leave; --resume goes on from there")
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
+    add("--resume", metavar="RUN", help="go on with a run from its newest checkpoint, whichever framework wrote it")
+    add("--force", action="store_true", help="although memory will not do, or --adapter was trained on other weights")
+    _add_backend(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 
     from mlxgpt.common.config import SampleConfig
 
-    _add_model(parser)
-    add = parser.add_argument
-    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
-    add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
     for field in dataclasses.fields(SampleConfig):
         if field.name != "prompt":
             flags = ["-n"] * (field.name == "max_tokens") + [f"--{field.name.replace('_', '-')}"]
-            text = f"{field.metadata['help']}; default: {field.default}"
-            add(*flags, type=type(field.default), default=field.default, metavar="X", help=text)
+            default = defaults.get(field.name, field.default)
+            text = f"{field.metadata['help']}; default: {default}"
+            parser.add_argument(*flags, type=type(field.default), default=default, metavar="X", help=text)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the system prompt; /system changes it")
+    add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_sampling(parser, max_tokens=1024)
+    _add_backend(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for a batch")
+    add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt a file, - for stdin; repeatable")
+    _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     _add_json(parser)
     _add_backend(parser)
@@ -226,11 +267,26 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_adapter(parser)
     add = parser.add_argument
-    add("-d", "--data", required=True, metavar="PATH", help="a text or .jsonl file, shards, or a flat .bin")
+    add("-d", "--data", required=True, metavar="PATH",
+        help="a text or .jsonl file, shards, a flat .bin, or rows of fine-tuning")  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="key or column of a document; default: text")
-    add("--split", choices=["train", "val"], default="val", help="of prepared shards; default: val")
+    add("--split", choices=["train", "val", "test"], default="val", help="of shards or a folder of rows; default: val")
     add("--stride", type=_positive, metavar="N", help="targets a window after the first; default: the whole context")
+    _add_json(parser)
+    _add_backend(parser)
+
+
+def _classify(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-t", "--text", action="append", default=[], metavar="TEXT", help="a text to classify; repeatable")
+    add("-f", "--file", metavar="FILE", help="rows of text: .txt (a line each), .jsonl, .json, .csv, .tsv, .parquet;"
+        " where they have labels, how well they are told is printed")  # fmt: skip
+    add("--text-key", default="text", metavar="KEY", help="key or column of the text; default: text")
+    add("--label-key", default="label", metavar="KEY", help="key or column of the label; default: label")
     _add_json(parser)
     _add_backend(parser)
 
@@ -245,6 +301,15 @@ def _data_inspect(parser: argparse.ArgumentParser) -> None:
     _add_source(parser, ", or a folder of shards")
     parser.add_argument("--tokenizer", metavar="PATH",
         help="count tokens with this .json, .model, folder or run; default: one trained on the source")  # fmt: skip
+    add = parser.add_argument
+    add(
+        "-m",
+        "--model",
+        metavar="DIR",
+        help="show rows as fine-tuning this model sees them: what is trained, what is cut",
+    )
+    add("--rows", type=_positive, metavar="N", help="with --model: rows to show; default: 3")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="with --model: such as tune.block_size=512")
     _add_json(parser)
 
 
@@ -297,7 +362,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8765, metavar="N", help="of --watch; 0 = any that is free; default: 8765")
 
 
-_FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz")
+_FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz", "peft")
 
 
 def _bytes(text: str) -> int:
@@ -309,11 +374,10 @@ def _bytes(text: str) -> int:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "src", metavar="SRC", help="a model folder, a run, a file of weights or a hub id; its content says which format"
-    )
+    add("src", metavar="SRC", help="a model or adapter folder, a run, a file of weights or a hub id; its content tells")
     add("dst", metavar="DST", help="the folder or file to make")
-    add("--to", choices=_FORMATS, help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf")
+    add("--to", choices=_FORMATS,
+        help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; an adapter: both layouts")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="put this .json, .model or folder in the place of the source's tokenizer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as they are")
     add("--bits", type=int, choices=[4, 8], help="quantise the matrices (mlx-lm: 4 or 8; gguf: 8)")
@@ -321,10 +385,21 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     add("--max-shard", type=_bytes, metavar="SIZE", help="of a file of weights (hf, mlx-lm); default: 5GB")
     add("--version", type=int, choices=[0, 1], help="of llama2c; default: 0")
     add("--n-head", type=_positive, metavar="N", help="heads, where a file does not say it (mingpt, gptmodel)")
+    add("--model", metavar="DIR", help="of an adapter: its base, or that one's config.json; default: what it names")
     add("--no-hash", action="store_true", help="no sha256 of source and result in the provenance")
     add("--allow-nan", action="store_true", help="go on where values are not finite, and say how many")
     add("--verify", action="store_true", help="hold the result against the source, and keep it only if they agree")
     add("--force", action="store_true", help="replace DST, once the new one is complete")
+    _add_json(parser)
+
+
+def _fuse(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_adapter(parser)
+    add = parser.add_argument
+    add("-o", "--out", required=True, metavar="DIR", help="the model folder to make")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights; default: as the base has them")
+    add("--dequantize", action="store_true", help="plain weights from a quantised base, which else stays quantised")
     _add_json(parser)
 
 
@@ -367,6 +442,12 @@ VERBS = {
         "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
         "train --resume runs/first --backend torch",
     )),
+    "finetune": Verb("tune a model on rows: LoRA, DoRA or all", "mlxgpt.common.tune_start:finetune", _finetune, (
+        "finetune --model runs/first --data pydocs-qa --out runs/qa",
+        "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
+        "finetune --config lora_config.yaml",
+        "finetune --resume runs/qa --backend torch",
+    )),
     "plan": Verb("memory, time and money before anything runs", "mlxgpt.common.planner:plan_command", _plan, (
         "plan llama-10m --calibrate",
         "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
@@ -376,9 +457,18 @@ VERBS = {
         "generate -m runs/first -p 'The list is'",
         "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
     )),
+    "chat": Verb("talk with a model that has a chat template", "mlxgpt.common.chatting:chat_command", _chat, (
+        "chat -m runs/qa",
+        "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
+        "chat -m runs/qa --temperature 0 --seed 1",
+    )),
     "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",
         "eval -m runs/first -d book.txt --backend torch --json",
+    )),
+    "classify": Verb("tell which label texts have", "mlxgpt.common.classifying:classify_command", _classify, (
+        "classify -m runs/spam -t 'You have won a prize'",
+        "classify -m models/small --adapter runs/spam -f test.csv --json",
     )),
     "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.common.data_commands:fetch", _data_fetch, (
         "data fetch tinyshakespeare",
@@ -387,6 +477,7 @@ VERBS = {
     "data inspect": Verb("what a corpus holds", "mlxgpt.common.data_commands:inspect", _data_inspect, (
         "data inspect pydocs",
         "data inspect corpus/ --tokenizer runs/first --json",
+        "data inspect rows.jsonl --model models/small --rows 5",
     )),
     "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.common.data_commands:prepare", _data_prepare, (
         "data prepare corpus.jsonl --out shards --vocab-size 8192",
@@ -417,6 +508,11 @@ VERBS = {
         "convert out/ckpt.pt model",
         "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
         "convert model model.gguf --dtype bfloat16",
+        "convert adapters peft-adapter --to peft",
+    )),
+    "fuse": Verb("make one model of a model and adapters", "convert.fuse:fuse_command", _fuse, (
+        "fuse -m runs/qa -o tuned",
+        "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
     )),
     "verify": Verb("hold two models against each other", "convert.verify:verify_command", _verify, (
         "verify out/ckpt.pt model",
@@ -426,5 +522,5 @@ VERBS = {
     "probe": Verb("what a framework makes of a model, as .npz", "mlxgpt.common.probing:probe_command", _probe, (
         "probe model --tokens ids.npy --out .",
     )),
-    "demo": Verb("train in MLX, resume and repeat in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+    "demo": Verb("train and tune in MLX and in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
 }  # fmt: skip

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxgpt import adapters, losses, optim, quant
 from mlxgpt import device as devices
 from mlxgpt.common import adapters as adaption
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
-from mlxgpt.common import quantising, rng
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
@@ -44,6 +44,7 @@ class Engine:
         self.table = adaption.trainable(recipe)
         self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
+        self.objective = losses.classify if recipe.model.labels else losses.lm
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         train = recipe.train
         self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic)
@@ -112,7 +113,7 @@ class Engine:
 
     def _objective(self, batch: losses.Arrays, keys: mx.array, first_row: mx.array) -> tuple[mx.array, mx.array]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        terms = losses.lm(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
+        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms
 
     def _gradients(
@@ -154,8 +155,12 @@ class Engine:
         terms, grads = self._gradients(batch, keys, first_row)
         return terms, *self._update(terms, grads, scalars)
 
-    def _evaluate(self, batch: losses.Arrays) -> mx.array:
-        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
+    def _evaluate(self, batch: losses.Arrays) -> list[mx.array]:
+        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        if not self.recipe.model.labels:
+            return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
+        logits = losses.scores(self.model, batch, self.recipe.train)
+        return [losses.cross_entropy(logits, batch.targets) * batch.weights, logits.argmax(-1)]
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
@@ -183,9 +188,10 @@ class Engine:
         return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        terms = np.array(self._run_evaluate(self._arrays(batch)))
-        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
+        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        return sums | (confusion.count(batch, answers[0]) if answers else {})
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

@@ -19,7 +19,7 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.continuation import OnText, Result, Row
 from mlxgpt.common.tokenizer import Tokenizer
 from mlxgpt.losses import cross_entropy
-from mlxgpt.model import Model, make_cache
+from mlxgpt.model import Cache, Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
 HEAD = 256  # tokens a row whose logits are held at once when a text is scored
@@ -86,16 +86,20 @@ def sample_tokens(logits: mx.array, seen: mx.array | None, keys: mx.array, sampl
     return mx.where(finite, mx.argmax(logits, axis=-1).astype(mx.int32), -1)
 
 
-def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) -> Iterator[list[int]]:
+def decode(
+    model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int, cache: list[Cache] | None = None
+) -> Iterator[list[int]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
+    ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
     """
     width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
     tokens = mx.array([[0] * (width - len(row.prompt)) + row.prompt for row in rows])  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = mx.array(pads) if any(pads) else None
-    cache = make_cache(model, len(rows), width + steps)
+    cache = cache or make_cache(model, len(rows), width + steps)
+    held = cache[0].offset
     seen = None
     if sample.repetition_penalty != 1:
         seen = mx.array(continuation.seen(rows, n_vocab))
@@ -115,8 +119,8 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
             seen = seen | (mx.arange(n_vocab)[None, :] == drawn[:, None])
         return drawn
 
-    logits = forward(tokens[:, :PREFILL])
-    for start in range(PREFILL, width, PREFILL):
+    logits = forward(tokens[:, held : held + PREFILL])
+    for start in range(held + PREFILL, width, PREFILL):
         mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
         logits = forward(tokens[:, start : start + PREFILL])
     token = draw(logits, 0)
@@ -166,3 +170,10 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
         mx.eval(pieces[-1])
     return np.array(mx.concatenate(pieces, axis=1))
+
+
+def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
+    hidden = model.hidden(mx.array(tokens))
+    last = hidden[mx.arange(len(tokens)), mx.array(lengths - 1)]
+    return np.array(model.head(last))

@@ -61,3 +61,15 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     cap, kind = model.config.final_softcap, (module.bits, module.group_size)
     options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute, *kind)
     return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
+
+
+def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+    """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
+    return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
+
+
+def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+    """A classifier's logits (B, T, n), from what each token has seen."""
+    recompute = config.checkpoint_activations
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
+    return model.head(hidden, drop)

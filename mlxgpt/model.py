@@ -39,6 +39,11 @@ class Matrix(nn.Module):
 
     bits = group_size = 0
     adapter: "Update | None" = None
+    lora_a: mx.array
+    lora_b: mx.array
+    magnitude: mx.array
+    start_a: mx.array
+    start_b: mx.array
 
     def __init__(self, n_out: int, n_in: int):
         super().__init__()
@@ -336,7 +341,9 @@ class Model(nn.Module):
             self._rope = [[mx.array(table) for table in rotary.tables(config, local)] for local in (False, True)]
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
-        if not config.tied:
+        if config.labels:
+            self.score = Linear(config.n_embd, len(config.labels), False)
+        elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
 
     @property
@@ -429,9 +436,12 @@ class Model(nn.Module):
         return self.ln_f(x)
 
     def head(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
-        """Logits (..., V) in float32 of hidden states (..., C)."""
+        """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        logits = self.wte.head(x) if self._config.tied else self.lm_head(x, drop)
+        if self._config.tied:
+            logits = self.wte.head(x)
+        else:
+            logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         logits = logits.astype(mx.float32)
         return cap * mx.tanh(logits / cap) if cap else logits
 

@@ -51,6 +51,7 @@ class Engine:
     """See common/batch.py, Engine. The gradient of ``frozen`` tensors is zero; ``stuck`` ones never move."""
 
     unused_limits: list[str] = []  # noqa: RUF012  (never written)
+    note = ""
 
     def __init__(self, recipe: Recipe, weights: Arrays, device: str = "auto"):
         self.recipe, self.table = recipe, params.table(recipe.model)
@@ -128,7 +129,7 @@ class Engine:
 class Tokenizer:
     """a is 0, b is 1 and so on."""
 
-    n_vocab, eos_id, kind = VOCABULARY, None, "fake"
+    n_vocab, eos_id, ends, kind = VOCABULARY, None, frozenset(), "fake"
     before: list[int] = []  # noqa: RUF012
     digest = hashlib.sha256(b"fake").hexdigest()
 
@@ -200,7 +201,7 @@ def main(argv: list[str]) -> int:
     from mlxgpt import cli
     from mlxgpt.common import backend, start
 
-    start.backends.load = load_backend  # type: ignore[attr-defined]
+    backend.load = load_backend  # type: ignore[assignment]
     start.data.open_data = open_data  # type: ignore[assignment]
     backend.resolve = lambda name: "fake"
     return cli.main(["train", *argv])

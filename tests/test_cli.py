@@ -23,6 +23,23 @@ SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "-
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments", "--force"}
     | RUNS_A_MODEL,
+    "finetune": {
+        "--model",
+        "--data",
+        "--out",
+        "--method",
+        "--config",
+        "--steps",
+        "--epochs",
+        "--adapter",
+        "--set",
+        "--resume",
+        "--stop-after",
+        "--task",
+        "--train-on-prompt",
+        "--force",
+    }
+    | RUNS_A_MODEL,
     "plan": {
         "--model",
         "--data",
@@ -40,10 +57,13 @@ FLAGS = {
         "--json",
     }
     | RUNS_A_MODEL,
-    "generate": {"--model", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
-    "eval": {"--model", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
+    "generate": {"--model", "--adapter", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
+    "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
+    "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
+    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
+    "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
-    "data inspect": {"--text-key", "--tokenizer", "--json"},
+    "data inspect": {"--text-key", "--tokenizer", "--json", "--model", "--rows", "--set"},
     "data prepare": {"--out", "--text-key", "--tokenizer", "--vocab-size", "--val-fraction", "--workers"},
     "data export": {"--out"},
     "tokenizer train": {"--out", "--text-key", "--kind", "--vocab-size"},

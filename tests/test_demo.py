@@ -14,8 +14,8 @@ from mlxgpt.common.errors import RunError
 
 
 def curves(**changed: float) -> dict[str, dict[int, float]]:
-    """Three equal curves of 10 steps, the second from step 6; ``torch_7=0.1`` adds to one loss."""
-    made = {leg: {step: 5 - step / 10 for step in range(1, 11)} for leg in demo.LEGS}
+    """Equal curves of 10 steps, the second from step 6; ``torch_7=0.1`` adds to one loss."""
+    made = {leg: {step: 5 - step / 10 for step in range(1, 11)} for leg in (*demo.LEGS, *demo.TUNED)}
     for place, difference in changed.items():
         leg, _, step = place.rpartition("_")
         made[leg.replace("_", "-")][int(step)] += difference
@@ -39,6 +39,29 @@ def curves(**changed: float) -> dict[str, dict[int, float]]:
 def test_each_gate_fails_on_its_own(changed: dict[str, float], fails: list[int]) -> None:
     found = demo.compare(curves(**changed), 10, 5, demo.Gates())
     assert [one.step for one in found if not one.agrees] == fails
+
+
+@pytest.mark.parametrize(
+    ("changed", "fails"),
+    [
+        ({}, []),
+        ({"lora_mlx_1": 2e-6}, [1]),
+        ({"lora_torch_7": 1.1e-4}, [7]),
+        ({"lora_torch_7": math.nan}, [7]),
+        ({"torch_7": 1.0}, []),
+    ],
+)
+def test_the_gates_of_lora_fail_on_their_own(changed: dict[str, float], fails: list[int]) -> None:
+    found = demo.compare_tuned(curves(**changed), 10, demo.Gates())
+    assert [one.step for one in found if not one.agrees] == fails
+
+
+def test_answers_that_differ_are_shown() -> None:
+    same = ["one", "two", "three", "four"]
+    shown = demo.side_by_side(["", *same[1:]], same, [*same[:3], "for"]).splitlines()
+    assert shown[1].endswith("(nothing)") and shown[2].endswith("one") and shown[3].endswith("the same")
+    assert shown[-1].endswith("PyTorch         for")
+    assert "DIFFER" in demo._verdict([], False, False)[-1] and "DIFFER" not in demo._verdict([], False, True)[-1]
 
 
 def test_a_missing_step_is_no_agreement() -> None:
@@ -71,21 +94,26 @@ def test_a_folder_that_is_no_run_stays(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gate", "code"), [(None, 0), ("first", 1)])
-def test_three_legs(tmp_path: Path, gate: str | None, code: int) -> None:
-    """All of it, tiny; and with a gate that nothing can pass."""
+@pytest.mark.parametrize(("gate", "code"), [(None, 0), ("first", 1), ("answers", 1)])
+def test_all_legs(tmp_path: Path, gate: str | None, code: int) -> None:
+    """All of it, tiny; with a gate that nothing can pass; and with an adapter that answers otherwise in PyTorch."""
     program = f"""
 import sys
 from mlxgpt import cli
 from mlxgpt.common import demo
 tiny = "model.n_layer=1 model.n_embd=16 optim.warmup=2 train.batch_size=2 train.eval_batches=1 train.keep=0"
 demo.PRESET = demo.SLOW_PRESET = (6, tiny.split())
-if {gate!r}:
+demo.TUNE_PRESET = (3, "optim.warmup=1 train.eval_batches=1 train.batch_size=1 sample.max_tokens=0".split())
+if {gate!r} == "answers":
+    told = demo.answers
+    demo.answers = lambda package, run: [f"{{package}} {{text}}" for text in told(package, run)]
+elif {gate!r}:
     impossible = demo.Gates(**{{{gate!r}: -1.0}})
     demo.Gates, demo.ACCELERATOR_GATES = lambda: impossible, impossible
 sys.exit(cli.main(["demo", "--out", {str(tmp_path)!r}]))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == code, run.stdout + run.stderr
-    assert ("verdict: the three curves agree" in run.stdout) == (code == 0)
-    assert ("over the gate" in run.stdout) == (code == 1)
+    assert ("verdict: the curves agree" in run.stdout) == (gate != "first")
+    assert ("over the gate" in run.stdout) == (gate == "first")
+    assert ("are the same in both" in run.stdout) == (gate != "answers")

@@ -33,7 +33,7 @@ def run(progress: Progress, steps: int, seconds: float = 0.5) -> None:
     with progress:
         for step in range(1, steps + 1):
             progress.step(step, 5.0 - 0.1 * step, 1e-3, 0.9, 1000, seconds, time.perf_counter())
-        progress.validation(steps, 4.5, (1, 4.25))
+        progress.validation(steps, {"loss": 4.5}, "loss", {"step": 1, "loss": 4.25})
 
 
 def test_where_there_is_no_terminal_there_are_plain_lines() -> None:

@@ -1,5 +1,6 @@
 """The loop's policies under a framework of plain numpy: guards, stopping, saving, what a resumed run may change."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, guards, metrics, samples, start, trainer
+from mlxgpt.common import backend, checkpoint, guards, metrics, samples, session, start, trainer
 from mlxgpt.common.batch import Batch
+from mlxgpt.common.progress import Progress
 
 Go = Callable[..., int]
 
@@ -25,7 +27,7 @@ Go = Callable[..., int]
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
-    monkeypatch.setattr(start.backends, "load", fake_run.load_backend)
+    monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
     monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
@@ -688,8 +690,8 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     run = Path("run")
     (run / "checkpoints").mkdir(parents=True)
     Path("recipe.toml").rename(run / "recipe.toml")
-    state = start._fresh(recipe, source.digest, engine.describe())
-    with metrics_of(run) as lines, start.Progress("x", 5000, log_every=1000) as display:
+    state = session.fresh(recipe, source.digest, engine.describe())
+    with metrics_of(run) as lines, Progress("x", 5000, log_every=1000) as display:
         began = time.thread_time()
         job = trainer.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)
         assert trainer.train(job) == 0
@@ -699,4 +701,4 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
 
 def metrics_of(run: Path) -> Any:
     """A metrics writer that closes itself."""
-    return start.contextlib.closing(metrics.Metrics(run, []))
+    return contextlib.closing(metrics.Metrics(run, []))

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from mlxgpt.common import adapters as adaption
+from mlxgpt.common import confusion, quantising, rng
 from mlxgpt.common import params as parameters
-from mlxgpt.common import quantising, rng
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
@@ -41,6 +41,7 @@ class Engine:
         self.table = adaption.trainable(recipe)
         self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
+        self.objective = losses.classify if recipe.model.labels else losses.lm
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
         self.model.requires_grad_(False)
@@ -102,7 +103,7 @@ class Engine:
         self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        terms = losses.lm(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
+        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms.detach()
 
     def _gradients(self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
@@ -132,8 +133,12 @@ class Engine:
         return norm, squares
 
     @torch.no_grad()
-    def _evaluate(self, batch: losses.Arrays) -> torch.Tensor:
-        return losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights
+    def _evaluate(self, batch: losses.Arrays) -> list[torch.Tensor]:
+        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        if not self.recipe.model.labels:
+            return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
+        logits = losses.scores(self.model, batch, self.recipe.train)
+        return [losses.cross_entropy(logits, batch.targets) * batch.weights, logits.argmax(-1)]
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
@@ -154,9 +159,10 @@ class Engine:
         return StepStats(loss_sum, weight, norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
-        """Float64 sums of the plain loss: ``loss`` and ``weight``."""
-        terms = self._run_evaluate(self._arrays(batch)).cpu().numpy()
-        return {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        terms, *answers = (each.cpu().numpy() for each in self._run_evaluate(self._arrays(batch)))
+        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
+        return sums | (confusion.count(batch, answers[0]) if answers else {})
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""

@@ -15,7 +15,7 @@ from mlxgpt.common.continuation import OnText, Result, Row
 from mlxgpt.common.tokenizer import Tokenizer
 from torch_ref import noise
 from torch_ref.losses import cross_entropy
-from torch_ref.model import Model, make_cache
+from torch_ref.model import Cache, Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
 HEAD = 256  # tokens a row whose logits are held at once when a text is scored
@@ -81,17 +81,21 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) -> Iterator[list[int]]:
+def decode(
+    model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int, cache: list[Cache] | None = None
+) -> Iterator[list[int]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
+    ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
     """
     device = model.ln_f.weight.device
     width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = torch.tensor(pads, device=device) if any(pads) else None
-    cache = make_cache(model, len(rows), width + steps)
+    cache = cache or make_cache(model, len(rows), width + steps)
+    held = cache[0].offset
     seen = None
     if sample.repetition_penalty != 1:
         seen = torch.tensor(continuation.seen(rows, n_vocab), device=device)
@@ -111,8 +115,8 @@ def decode(model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int) ->
             seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
         return drawn
 
-    logits = forward(tokens[:, :PREFILL])
-    for start in range(PREFILL, width, PREFILL):
+    logits = forward(tokens[:, held : held + PREFILL])
+    for start in range(held + PREFILL, width, PREFILL):
         logits = forward(tokens[:, start : start + PREFILL])
     token = draw(logits, 0)
     for step in range(1, steps + 1):
@@ -160,3 +164,12 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         piece = slice(start, start + HEAD)
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
     return torch.cat(pieces, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
+    device = model.wte.weight.device
+    hidden = model.hidden(torch.tensor(tokens, device=device))
+    last = hidden[torch.arange(len(tokens), device=device), torch.tensor(lengths - 1, device=device)]
+    return model.head(last).cpu().numpy()

@@ -1,18 +1,17 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 
 import torch
 
-from mlxgpt.common import adapter_folder, checkpoint, folder, params, quantising, tokenizer
+from mlxgpt.common import adapter_folder, finding, folder, params, quantising, tokenizer
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.finding import Given
 from torch_ref import adapters, quant
 from torch_ref import device as devices
 from torch_ref.model import Model
-
-Given = str | Path | Sequence[tuple[str | Path, float]] | None
 
 
 def load(
@@ -26,7 +25,7 @@ def load(
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
-        path: where the model is.
+        path: where the model is; an adapter, or a run that trained one, brings its base.
         adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
@@ -35,7 +34,7 @@ def load(
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
-        None where the folder has none.
+        the last adapter's that has one, else the model's, else None.
 
     Raises:
         UserError: no model is there, it is damaged, or its architecture is not supported; an adapter does not fit.
@@ -43,16 +42,18 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     where = devices.use(device)
-    place = checkpoint.resolve_model(path)
-    config = folder.read_config(place)
+    place, found = finding.find(path, adapter)
+    base = folder.read_config(place)
+    given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
+    config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
+    brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(torch, dtype))
-    arrays, _ = quantising.widen(folder.read_stored(place, config), where.type == "cpu", dequantise)
-    for name in params.table(config):
+    arrays, _ = quantising.widen(folder.read_stored(place, base), where.type == "cpu", dequantise)
+    for name in (name for name in params.table(config) if name not in brought):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantised):
             quant.place(model, module, each)
         else:
             getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
-    given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or []
-    adapters.attach(model, [(adapter_folder.read(one, place, config, force), weight) for one, weight in given])
-    return model.to(where).eval(), tokenizer.load_tokenizer(place) if tokenizer.has_tokenizer(place) else None
+    adapters.attach(model, given)
+    return model.to(where).eval(), tokenizer.load_last([place, *(each for each, _ in found)])

@@ -38,6 +38,11 @@ class Matrix(nn.Module):
 
     bits = group_size = 0
     adapter: "Update | None" = None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    start_a: torch.Tensor
+    start_b: torch.Tensor
 
     def __init__(self, n_out: int, n_in: int):
         super().__init__()
@@ -328,7 +333,9 @@ class Model(nn.Module):
                 self.register_buffer(f"_sin{kind}", sin, persistent=False)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
-        if not config.tied:
+        if config.labels:
+            self.score = Linear(config.n_embd, len(config.labels), False)
+        elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
 
     @property
@@ -431,9 +438,12 @@ class Model(nn.Module):
         return self.ln_f(x)
 
     def head(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
-        """Logits (..., V) in float32 of hidden states (..., C)."""
+        """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
-        logits = self.wte.head(x) if self._config.tied else self.lm_head(x, drop)
+        if self._config.tied:
+            logits = self.wte.head(x)
+        else:
+            logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -8,7 +8,8 @@ A matrix W (n_out, n_in) at PATH (``h.0.attn.q_proj``) computes as W + scale B A
 
 so that the base stays as it is, byte for byte. The embedding wte (V, C) is W^T of such a matrix: lora_a (r, V), lora_b
 (C, r); where the head is tied to it, the update acts there too. scale = alpha / r, rslora: alpha / sqrt(r).
-What trains whole (adapter.train, biases, every weight of method full) keeps its name of params.table.
+What trains whole (adapter.train, biases, a classifier's score, every weight of method full) keeps its name of
+params.table.
 """
 
 import re
@@ -104,11 +105,13 @@ def trainable(recipe: Recipe) -> dict[str, Param]:
     """Every tensor that trains, by name: params.table in pre-training and method full, else what the adapter says.
 
     Raises:
-        UserError: see ``targets``; a name of adapter.train that the model does not have.
+        UserError: see ``targets``; a name of adapter.train that the model does not have; muon, for A and B.
     """
     table, adapter = params.table(recipe.model), recipe.adapter
     if adapter is None or adapter.method == "full":
         return table
+    if recipe.optim.name == "muon":  # it makes A and B orthogonal each for itself, which says nothing of B A
+        raise UserError(f"optim.name = muon: expected adamw with adapter.method = {adapter.method}")
     found = targets(recipe.model, adapter)
     made: dict[str, Param] = {}
     for path, target in found.items():
@@ -122,6 +125,11 @@ def trainable(recipe: Recipe) -> dict[str, Param]:
             made[f"{path}.magnitude"] = Param((target.n_in if path == "wte" else target.n_out,))
     made |= {name: table[name] for name in whole(recipe.model, adapter, found)}
     return made
+
+
+def count(recipe: Recipe) -> int:
+    """The number of values that train."""
+    return sum(int(np.prod(param.shape)) for param in trainable(recipe).values())
 
 
 def shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -138,6 +146,7 @@ def whole(model: ModelConfig, adapter: AdapterConfig, found: Mapping[str, Target
     table = params.table(model)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in table))
     picked = {path for pattern in adapter.train for path in find(model, pattern, modules, "adapter.train")}
+    picked |= {"score"} if model.labels else set()
     both = sorted(picked & set(found))
     if both:
         raise UserError(f"adapter.train: {both[0]} is adapted as well: expected it in adapter.targets or here")

@@ -104,6 +104,9 @@ class Engine(Protocol):
     unused_limits: list[str]
     """A line for each memory setting of the recipe that has no effect on this device."""
 
+    note: str
+    """What became of a quantised base, or ''."""
+
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of one global batch; ``step`` addresses the dropout masks.
 

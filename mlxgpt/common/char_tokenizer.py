@@ -68,13 +68,15 @@ class CharTokenizer:
 
     kind = "char"
     eos_id: int | None = None
+    special: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
 
     def __init__(self, characters: str, files: dict[str, bytes] | None = None) -> None:
         self.characters = characters
         self.n_vocab = len(characters)
         self.before: list[int] = []
         self.digest = sha256_of(b"char", characters.encode())
-        self._files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
+        self.files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
         self._ids = np.full(0x110000, -1, np.int32)  # code point -> id
         self._ids[_codes(characters)] = np.arange(len(characters), dtype=np.int32)
 
@@ -104,7 +106,7 @@ class CharTokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
-        write_files(folder, self._files)
+        write_files(folder, self.files)
 
 
 def _shown(characters: str, most: int = 40) -> str:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: complete and verified, or not there.
 
-    RUN/checkpoints/step-0000500/             a model folder: float32 weights, config.json, tokenizer files
+    RUN/checkpoints/step-0000500/             a model folder (float32 weights, tokenizer files) or an adapter
         training/optimizer.safetensors        m.NAME, v.NAME (float32, our names and layout), t (int64)
         training/state.json                   the RunState below; files: sha256 of every other file; sha256: of itself
     RUN/best  RUN/last                        relative links, or files of one line; hints only
@@ -30,6 +30,8 @@ from mlxgpt.common.errors import RunError, UserError
 FORMAT_VERSION = 1
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
+WriteAdapter = Callable[[Path, dict[str, np.ndarray]], None]
+"""(folder to fill, what trained by name): writes an adapter."""
 _BLANK = "0" * 64  # stands in state.json for its own sha256 while that is computed
 _STEP = re.compile(r"step-(\d{7,})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -48,7 +50,7 @@ class RunState:
     step: int = 0  # the last step that is over
     t: int = 0  # applied updates
     tokens: int = 0  # that passed through the model in training
-    best: dict[str, float] | None = None  # step and loss of the best validation
+    best: dict[str, float] | None = None  # step and loss of the best validation, and what else it is best by
     stale: int = 0  # validations since then
     evaluated: int = 0  # step of the last validation
 
@@ -60,8 +62,11 @@ def write(
     tokenizer: Any,
     state: RunState,
     keep: int,
+    write_adapter: WriteAdapter | None = None,
 ) -> tuple[Path, int]:
     """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and drops what ``keep`` lets go.
+
+    ``write_adapter`` stands in for the writer of model folders where what trains is not a whole model.
 
     Returns:
         Its folder and its size in bytes.
@@ -82,7 +87,10 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         check_space(run, size_of(snapshot))
         (temporary / "training").mkdir(parents=True)
-        folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
+        if write_adapter:
+            write_adapter(temporary, snapshot["params"])
+        else:
+            folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
         tensors.write_tensors(temporary / OPTIMIZER, arrays, {})
         write_state(temporary, state)
         _replace(temporary, final)
@@ -262,10 +270,19 @@ def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
 
 
 def read(checkpoint: Path, config: ModelConfig) -> State:
-    """The snapshot in a checkpoint: params, m and v by name, and t.
+    """The snapshot in a checkpoint that is a model folder: params, m and v by name, and t.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
+    """
+    return read_optimizer(checkpoint, folder.read_params(checkpoint, config))
+
+
+def read_optimizer(checkpoint: Path, trained: dict[str, np.ndarray]) -> State:
+    """The snapshot of ``trained`` weights and the optimizer's state in a checkpoint.
+
+    Raises:
+        UserError: a tensor is unexpected, or t is missing.
     """
     arrays = tensors.read_tensors(checkpoint / OPTIMIZER)
     if "t" not in arrays:
@@ -277,7 +294,7 @@ def read(checkpoint: Path, config: ModelConfig) -> State:
         if group not in moments:
             raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {name}")
         moments[group][tensor] = array
-    return State(params=folder.read_params(checkpoint, config), m=moments["m"], v=moments["v"], t=t)
+    return State(params=trained, m=moments["m"], v=moments["v"], t=t)
 
 
 def is_run(place: Path) -> bool:
@@ -295,20 +312,25 @@ def follow(run: Path, name: str) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     found = run / target
-    return found if _STEP.fullmatch(found.name) and (found / "config.json").is_file() else None
+    return found if _STEP.fullmatch(found.name) and is_model(found) else None
+
+
+def is_model(place: Path) -> bool:
+    """Whether a folder looks like a model, or an adapter."""
+    return (place / "config.json").is_file() or (place / "adapter_config.json").is_file()
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The model folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
+    """The folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
 
-    A hub id is looked up in the local cache of huggingface_hub first.
+    It holds a model or an adapter. A hub id is looked up in the local cache of huggingface_hub first.
 
     Raises:
         UserError: there is no such model.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        if (place / "config.json").is_file():
+        if is_model(place):
             return place
         if not is_run(place):
             raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
@@ -337,7 +359,7 @@ def _from_hub(name: str) -> Path:
             # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             continue
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+        if is_model(found) and any(found.glob("*.safetensors")):
             return found
         reason = "no config.json with safetensors weights"
     raise UserError(f"{name}: no such folder, and not to be had as a hub id: {reason}")

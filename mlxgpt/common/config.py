@@ -7,6 +7,7 @@ they import nothing heavy, so a wrong recipe fails at once.
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
 import tomllib
@@ -24,6 +25,13 @@ def _field(default: Any, help: str) -> Any:
 def _check(section: str, ok: bool, what: str, found: object, expected: str) -> None:
     if not ok:
         raise UserError(f"{section}.{what} = {found!r}: expected {expected}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
@@ -83,6 +91,7 @@ class ModelConfig:
     norm_bias: bool = _field(True, "biases in LayerNorm")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
+    labels: tuple = _field((), "of a classifier, in the order of its head's rows; empty = a language model")
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -120,6 +129,12 @@ class ModelConfig:
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
         _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
+        names = self.labels
+        known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
+        _check("model", known, "labels", names, "two different names or more, or none")
+        if names:  # its head is `score`, whatever the language model had
+            object.__setattr__(self, "tied", False)
+            object.__setattr__(self, "final_softcap", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
         unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),
@@ -255,7 +270,11 @@ class SampleConfig:
 class TuneConfig:
     """Fine-tuning: rows of data, how they become tokens, and what is asked of the model."""
 
-    source: str = _field("", "folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet")
+    model: str = _field("", "what is tuned: a run, a checkpoint, a model folder or a hub id")
+    adapter: str = _field("", "an adapter of that model, to be trained on")
+    source: str = _field(
+        "", "pydocs-qa, a folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet"
+    )
     task: str = _field("lm", "lm (answers) or classify (labels)")
     format: str = _field("auto", "of a row: auto (by its keys), text, completion, chat, alpaca or sharegpt")
     text_key: str = _field("text", "key of a text row, or of the text to classify")
@@ -265,6 +284,8 @@ class TuneConfig:
     label_key: str = _field("label", "classify: key of the label")
     template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
     train_on_prompt: bool = _field(False, "loss on every token, not only on the assistant's")
+    unroll: bool = _field(False, "a row of each answer, with what precedes it: for templates that rewrite history")
+    date: str = _field("", "day that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = _field(0, "tokens of a row at the most; 0 = the model's context, at most 2048")
     overflow: str = _field("truncate", "longer rows: truncate (the prompt, from its left), drop or refuse")
     packing: bool = _field(
@@ -275,7 +296,8 @@ class TuneConfig:
     neftune: float = _field(0.0, "alpha of NEFTune's uniform noise on embeddings; 0 = off")
     class_weights: str = _field("none", "classify: none, or balanced (inverse to a label's share)")
     metrics: tuple = _field((), "answers generated and scored at validation: exact, bleu, chrf, rouge_l")
-    metric_rows: int = _field(50, "validation rows that are answered for them")
+    metric_rows: int = _field(50, "rows that are answered for them; 0 = all")
+    test: bool = _field(True, "at the end, score the test split where the source has one")
     keep_best: str = _field(
         "loss", "what the best checkpoint is best by: loss, one of tune.metrics, accuracy, macro_f1"
     )
@@ -285,10 +307,18 @@ class TuneConfig:
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
+        if not self.date:  # a run that goes on tomorrow renders the same rows
+            object.__setattr__(self, "date", datetime.date.today().isoformat())
+        _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
+        fits = not (self.unroll and self.train_on_prompt)
+        _check("tune", fits, "unroll", self.unroll, "false where tune.train_on_prompt")
         for name in ("block_size", "neftune", "metric_rows"):
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
-        _check("tune", self.epochs > 0, "epochs", self.epochs, "a positive number")
+        _check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
+        for name, idle, task in (("metrics", (), "lm"), ("class_weights", "none", "classify")):
+            used = self.task == task or getattr(self, name) == idle
+            _check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")
         known = ("exact", "bleu", "chrf", "rouge_l")
         for name in self.metrics:
             _check("tune", name in known, "metrics", name, "some of " + ", ".join(known))
@@ -329,8 +359,12 @@ class AdapterConfig:
         _check("adapter", self.bits in (0, 4, 8), "bits", self.bits, "0, 4 or 8")
         _check("adapter", self.group_size in (32, 64, 128), "group_size", self.group_size, "32, 64 or 128")
         _check("adapter", bool(self.targets) or bool(self.train), "targets", self.targets, "at least one")
-        fits = self.method != "full" or not self.bits
-        _check("adapter", fits, "bits", self.bits, "0 where adapter.method = full: what is quantised does not train")
+        for field in dataclasses.fields(self) if self.method == "full" else ():
+            value, default = getattr(self, field.name), field.default
+            idle = value == default or field.name == "method"
+            _check("adapter", idle, field.name, value, f"{default!r} where adapter.method = full: every weight trains")
+        used = self.bits or self.group_size == type(self).group_size
+        _check("adapter", bool(used), "group_size", self.group_size, "64 where adapter.bits = 0")
         for field, kind, words in (("ranks", int, "rank"), ("alphas", float, "alpha")):
             for item in getattr(self, field):
                 pattern, equals, value = str(item).rpartition("=")

@@ -25,7 +25,7 @@ class Result:
     text: str  # without prompt, stop string and end-of-text token
     tokens: list[int]  # drawn, the end-of-text token left out
     prompt_tokens: int
-    finish_reason: str  # eos; stop: a stop string; length: max_tokens; context: block_size
+    finish_reason: str  # eos: a token that ends texts; stop: a stop string; length: max_tokens; context: block_size
 
 
 class Row:
@@ -36,7 +36,7 @@ class Row:
         self.tokens: list[int] = []
         self.text, self.reason = "", ""
         self._held = ""  # may be the beginning of a stop string
-        self._eos = tokenizer.eos_id if tokenizer else None
+        self.ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()  # tokens that end the text
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         if self._decoder:
             # what follows is spelled as after the prompt: SentencePiece drops a space only at the start of a text
@@ -47,7 +47,7 @@ class Row:
         """Takes the next token and returns the text that is certain now; ``limit`` and ``room`` count drawn tokens."""
         if token < 0:
             raise RunError(f"prompt {self.index + 1}, token {len(self.tokens) + 1}: the model's logits are not finite")
-        if token == self._eos:
+        if token in self.ends:
             return self._close("eos")
         self.tokens.append(token)
         if self._decoder:

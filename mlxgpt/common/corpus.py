@@ -10,8 +10,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common.errors import UserError
 
@@ -257,7 +259,7 @@ def _shown(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _decoded(data: bytes, offset: int, where: str, final: bool) -> tuple[str, int]:
+def decoded(data: bytes, offset: int, where: str, final: bool) -> tuple[str, int]:
     """Text and the bytes used of ``data``, which starts at byte ``offset`` of its file."""
     zero = data.find(b"\0")
     if zero >= 0:
@@ -276,7 +278,7 @@ def _read_text(path: Path) -> Iterator[str]:
         while True:
             block = file.read(_BLOCK)
             data += block
-            text, used = _decoded(data, offset, str(path), final=not block)
+            text, used = decoded(data, offset, str(path), final=not block)
             data, offset = data[used:], offset + used
             yield text
             if not block:
@@ -288,17 +290,12 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[int, object]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path} row {number}"
-            text, _ = _decoded(line, offset, where, final=True)
+            text, _ = decoded(line, offset, where, final=True)
             offset += len(line)
             text = text.removeprefix("\ufeff") if number == 1 else text
             if not text.strip():
                 continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON: {error}") from None
-            except RecursionError:
-                raise UserError(f"{where}: not JSON that can be read: nested too deeply") from None
+            row = parse_json(text, where)
             if not isinstance(row, dict):
                 raise UserError(f'{where}: {_shown(row)}: expected an object such as {{"{key}": "..."}}')
             if key not in row:
@@ -306,7 +303,31 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[int, object]]:
             yield number, row[key]
 
 
+def parse_json(text: str, where: str) -> object:
+    """The value that ``text`` is as JSON; UserError where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not JSON that can be read: nested too deeply") from None
+
+
 def _read_parquet(path: Path, key: str) -> Iterator[tuple[int, object]]:
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        if key not in names:
+            raise UserError(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[key]):
+            for value in batch.column(0):
+                number += 1
+                yield number, value.as_py()
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile; what it raises while it is open becomes a UserError."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -314,13 +335,6 @@ def _read_parquet(path: Path, key: str) -> Iterator[tuple[int, object]]:
         raise UserError(f"{path}: reading .parquet needs pyarrow: pip install 'mlxgpt[parquet]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if key not in names:
-                raise UserError(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[key]):
-                for value in batch.column(0):
-                    number += 1
-                    yield number, value.as_py()
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file that can be read: {' '.join(str(error).split())[:120]}") from None

@@ -45,7 +45,13 @@ def _new(path: str) -> Path:
 
 
 def inspect(args: Namespace) -> int:
-    """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``."""
+    """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model`` rows as fine-tuning sees them."""
+    if args.model:
+        from mlxgpt.common.sft_inspection import inspect_rows
+
+        return inspect_rows(args)
+    if args.set or args.rows is not None:
+        raise UserError("--set and --rows go with --model: they are about rows to fine-tune on")
     notes: list[str] = []
     say = notes.append if args.json else print
     if shards.is_shards(Path(args.source)):

@@ -1,6 +1,8 @@
 """The demo: one recipe in MLX, resumed in PyTorch from MLX's checkpoint, and from scratch in PyTorch; one loss curve.
 
-Every leg is the public command in a process of its own. This file starts them and compares their metrics.jsonl.
+Then MLX's model learns to answer questions, with LoRA in both frameworks, and the adapter that MLX trained answers in
+both: one curve and one text. Every leg is the public command in a process of its own; this file starts them and
+compares their metrics.jsonl and answers.
 """
 
 import argparse
@@ -21,8 +23,14 @@ from mlxgpt.common.progress import duration
 
 RECIPE = "pydocs"
 LEGS = ("mlx", "torch-resumed", "torch")
+TUNED = ("lora-mlx", "lora-torch")
+COUNT = len(LEGS) + len(TUNED) + 1  # the last one answers
+QUESTIONS = ("What does os.path.join do?", "What does shutil.copyfile do?", "What does random.shuffle do?",
+             "What is queue.Queue?")  # fmt: skip
 # Steps, and what else is set: for two cores, or any GPU, in about a minute a leg.
 PRESET = (300, ["train.batch_size=8", "train.eval_batches=20", "train.keep=0"])
+# Of LoRA on questions and answers: a low rank on a model this small wants a high rate.
+TUNE_PRESET = (150, ["optim.lr=2e-3", "train.eval_batches=20", "sample.max_tokens=0"])
 # Where MLX multiplies with its reference BLAS, 15 to 30 times slower.
 SLOW_PRESET = (200, [*PRESET[1], "model.n_layer=2", "model.n_embd=64", "model.block_size=64"])
 
@@ -66,7 +74,7 @@ def demo(args: argparse.Namespace) -> int:
         RunError: a leg broke.
     """
     began = time.perf_counter()
-    runs = {leg: Path(args.out) / leg for leg in LEGS}
+    runs = {leg: Path(args.out) / leg for leg in (*LEGS, *TUNED)}
     for run in runs.values():
         if run.exists() and not checkpoint.is_run(run):
             raise UserError(f"{run}: exists and is not a run; expected a folder that the demo may replace")
@@ -86,13 +94,56 @@ def demo(args: argparse.Namespace) -> int:
     _leg(2, title, "torch_ref", ["--resume", str(runs["torch-resumed"])])
     _leg(3, f"PyTorch, steps 1 to {steps}", "torch_ref", [*recipe, "--out", str(runs["torch"])])
 
+    tuned, tune_sets = TUNE_PRESET
+    words = [*(word for text in [*tune_sets, f"train.eval_every={tuned}"] for word in ("--set", text))]
+    rows = ["--model", str(runs["mlx"]), "--data", "pydocs-qa", "--steps", str(tuned), *words]
+    for number, (leg, package) in enumerate(zip(TUNED, ("mlxgpt", "torch_ref"), strict=True), start=len(LEGS) + 1):
+        name = {"mlxgpt": "MLX", "torch_ref": "PyTorch"}[package]
+        title = f"{name}: LoRA on the questions of pydocs-qa, on MLX's model, steps 1 to {tuned}"
+        _leg(number, title, package, [*rows, "--out", str(runs[leg])], "finetune")
+    print(f"\n[{COUNT}/{COUNT}] answers: MLX's model, its adapter in MLX, and the same adapter in PyTorch", flush=True)
+    base, mlx, torch = (
+        answers(package, run)
+        for package, run in (("mlxgpt", runs["mlx"]), ("mlxgpt", runs["lora-mlx"]), ("torch_ref", runs["lora-mlx"]))
+    )
+
     curves = {leg: losses(run, "train") for leg, run in runs.items()}
     accelerated = any(_devices(run) != {"cpu"} for run in runs.values())
-    differences = compare(curves, steps, resumed_at, ACCELERATOR_GATES if accelerated else Gates())
+    gates = ACCELERATOR_GATES if accelerated else Gates()
+    differences = [*compare(curves, steps, resumed_at, gates), *compare_tuned(curves, tuned, gates)]
     print("\n" + table(curves, {leg: losses(run, "val") for leg, run in runs.items()}, steps, resumed_at))
-    print("\n" + "\n".join(_verdict(differences, accelerated)))
+    print("\n" + side_by_side(base, mlx, torch))
+    print("\n" + "\n".join(_verdict(differences, accelerated, mlx == torch)))
     print(f"the demo took {duration(time.perf_counter() - began)}; its runs are in {args.out}")
-    return 0 if all(difference.agrees for difference in differences) else 1
+    return 0 if mlx == torch and all(difference.agrees for difference in differences) else 1
+
+
+def answers(package: str, run: Path) -> list[str]:
+    """The greedy answer of a run's model to each question.
+
+    Raises:
+        RunError: the command broke.
+    """
+    prompts = [word for question in QUESTIONS for word in ("--prompt", f"{question}\n")]
+    command = [sys.executable, "-m", package, "generate", "--model", str(run), *prompts]
+    command += ["--max-tokens", "24", "--temperature", "0", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RunError(f"leg {COUNT} of the demo ended with exit code {done.returncode}")
+    return [result["text"] for result in json.loads(done.stdout)["results"]]
+
+
+def side_by_side(base: list[str], mlx: list[str], torch: list[str]) -> str:
+    """Each question with its answers before and after."""
+
+    def shown(text: str) -> str:
+        return " ".join(text.split())[:100] or "(nothing)"
+
+    lines = []
+    for question, before, after, other in zip(QUESTIONS, base, mlx, torch, strict=True):
+        lines += [question, f"  before             {shown(before)}", f"  after LoRA, MLX    {shown(after)}"]
+        lines.append(f"  in PyTorch         {'the same' if other == after else shown(other)}")
+    return "\n".join(lines)
 
 
 def losses(run: Path, split: str) -> dict[int, float]:
@@ -113,6 +164,19 @@ def compare(curves: dict[str, dict[int, float]], steps: int, resumed_at: int, ga
         _difference("torch from scratch to MLX, step 1", mlx, torch, range(1, 2), gates.first),
         _difference("torch from scratch to MLX, every step", mlx, torch, whole, gates.curve),
         _difference(f"torch from MLX's step {resumed_at} to MLX", mlx, resumed, rest, gates.resumed),
+    ]
+
+
+def compare_tuned(curves: dict[str, dict[int, float]], steps: int, gates: Gates) -> list[Difference]:
+    """The same of the two LoRA runs, which start from one model.
+
+    Raises:
+        RunError: a curve lacks a step.
+    """
+    mlx, torch = (curves[leg] for leg in TUNED)
+    return [
+        _difference("LoRA in torch to MLX, step 1", mlx, torch, range(1, 2), gates.first),
+        _difference("LoRA in torch to MLX, every step", mlx, torch, range(1, steps + 1), gates.curve),
     ]
 
 
@@ -144,7 +208,7 @@ def table(train: dict[str, dict[int, float]], val: dict[str, dict[int, float]], 
     ])  # fmt: skip
 
 
-def _verdict(differences: list[Difference], accelerated: bool) -> list[str]:
+def _verdict(differences: list[Difference], accelerated: bool, same_answers: bool) -> list[str]:
     lines = [f"{'largest difference of the training loss':<44}{'at step':>8}{'found':>10}{'gate':>10}"]
     for one in differences:
         word = "" if one.agrees else "  over the gate"
@@ -152,13 +216,14 @@ def _verdict(differences: list[Difference], accelerated: bool) -> list[str]:
     if accelerated:
         lines.append("a GPU took part: these gates are ten times those measured on the CPU")
     agrees = all(one.agrees for one in differences)
-    return [*lines, f"verdict: the three curves {'agree' if agrees else 'DISAGREE'}"]
+    lines.append(f"verdict: the curves {'agree' if agrees else 'DISAGREE'}")
+    return [*lines, f"verdict: the answers of the adapter {'are the same' if same_answers else 'DIFFER'} in both"]
 
 
-def _leg(number: int, title: str, package: str, arguments: list[str]) -> None:
-    """One `train` in a process of its own, with its display; Ctrl-C lets it save first."""
-    command = [sys.executable, "-m", package, "train", *arguments]
-    print(f"\n[{number}/{len(LEGS)}] {title}\n      python {shlex.join(command[1:])}", flush=True)
+def _leg(number: int, title: str, package: str, arguments: list[str], verb: str = "train") -> None:
+    """One verb in a process of its own, with its display; Ctrl-C lets it save first."""
+    command = [sys.executable, "-m", package, verb, *arguments]
+    print(f"\n[{number}/{COUNT}] {title}\n      python {shlex.join(command[1:])}", flush=True)
     with subprocess.Popen(command) as process:
         try:
             code = process.wait()

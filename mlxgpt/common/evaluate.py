@@ -4,12 +4,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import evaluation_rows, finding
+from mlxgpt.common.batch import Batch
 from mlxgpt.common.data import windows
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.evaluation_data import Text, open_text
@@ -68,17 +70,37 @@ def evaluate(
     return Evaluation(loss_sum, count, text.size)
 
 
+def evaluate_rows(score: Score, batches: Iterator[Batch], name: str, say: Callable[[str], None]) -> Evaluation:
+    """The losses of what rows ask for; the bytes that it spells are not counted.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    loss_sum, count = 0.0, 0
+    for batch in batches:
+        losses = score(batch.tokens, batch.targets).astype(np.float64)
+        loss_sum += float((losses * batch.weights).sum())
+        count += int(np.count_nonzero(batch.weights))
+        if not math.isfinite(loss_sum):
+            raise RunError(f"{name}: the loss is not finite within the first {count} tokens")
+        say(f"{count} tokens, loss {loss_sum / count:.4f}")
+    return Evaluation(loss_sum, count, None)
+
+
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, as lines or as one JSON object."""
     backend = backends.load(args.backend)
-    model, tokenizer = backend.load.load(args.model, device=args.device)
+    model, tokenizer = backend.load.load(
+        args.model, adapter=finding.parse(args.adapter) or None, device=args.device, force=args.force
+    )
     config = model.config
+    finding.expect(config, args.model)
     stride = args.stride or config.block_size
     if stride > config.block_size:
         raise UserError(
             f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens are left out"
         )
-    text = open_text(args.data, tokenizer, args.text_key, args.split)
+    rows = evaluation_rows.is_rows(args.data, args.text_key)
     live = sys.stderr.isatty() and not args.json
 
     def say(progress: str) -> None:
@@ -88,7 +110,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
     def score(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return backend.generate.score(model, tokens, targets)
 
-    result = evaluate(score, text, config.vocab_size, config.block_size, stride, say)
+    if rows:
+        result = evaluate_rows(score, evaluation_rows.batches(args.data, args.split, tokenizer, config), args.data, say)
+    else:
+        text = open_text(args.data, tokenizer, args.text_key, args.split)
+        result = evaluate(score, text, config.vocab_size, config.block_size, stride, say)
     if live:
         print(file=sys.stderr)
     bits = result.bits_per_byte
@@ -98,6 +124,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         return 0
     print(f"loss           {result.loss:.4f} nats a token")
     print(f"perplexity     {result.perplexity:.2f}")
-    print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: no tokenizer'}")
-    print(f"tokens         {result.tokens}, each scored once, in windows of {config.block_size} every {stride}")
+    print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: rows, or no tokenizer'}")
+    how = "those of answers" if rows else f"each scored once, in windows of {config.block_size} every {stride}"
+    print(f"tokens         {result.tokens}, {how}")
     return 0

@@ -66,6 +66,8 @@ def _prepared(folder: Path, tokenizer: Tokenizer | None, split: str) -> Text:
         raise UserError(
             f"{folder}: shards of a tokenizer with sha256 {expected[:16]}...; the model's is {tokenizer.digest[:16]}..."
         )
+    if split not in index["splits"]:
+        raise UserError(f"{folder}: shards have no split {split}; expected train or val")
     tokenizer = tokenizer or load_tokenizer(folder / "tokenizer")
     tokens = shards.open_split(folder, index, split)
     size = index["splits"][split]["bytes"]

@@ -122,6 +122,8 @@ def to_foreign(config: ModelConfig, name: str) -> tuple[str, bool]:
     """The name in the family's files of our parameter ``name``, and whether a matrix is stored transposed there."""
     family = family_of(config)
     module, _, leaf = name.rpartition(".")
+    if module == "score":
+        return name, False
     block = re.match(r"h\.(\d+)\.", module)
     pattern = module.replace(block[0], "h.{n}.", 1) if block else module
     foreign = family.modules[pattern].replace("{n}", block[1] if block else "")
@@ -156,7 +158,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     check(config)
     family, disk = family_of(config), on_disk(config)
-    values: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.family}
+    values: dict[str, Any] = {
+        "architectures": [family.classifier if config.labels else family.architecture],
+        "model_type": config.family,
+    }
+    if config.labels:
+        names = dict(enumerate(config.labels))
+        values |= {"num_labels": len(names), "id2label": {str(n): name for n, name in names.items()}}
+        values |= {"label2id": {name: n for n, name in names.items()}, "problem_type": "single_label_classification"}
     for name, key in family.fields.items():
         value = getattr(config, name)
         values[key] = None if name in _NULLABLE and not value else value
@@ -192,10 +201,11 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         raise UserError(f"{where}: model_type {name!r} is not supported: expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     architectures = values.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
+    if architectures not in ([family.architecture], [family.classifier]):
         raise UserError(
             f"{where}: architectures {architectures!r} is not supported: expected [{family.architecture!r}]"
         )
+    labels = _labels(where, values) if architectures == [family.classifier] else ()
     for key in ("quantization", "quantization_config"):
         if values.get(key) is not None:
             raise UserError(
@@ -221,7 +231,7 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     for ours, key in family.biases.items():
         value = values.get(key, family.absent.get(ours, False)) if isinstance(key, str) else key
         made[ours] = typed(where, str(key), ours, value)
-    made |= _choices(where, family, values, made)
+    made |= _choices(where, family, values, made) | {"labels": labels}
     if made["tied"] != family.fixed.get("tied", made["tied"]):
         raise UserError(f"{where}: a tied head is not supported with model_type {name!r}")
     made |= _own(where, values.get("mlxgpt"), made)
@@ -231,6 +241,17 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return config
+
+
+def _labels(where: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """A classifier's labels by their numbers; without names transformers calls them LABEL_0 and so on."""
+    kind = values.get("problem_type")
+    if kind not in (None, "single_label_classification"):
+        raise UserError(f"{where}: problem_type = {kind!r} is not supported: expected single_label_classification")
+    found = values.get("id2label") or {str(n): f"LABEL_{n}" for n in range(values.get("num_labels", 2))}
+    if not isinstance(found, dict) or set(found) != {str(n) for n in range(len(found))}:
+        raise UserError(f"{where}: id2label = {found!r}: expected a name by each number from 0")
+    return tuple(found[str(n)] for n in range(len(found)))
 
 
 def _activation(where: str, family: Family, name: str) -> str:

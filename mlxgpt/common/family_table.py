@@ -3,6 +3,7 @@
 Read from transformers' configuration_*.py and modeling_*.py. families.py works with it; what is not here is refused.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,12 @@ class Family:
     whole_heads: bool = False  # transformers refuses an n_embd that n_head does not divide
     scale_key: str = ""  # attention scores are divided by the root of this whole number
     parallel_key: str = ""  # true: placement parallel2; false: pre
+
+    @property
+    def classifier(self) -> str:
+        """The same architecture with a head of labels."""
+        name = re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", self.architecture)
+        return name.replace("Gemma3For", "Gemma3TextFor")
 
 
 BIASES = ("qkv_bias", "out_bias", "mlp_bias", "norm_bias")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import finding
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.continuation import Result
 from mlxgpt.common.errors import UserError
@@ -64,7 +65,10 @@ def generate_command(args: argparse.Namespace) -> int:
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
     prompts = read_prompts(args.prompt, args.prompt_file)
     backend = backends.load(args.backend)
-    model, tokenizer = backend.load.load(args.model, device=args.device)
+    model, tokenizer = backend.load.load(
+        args.model, adapter=finding.parse(args.adapter) or None, device=args.device, force=args.force
+    )
+    finding.expect(model.config, args.model)
     if tokenizer is None:
         raise UserError(
             f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"

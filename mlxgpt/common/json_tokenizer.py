@@ -24,8 +24,10 @@ class JsonTokenizer:
     ``files`` are what the tokenizer was loaded from, name -> bytes; ``where`` is the folder, for messages.
     """
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
-        self._files = files
+        self.files = files
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
@@ -46,6 +48,8 @@ class JsonTokenizer:
                 f"{where / 'tokenizer.json'}: largest id {found}: expected tokens, with ids below {_MAX_ID}"
             )
         self.n_vocab = max(vocabulary.values()) + 1
+        added = self.backend.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
         around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
         self.before = around[:-1] if around[-1:] == [self.eos_id] else around
@@ -84,7 +88,7 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
-        write_files(folder, self._files)
+        write_files(folder, self.files)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: dict, where: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from mlxgpt.common import affine, families, mlx_lm_names, params
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.tensors import Entry, read_tensor
 
 KEYS = ("quantization", "quantization_config")  # of config.json, both the same
@@ -28,8 +28,8 @@ class Matrix:
 
     def read(self) -> Quantised:
         """The matrix; scales and biases are of the dtype that the file has."""
-        parts = (read_tensor(entry) for entry in (self.words, self.scales, self.biases))
-        return Quantised(*parts, self.bits, self.group_size)
+        words, scales, biases = (read_tensor(entry) for entry in (self.words, self.scales, self.biases))
+        return Quantised(words, scales, biases, self.bits, self.group_size)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,13 +62,13 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
     for name, ours in mlx_lm_names.names(config).items():
         entry = entries.pop(name, None)
         if entry is None:
-            raise UserError(f"{path}: tensor {name} is missing, which config.json asks for")
+            raise TensorError(name, f"{path}: tensor {name} is missing, which config.json asks for")
         module = name.removesuffix(".weight")
         if f"{module}.scales" in entries and name != module:
             if scheme is None:
                 raise UserError(f"{where} is missing, but {module}.scales is there")
-            parts = [entries.pop(f"{module}.{part}", None) for part in ("scales", "biases")]
-            made[ours] = _matrix(where, module, entry, *parts, shapes[ours], scheme)
+            scales, biases = (entries.pop(f"{module}.{part}", None) for part in ("scales", "biases"))
+            made[ours] = _matrix(where, module, entry, scales, biases, shapes[ours], scheme)
             continue
         if entry.shape != shapes[ours] or entry.dtype not in _FLOATS:
             found = f"{entry.dtype} {list(entry.shape)}"
@@ -78,7 +78,7 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
         elif read_tensor(entry).any():
             raise UserError(f"{entry.path}: {name} is not zero, but config.json says so under mlxgpt")
     if entries:
-        raise UserError(f"{path}: unexpected tensor {min(entries)}, for which config.json has no place")
+        raise TensorError(min(entries), f"{path}: unexpected tensor {min(entries)}, for which config.json has no place")
     return {name: made[name] for name in wanted}
 
 

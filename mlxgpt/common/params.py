@@ -13,6 +13,7 @@ Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] ev
     h.N.mlp.c_gate_fc (2 F, C)                                    fused_mlp: rows of c_gate, then of c_fc
     h.N.mlp.c_fc (F, C)   h.N.mlp.c_proj (C, F)
     lm_head.weight (V, C)   lm_head.bias (V,)                     untied; head_bias
+    score.weight (n, C)                                           in its place where there are n labels
 
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
@@ -91,7 +92,9 @@ def table(config: ModelConfig) -> dict[str, Param]:
         if config.placement == "sandwich":
             norm(f"{block}.ln_2_post")
     norm("ln_f")
-    if not config.tied:
+    if config.labels:
+        params["score.weight"] = Param((len(config.labels), c), std=0.02, decay=True)
+    elif not config.tied:
         linear("lm_head", config.vocab_size, c, config.head_bias)
     return params
 
@@ -104,6 +107,30 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         else np.full(param.shape, param.fill, dtype=np.float32)
         for name, param in table(config).items()
     }
+
+
+def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dict[str, np.ndarray | Quantised]:
+    """``arrays`` with ``size`` rows in embedding and head; new ones are the mean of the others (Hewitt 2021).
+
+    So a new token begins as likely as the average one, and moves no probability of the others.
+    """
+    made = dict(arrays)
+    for name in ("wte.weight", "lm_head.weight", "lm_head.bias"):
+        if name in made and made[name].shape[0] < size:
+            array = made[name]
+            array = array.dequantise() if isinstance(array, Quantised) else array
+            mean = array.mean(axis=0, dtype=np.float64).astype(np.float32)
+            made[name] = np.concatenate([array, np.broadcast_to(mean, (size - len(array), *array.shape[1:]))])
+    return made
+
+
+def as_classifier(
+    arrays: Mapping[str, np.ndarray | Quantised], config: ModelConfig, seed: int
+) -> dict[str, np.ndarray | Quantised]:
+    """``arrays`` of a language model or a classifier for ``config``, a classifier: a new ``score`` is drawn."""
+    made = {name: array for name, array in arrays.items() if not name.startswith("lm_head.")}
+    name, param = "score.weight", table(config)["score.weight"]
+    return made if name in made else made | {name: rng.normal(seed, "init", name, shape=param.shape, std=param.std)}
 
 
 def count(config: ModelConfig) -> int:

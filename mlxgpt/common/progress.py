@@ -82,7 +82,7 @@ class Progress:
         self._live = Live(console=self._console, auto_refresh=False) if terminal and unicode else None
         self._step = start
         self._loss = self._rate = self._norm = self._validation = math.nan
-        self._best: tuple[int, float] | None = None
+        self._best = math.nan  # loss of the best validation
         self._history: list[float] = []
         self._new: list[tuple[int, float, float, float, int, float]] = []  # steps since the last picture
         self._stride, self._sum, self._count = 1, 0.0, 0
@@ -161,11 +161,15 @@ class Progress:
             self._step, self._loss, self._rate, self._norm, *_ = self._new[-1]
             self._new.clear()
 
-    def validation(self, step: int, loss: float, best: tuple[int, float] | None) -> None:
-        """Takes note of a validation."""
-        self._validation, self._best = loss, best
-        mark = f"  (best {best[1]:.4f} at step {best[0]})" if best and best[0] != step else "  (best so far)"
-        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}{mark if best else ''}")
+    def validation(self, step: int, found: dict[str, float], name: str, best: dict[str, float] | None) -> None:
+        """Takes note of a validation: its loss and what else was ``found``, and the best one by ``name``."""
+        self._validation, self._best = found["loss"], best["loss"] if best else math.nan
+        mark = ""
+        if best:
+            earlier = f"best {best[name]:.4f}" if name == "loss" else f"best {name} {best[name]:.4f}"
+            mark = "  (best so far)" if best["step"] == step else f"  ({earlier} at step {int(best['step'])})"
+        text = "".join(f"  {key} {value:.4f}" for key, value in found.items() if key != "loss")
+        self.say(f"step {step}/{self._steps}  validation loss {found['loss']:.4f}{text}{mark}")
 
     def _remember(self) -> None:
         """Moves the mean of the last steps to the sparkline's points; twice too many are halved."""
@@ -225,7 +229,7 @@ class Progress:
         if self._status:
             parts.insert(0, (self._status, "yellow"))
         if math.isfinite(self._validation):
-            best = f" (best {self._best[1]:.4f})" if self._best and self._best[1] < self._validation else ""
+            best = f" (best {self._best:.4f})" if self._best < self._validation else ""
             parts.append((f"val {self._validation:.4f}{best}", "magenta"))
         parts += [(text, "") for text in self._speed()]
         if self._memory:

@@ -14,9 +14,12 @@ def folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
 
+FINETUNE = "finetune"  # what mlxgpt finetune starts from: no RECIPE
+
+
 def names() -> list[str]:
     """The shipped recipes, sorted: what `mlxgpt train` takes as RECIPE beside a path."""
-    return sorted(path.stem for path in folder().glob("*.toml"))
+    return sorted(path.stem for path in folder().glob("*.toml") if path.stem != FINETUNE)
 
 
 def find(recipe: str) -> Path:

@@ -17,7 +17,7 @@ ACCEPTED = {
     "train.deterministic",
     "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
     "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
-    "train.log_every", "train.tensorboard", "train.wandb",
+    "train.log_every", "train.tensorboard", "train.wandb", "tune.model", "tune.source", "tune.test",
 }  # fmt: skip
 # Of these, what reorders floating-point sums.
 ROUNDING = {
@@ -39,14 +39,14 @@ def check_run(run: Path) -> None:
     """
     if not run.is_dir():
         raise UserError(
-            f"{run}: {'not a folder' if run.exists() else 'no such folder'}; expected a run of mlxgpt train"
+            f"{run}: {'not a folder' if run.exists() else 'no such folder'}; expected a run of mlxgpt train or finetune"
         )
     if (run / checkpoint.STATE).is_file():
         owner = run.resolve().parent.parent
         raise UserError(f"{run}: a checkpoint; --resume takes the run it belongs to: {owner}")
     if not checkpoint.is_run(run):
         missing = "recipe.toml" if not (run / "recipe.toml").is_file() else "checkpoints"
-        raise UserError(f"{run}: not a run of mlxgpt train: {missing} is missing")
+        raise UserError(f"{run}: not a run of mlxgpt train or finetune: {missing} is missing")
 
 
 def changes(before: Sections, after: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -1,27 +1,22 @@
 """The verb ``train``: everything that can be wrong is found before a folder is made or a run touched."""
 
-import contextlib
 import dataclasses
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import backend as backends
 from mlxgpt.common import (
     checkpoint,
-    chips,
     data,
     families,
     folder,
-    metrics,
     params,
     planner,
     recipes,
     resume,
     run_folder,
-    samples,
-    schedule,
-    trainer,
+    session,
 )
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.checkpoint import RunState
@@ -29,7 +24,6 @@ from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_to
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.fetch import CORPORA
 from mlxgpt.common.prepare import cache_folder
-from mlxgpt.common.progress import Progress
 from mlxgpt.common.tokenizer import KINDS, Tokenizer, has_tokenizer, load_tokenizer
 
 
@@ -63,8 +57,8 @@ def _begin(args: Namespace) -> int:
     written = apply_sets(read_toml(path), args.set)
     recipe = _recipe(written, args.steps, str(path))
     out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
-    _check_settings(recipe, args)
-    backend = _backend(args)
+    session.check_settings(recipe, args)
+    backend = session.open_backend(args)
     origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
     if args.moments and origin and not (origin / checkpoint.OPTIMIZER).is_file():
         raise UserError(f"--moments: {origin} has no {checkpoint.OPTIMIZER}")
@@ -76,15 +70,14 @@ def _begin(args: Namespace) -> int:
         _check_same_vocabulary(origin, recipe.model, tokenizer, source.vocab_size)
     recipe = _resolve(recipe, source, tokenizer)
     _check_sample(recipe, tokenizer)
-    space = 12 * params.count(recipe.model) + 4 * 2**20
-    checkpoint.check_space(run_folder.existing(out), space)
+    checkpoint.check_space(run_folder.existing(out), session.space(recipe))
     gate = planner.gate(recipe, backend, args)
     weights = (
         folder.read_params(origin, recipe.model) if origin else params.init_params(recipe.model, recipe.train.seed)
     )
     engine = backend.engine.Engine(recipe, weights, device=args.device)
 
-    state = _fresh(recipe, source.digest, engine.describe())
+    state = session.fresh(recipe, source.digest, engine.describe())
     if origin and args.moments:
         _take_moments(origin, recipe, engine, state)
     elif origin and (origin / checkpoint.OPTIMIZER).is_file():
@@ -93,9 +86,10 @@ def _begin(args: Namespace) -> int:
         print(f"the checkpoints in mlx-lm: {'; '.join(otherwise)}")
     run_folder.make(out)
     with run_folder.locked(out):
-        environment = engine.describe() | {"data": source.statistics}
-        run_folder.begin(out, recipe, environment, args.init_from, state.step)
-        return _run(args, gate, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
+        run_folder.begin(out, recipe, engine.describe() | {"data": source.statistics}, args.init_from, state.step)
+        sample = _sampler(backend, engine, recipe, tokenizer)
+        more = {"sample": sample, "save_first": origin is not None}
+        return session.run(args, gate, out, recipe, engine, source, tokenizer, state, **more)
 
 
 def _continue(args: Namespace) -> int:
@@ -104,93 +98,43 @@ def _continue(args: Namespace) -> int:
     resume.check_run(run)
     with run_folder.locked(run):
         stored = read_toml(run / "recipe.toml")
+        if "tune" in stored:
+            raise UserError(f"{run}: a run of mlxgpt finetune: mlxgpt finetune --resume {run} goes on with it")
         written = read_toml(recipes.find(args.recipe)) if args.recipe else stored
         recipe = _recipe(apply_sets(written, args.set), args.steps if args.steps else None, str(run / "recipe.toml"))
         if not recipe.model.vocab_size:
             vocab_size = stored.get("model", {}).get("vocab_size", 0)
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
-        found = checkpoint.find_newest_valid(run)
-        before = dataclasses.asdict(build(found[1].recipe if found else stored, str(run / "recipe.toml")))
-        step = found[1].step if found else 0
-        rounding = resume.check_recipe(run, before, recipe, step, print)
-        if found and (why := trainer.finished(recipe, found[1])):
-            print(f"{run}: nothing to do: {why}; model: {checkpoint.resolve_model(run)}")
+        going = session.find(args, run, recipe, stored)
+        if going is None:
             return 0
-        if args.stop_after and args.stop_after <= step:
-            raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-        _check_settings(recipe, args)
-        backend = _backend(args)
+        found, rounding = going
+        backend = session.open_backend(args)
         recipe = _own_tokenizer(recipe, found[0] if found else None)
         source, tokenizer = data.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
         _check_sample(recipe, tokenizer)
         gate = planner.gate(recipe, backend, args)
         if found:
-            place, state = found
-            resume.check_data(run, state.data, source.digest)
-            snapshot = checkpoint.read(place, recipe.model)
+            resume.check_data(run, found[1].data, source.digest)
+            snapshot = checkpoint.read(found[0], recipe.model)
             engine = backend.engine.Engine(recipe, snapshot["params"], device=args.device)
-            engine.load_state(snapshot)
-            environment = engine.describe()
-            resume.say_environment(state, environment, rounding, print)
-            print(f"{run}: goes on from step {step} ({place.name}, written by {state.framework})")
-            state = dataclasses.replace(
-                state, recipe=dataclasses.asdict(recipe), framework=environment["framework"], environment=environment
-            )
-            checkpoint.set_aside(run, step, print)
+            state = session.go_on(run, found, snapshot, recipe, engine, rounding)
         else:
             _check_restart(run)
             print(f"{run}: no checkpoint yet: starts from step 1")
             weights = params.init_params(recipe.model, recipe.train.seed)
             engine = backend.engine.Engine(recipe, weights, device=args.device)
-            state = _fresh(recipe, source.digest, engine.describe())
-        checkpoint.check_space(run, 12 * params.count(recipe.model) + 4 * 2**20)
-        checkpoint.sweep(run)
-        # a run that took moments along has no lines of the steps before it
-        if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
-            print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
-        samples.cut(run, step)
-        run_folder.note(run, recipe, engine.describe() | {"data": source.statistics}, step)
-        return _run(args, gate, run, recipe, engine, source, tokenizer, state)
-
-
-def _run(
-    args: Namespace,
-    gate: planner.Gate,
-    run: Path,
-    recipe: Recipe,
-    engine: Any,
-    source: data.TokenSource,
-    tokenizer: Tokenizer | None,
-    state: RunState,
-    save_first: bool = False,
-) -> int:
-    """The loop, with its files and its display around it."""
-    environment = engine.describe()
-    names = (environment[key] for key in ("framework", "version", "device"))
-    print(f"{run}: {params.count(recipe.model):,} parameters, {recipe.train.steps:,} steps; {' '.join(names)}")
-    for line in engine.unused_limits:
-        print(line)
-    flops = chips.training_flops(recipe.model)
-    display = Progress(
-        run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
-        chips.peak_flops(environment["device"]), engine.memory,
-    )  # fmt: skip
-    sinks = metrics.open_sinks(
-        run, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
-    )
-    with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
-        job = trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display)
-        job.stop_after = args.stop_after or 0
-        job.save_first = save_first
-        if recipe.sample.max_tokens:
-            job.sample = lambda: _sample(gate.backend, engine, recipe, tokenizer)
-        code = trainer.train(job)
-    gate.finish(run, engine)
-    return code
+            state = session.fresh(recipe, source.digest, engine.describe())
+        session.clear(run, recipe, engine.describe() | {"data": source.statistics}, state.step)
+        sample = _sampler(backend, engine, recipe, tokenizer)
+        return session.run(args, gate, run, recipe, engine, source, tokenizer, state, sample=sample)
 
 
 def _recipe(sections: dict[str, dict[str, Any]], steps: int | None, where: str) -> Recipe:
     """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move."""
+    for section in ("tune", "adapter"):
+        if section in sections:
+            raise UserError(f"{where}: [{section}]: of mlxgpt finetune, which takes it with --config; expected [data]")
     if steps:
         sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
     recipe = build(sections, where)
@@ -214,22 +158,6 @@ def _corpus(source: str) -> str:
             "--set data.source=FILE"
         )
     return str(fetched)
-
-
-def _check_settings(recipe: Recipe, args: Namespace) -> None:
-    """What can be judged without data and framework."""
-    steps = recipe.train.steps
-    if args.stop_after and args.stop_after > steps:
-        raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
-    metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-    schedule.check(recipe.optim, steps)
-
-
-def _backend(args: Namespace) -> Backend:
-    """The framework's modules, its device chosen: what is not there is said before the data is prepared."""
-    backend = backends.load(args.backend)
-    backend.engine.devices.use(args.device)
-    return backend
 
 
 def _own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
@@ -325,19 +253,20 @@ def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
         raise UserError(f"{where}: {count} tokens; expected at most model.block_size = {recipe.model.block_size}")
 
 
-def _sample(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer | None) -> str:
-    """Text that the model being trained writes; token ids where there is no tokenizer."""
-    try:
-        if tokenizer is not None:
-            return backend.generate.sample_text(engine.model, tokenizer, recipe.sample)
-        return " ".join(map(str, backend.generate.generate(engine.model, None, [[0]], recipe.sample)[0].tokens))
-    except RunError as error:
-        return f"(none: {error})"
+def _sampler(backend: Backend, engine: Any, recipe: Recipe, tokenizer: Tokenizer | None) -> Callable[[], str] | None:
+    """What makes text that the model being trained writes; token ids where there is no tokenizer."""
+    if not recipe.sample.max_tokens:
+        return None
 
+    def sample() -> str:
+        try:
+            if tokenizer is not None:
+                return backend.generate.sample_text(engine.model, tokenizer, recipe.sample)
+            return " ".join(map(str, backend.generate.generate(engine.model, None, [[0]], recipe.sample)[0].tokens))
+        except RunError as error:
+            return f"(none: {error})"
 
-def _fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
-    """The state before step 1."""
-    return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+    return sample
 
 
 def _check_restart(run: Path) -> None:

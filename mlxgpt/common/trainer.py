@@ -39,6 +39,10 @@ class Job:
     sample: Callable[[], str] | None = None
     stop_after: int = 0
     save_first: bool = False  # the weights came from elsewhere: a seed cannot make them again
+    verb: str = "train"  # what resumes it
+    score: Callable[[dict[str, float]], dict[str, float]] | None = None  # of a validation's sums, more to judge by
+    write_adapter: checkpoint.WriteAdapter | None = None  # what a checkpoint holds in place of a model folder
+    finish: Callable[["Job"], None] | None = None  # at the end of the whole run
 
 
 def train(job: Job) -> int:
@@ -102,11 +106,15 @@ def train(job: Job) -> int:
         done = bool(finished(job.recipe, state))
         if done and job.sample and not signals.received:
             _sample(job)
+        if done and job.finish and not signals.received:
+            job.finish(job)
     if done:
         progress.say(_verdict(job, time.perf_counter() - began))
     else:
         reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[signals.exit_code]
-        progress.say(f"stopped {reason} and saved at step {state.step}; goes on with: mlxgpt train --resume {job.run}")
+        progress.say(
+            f"stopped {reason} and saved at step {state.step}; goes on with: mlxgpt {job.verb} --resume {job.run}"
+        )
     return 0 if done else signals.exit_code
 
 
@@ -125,7 +133,7 @@ def finished(recipe: Recipe, state: RunState) -> str:
     if state.step >= recipe.train.steps:
         return f"all {state.step} steps are done"
     if recipe.train.early_stop and state.stale >= recipe.train.early_stop:
-        return f"stopped early at step {state.step}: {state.stale} validations without a better loss"
+        return f"stopped early at step {state.step}: {state.stale} validations without a better {judged_by(recipe)}"
     return ""
 
 
@@ -145,29 +153,46 @@ def _validate(job: Job, signals: Signals, saver: "Saver") -> bool:
     A signal breaks it off without a trace: resuming does it again.
     """
     state, settings, start = job.state, job.recipe.train, time.perf_counter()
-    loss_sum = weight = 0.0
+    total: dict[str, float] = {}
     for number, batch in enumerate(job.source.validation(), start=1):
         if signals.received:
             job.progress.status("")
             return False
         job.progress.status(f"validating {number}")
         for part in batch.split(settings.micro_batch_size):
-            sums = job.engine.evaluate(part)
-            loss_sum, weight = loss_sum + sums["loss"], weight + sums["weight"]
-    loss, seconds = loss_sum / weight, time.perf_counter() - start
-    job.metrics.write(step=state.step, split="val", loss=loss, targets=round(weight), seconds=round(seconds, 6))
+            for name, value in job.engine.evaluate(part).items():
+                total[name] = total.get(name, 0.0) + value
+    found = {"loss": total["loss"] / total["weight"]}
+    if job.score:
+        job.progress.status("answering")
+        found |= job.score(total)
+    seconds = round(time.perf_counter() - start, 6)
+    job.metrics.write(step=state.step, split="val", **found, targets=round(total["weight"]), seconds=seconds)
     state.evaluated = state.step
-    better = loss < (state.best["loss"] if state.best else math.inf)
+    name = judged_by(job.recipe)
+    better = is_better(name, found, state.best)
     if better:
-        state.best, state.stale = {"step": state.step, "loss": loss}, 0
+        state.best, state.stale = {"step": state.step, "loss": found["loss"], name: found[name]}, 0
     else:
         state.stale += 1
     job.progress.status("")
-    best = (int(state.best["step"]), state.best["loss"]) if state.best else None
-    job.progress.validation(state.step, loss, best)
+    job.progress.validation(state.step, found, name, state.best)
     if better:
         saver.save()
     return bool(settings.early_stop and state.stale >= settings.early_stop)
+
+
+def judged_by(recipe: Recipe) -> str:
+    """What the best validation is best by: the loss, where less is better, or a metric, where more is."""
+    return recipe.tune.keep_best if recipe.tune else "loss"
+
+
+def is_better(name: str, found: dict[str, float], best: dict[str, float] | None) -> bool:
+    """Whether a validation beats the best so far; one that is not finite never does."""
+    if not math.isfinite(found[name]):
+        return False
+    sign = -1 if name == "loss" else 1
+    return best is None or sign * found[name] > sign * best[name]
 
 
 def _verdict(job: Job, seconds: float) -> str:
@@ -177,7 +202,8 @@ def _verdict(job: Job, seconds: float) -> str:
     if state.step < settings.steps:
         parts[0] += f", {finished(job.recipe, state)}"
     if state.best:
-        parts.append(f"best validation loss {state.best['loss']:.4f} at step {int(state.best['step'])}")
+        name = judged_by(job.recipe)
+        parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
     model = checkpoint.resolve_model(job.run)
     return "; ".join([*parts, f"model: {model}", f"try: mlxgpt generate --model {job.run} --prompt TEXT"])
 
@@ -222,7 +248,7 @@ class Saver:
             start = time.perf_counter()
             job.metrics.sync()
             place, size = checkpoint.write(
-                job.run, snapshot, job.recipe.model, job.tokenizer, state, job.recipe.train.keep
+                job.run, snapshot, job.recipe.model, job.tokenizer, state, job.recipe.train.keep, job.write_adapter
             )
             seconds = time.perf_counter() - start
             self._written.append(f"first save: {place}, {size / 2**20:.1f} MiB in {seconds:.2f} s")

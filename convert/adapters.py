@@ -1,0 +1,80 @@
+"""Adapters moved alone between PEFT's layout and mlx-lm's; the base is only asked for its sizes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from convert import placing, torch_file
+from mlxgpt.common import adapter_folder, checkpoint, families, peft_adapter, tokenizer
+from mlxgpt.common.adapter_folder import Adapter
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tensors import read_json
+
+LAYOUTS = ("peft", "mlx-lm")
+PICKLED = "adapter_model.bin"
+
+
+def is_adapter(src: Path | str) -> bool:
+    """Whether SRC of ``convert`` is an adapter: its folder, or a run that trained one."""
+    place = Path(src).expanduser()
+    if not place.is_dir() or not (checkpoint.is_model(place) or checkpoint.is_run(place)):
+        return False
+    return adapter_folder.is_adapter(checkpoint.resolve_model(place))
+
+
+def convert(
+    src: Path | str, dst: Path | str, to: str | None = None, model: Path | str | None = None, force: bool = False
+) -> tuple[Adapter, list[str]]:
+    """Writes the adapter at ``src`` to the folder ``dst``; the adapter, and lines to say.
+
+    Args:
+        src: its folder, as PEFT, mlx-lm or a run of ours left it; also PEFT's older adapter_model.bin.
+        dst: the folder to make.
+        to: peft or mlx-lm; default: both layouts, as far as they can hold it.
+        model: the base, or a folder with its config.json; default: the one that the adapter names.
+        force: replace what is at ``dst``, once the new one is complete.
+
+    Raises:
+        UserError: the adapter is damaged or not of this model, the layout cannot hold it, or ``dst`` is there.
+    """
+    place, dst = checkpoint.resolve_model(src), Path(dst).expanduser()
+    if to not in (None, *LAYOUTS):
+        raise UserError(f"--to {to}: {place} is an adapter: expected {' or '.join(LAYOUTS)}; fuse makes a model of it")
+    there = dst.exists() or dst.is_symlink()
+    if there and not (force and adapter_folder.is_adapter(dst)):
+        raise UserError(f"{dst}: is there already" + ("; --force replaces an adapter, but it is none" * force))
+    if not dst.parent.is_dir():
+        raise UserError(f"{dst.parent}: no such folder")
+    base = Path(model).expanduser() if model else adapter_folder.base_of(place)
+    pickled = _pickled(place / PICKLED) if (place / PICKLED).is_file() else None
+    adapter = adapter_folder.read(place, None, _config(base), pickled=pickled)
+    config = adapter_folder.grown(_config(base), adapter)
+    with placing.workplace(dst, force) as made:
+        made.mkdir()
+        gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
+        tokenizer.write_files(made, tokenizer.read_files(place))
+        placing.put(made, dst, force)
+    return adapter, [*adapter.notes, *gaps]
+
+
+def _config(base: Path) -> ModelConfig:
+    where = base / "config.json"
+    return families.config_from_hf(read_json(where), str(where))
+
+
+def _pickled(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of PEFT's adapter_model.bin, read without running anything that it names."""
+    found = torch_file.state_dict(str(path), torch_file.load(path))
+    return {name: tensor.float().numpy() for name, tensor in found.items()}
+
+
+def line(adapter: Adapter, dst: Path | str) -> str:
+    """What was written."""
+    layouts = [
+        name
+        for name, file in (("peft", peft_adapter.TENSORS), ("mlx-lm", adapter_folder.mlx_lm_adapter.TENSORS))
+        if (Path(dst) / file).is_file()
+    ]
+    count = sum(array.size for array in adapter.params.values())
+    return f"{dst}: {' and '.join(layouts)}, {adapter.method} of {len(adapter.targets)} matrices, {count:,} parameters"
