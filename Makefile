@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-all lint bench clean
+.PHONY: venv demo test test-all lint bench bench-quick clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,10 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+# does every benchmark run, and is anything far off: prints, writes nothing
+bench-quick: venv
+	$(BIN)/python -m benchmarks --quick
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,13 +1,17 @@
 """Every speed and memory figure that the documentation claims, each beside its peer in the same run.
 
-    python -m benchmarks [--rounds 9] [--only NAME ...] [--no-write]
+    python -m benchmarks [SECTION ...] [--rounds N] [--no-write]     make bench
+    python -m benchmarks --quick                                     make bench-quick: two minutes, writes nothing
 
-Prints one table and writes it to docs/benchmarks.md with the date, versions and machine. Every contender gets one
-thread unless OMP_NUM_THREADS says otherwise: a busy neighbour disturbs more than one.
+Prints a table a section and puts it into docs/benchmarks.md, with the date, versions and machine; sections that were
+not run stay as they are. Every contender gets one thread unless OMP_NUM_THREADS says otherwise: a busy neighbour
+disturbs more than one.
 """
 
 import argparse
 import datetime
+import importlib
+import inspect
 import json
 import os
 import platform
@@ -15,19 +19,40 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.report import Row, table
+from benchmarks.report import DOCS, Row, replace_section, table
 
-SUITE = ("startup", "tokenizing", "train_step", "head", "decode")
+
+class Section(NamedTuple):
+    """A module under benchmarks/: its heading, the pairs of a full run, and what a quick run asks of it."""
+
+    heading: str
+    rounds: int
+    quick: str
+
+
+SECTIONS = {
+    "startup": Section("Start-up", 9, "--rounds 1"),
+    "tokenizing": Section("Tokenizing", 5, "--rounds 2 --megabytes 2"),
+    "train_step": Section("Training step", 9, "--rounds 2 --size tiny --no-compiled --no-installed"),
+    "head": Section("Head and loss", 5, "--rounds 2 --frameworks mlx --forms frozen --tokens 512"),
+    "decode": Section("Decoding and the first token", 9, "--rounds 1 --tokens 16"),
+    "checkpointing": Section("Checkpoints", 7, "--rounds 2 --steps 10 --layers 2"),
+    "verify": Section("Verifying", 5, "--rounds 1 --layers 2"),
+    "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50"),
+    "page": Section("Report", 5, "--rounds 1 --steps 1000"),
+}
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "transformers", "tokenizers", "tiktoken", "numpy")
-REPORT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+REPORT = DOCS / "benchmarks.md"
+NOTES = "Notes"
+"""The heading of what is written by hand; sections go before it."""
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
-def run(name: str, rounds: int) -> list[Row]:
+def run(name: str, words: list[str]) -> list[Row]:
     """The rows of one benchmark, from a process of its own."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", str(rounds), "--json"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *words, "--json"]
     done = subprocess.run(command, env={**THREADS, **os.environ}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}")
@@ -43,7 +68,7 @@ def installed(package: str) -> str:
 
 
 def describe() -> str:
-    """Where and with what the figures were measured."""
+    """When, where and with what the figures were measured."""
     from mlxgpt import blas
     from mlxgpt.common import chips
 
@@ -56,26 +81,39 @@ def describe() -> str:
     )
 
 
+def about(name: str) -> str:
+    """What a module's docstring says beside its usage: the first line and the last paragraph."""
+    paragraphs = inspect.cleandoc(importlib.import_module(f"benchmarks.{name}").__doc__ or "").split("\n\n")
+    return "\n\n".join(paragraph for paragraph in paragraphs if not paragraph.startswith("    "))
+
+
+def write(name: str, rows: list[Row], seconds: float) -> None:
+    """The section's place in docs/benchmarks.md."""
+    body = f"{about(name)}\n\n{table(rows)}\n\n`python -m benchmarks {name}`, {seconds / 60:.1f} minutes; {describe()}."
+    page = REPORT.read_text(encoding="utf-8")
+    REPORT.write_text(replace_section(page, SECTIONS[name].heading, body, before=NOTES), encoding="utf-8")
+
+
 def main() -> None:
-    """Runs the suite, prints its table and writes the report."""
+    """Runs the sections, prints their tables and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of each comparison")
-    parser.add_argument("--only", nargs="+", choices=SUITE, metavar="NAME", help=", ".join(SUITE))
+    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 5 to 9, by section")
+    parser.add_argument("--quick", action="store_true", help="fewest pairs, smallest sizes; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md as it is")
     args = parser.parse_args()
-    rows = []
-    for name in args.only or SUITE:
+    if unknown := set(args.section) - set(SECTIONS):
+        parser.error(f"{', '.join(sorted(unknown))}: expected sections of {', '.join(SECTIONS)}")
+    began = time.perf_counter()
+    for name in args.section or SECTIONS:
         start = time.perf_counter()
-        rows += run(name, args.rounds)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    print(table(rows))
-    if not args.no_write and not args.only:
-        REPORT.write_text(
-            "# Benchmarks\n\nWritten by `make bench`. A ratio is ours / peer, taken pair by pair as both take turns; "
-            "where less is better\n(seconds, memory), so is a smaller ratio. Nothing here was measured on Metal.\n\n"
-            f"{describe()}\n\n{table(rows)}\n",
-            encoding="utf-8",
-        )
+        section = SECTIONS[name]
+        rows = run(name, section.quick.split() if args.quick else ["--rounds", str(args.rounds or section.rounds)])
+        seconds = time.perf_counter() - start
+        print(f"\n{section.heading}: {seconds:.0f} s\n\n{table(rows)}", flush=True)
+        if not (args.quick or args.no_write):
+            write(name, rows, seconds)
+    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

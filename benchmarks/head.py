@@ -134,14 +134,23 @@ def mlx_peak(run: Callable[[], int]) -> int:
     return mx.get_peak_memory() - before
 
 
-def torch_peak(run: Callable[[], int]) -> int:
-    """The largest sum of the profiler's allocations: resident memory says little of what is live."""
+def torch_events(run: Callable[[], int]) -> list[Any]:
+    """What PyTorch's profiler records of one round on the CPU: operations, and changes of live memory."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     profiler: Any = recorded.profiler
-    events = profiler.kineto_results.events()
+    return list(profiler.kineto_results.events())
+
+
+def torch_peak(run: Callable[[], int]) -> int:
+    """The largest sum of the profiler's allocations: resident memory says little of what is live."""
+    return live_peak(torch_events(run))
+
+
+def live_peak(events: list[Any]) -> int:
+    """The largest sum of the changes of live memory among the events."""
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return int(np.cumsum([change for _, change in changes]).max())
 
@@ -166,7 +175,7 @@ def compare(framework: str, form: str, chunk: int, tokens: int, rounds: int) -> 
     what = f"head and loss, {framework}, {form}" if form != "step" else f"{framework} training step, 2 layers"
     against = "whole logits"
     return [
-        row(f"{what}, {tokens} tokens", against, "tokens/s", *pair, goal=speed),
+        row(f"{what}, {tokens} tokens", against, "tok/s", *pair, goal=speed),
         Row(f"{what}, {tokens} tokens", against, "MiB", ours, plain, [ours / plain], memory),
     ]
 

@@ -1,12 +1,10 @@
 """Adapters moved alone between PEFT's layout and mlx-lm's; the base is only asked for its sizes."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from convert import torch_file
-from convert.conversion import drop, sync
+from convert import placing, torch_file
 from mlxgpt.common import adapter_folder, checkpoint, families, peft_adapter, tokenizer
 from mlxgpt.common.adapter_folder import Adapter
 from mlxgpt.common.config import ModelConfig
@@ -52,18 +50,11 @@ def convert(
     pickled = _pickled(place / PICKLED) if (place / PICKLED).is_file() else None
     adapter = adapter_folder.read(place, None, _config(base), pickled=pickled)
     config = adapter_folder.grown(_config(base), adapter)
-    temporary = dst.with_name(f".{dst.name}.partial")
-    drop(temporary)
-    temporary.mkdir()
-    try:
-        gaps = adapter_folder.save(temporary, config, adapter, LAYOUTS if to is None else (to,))
-        tokenizer.write_files(temporary, tokenizer.read_files(place))
-        sync(temporary)
-        if there:
-            drop(dst)
-        os.rename(temporary, dst)
-    finally:
-        drop(temporary)
+    with placing.workplace(dst, force) as made:
+        made.mkdir()
+        gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
+        tokenizer.write_files(made, tokenizer.read_files(place))
+        placing.put(made, dst, force)
     return adapter, [*adapter.notes, *gaps]
 
 

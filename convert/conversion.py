@@ -6,6 +6,7 @@ import datetime
 import errno
 import functools
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -21,12 +22,12 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert import given_tokenizer, stream
+from convert import placing, stream
 from convert.formats import format_of, open_model
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tensors import atomic_write, read_json, write_json
+from mlxgpt.common.tensors import atomic_write, read_json
 from mlxgpt.common.tokenizer import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
@@ -105,7 +106,8 @@ def convert_opened(
     if opened.config.labels and to != "hf":
         raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
-    beside = _check_beside(writer, dst, force)
+    if hasattr(writer, "BESIDE"):
+        placing.check(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
     elif opened.path.is_file() and not set(opened.companions) & set(FILES):
@@ -113,29 +115,18 @@ def convert_opened(
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
-    temporary = dst.with_name(f".{dst.name}.partial")
-    drop(temporary)
-    sources = _Digests(opened.files if made.hash else ())
-    try:
-        with _as_user_errors(dst):
-            notes = [*opened.notes, *writer.write(guarded, temporary, made)]
-            notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
-            hashes = _result_digests(temporary, dst.name, made) if made.hash else {}
-            block = _provenance(opened, to, options, sources.result(), hashes)
-            if _stamps(opened) != before:
-                raise UserError(f"{opened.path}: changed while it was read")
-            if writer.KIND == "folder":
-                _seal(temporary, opened, block)
-            sync(temporary)
-            if verify:
-                verify(temporary)
-            _put(temporary, dst, force)
-            if writer.KIND == "file":
-                write_json(dst.with_name(dst.name + SIDECAR), block)
-                _write_beside(writer, opened, beside)
-    finally:
-        sources.stop()
-        drop(temporary)
+    with _as_user_errors(dst), placing.workplace(dst, force) as place, _Digests(opened, made) as sources:
+        notes = [*opened.notes, *writer.write(guarded, place, made)]
+        notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
+        hashes = _result_digests(place, made) if made.hash else {}
+        block = _provenance(opened, to, options, sources.result(), hashes)
+        if _stamps(opened) != before:
+            raise UserError(f"{opened.path}: changed while it was read")
+        if writer.KIND == "folder":
+            _seal(place, opened, block)
+        if verify:
+            verify(place)
+        _put(place, dst, force, _beside(writer, opened, dst, block))
     seconds, count = time.perf_counter() - start, params.count(opened.config)
     return Report(dst, to, opened.path, opened.format, count, _size(dst), seconds, hashes, notes, verify is not None)
 
@@ -164,34 +155,34 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
         raise UserError(f"{dst.parent}: no such folder")
-    if not (dst.exists() or dst.is_symlink()):
-        return
-    if not force:
-        raise UserError(f"{dst}: is there already; --force replaces it")
+    placing.check(dst, force)
     if dst.is_dir() and not dst.is_symlink() and not (dst / "config.json").is_file() and any(dst.iterdir()):
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
 
-def _check_beside(writer: ModuleType, dst: Path, force: bool) -> Path | None:
-    """Where the format's second file goes, if it has one."""
-    beside = dst.with_suffix(writer.BESIDE) if hasattr(writer, "BESIDE") else None
-    if beside and not force and (beside.exists() or beside.is_symlink()):
-        raise UserError(f"{beside}: is there already; --force replaces it")
-    return beside
+def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
+    """The files that stand beside a file: where it is from, the format's second file; None: there must be none."""
+    if writer.KIND == "folder":
+        return {}
+    made = {dst.with_name(dst.name + SIDECAR): (json.dumps(block, indent=2) + "\n").encode()}
+    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened)} if hasattr(writer, "BESIDE") else {})
 
 
-def _write_beside(writer: ModuleType, opened: Opened, beside: Path | None) -> None:
-    """The second file, where this model gives it anything to hold; one of an earlier model goes."""
-    data = writer.beside(opened) if beside else None
-    if beside and data is None:
-        beside.unlink(missing_ok=True)
-    elif beside and data is not None:
-        with atomic_write(beside) as file:
-            file.write(data)
+def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) -> None:
+    """Gives the result its name; what stands beside an earlier one goes before that, and is never untrue."""
+    for path in beside:
+        path.unlink(missing_ok=True)
+    placing.put(place, dst, force)
+    for path, data in beside.items():
+        if data is not None:
+            with atomic_write(path) as file:
+                file.write(data)
 
 
 def _take_tokenizer(opened: Opened, path: Path) -> None:
     """Puts the tokenizer at ``path`` in the place of the source's own."""
+    from convert import given_tokenizer  # loads `tokenizers`, which takes longer than copying 100 MB
+
     tokenizer = given_tokenizer.load(path)
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
@@ -243,13 +234,21 @@ def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
 
 
 class _Digests:
-    """sha256 of files on a thread of its own, beside the conversion that reads them."""
+    """sha256 of the source's files on a thread of its own, beside the conversion that reads them."""
 
-    def __init__(self, files: tuple[Path, ...]):
-        self._files, self._found, self._stopped = files, dict[str, str](), False
+    def __init__(self, opened: Opened, options: Options):
+        self._files = opened.files if options.hash else ()
+        self._found, self._stopped = dict[str, str](), False
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="source sha256", daemon=True)
+
+    def __enter__(self) -> "_Digests":
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.join()
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(stream.BLOCK))
@@ -270,11 +269,6 @@ class _Digests:
             raise self._error
         return self._found
 
-    def stop(self) -> None:
-        """Ends the thread; what it has not hashed by now nobody asks for."""
-        self._stopped = True
-        self._thread.join()
-
 
 @contextlib.contextmanager
 def _as_user_errors(dst: Path) -> Iterator[None]:
@@ -292,11 +286,11 @@ def _weights(place: Path) -> list[Path]:
     return sorted(file for file in place.rglob("*") if file.suffix in (".safetensors", ".npz"))
 
 
-def _result_digests(place: Path, called: str, options: Options) -> dict[str, str]:
+def _result_digests(place: Path, options: Options) -> dict[str, str]:
     """Of what a writer did not hash on its way, here."""
     made = {}
     for file in _weights(place):
-        name = file.relative_to(place).as_posix() if place.is_dir() else called
+        name = file.relative_to(place).as_posix() if place.is_dir() else place.name
         if name not in options.digests:
             with open(file, "rb") as opened:
                 options.digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -327,22 +321,11 @@ def _provenance(
 def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
     """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
     values = read_json(place / "config.json")
-    write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
+    placing.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
     if opened.moments and opened.moments.state and (place / "training").is_dir():
         names = {each.name for each in dataclasses.fields(checkpoint.RunState)}
         state = {name: value for name, value in opened.moments.state.items() if name in names}
         checkpoint.write_state(place, checkpoint.RunState(**state))
-
-
-def sync(place: Path) -> None:
-    """Everything onto the disk, files before folders."""
-    found = sorted(place.rglob("*"), reverse=True) if place.is_dir() else []
-    for item in [*(item for item in found if item.is_file()), *(item for item in found if item.is_dir()), place]:
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _verify(src: Path | str, made: Path, n_head: int) -> None:
@@ -354,26 +337,6 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
         raise RunError(
             f"{src}: the result does not agree, nothing was kept: {'; '.join(map(str, report.findings[:3]))}"
         )
-
-
-def _put(temporary: Path, dst: Path, force: bool) -> None:
-    """Gives the complete result its name; what it replaces goes after that."""
-    old = dst.with_name(f".{dst.name}.old")
-    if dst.exists() or dst.is_symlink():
-        if not force:
-            raise UserError(f"{dst}: is there by now; --force replaces it")
-        drop(old)
-        os.rename(dst, old)
-    os.rename(temporary, dst)
-    drop(old)
-
-
-def drop(place: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
 
 
 def _size(place: Path) -> int:

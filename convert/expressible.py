@@ -32,7 +32,7 @@ def left_behind(
 ) -> Iterator[str]:
     """What of the source the format has no place for; ``moments``, these keys of ``extra`` and ``files`` it has."""
     given = opened.companions.items()
-    lost = [file for file, content in given if file not in files and not _says_nothing(file, content)]
+    lost = [file for file, content in given if file not in files and not _says_nothing(file, content, extra)]
     lost += [f"{key} of config.json" for key, value in opened.extra.items() if value is not None and key not in extra]
     if opened.moments and not moments:
         lost.append("AdamW's moments")
@@ -40,12 +40,12 @@ def left_behind(
         yield f"left behind, as {name} has no place for it: {', '.join(lost)}"
 
 
-def _says_nothing(file: str, content: Path | bytes) -> bool:
-    """Whether it is the generation_config.json that every folder has."""
+def _says_nothing(file: str, content: Path | bytes, extra: Sequence[str]) -> bool:
+    """Whether it is the generation_config.json that every folder has, with nothing but these keys of ``extra``."""
     if file != "generation_config.json":
         return False
     try:
         values = json.loads(content if isinstance(content, bytes) else content.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and set(values) <= {"_from_model_config", "transformers_version"}
+    return isinstance(values, dict) and set(values) <= {"_from_model_config", "transformers_version", *extra}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def fuse(
     base = open_model(place)
     opened = fused(base, found, force, dtype)
     packed = any(tensor.packed for tensor in base.tensors.values())
-    options = {"dtype": dtype} if dtype else {}
+    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
     if packed and not dequantize:
         if dtype:
             raise UserError(f"--dtype {dtype}: {place} is quantised and stays so: expected --dequantize with it")

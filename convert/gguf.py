@@ -28,7 +28,7 @@ from convert.gguf_names import ROPE_FACTORS
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import families, params
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.folder import DTYPES as NAMED
 from mlxgpt.common.tensors import Entry
 
@@ -68,13 +68,13 @@ def read(path: Path) -> Opened:
     names = {gguf_names.name_of(config, name): name for name in wanted}
     for name in names:
         if name not in stored:
-            raise UserError(f"{where}: tensor {name} is missing")
+            raise TensorError(name, f"{where}: tensor {name} is missing")
     for name, one in stored.items():
         if name not in names and name != ROPE_FACTORS:
-            raise UserError(f"{where}: unexpected tensor {name} {list(one.shape)}")
+            raise TensorError(name, f"{where}: unexpected tensor {name} {list(one.shape)}")
         if name in names and one.shape != wanted[names[name]].shape:
             expected = list(wanted[names[name]].shape)
-            raise UserError(f"{where}: {name} has shape {list(one.shape)}, expected {expected}")
+            raise TensorError(name, f"{where}: {name} has shape {list(one.shape)}, expected {expected}")
     widened = _widened(where, values)
     tensors = {}
     for name, ours in names.items():
@@ -199,7 +199,9 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         else:
             yield from _pieces(config, opened, names[name], kind, options.allow_nan)
 
-    write_gguf(place, metadata, tensors, pieces)
+    digest = write_gguf(place, metadata, tensors, pieces, options.hash)
+    if digest:
+        options.digests[place.name] = digest
     return notes + left
 
 

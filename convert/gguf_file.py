@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from convert.stream import Output
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import atomic_write
 
 MAGIC = b"GGUF"
 BLOCK = 32
@@ -311,11 +311,14 @@ def write_gguf(
     metadata: Mapping[str, Value],
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     pieces: Callable[[str], Iterator[np.ndarray]],
-) -> None:
-    """Writes a file of version 3 atomically. ``tensors``: name -> type and shape; ``pieces`` gives a tensor's bytes.
+    hashed: bool = False,
+) -> str | None:
+    """Writes a new file of version 3. ``tensors``: name -> type and shape; ``pieces`` gives a tensor's bytes.
+
+    Returns its sha256, if ``hashed``.
 
     Raises:
-        UserError: the system refuses to write.
+        OSError: the system refuses to write.
     """
     table, offset = [], 0
     for name, (kind, shape) in tensors.items():
@@ -326,9 +329,13 @@ def write_gguf(
     counts = len(tensors).to_bytes(8, "little") + len(metadata).to_bytes(8, "little")
     values = [_text(key) + _value(value) for key, value in metadata.items()]
     head = b"".join([MAGIC, (3).to_bytes(4, "little"), counts, *values, *table])
-    with atomic_write(path) as file:
-        file.write(head + bytes(-len(head) % _ALIGNMENT))
+    with Output(path, hashed) as out:
+        out.write(head + bytes(-len(head) % _ALIGNMENT))
         for name, (kind, shape) in tensors.items():
-            written = sum(file.write(piece.data) for piece in pieces(name))
+            written = 0
+            for piece in pieces(name):
+                out.write(piece)
+                written += piece.nbytes
             assert written == size_of(kind, shape), f"{name}: {written} bytes, expected {size_of(kind, shape)}"
-            file.write(bytes(-written % _ALIGNMENT))
+            out.write(bytes(-written % _ALIGNMENT))
+    return out.sha256

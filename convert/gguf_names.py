@@ -5,7 +5,6 @@ reads any file's, ``deviations`` says where llama.cpp computes something else th
 Read from llama.cpp's conversion/*.py, src/models/*.cpp and gguf-py's constants.py.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from convert.gguf_file import Stored, Value
 from mlxgpt.common import families, rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tensors import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,9 +245,9 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         raise UserError(f"{where}: general.architecture = {_shown(arch)}: expected one of {', '.join(ARCHS)}")
     keys, choice, notes = Keys(where, values, arch), ARCHS[arch], []
     for key, neutral in _NEUTRAL.items():
-        if values.get(f"{arch}.{key}", neutral) != neutral:
-            found = _shown(values[f"{arch}.{key}"])
-            raise UserError(f"{where}: {arch}.{key} = {found} is not supported: expected {neutral}")
+        found = values.get(f"{arch}.{key}", neutral)
+        if isinstance(found, np.ndarray) or found != neutral:
+            raise UserError(f"{where}: {arch}.{key} = {_shown(found)} is not supported: expected {neutral}")
     sizes = {ours: keys.get(key, int) for key, ours in _SIZES.items()}
     for name, size in sizes.items():
         if not 0 < size < 1 << 31 or (name == "n_layer" and size > len(tensors)):
@@ -399,7 +399,7 @@ def own_config(where: str, text: Any, arch: Any, n_tensors: int) -> tuple[ModelC
     """
     place = f"{where}: mlxgpt.config"
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -408,7 +408,7 @@ def own_config(where: str, text: Any, arch: Any, n_tensors: int) -> tuple[ModelC
         if type(values.get(key)) is int and values[key] > n_tensors:
             raise UserError(f"{place}: {key} = {values[key]}, which the file's {n_tensors} tensors cannot be")
     config = families.config_from_hf(values, where=place)
-    if arch_of(config) != arch:
+    if not isinstance(arch, str) or arch_of(config) != arch:
         raise UserError(
             f"{where}: general.architecture = {_shown(arch)}, expected {arch_of(config)!r} by mlxgpt.config"
         )

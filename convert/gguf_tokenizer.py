@@ -274,7 +274,8 @@ def _check(values: Mapping[str, Any], where: Path, files: Mapping[str, bytes], n
     except (UserError, RuntimeError, KeyError, TypeError, AttributeError, ValueError):
         return  # another kind: whoever loads the files says what is wrong with them
     for key in (_GGML + "tokens", _GGML + "merges"):
-        if key in expected and expected[key].value != values.get(key):
+        found = values.get(key)
+        if key in expected and (not isinstance(found, list) or expected[key].value != found):
             raise UserError(f"{where}: {key} differs from the tokenizer files in the same metadata")
 
 

@@ -93,7 +93,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
     for name in shapes:
         if name not in state:
             raise UserError(f"{path}: tensor {name} is missing")
-    plain = {name: torch_file.lazy(str(path), name, state.pop(name), shape) for name, shape in shapes.items()}
+    plain = {name: torch_file.lazy(f"{path}: {name}", state.pop(name), shape) for name, shape in shapes.items()}
     if state:
         raise UserError(f"{path}: unexpected tensor {min(state)} {list(state[min(state)].shape)}")
     lost = [str(key) for key in pair if key not in (_WEIGHTS, _OPTIMIZER)]
@@ -153,14 +153,27 @@ def _joined(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     return Tensor(shape, parts[0].dtype, lambda: np.concatenate([part.read() for part in parts]))
 
 
-def _theirs(prefix: str, tensors: Mapping[str, Tensor], options: Options) -> dict[str, Any]:
-    """Our tensors, read, as theirs."""
+def _theirs(archive: torch_file.Archive, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Our tensors as theirs; the moments' names begin with ``prefix``."""
     made: dict[str, Any] = {}
     for name, tensor in tensors.items():
         foreign = _foreign(name)
-        parts = torch_file.as_torch(prefix + name, tensor, options).chunk(len(foreign))
-        made |= {one: part.clone() if len(parts) > 1 else part for one, part in zip(foreign, parts, strict=True)}
+        for i, (one, part) in enumerate(zip(foreign, _split(tensor, len(foreign)), strict=True)):
+            made[one] = archive.add(
+                f"{prefix}{name}" + f" (part {i})" * (len(foreign) > 1), part, part.dtype if prefix else None
+            )
     return made
+
+
+def _split(tensor: Tensor, count: int) -> list[Tensor]:
+    """``count`` tensors of as many rows each."""
+    rows = tensor.shape[0] // count
+    shape = rows, *tensor.shape[1:]
+
+    def part(i: int) -> Tensor:
+        return Tensor(shape, tensor.dtype, lambda: tensor.read()[i * rows : (i + 1) * rows])
+
+    return [part(i) for i in range(count)] if count > 1 else [tensor]
 
 
 def _read_moments(made: Opened, optimizer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -201,7 +214,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     c, moments = opened.config, opened.moments
     able = _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.qkv_bias, c.tied)
     check(c, able, "GPTModel", _HINTS)
-    state: Any = OrderedDict(_theirs("", opened.tensors, options))
+    archive = torch_file.Archive(options)
+    state: Any = OrderedDict(_theirs(archive, "", opened.tensors))
     mask = torch.ones(c.block_size, c.block_size).triu(diagonal=1)
     state |= {f"trf_blocks.{n}.att.mask": mask for n in range(c.n_layer)}
     notes = list(left_behind(opened, "GPTModel", moments=True))
@@ -210,15 +224,15 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         notes.append("GPTModel ties nothing: its head begins as the embedding's copy and trains on its own")
     heads.keep(state, c.n_head)
     if moments is None:
-        torch_file.save(state, place)
+        archive.save(state, place)
         return notes
     given = (moments.state or {}).get("recipe", {}).get("optim", {})
     settings = dataclasses.asdict(OptimConfig()) | given
-    m, v = _theirs("m.", moments.m, Options()), _theirs("v.", moments.v, Options())
+    m, v = _theirs(archive, "m.", moments.m), _theirs(archive, "v.", moments.v)
     names = _order(c)
     if c.tied:  # the head is a parameter of its own there, with the moments of what it is a copy of
         m[_HEAD], v[_HEAD] = m["tok_emb.weight"], v["tok_emb.weight"]
         names.append(_HEAD)
     optimizer = torch_adamw.write([(names, settings["weight_decay"])], m, v, moments.t, settings)
-    torch_file.save({_WEIGHTS: state, _OPTIMIZER: optimizer}, place)
+    archive.save({_WEIGHTS: state, _OPTIMIZER: optimizer}, place)
     return notes

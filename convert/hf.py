@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from convert import stream
+from convert import placing, stream
 from convert.model import Moments, Opened, Options, Tensor
 from mlxgpt.common import checkpoint, families, folder, params
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor, write_json
+from mlxgpt.common.tensors import DTYPES, Entry, read_header, read_json, read_tensor
 
 KIND = "folder"
 FLOATS = ("F32", "F16", "BF16")
@@ -176,9 +176,12 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: the family cannot say the model, or a value is not finite or does not fit.
     """
     values = families.config_to_hf(opened.config)
-    notes = write_folder(opened, place, options, plain_parts(opened, options), values)
-    otherwise = families.mlx_lm_deviations(opened.config)
-    return notes + ([f"transformers computes this model, but: {'; '.join(otherwise)}"] if otherwise else [])
+    return mlx_lm_warning(opened.config) + write_folder(opened, place, options, plain_parts(opened, options), values)
+
+
+def mlx_lm_warning(config: ModelConfig) -> list[str]:
+    """One line that names everything that mlx-lm does otherwise with this model's folder; none where it does not."""
+    return ["; ".join(families.mlx_lm_deviations(config))] if families.mlx_lm_deviations(config) else []
 
 
 def plain_parts(opened: Opened, options: Options) -> list[stream.Part]:
@@ -230,7 +233,7 @@ def write_folder(
     place.mkdir()
     write_parts(place, parts, metadata, index, options, params.count(families.on_disk(opened.config)))
     write_companions(opened, place, values)
-    write_json(place / "config.json", values)
+    placing.write_json(place / "config.json", values)
     if not opened.moments:
         return []
     if metadata is not None:
@@ -254,7 +257,7 @@ def write_companions(opened: Opened, place: Path, values: Mapping[str, Any]) -> 
         (place / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     if "generation_config.json" not in opened.companions:
         tokens = {key: values[key] for key in _IDS if values[key] is not None}
-        write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
+        placing.write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
 
 
 def write_parts(
@@ -271,7 +274,7 @@ def write_parts(
         return
     weight_map = {name: file for file, names in files.items() for first in names for name in by_first[first].specs}
     total = {"total_parameters": count, "total_size": sum(part.size for part in parts)}
-    write_json(place / folder.INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    placing.write_json(place / folder.INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _width(part: stream.Part) -> int:

@@ -1,12 +1,15 @@
 """llama2.c's .bin: versions 0 and 1 (float32) in and out, version 2 (Q8_0) in.
 
 All numbers are little-endian. Queries and keys are stored for rotation of neighbouring pairs, ours for halves of a
-head; the rows are reordered, nothing is computed. Version 0 also holds the rotation's cosines and sines: they are made
-with PyTorch's float32 operations as its export.py makes them, so that a file comes back byte for byte.
+head; the rows are reordered, nothing is computed. Version 0 also holds the rotation's cosines and sines, as the PyTorch
+that exported them rounded them: how far they are from the nearest float32 stands under ``llama2c`` of config.json, so
+that a file comes back byte for byte, wherever it was made.
 """
 
+import base64
 import math
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +34,7 @@ _START = 256  # of the data after the header of versions 1 and 2
 _LARGEST = 1 << 24  # of any size in a header; its product is then held against the file's
 _FLOAT = np.dtype("<f4")
 _TABLES = ("cos", "sin")
+_OWN, _ULPS = "llama2c", "table_ulps"
 # in the order of the files; {n} runs over the blocks
 _MATRICES = tuple(f"h.{{n}}.{m}.weight" for m in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.c_proj"))
 _MLP = ("h.{n}.mlp.c_gate.weight", "h.{n}.mlp.c_proj.weight", "h.{n}.mlp.c_fc.weight")
@@ -154,15 +158,15 @@ def read(path: Path) -> Opened:
     if size != expected:
         raise UserError(f"{path}: {size} bytes long, expected {expected} by its header")
     found = dict(_plain_tensors(path, header, at) if header.version < 2 else _quantised_tensors(path, header, at))
-    notes = (
-        _check_tables(path, header.config, *(found.pop(name).read() for name in _TABLES)) if not header.version else []
-    )
+    own, notes = {}, []
+    if header.version == 0:
+        own = _read_tables(path, header.config, np.stack([found.pop(name).read() for name in _TABLES]))
     tensors = {name: found.pop(name) for name in params.table(header.config)}
     assert not found, f"not the model's: {sorted(found)}"
     if header.version == 2:
         notes.append(f"{path}: int8 in groups of {header.group_size}, read as the float32 that they stand for")
     ids = {"bos_token_id": 1, "eos_token_id": 2} if header.config.vocab_size > 2 else {}
-    return Opened(path, "llama2c", header.config, tensors, (path,), extra=ids, notes=notes)
+    return Opened(path, "llama2c", header.config, tensors, (path,), extra=ids | own, notes=notes)
 
 
 def _plain_tensors(path: Path, header: _Header, at: int) -> Iterator[tuple[str, Tensor]]:
@@ -250,31 +254,37 @@ def _scales_after_all(path: Path, header: _Header, at: int, sizes: list[int]) ->
     return likely[0]
 
 
-def _tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines as llama2.c's model.py makes them; without PyTorch some differ in the last bit."""
-    try:
-        import torch
-    except ImportError:
-        powers = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        frequencies = np.float32(1) / np.float32(config.rope_theta) ** powers
-        angles = np.outer(np.arange(config.block_size, dtype=np.float32), frequencies).astype(np.float64)
-        return np.cos(angles).astype(_FLOAT), np.sin(angles).astype(_FLOAT)
-    steps = torch.arange(0, config.head_dim, 2)[: config.head_dim // 2].float()
-    frequencies = 1.0 / (config.rope_theta ** (steps / config.head_dim))
-    angles = torch.outer(torch.arange(config.block_size), frequencies).float()
-    return angles.cos().numpy(), angles.sin().numpy()
+def _tables(config: ModelConfig) -> np.ndarray:
+    """Cosines and sines, (2, block_size, head_dim / 2): the float32 nearest to those of llama2.c's float32 angles."""
+    powers = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.float32(config.rope_theta) ** powers
+    angles = np.outer(np.arange(config.block_size, dtype=np.float32), frequencies).astype(np.float64)
+    return np.stack((np.cos(angles), np.sin(angles))).astype(_FLOAT)
 
 
-def _check_tables(path: Path, config: ModelConfig, cos: np.ndarray, sin: np.ndarray) -> list[str]:
-    """Holds a version 0 file's tables against those of the one base that run.c knows."""
+def _read_tables(path: Path, config: ModelConfig, found: np.ndarray) -> dict[str, Any]:
+    """What config.json keeps of a version 0 file's tables, which must be of the one base that run.c knows."""
     made = _tables(config)
-    if not all(np.allclose(one, other, rtol=0, atol=1e-4) for one, other in zip((cos, sin), made, strict=True)):
+    if not np.allclose(found, made, rtol=0, atol=1e-4):
         raise UserError(f"{path}: its tables of cosines and sines are not those of rope_theta {config.rope_theta:g}")
-    if cos.tobytes() != made[0].tobytes() or sin.tobytes() != made[1].tobytes():
-        return [
-            f"{path}: its tables of cosines and sines differ from PyTorch's here in last bits, which the way back gives"
-        ]
-    return []
+    if found.tobytes() == made.tobytes():
+        return {}
+    ulps = found.view("<u4") - made.view("<u4")  # modulo 2**32
+    return {_OWN: {_ULPS: base64.b64encode(zlib.compress(ulps.tobytes(), 9)).decode()}}
+
+
+def _written_tables(opened: Opened) -> np.ndarray:
+    """The tables of the .bin that the model is from; else the nearest."""
+    made, own = _tables(opened.config), opened.extra.get(_OWN)
+    if not isinstance(own, dict) or _ULPS not in own:
+        return made
+    try:
+        unpacked = zlib.decompressobj().decompress(base64.b64decode(own[_ULPS], validate=True), made.nbytes + 1)
+    except (TypeError, ValueError, zlib.error):
+        unpacked = b""
+    if len(unpacked) != made.nbytes:
+        raise UserError(f"{opened.path}: {_OWN}.{_ULPS} of config.json: damaged, or not of {list(made.shape)} numbers")
+    return (made.view("<u4") + np.frombuffer(unpacked, "<u4").reshape(made.shape)).view(_FLOAT)
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
@@ -299,7 +309,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         start = struct.pack("<I8iB", _MAGIC, options.version, *sizes, c.tied).ljust(_START, b"\0")
     with Output(place, options.hash) as out:
         out.write(start)
-        tables = dict(zip(_TABLES, _tables(c), strict=True))
+        tables = dict(zip(_TABLES, _written_tables(opened), strict=True))
         for name, _, count in _places(header):
             for n in range(count):
                 if name in tables:
@@ -337,4 +347,8 @@ def _notes(opened: Opened) -> list[str]:
     notes = [f"{' and '.join(wide)} widened to float32, the one dtype of llama2.c"] if wide else []
     made, why_not = _tokenizer(opened)
     kept = FILES if made else ()
-    return notes + why_not + list(left_behind(opened, "llama2.c", extra=("bos_token_id", "eos_token_id"), files=kept))
+    return (
+        notes
+        + why_not
+        + list(left_behind(opened, "llama2.c", extra=("bos_token_id", "eos_token_id", _OWN), files=kept))
+    )

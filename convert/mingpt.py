@@ -63,7 +63,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
         foreign = _foreign(name)
         if foreign not in state:
             raise UserError(f"{path}: tensor {foreign} is missing")
-        tensors[name] = torch_file.lazy(str(path), foreign, state.pop(foreign), param.shape)
+        tensors[name] = torch_file.lazy(f"{path}: {foreign}", state.pop(foreign), param.shape)
     if state:
         raise UserError(f"{path}: unexpected tensor {min(state)} {list(state[min(state)].shape)}")
     return Opened(path, "mingpt", config, tensors, (path,), notes=notes)
@@ -93,13 +93,14 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     check(c, _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.tied), "minGPT", _HINTS)
     state: Any = OrderedDict()
     mask = torch.ones(c.block_size, c.block_size).tril().view(1, 1, c.block_size, c.block_size)
+    archive = torch_file.Archive(options)
     for name, tensor in opened.tensors.items():
-        state[_foreign(name)] = torch_file.as_torch(name, tensor, options)
+        state[_foreign(name)] = archive.add(name, tensor)
     state |= {f"{_PREFIX}h.{n}.attn.bias": mask for n in range(c.n_layer)}
     notes = list(left_behind(opened, "minGPT"))
     if c.tied:
         state["lm_head.weight"] = state[_PREFIX + "wte.weight"]
         notes.append("minGPT ties nothing: its head begins as the embedding's copy and trains on its own")
     heads.keep(state, c.n_head)
-    torch_file.save(state, place)
+    archive.save(state, place)
     return notes

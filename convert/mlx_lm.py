@@ -79,7 +79,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
     """
     config, values = opened.config, families.config_to_hf(opened.config)
-    notes = families.mlx_lm_deviations(config)
+    notes = hf.mlx_lm_warning(config)
     if options.keep_bits:
         return notes + _write_as_packed(opened, place, options, values)
     if not options.bits:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert import torch_adamw, torch_file
 from convert.expressible import check, left_behind
 from convert.model import Moments, Opened, Options
 from mlxgpt.common import params
 from mlxgpt.common.config import ModelConfig, OptimConfig
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.families import BIASES
 
 KIND = "file"
@@ -63,11 +65,12 @@ def read(path: Path) -> Opened:
     tensors = {}
     for name, param in wanted.items():
         if _PREFIX + name not in state:
-            raise UserError(f"{path}: tensor {_PREFIX + name} is missing, which model_args ask for")
-        tensors[name] = torch_file.lazy(str(path), _PREFIX + name, state.pop(_PREFIX + name), param.shape)
+            raise TensorError(name, f"{path}: tensor {_PREFIX + name} is missing, which model_args ask for")
+        tensors[name] = torch_file.lazy(f"{path}: {_PREFIX}{name}", state.pop(_PREFIX + name), param.shape)
     if state:
         name = min(state)
-        raise UserError(f"{path}: unexpected tensor {name} {list(state[name].shape)}, which model_args do not ask for")
+        said = f"unexpected tensor {name} {list(state[name].shape)}, which model_args do not ask for"
+        raise TensorError(name, f"{path}: {said}")
     if head is not None:
         _check_head(path, head, content["model"])
     own, notes = _beside(path, content, args)
@@ -99,12 +102,13 @@ def _read_args(where: str, args: Any, count: int) -> ModelConfig:
 
 def _check_head(path: Path, head: Any, state: Mapping[str, Any]) -> None:
     """The head is the embedding, if not in memory then in every bit."""
-    import torch
-
     table = next(tensor for name, tensor in state.items() if name.endswith(_PREFIX + "wte.weight"))
     if head.shape != table.shape or head.dtype != table.dtype:
         raise UserError(f"{path}: lm_head.weight has shape {list(head.shape)}, expected the embedding's")
-    if not torch_file.shared(head, table) and not torch.equal(head, table):
+    if torch_file.shared(head, table):
+        return
+    one, other = (torch_file.lazy(f"{path}: head", each, tuple(table.shape)) for each in (head, table))
+    if not np.array_equal(one.read(), other.read()):
         raise UserError(f"{path}: lm_head.weight differs from transformer.wte.weight, which nanoGPT ties it to")
 
 
@@ -116,8 +120,7 @@ def _beside(path: Path, content: Mapping[str, Any], args: Mapping[str, Any]) -> 
     own: dict[str, Any] = {"dropout": float(args.get("dropout", 0.0)), "config": plain}
     if type(content.get("iter_num")) is int:
         own["iter_num"] = content["iter_num"]
-    with_value = content.get("best_val_loss")
-    best = float(with_value) if with_value is not None else math.nan
+    best = torch_file.number(content.get("best_val_loss"))
     if math.isfinite(best):
         own["best_val_loss"] = best
     lost = [str(key) for key in config if key not in plain]
@@ -166,7 +169,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     check(config, _config(config.norm_bias, **sizes), "nanoGPT", _HINTS)
     own = opened.extra.get(_OWN)
     own = own if isinstance(own, dict) else {}
-    model = {_PREFIX + name: torch_file.as_torch(name, one, options) for name, one in opened.tensors.items()}
+    archive = torch_file.Archive(options)
+    model = {_PREFIX + name: archive.add(name, one) for name, one in opened.tensors.items()}
     model["lm_head.weight"] = model[_PREFIX + "wte.weight"]
     moments = opened.moments
     content: dict[str, Any] = {
@@ -180,9 +184,9 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     settings = dataclasses.asdict(OptimConfig()) | given
     kept = (("m", moments.m), ("v", moments.v)) if moments else (("m", {}), ("v", {}))
     groups = list(zip(_groups(config), (settings["weight_decay"], 0.0), strict=True))
-    m, v = ({n: torch_file.as_torch(f"{key}.{n}", one, Options()) for n, one in group.items()} for key, group in kept)
+    m, v = ({n: archive.add(f"{key}.{n}", one, one.dtype) for n, one in group.items()} for key, group in kept)
     content["optimizer"] = torch_adamw.write(groups, m, v, moments.t if moments else 0, settings)
-    torch_file.save(content, place)
+    archive.save(content, place)
     return list(left_behind(opened, "nanoGPT", moments=True, extra=(_OWN,)))
 
 

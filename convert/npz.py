@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf, stream
+from convert import hf, placing, stream
 from convert.model import Opened, Options, Tensor
 from mlxgpt.common import families, mlx_lm_folder, mlx_lm_names, params
-from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import DTYPES, Entry, read_json, write_json
+from mlxgpt.common.errors import TensorError, UserError
+from mlxgpt.common.tensors import DTYPES, Entry, read_json
 
 KIND = "folder"
 _FILE = "weights.npz"
@@ -54,13 +54,14 @@ def read(path: Path) -> Opened:
         tensor = found.pop(name, None)
         if tensor is None or tensor.shape != shapes[ours]:
             shown = f"has shape {list(tensor.shape)}" if tensor else "is missing"
-            raise UserError(f"{place / _FILE}: {name} {shown}, expected {list(shapes[ours])} by config.json")
+            raise TensorError(name, f"{place / _FILE}: {name} {shown}, expected {list(shapes[ours])} by config.json")
         if ours in wanted:
             tensors[ours] = tensor
         elif tensor.read().any():
             raise UserError(f"{place / _FILE}: {name} is not zero, but config.json says so under mlxgpt")
     if found:
-        raise UserError(f"{place / _FILE}: unexpected tensor {min(found)}, for which config.json has no place")
+        said = f"unexpected tensor {min(found)}, for which config.json has no place"
+        raise TensorError(min(found), f"{place / _FILE}: {said}")
     tensors = {name: tensors[name] for name in wanted}
     opened = Opened(place, "npz", config, tensors, (place / _FILE,), hf.companions(place), extra)
     opened.notes = list(hf.left(place, opened))
@@ -140,8 +141,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 _write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
-    write_json(place / "config.json", values)
-    notes = families.mlx_lm_deviations(config)
+    placing.write_json(place / "config.json", values)
+    notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 
 

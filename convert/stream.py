@@ -38,7 +38,7 @@ class Output:
     """
 
     def __init__(self, path: Path, hashed: bool):
-        self._file = open(path, "xb")  # noqa: SIM115  (closed in __exit__)
+        self._file = open(path, "wb")  # noqa: SIM115  (closed in __exit__)
         self._digest = hashlib.sha256() if hashed else None
         self._error: Exception | None = None
         self._work: queue.Queue[tuple[memoryview, memoryview | None] | None] = queue.Queue(4)

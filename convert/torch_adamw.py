@@ -37,9 +37,9 @@ def read(
         own = state.get(i) if isinstance(i, int) else None
         if not isinstance(own, Mapping) or not {"step", "exp_avg", "exp_avg_sq"} <= set(own):
             raise UserError(f"{where}: parameter {i}, {name}: expected step, exp_avg and exp_avg_sq, as AdamW has")
-        steps.add(_number(own["step"]))
+        steps.add(torch_file.number(own["step"]))
         for key, made in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            made[name] = torch_file.lazy(where, f"parameter {i}, {name}: {key}", own[key], shapes[name])
+            made[name] = torch_file.lazy(f"{where}: parameter {i}, {name}: {key}", own[key], shapes[name])
             if made[name].dtype != np.float32:
                 raise UserError(f"{where}: parameter {i}, {name}: {key} is {made[name].dtype}, expected float32")
     step = steps.pop() if len(steps) == 1 else -1.0
@@ -70,14 +70,6 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
     if isinstance(betas, tuple | list) and len(betas) == 2:
         made |= {"beta1": betas[0], "beta2": betas[1]}
     return {key: float(value) for key, value in made.items() if type(value) in (int, float) and math.isfinite(value)}
-
-
-def _number(value: Any) -> float:
-    """A number, or a tensor of one; NaN for anything else."""
-    import torch
-
-    plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    return float(plain) if type(plain) in (int, float) else math.nan
 
 
 def write(

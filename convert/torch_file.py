@@ -1,29 +1,33 @@
 """Files of ``torch.save``: tensors and plain values in, nothing else; and out again.
 
-The one place that imports PyTorch for a file. Nothing that a pickle names is ever run: ``weights_only``, and before
-that the zip archive's own numbers are held against the file's size.
+Nothing that a pickle names is ever run: ``weights_only``, and before that the zip archive's own numbers are held
+against the file's size. PyTorch reads and writes the structure alone; tensors pass one by one, in blocks.
 """
 
+import ctypes
+import math
+import mmap
 import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
+from convert import stream
 from convert.model import Options, Tensor
-from convert.stream import cast, count_not_finite, note_bad
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folder import DTYPES
+from mlxgpt.common.tensors import DTYPES as STORED
 
 if TYPE_CHECKING:
     import torch
 
 _LONGEST = 1 << 26  # bytes of a pickle without its tensors; an optimizer of 10,000 tensors has 2 MB
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def names(path: Path) -> frozenset[str]:
@@ -70,7 +74,7 @@ def load(path: Path) -> Any:
         raise UserError(f"{path}: truncated, or no file of torch.save: {error}") from None
     torch = _torch(path)
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         # torch.load lets through whatever a damaged pickle makes its reader raise
         reason = " ".join(str(error).split())
@@ -79,6 +83,21 @@ def load(path: Path) -> Any:
             what = named[1] or named[2]
             raise UserError(f"{path}: holds {what}, expected tensors and plain values only; nothing was run") from None
         raise UserError(f"{path}: damaged: {type(error).__name__}: {reason[:200]}") from None
+    return content
+
+
+def _tensors(content: Any) -> "Iterator[torch.Tensor]":
+    """Every tensor in dicts and sequences, in the order in which they are saved."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for one in content.values():
+            yield from _tensors(one)
+    elif isinstance(content, list | tuple | set):
+        for one in content:
+            yield from _tensors(one)
 
 
 def _torch(path: Path) -> Any:
@@ -110,8 +129,8 @@ def state_dict(where: str, value: Any) -> dict[str, Any]:
     return made
 
 
-def lazy(where: str, name: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of a file, as one of ours.
+def lazy(where: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a file, as one of ours; ``where`` is what messages call it.
 
     Raises:
         UserError: another shape or dtype, or values that the file does not have one by one.
@@ -119,16 +138,39 @@ def lazy(where: str, name: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{where}: {name}: {type(tensor).__name__}, expected a tensor")
+        raise UserError(f"{where}: {type(tensor).__name__}, expected a tensor")
     if tuple(tensor.shape) != shape:
-        raise UserError(f"{where}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        raise UserError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
     dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise UserError(f"{where}: {name}: {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+        raise UserError(f"{where}: {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"{where}: {name}: {list(shape)} values that the file does not hold")
+        raise UserError(f"{where}: {list(shape)} values that the file does not hold")
     return Tensor(shape, dtype, lambda: as_numpy(tensor))
+
+
+def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
+    """A copy of a loaded tensor's values; its pages leave memory again, else all of a file would gather there."""
+    import torch
+
+    whole = tensor.detach().contiguous()
+    made = (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy().copy()
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    length = (storage.data_ptr() + storage.nbytes() - start) // page * page
+    if length > 0:
+        # unchanged pages of a private mapping, which are read again from the file where somebody asks for them
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    return made.view(STORED["BF16"]) if whole.dtype == torch.bfloat16 else made
+
+
+def number(value: Any) -> float:
+    """A number, or a tensor of one; NaN for anything else."""
+    import torch
+
+    plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return float(plain) if type(plain) in (int, float) else math.nan
 
 
 def shared(one: Any, other: Any) -> bool:
@@ -140,45 +182,81 @@ def shared(one: Any, other: Any) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
-    """A copy of a tensor's values."""
-    import torch
+class Archive:
+    """A file of torch.save in the making: its tensors stand for ours, which are read one by one as they are written."""
 
-    whole = tensor.detach().contiguous()
-    if whole.dtype == torch.bfloat16:
-        return whole.view(torch.int16).numpy().copy().view(_BFLOAT16)
-    return whole.numpy().copy()
+    def __init__(self, options: Options):
+        self._options = options
+        # by id; the tensor is kept, so that no other gets its id
+        self._sources: dict[int, tuple[torch.Tensor, str, Tensor, np.dtype]] = {}
+
+    def add(self, name: str, tensor: Tensor, dtype: np.dtype | None = None) -> "torch.Tensor":
+        """What to save in the place of ``tensor``: memory that nobody ever touches, as ``dtype`` or as asked for."""
+        import torch
+
+        wide = DTYPES[self._options.dtype] if self._options.dtype else tensor.dtype
+        dtype = dtype or wide
+        made = torch.empty(tensor.shape, dtype=getattr(torch, dtype.name))
+        self._sources[id(made)] = made, name, tensor, dtype
+        return made
+
+    def save(self, value: Any, place: Path) -> None:
+        """Writes tensors and plain values to a new file, as ``torch.save`` does.
+
+        Raises:
+            UserError: a value is not finite or does not fit, or the system refuses to write.
+        """
+        torch = _torch(place)
+        try:
+            with torch.serialization.skip_data(), open(place, "wb") as file:
+                torch.save(value, file)
+            # each storage is data/N, in the order in which they are first met
+            storages = {tensor.data_ptr(): tensor for tensor in _tensors(value)}
+            with open(place, "r+b") as file, zipfile.ZipFile(file) as archive:
+                for n, tensor in enumerate(storages.values()):
+                    member = archive.getinfo(f"archive/data/{n}")
+                    assert member.file_size == tensor.untyped_storage().nbytes(), member.filename
+                    file.seek(member.header_offset + 26)
+                    start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                    member.CRC = self._fill(file, tensor, start)
+                    _note_sum(file, member, start + member.file_size)
+                _note_sums(file, archive)
+        except (OSError, RuntimeError) as error:
+            # torch's writer wraps what the system says in a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{place}: cannot write: {reason}") from None
+
+    def _fill(self, file: BinaryIO, tensor: "torch.Tensor", start: int) -> int:
+        """Writes a tensor's values, in blocks; returns their CRC."""
+        file.seek(start)
+        found = bad = 0
+        if id(tensor) not in self._sources:
+            name, blocks = "", iter([tensor.contiguous().numpy()])
+        else:
+            _, name, source, dtype = self._sources[id(tensor)]
+            blocks = stream.blocks(name, source, dtype, False, self._options)
+        for block in blocks:
+            bad += stream.count_not_finite(block)
+            flat = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            found = zlib.crc32(flat, found)
+            file.write(flat.data)
+        if name not in self._options.bad:
+            stream.note_bad(name, bad, self._options)
+        return found
 
 
-def as_torch(name: str, tensor: Tensor, options: Options) -> "torch.Tensor":
-    """A tensor of ours with its values read, looked through and cast as ``options`` say.
-
-    Raises:
-        UserError: a value is not finite, or does not fit the dtype.
-    """
-    import torch
-
-    array = np.ascontiguousarray(tensor.read())
-    bad = count_not_finite(array)
-    if bad and name not in options.bad:
-        note_bad(name, bad, options)
-    array = cast(name, array, DTYPES[options.dtype] if options.dtype else tensor.dtype)
-    if array.dtype == _BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _note_sum(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> None:
+    """A member's CRC into the record behind its data, which ends at ``end``."""
+    file.seek(end)
+    assert file.read(4) == b"PK\x07\x08", f"{member.filename}: no record behind its data"
+    file.write(struct.pack("<I", member.CRC))
 
 
-def save(value: Any, place: Path) -> None:
-    """Writes tensors and plain values to a new file.
-
-    Raises:
-        UserError: the system refuses to write, such as with no space left.
-    """
-    torch = _torch(place)
-    try:
-        with open(place, "xb") as file:
-            torch.save(value, file)
-    except (OSError, RuntimeError) as error:
-        # torch's writer wraps what the system says in a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{place}: cannot write: {reason}") from None
+def _note_sums(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """The members' CRCs into the archive's directory."""
+    at = archive.start_dir
+    for member in archive.infolist():
+        file.seek(at + 16)
+        file.write(struct.pack("<I", member.CRC))
+        file.seek(at + 28)
+        at += 46 + sum(struct.unpack("<HHH", file.read(6)))

@@ -1,4 +1,4 @@
-"""The rung config: fields of ModelConfig that differ and matter, and the token ids beside them."""
+"""The rung config: fields of ModelConfig that differ and matter, token ids, and how text is generated."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,11 @@ from typing import Any
 from convert.model import Opened
 from convert.verify_report import Checked, Report
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.tokenizer import read_json
 
+# formats that have a place for token ids and tokenizer: there, one that is missing was lost
+CARRY = ("hf", "mlx-lm", "gguf")
+_UNREAD = ("_from_model_config", "transformers_version")  # of generation_config.json
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original",
          "rotary_dim", "no_rope")  # fmt: skip
@@ -53,12 +57,48 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _compare_ids(a: Opened, b: Opened, report: Report) -> None:
-    """Token ids where both sides say them; one that only one side says is a note."""
-    for name in _IDS:
-        found = [opened.extra.get(name) for opened in (a, b)]
-        if found[0] == found[1]:
+    """Token ids, and what generation_config.json says beside them; what only one side says is a note.
+
+    Only an end of text that is lost on the way, where the format has a place for it, is a difference: generation would
+    not stop any more.
+    """
+    one, other = _generation(a), _generation(b)
+    for name in dict.fromkeys([*_IDS, *one, *other]):
+        x, y = one.get(name), other.get(name)
+        if x == y:
             continue
-        if None in found:
-            report.notes.append(f"{name} {found[0]} | {found[1]}: one side does not say it")
+        said = f"{_spelled(x)} | {_spelled(y)}"
+        silent = a if x is None else b if y is None else None
+        if silent is None or (name == "eos_token_id" and silent.format in CARRY):
+            report.find("config", name, said)
         else:
-            report.find("config", name, f"{found[0]} | {found[1]}")
+            report.notes.append(f"{name} {said}: one side does not say it")
+
+
+def _generation(opened: Opened) -> dict[str, Any]:
+    """How text is generated: the token ids of generation_config.json, else of config.json, and the former's settings.
+
+    One id and a list of one are the same, in any order.
+    """
+    said = {name: opened.extra[name] for name in _IDS if opened.extra.get(name) is not None}
+    settings = companion_json(opened, "generation_config.json")
+    said |= {name: value for name, value in settings.items() if value is not None and name not in _UNREAD}
+    ids = {name: value if isinstance(value, list) else [value] for name, value in said.items() if name in _IDS}
+    return said | {name: sorted(values, key=repr) for name, values in ids.items()}
+
+
+def _spelled(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def companion_json(opened: Opened, name: str) -> dict[str, Any]:
+    """A JSON file that travels with a model; {} where it is not there.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    content = opened.companions.get(name)
+    if content is None:
+        return {}
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return read_json({name: data}, name, opened.path)

@@ -37,9 +37,7 @@ def write(report: Report, path: Path) -> None:
 
 def page(report: Report) -> str:
     """The whole document; everything that a file or a library said is escaped."""
-    tables = sorted(
-        sections(report, len(report.tensors), every=True), key=lambda section: _ORDER.index(section[0].split(" (")[0])
-    )
+    tables = sorted((table for table in sections(report) if table[2]), key=lambda table: _ORDER.index(table[0]))
     title = html.escape(f"verify: {report.a} | {report.b}")
     bad = "" if report.agrees else " bad"
     return (
@@ -55,7 +53,7 @@ def _table(section: Section) -> str:
     cells = "".join(f'<th scope="col">{html.escape(word)}</th>' for word in head)
     lines = []
     for row in rows:
-        bad = ' class="bad"' if title == "findings" or "NO" in row[4:] else ""
+        bad = ' class="bad"' if title == "findings" or "NO" in row or row[-1] == "asked for" else ""
         lines.append(f"<tr{bad}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n")
     body = "".join(lines)
     return (

@@ -100,22 +100,25 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def compare_activations(pair: Pair, floors: Floors, report: Report) -> None:
     """The residual stream after every block; a finding names the first place where it diverges."""
-    names: list[str] = []
+    count = 0
     for scale in SCALES:
         prefix = f"hidden.{spell(scale)}."
         if f"logits.{spell(scale)}" not in pair.a:
             continue
         names = [name for name in pair.a if name.startswith(prefix) and name in pair.b]
         if not names:
-            report.skip(f"activations: {pair.name}", "the library does not give them", False)
+            report.skip(f"activations: {pair.name}", "the library does not give them", "activations" in report.demanded)
             return
         first = None
         for name in names:
             floor = floors.of(name)
-            if floor > NO_GATE:
-                continue
-            value, mean, where = worst(pair.b[name], pair.a[name])
             what = f"{spell(scale)} {name.removeprefix(prefix)}"
+            if floor > NO_GATE:
+                moved = f"float32 alone moves torch's by {floor:.1e}"
+                report.skip(f"activations {what}: {pair.name}", moved, "activations" in report.demanded and scale == 1)
+                continue
+            count += 1
+            value, mean, where = worst(pair.b[name], pair.a[name])
             figure = Figure("activations", pair.name, what, value, gate_of(floor), mean, where=where)
             report.figures.append(figure)
             first = first or (None if figure.agrees else figure)
@@ -123,7 +126,7 @@ def compare_activations(pair: Pair, floors: Floors, report: Report) -> None:
             place = first.what.split()[1]
             said = f"{pair.name}, {spell(scale)}: first to diverge, {first.value:.2e} (gate {first.gate:.1e})"
             report.find("activations", place, said)
-    report.checked.append(Checked("activations", f"{pair.name}, {len(names)} places"))
+    report.checked.append(Checked("activations", f"{pair.name}, {count} places at {' and '.join(map(spell, SCALES))}"))
 
 
 def compare_gradients(pair: Pair, floors: Floors, report: Report) -> None:
@@ -134,7 +137,7 @@ def compare_gradients(pair: Pair, floors: Floors, report: Report) -> None:
         names = [name for name in pair.a if name.startswith(prefix)]
         others = {name for name in pair.b if name.startswith(prefix)}
         if not names or not others:
-            report.skip(f"gradients: {pair.name}", "the library does not give them", False)
+            report.skip(f"gradients: {pair.name}", "the library does not give them", "gradients" in report.demanded)
             return
         for name in sorted(set(names) ^ others):
             report.find("gradients", name.removeprefix(prefix), f"{pair.name}: only one side has it")
@@ -146,7 +149,9 @@ def compare_gradients(pair: Pair, floors: Floors, report: Report) -> None:
             report.find("gradients", figure.what.split()[1], said)
         if len(wrong) > SHOWN:
             report.find("gradients", pair.name, f"{spell(scale)}: {len(wrong)} of {len(names)} differ, the worst above")
-    report.checked.append(Checked("gradients", f"{pair.name}, {len(names)} by name"))
+    report.checked.append(
+        Checked("gradients", f"{pair.name}, {len(names)} by name at {' and '.join(map(spell, SCALES))}")
+    )
 
 
 def _gradients(pair: Pair, names: list[str], prefix: str, floors: Floors) -> Iterator[Figure]:

@@ -88,6 +88,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     tensors: list[Row] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    demanded: frozenset[str] = frozenset()  # rungs that were asked for by name
 
     @property
     def agrees(self) -> bool:

@@ -81,7 +81,9 @@ def compare(a: Opened, b: Opened, report: Report) -> Outcome:
         outcome.steps |= verdict.steps
         if verdict.note and verdict.agrees:
             outcome.kinds.add(verdict.note)
-        note = ", ".join(filter(None, (verdict.note, _layout(one, other))))
+        tied = [side for side, opened in (("A", a), ("B", b)) if name == "wte.weight" and opened.config.tied]
+        ties = f"the head too (tied) in {' and '.join(tied)}" if tied else ""
+        note = ", ".join(filter(None, (verdict.note, _layout(one, other), ties)))
         shapes, dtypes = (one.shape, other.shape), (str(one.dtype), str(other.dtype))
         report.tensors.append(Row(name, shapes, dtypes, gap, digests, verdict.agrees, note))
     hints.report(report)

@@ -1,16 +1,13 @@
 """The rung tokenizer: the ids of a fixed set of texts in many scripts, the special tokens, the chat template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from convert.model import Opened
+from convert.verify_config import CARRY, companion_json
 from convert.verify_report import Checked, Report
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-# formats that have a place for a tokenizer: there, a missing one was lost
-CARRY = ("hf", "mlx-lm", "gguf")
 
 TEXTS = (
     "Hello world", " leading space", "trailing space ", "double  space   triple", "tab\tand\nnewline", "\n\n\n", "\r\n",
@@ -62,9 +59,9 @@ def compare(
     tokenizers: tuple[Tokenizer | None, Tokenizer | None],
     judged: tuple[Any, Any],
     report: Report,
-    requested: bool,
 ) -> None:
     """``judged`` are the ids that transformers gives where a side is judged by it, else None."""
+    requested = "tokenizer" in report.demanded
     if tokenizers == (None, None):
         report.skip("tokenizer", "neither side has one", requested)
         return
@@ -111,8 +108,8 @@ def _compare_special(a: Opened, b: Opened, report: Report) -> None:
 
 def special(opened: Opened) -> dict[str, Any]:
     """Tokens by their role, and the chat template, from tokenizer_config.json and the files beside it."""
-    settings = _json(opened, "tokenizer_config.json")
-    roles = _json(opened, "special_tokens_map.json") | settings
+    settings = companion_json(opened, "tokenizer_config.json")
+    roles = companion_json(opened, "special_tokens_map.json") | settings
     made = {name: _content(roles[name]) for name in _SETTINGS if roles.get(name) is not None}
     template = opened.companions.get("chat_template.jinja")
     if template is not None:
@@ -126,14 +123,3 @@ def special(opened: Opened) -> dict[str, Any]:
 
 def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _json(opened: Opened, name: str) -> dict[str, Any]:
-    content = opened.companions.get(name)
-    if content is None:
-        return {}
-    try:
-        found = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

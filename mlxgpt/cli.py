@@ -398,7 +398,7 @@ VERBS = {
     "chat": Verb("talk with a model that has a chat template", "mlxgpt.common.chatting:chat_command", _chat, (
         "chat -m runs/qa",
         "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
-        "chat -m runs/qa < questions.txt",
+        "chat -m runs/qa --temperature 0 --seed 1",
     )),
     "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",

@@ -2,37 +2,43 @@
 
     python tests/fuzz_readers.py [--minutes 10] [--seed 0] [READER ...]
 
-Another exception, five seconds without an end, or 300 MB more memory than before is a finding, printed with the seed
-and number that make it again; where the whole process ends, its input stays in the folder that is named.
+Another exception, five seconds of processor time, or 300 MB more memory than before is a finding, printed with the seed
+and number that make it again; where the whole process ends, its input stays in the folder that is named. So is reading
+what is not there: what a reader takes must be a model of its config, go to a Hugging Face folder and come back bit for
+bit, and hold what safetensors, numpy or gguf find in the same file. ``fuzz_guided.py`` searches by coverage instead.
 """
 
 import argparse
-import importlib.util
 import json
+import pickle
 import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import gguf
+import hub
 import models
 import numpy as np
+import safetensors
 import tokenizers
 from fuzz_damage import damaged, typed
 from tokenizers import decoders, pre_tokenizers, trainers
 
-from convert import FORMATS, Opened, Options, Tensor, format_of
+from convert import Opened, Options, Tensor, format_of, given_tokenizer
 from convert.gguf_file import read_gguf, write_gguf
 from mlxgpt.common import folder, params
 from mlxgpt.common.config import ModelConfig
@@ -76,20 +82,34 @@ def tokenizer_files(kind: str, place: Path) -> dict[str, Path | bytes]:
 
 
 def open_with(name: str) -> Callable[[Path], None]:
-    """Recognises, reads, and takes every tensor."""
+    """Recognises, reads, takes every tensor, and takes the model to a Hugging Face folder and back."""
 
     def read(path: Path) -> None:
         module = format_of(name)
         module.recognise(path)
         opened = module.read(path)
-        for tensor in opened.tensors.values():
+        assert list(opened.tensors) == list(params.table(opened.config)), "not the tensors of its config"
+        for key, tensor in opened.tensors.items():
             array = tensor.read()
-            assert array.shape == tensor.shape and array.dtype == tensor.dtype
+            assert array.shape == tensor.shape == params.table(opened.config)[key].shape, f"{key}: shape"
+            assert array.dtype == tensor.dtype, f"{key}: dtype"
         for moments in (opened.moments.m, opened.moments.v) if opened.moments else ():
             for tensor in moments.values():
                 assert tensor.read().shape == tensor.shape
+        there_and_back(opened)
 
     return read
+
+
+def there_and_back(opened: Opened) -> None:
+    """Demands every bit again of a model that goes through a Hugging Face folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "m"
+        format_of("hf").write(replace(opened, moments=None), place, Options(hash=False, allow_nan=True))
+        back = format_of("hf").read(place)
+        assert back.config == opened.config, f"{back.config} of {opened.config}"
+        for name, tensor in opened.tensors.items():
+            assert back.tensors[name].read().tobytes() == tensor.read().tobytes(), f"{name}: other bits"
 
 
 def seed_safetensors(place: Path) -> Path:
@@ -108,15 +128,19 @@ def seed_configs(place: Path) -> Path:
     (place / "configs").mkdir()
     for name, config in models.CASES.items():
         (place / "configs" / f"{name}.json").write_text(json.dumps(config_to_hf(config)))
+    for name, values in hub.PUBLISHED.items():
+        (place / "configs" / f"{name.replace('/', ' ')}.json").write_text(json.dumps(values))
     return place / "configs"
 
 
 def read_configs(path: Path) -> None:
-    from mlxgpt.common.families import config_from_hf
+    from mlxgpt.common.families import config_from_hf, config_to_hf
     from mlxgpt.common.tensors import read_json
 
     for file in changed(path):
-        config_from_hf(read_json(file), str(file))
+        config = config_from_hf(read_json(file), str(file))
+        again = config_from_hf(json.loads(json.dumps(config_to_hf(config))), "again")
+        assert again == config, f"{again} of {config}"
 
 
 def changed(path: Path) -> list[Path]:
@@ -124,11 +148,15 @@ def changed(path: Path) -> list[Path]:
     return [max((file for file in path.iterdir()), key=lambda file: file.stat().st_mtime_ns)]
 
 
-def seed_tokenizers(place: Path) -> Path:
-    (place / "all").mkdir()
-    for kind in ("char", "bpe", "sp-bpe", "sp-unigram"):
-        (place / "all" / kind).mkdir()
+def trained(kinds: Sequence[str], place: Path) -> Path:
+    for kind in kinds:
+        (place / "all" / kind).mkdir(parents=True)
         train_tokenizer(kind, [TEXT], 300).save(place / "all" / kind)
+    return place / "all"
+
+
+def seed_tokenizers(place: Path) -> Path:
+    trained(("char", "bpe", "sp-unigram"), place)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=280, show_progress=False))
@@ -143,9 +171,62 @@ def read_tokenizers(path: Path) -> None:
     tokenizer.decode(tokenizer.encode(TEXT[:40] if tokenizer.kind == "char" else TEXT[:40] + "z\u0b95"))
 
 
+def seed_llama2c_tokenizer(place: Path) -> Path:
+    tokens = [
+        "<unk>",
+        "\n<s>\n",
+        "\n</s>\n",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        " ",
+        "a",
+        "b",
+        " a",
+        "ab",
+        "\u00e9",
+    ]
+    encoded = [token.encode() for token in tokens]
+    body = b"".join(struct.pack("<fi", -i if i > 258 else 0.0, len(each)) + each for i, each in enumerate(encoded))
+    (place / "tokenizer.bin").write_bytes(struct.pack("<i", max(map(len, encoded))) + body)
+    return place / "tokenizer.bin"
+
+
+def seed_meta(place: Path) -> Path:
+    names = dict(enumerate("abc \u00e9"))
+    (place / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 5, "itos": names, "stoi": {c: i for i, c in names.items()}})
+    )
+    return place / "meta.pkl"
+
+
+def read_given_tokenizer(path: Path) -> None:
+    tokenizer = given_tokenizer.load(path)
+    try:
+        assert tokenizer.decode(tokenizer.encode("ab a")).strip() == "ab a"
+    except UserError as error:
+        assert "character" in str(error), error  # a meta.pkl without one of them
+
+
 def read_safetensors(path: Path) -> None:
-    for entry in read_header(path)[0].values():
-        assert read_tensor(entry).shape == entry.shape
+    """As the library of the format reads it."""
+    entries = read_header(path)[0]
+    found = {name: read_tensor(entry) for name, entry in entries.items()}
+    theirs = dict(safetensors.deserialize(path.read_bytes()))
+    assert {name: (list(a.shape), a.tobytes()) for name, a in found.items()} == {
+        name: (each["shape"], bytes(each["data"])) for name, each in theirs.items()
+    }, "safetensors reads something else"
+
+
+def read_gguf_as_others(path: Path) -> None:
+    """As the library of the format reads it, where it does."""
+    stored = read_gguf(path)[1]
+    try:
+        theirs = {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+    except Exception:  # it has no words for damage
+        theirs = None
+    open_with("gguf")(path)
+    data = path.read_bytes()
+    ours = {name: data[one.start : one.stop] for name, one in stored.items()}
+    assert theirs in (None, ours), "gguf reads something else"
 
 
 def read_folder(path: Path) -> None:
@@ -165,12 +246,13 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "gptmodel": (lambda place: written("gptmodel", replace(GPT2, tied=False), place), open_with("gptmodel")),
     "llama2c-v0": (lambda place: written("llama2c", LLAMA, place, version=0), open_with("llama2c")),
     "llama2c-v1": (lambda place: written("llama2c", LLAMA, place, version=1), open_with("llama2c")),
-    "gguf": (lambda place: written("gguf", LLAMA, place, bits=8), open_with("gguf")),
-    "gguf-foreign": (lambda place: foreign(written("gguf", LLAMA, place)), open_with("gguf")),
+    "gguf": (lambda place: written("gguf", LLAMA, place, bits=8), read_gguf_as_others),
+    "gguf-foreign": (lambda place: foreign(written("gguf", LLAMA, place)), read_gguf_as_others),
     "tokenizer": (seed_tokenizers, read_tokenizers),
+    "sentencepiece": (lambda place: trained(["sp-bpe"], place), read_tokenizers),
+    "llama2c-tokenizer": (seed_llama2c_tokenizer, read_given_tokenizer),
+    "meta.pkl": (seed_meta, read_given_tokenizer),
 }
-if not importlib.util.find_spec(FORMATS["llama2c"]):
-    READERS = {name: reader for name, reader in READERS.items() if not name.startswith("llama2c")}
 
 
 def foreign(path: Path) -> Path:
@@ -200,15 +282,15 @@ def limits() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class Fuzzer:
@@ -224,7 +306,11 @@ class Fuzzer:
         """Damages a file and reads: what was found wrong, None if all is well."""
         rng = random.Random(f"{seed} {number}")
         file = rng.choice(list(self.seeds))
-        file.write_bytes(damaged(self.seeds[file], file.name, rng))
+        return self.read_with(file, damaged(self.seeds[file], file.name, rng))
+
+    def read_with(self, file: Path, content: bytes) -> str | None:
+        """Reads with this content in a file's place: what was found wrong."""
+        file.write_bytes(content)
         try:
             with warnings.catch_warnings(), limits():
                 warnings.simplefilter("ignore")

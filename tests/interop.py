@@ -66,6 +66,7 @@ def written(place: Path, name: str, **adapter: Any) -> Written:
     config = MODELS.get(name) or CASES[name]
     made = recipe("gpt2", **adapter)
     made = Recipe(model=config, train=made.train, tune=made.tune, adapter=made.adapter)
+    assert made.adapter
     arrays = moved(made)
     chosen = adapters.whole(config, made.adapter, adapters.targets(config, made.adapter))
     for number, key in enumerate(chosen):  # what trains whole moves as well
@@ -110,7 +111,7 @@ def peft_load(base: Path, adapter: Path) -> tuple[Any, list[str], list[str]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are not PEFT's own
-        made = peft.PeftModel(model, peft.PeftConfig.from_pretrained(adapter))
+        made = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(adapter)))
         said = made.load_adapter(adapter, "default")
     return made, list(said.missing_keys), list(said.unexpected_keys)
 
@@ -141,7 +142,7 @@ def write_peft(place: Path, base: Path, **config: Any) -> np.ndarray:
                 if each.requires_grad:
                     noise = 0.05 * torch.randn(each.shape)
                     each.copy_(each * (1 + 4 * noise) if "magnitude" in name else each + noise)
-        made.save_pretrained(place)
+        made.save_pretrained(str(place))
     return _torch_logits(made)
 
 

@@ -4,6 +4,7 @@
 
 After every kill -9 each file of the run must still hold its checksum (``runs check``), and the process that goes on
 must arrive at the same losses, weights and shards, bit for bit. One environment key: framework, threads and machine.
+Conversions get Ctrl-C by turns: what has the final name is whole, old or new, and the source is as it was.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mlxgpt.common import checkpoint, metrics, runs
+from mlxgpt.common import checkpoint, folder, metrics, params, runs
+from mlxgpt.common.config import build
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -134,12 +138,8 @@ def prepare(place: Path, kills: int, draw: random.Random, say: Callable[[str], N
     finish([*arguments, "reference"], place)
     seconds = finish([*arguments, "again"], place)
 
-    def digests(folder: Path) -> dict[str, str]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    expected = digests(place / "reference")
-    if digests(place / "again") != expected:
+    expected = list(digests(place / "reference").values())
+    if list(digests(place / "again").values()) != expected:
         raise Damage("two undisturbed preparations differ: nothing can be compared")
     counted = Counter()
     while counted["kills"] < kills:
@@ -149,12 +149,103 @@ def prepare(place: Path, kills: int, draw: random.Random, say: Callable[[str], N
             counted["complete already"] += 1
         else:
             finish([*arguments, out.name], place)
-        if digests(out) != expected:
+        if list(digests(out).values()) != expected:
             raise Damage(f"shards after {counted['kills']} kills: {digests(out)}, expected {expected}")
         shutil.rmtree(out)
         counted["shards equal"] += 1
     say(f"data prepare: {counted['kills']} kills, {counted['shards equal']} times the same shards")
     return counted
+
+
+_ROUTES = (
+    ("", "hf", "--max-shard", "20MB"), ("", "mlx-lm"), ("", "mlx-lm", "--bits", "4"), ("", "npz"), ("", "gguf"),
+    ("", "gguf", "--bits", "8"), (".pt", "hf", "--n-head", "4"),
+)  # fmt: skip
+_WAYS = ("kills", "interruptions")
+
+
+def convert(
+    place: Path, kills: int, draw: random.Random, say: Callable[[str], None], ways: tuple[str, ...] = _WAYS
+) -> Counter:
+    """Kills and interrupts ``convert``, half of them over an earlier result; the next one ends as if undisturbed."""
+    config = build({"model": dict(family="gpt2", n_layer=2, n_head=4, n_embd=256, vocab_size=32768)}).model
+    for seed, name in ((1, "source"), (2, "earlier")):
+        folder.write_model(place / name, config, params.init_params(config, seed))
+    counted = Counter()
+    while counted["kills"] + counted["interruptions"] < kills:
+        kind, to, *options = draw.choice(_ROUTES)
+        if not (place / f"source{kind}").exists():
+            for name in ("source", "earlier"):
+                finish(["convert", name, f"{name}{kind}", "--to", "mingpt"], place)
+        source = digests(place / f"source{kind}")
+        out = place / (to + ".gguf" * (to == "gguf"))
+        arguments = ["convert", f"source{kind}", out.name, "--to", to, *options]
+        seconds = finish(arguments, place)
+        new, old = digests(out), {}
+        _clear(out)
+        over, stop = draw.random() < 0.5, draw.choice(ways)
+        if over:
+            finish(["convert", f"earlier{kind}", *arguments[2:]], place)
+            old = digests(out)
+        stopped = (killed if stop == "kills" else interrupted)(
+            arguments + ["--force"] * over, place, draw.uniform(0.3, 1.0) * seconds
+        )
+        counted[stop] += stopped
+        left = _hidden(place)
+        counted["while it was being written"] += bool(left) or (stopped and stop == "interruptions")
+        found, aside = digests(out), digests(out.with_name(f".{out.name}.old"))
+        between = not found and list(aside.values()) == list(old.values())  # two renames; the next one puts it back
+        if found not in (old, new) and not between:
+            raise Damage(f"{out.name} after {stop}: neither the old nor the new result, nor nothing: {sorted(found)}")
+        if digests(place / f"source{kind}") != source:
+            raise Damage(f"{out.name} after {stop}: the source is not what it was")
+        if left and stop == "interruptions":
+            raise Damage(f"{out.name}: an interruption left {left}")
+        finish([*arguments, "--force"], place)
+        if digests(out) != new or _hidden(place):
+            raise Damage(f"{out.name}: another result than undisturbed, or left over: {_hidden(place)}")
+        counted["results equal"] += 1
+        counted[f"from {kind.strip('.') or 'hf'} to {' '.join([to, *options])}"] += stopped
+        _clear(out)
+    stops = ", ".join(f"{counted[way]} {way}" for way in ways)
+    say(f"convert: {stops}, {counted['results equal']} results equal")
+    return counted
+
+
+def interrupted(arguments: list[str], cwd: Path, after: float) -> bool:
+    """Whether the process lived for ``after`` seconds and got Ctrl-C, which it must say in one line and exit 130."""
+    process = start(arguments, cwd)
+    try:
+        said, _ = process.communicate(timeout=after)
+        done = True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate()
+        done = process.returncode == 0  # it was over before the signal came
+    if process.returncode != (0 if done else 130) or "Traceback" in said:
+        raise Damage(f"{' '.join(arguments)}: interrupted: exit {process.returncode}: {said.strip()[-500:]}")
+    return not done
+
+
+def _hidden(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.name.startswith("."))
+
+
+def _clear(out: Path) -> None:
+    """Removes a result and what belongs to it."""
+    for path in out.parent.glob(f"{out.name}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def digests(place: Path) -> dict[str, str]:
+    """sha256 of a result's files, but for when it was made; {} where there is none."""
+    files = sorted(place.rglob("*")) if place.is_dir() else [place] if place.exists() else []
+    found = {}
+    for path in files:
+        if path.is_file():
+            content = re.sub(rb'"date": "[^"]*"', b"", path.read_bytes())
+            found[path.relative_to(place.parent).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def main() -> int:
@@ -163,21 +254,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--torch-share", type=float, default=0.1)
     parser.add_argument("--prepare-share", type=float, default=0.15)
+    parser.add_argument("--convert-share", type=float, default=0.15)
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    torch, prepared = round(args.kills * args.torch_share), round(args.kills * args.prepare_share)
+    shares = (args.torch_share, args.prepare_share, args.convert_share)
+    torch, prepared, converted = (round(args.kills * share) for share in shares)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / name for name in ("prepare", "mlx", "torch")]
+        places = [Path(folder) / name for name in ("prepare", "mlx", "torch", "convert")]
         for place in places:
             place.mkdir()
         if prepared:
             found["data prepare"] = prepare(places[0], prepared, draw, print)
-        found["train, MLX"] = train(places[1], "mlx", args.kills - torch - prepared, draw, print)
+        found["train, MLX"] = train(places[1], "mlx", args.kills - torch - prepared - converted, draw, print)
         if torch:
             found["train, PyTorch"] = train(places[2], "torch", torch, draw, print)
+        if converted:
+            found["convert"] = convert(places[3], converted, draw, print)
     print(json.dumps({name: dict(counted) for name, counted in found.items()}, indent=2))
-    print(f"{sum(counted['kills'] for counted in found.values())} kills: nothing lost, nothing corrupted")
+    total = sum(counted["kills"] + counted["interruptions"] for counted in found.values())
+    print(f"{total} kills: nothing lost, nothing corrupted")
     return 0
 
 

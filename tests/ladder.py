@@ -123,6 +123,20 @@ def hf_probe(config: ModelConfig, made: Mapping[str, np.ndarray], place: Path) -
     return Probe(host(logits), gradients)
 
 
+def same_tensors(config: ModelConfig, place: Path) -> int:
+    """Demands that transformers holds the very bits of the file, in every tensor: how many."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    state = load(place).state_dict()
+    stored = {
+        str(families.strip(config, name)): value
+        for name, value in folder.read_tensors(place / "model.safetensors").items()
+    }
+    plain = {str(families.strip(config, name)): value for name, value in state.items()}
+    for name, value in stored.items():
+        assert np.array_equal(plain[name].numpy(), value), name
+    return len(stored)
+
+
 def compare(case: str, config: ModelConfig, scale: float, place: Path) -> list[Figure]:
     """Rungs 2 and 3 of one model with its matrices times ``scale``: MLX, torch and transformers, each pair."""
     made = weights(config, scale=scale)

@@ -126,12 +126,6 @@ def test_it_stops_at_the_templates_end_of_turn(model: Path, monkeypatch: pytest.
     assert shorter.tokens < answer.tokens
 
 
-def test_ends_are_those_of_the_folder_too(tmp_path: Path) -> None:
-    tokenizer = sft_chat.extend(train_tokenizer("bpe", [templates.TEXT], 320))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert conversations.ends_of(tmp_path, tokenizer) == {3, 5, tokenizer.eos_id}
-
-
 def test_a_full_context_forgets_the_oldest_and_says_so(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

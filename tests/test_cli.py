@@ -22,10 +22,10 @@ SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "-
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments"} | RUNS_A_MODEL,
-    "generate": {"--model", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
-    "eval": {"--model", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
-    "chat": {"--model", "--adapter", "--system"} | RUNS_A_MODEL,
-    "fuse": {"--model", "--adapter", "--out", "--dtype", "--json"},
+    "generate": {"--model", "--adapter", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
+    "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
+    "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
+    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
     "data inspect": {"--text-key", "--tokenizer", "--json", "--model", "--rows", "--set"},

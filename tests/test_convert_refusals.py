@@ -256,7 +256,7 @@ def test_interruption_leaves_nothing(number: int, code: int, source: Path, tmp_p
     )
     command = [sys.executable, "-c", slow, str(source), str(tmp_path / "b")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / ".b.partial" / "part"
+    partial = tmp_path / ".b.partial" / "b" / "part"
     deadline = time.monotonic() + 30
     while not partial.exists() and time.monotonic() < deadline:
         time.sleep(0.02)

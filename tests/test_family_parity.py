@@ -3,17 +3,21 @@
 The parity ladder (test_model_parity.py) holds logits and gradients of every family against transformers.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import arriving
 import ladder
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 import transformers
+from arriving import TOKENS
 from compare import agree, worst
+from hub import GPT2, LLAMA3, PUBLISHED, REFUSED, SIZES, THEIRS
 from mlx_lm.utils import load_model
 from models import CASES, LINEAR, LONG, VARIANTS, WINDOW, tiny, weights
 
@@ -21,11 +25,11 @@ import mlxgpt.load
 import mlxgpt.model
 import torch_ref.load
 import torch_ref.model
-from mlxgpt.common import families, folder, rng, rotary
+from mlxgpt.common import families, folder, rotary
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
 
 ALL = CASES | VARIANTS
-TOKENS = rng.integers(5, "tokens", 0, count=2 * 64, high=80).astype(np.int32).reshape(2, 64)
 
 
 @pytest.mark.parametrize("case", VARIANTS)
@@ -36,99 +40,51 @@ def test_variants_agree_with_transformers(case: str, tmp_path: Path) -> None:
         assert figure.agrees, figure
 
 
-# configs that others wrote: keys as on the hub, old and new; sizes stand below
-SIZES = dict(vocab_size=80, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-             max_position_embeddings=72, pad_token_id=None, bos_token_id=None, eos_token_id=None)  # fmt: skip
-GPT2 = dict(vocab_size=80, n_embd=48, n_layer=3, n_head=4, n_positions=72, pad_token_id=None, bos_token_id=None,
-            eos_token_id=None)  # fmt: skip
-LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
-THEIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama": ("llama", dict(rope_theta=5e4, rope_scaling=dict(rope_type="llama3", **LLAMA3), num_key_value_heads=2),
-              dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e4, **LLAMA3), num_key_value_heads=2)),
-    "gpt2": ("gpt2", dict(n_ctx=72), dict(n_inner=None, activation_function="gelu_new")),
-    "llama-linear": ("llama", dict(rope_scaling=dict(type="linear", factor=2.0)),
-                     dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
-    "mistral": ("mistral", dict(sliding_window=9, num_key_value_heads=2, rope_theta=1e6),
-                dict(sliding_window=9, num_key_value_heads=2,
-                     rope_parameters=dict(rope_type="default", rope_theta=1e6))),
-    "qwen2": ("qwen2", dict(num_key_value_heads=2, rope_theta=1e6, use_sliding_window=True, sliding_window=9,
-                            max_window_layers=1),
-              dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e6),
-                   use_sliding_window=True, sliding_window=9,
-                   layer_types=["full_attention", "sliding_attention", "sliding_attention"])),
-    "qwen3": ("qwen3", dict(num_key_value_heads=2, head_dim=16, rope_theta=1e6, sliding_window=9, max_window_layers=1),
-              dict(num_key_value_heads=2, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6),
-                   layer_types=["full_attention"] * 3)),
-    "gemma": ("gemma", dict(hidden_act="gelu", num_key_value_heads=1, head_dim=16),
-              dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=1, head_dim=16,
-                   rope_parameters=dict(rope_type="default", rope_theta=1e4))),
-    "gemma2": ("gemma2", dict(num_key_value_heads=2, head_dim=16, sliding_window=9, query_pre_attn_scalar=12,
-                              hidden_act="gelu_pytorch_tanh"),
-               dict(num_key_value_heads=2, head_dim=16, sliding_window=9, query_pre_attn_scalar=12,
-                    layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
-    "gemma3": ("gemma3_text", dict(num_key_value_heads=2, head_dim=16, sliding_window=9, sliding_window_pattern=3,
-                                   rope_theta=1e6, rope_local_base_freq=5e3, query_pre_attn_scalar=16,
-                                   rope_scaling=dict(rope_type="linear", factor=8.0)),
-               dict(num_key_value_heads=2, head_dim=16, sliding_window=9, query_pre_attn_scalar=16,
-                    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-                    rope_parameters=dict(
-                        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
-                        sliding_attention=dict(rope_type="default", rope_theta=5e3)))),
-    "gpt_neox": ("gpt_neox", dict(rotary_pct=0.5, rotary_emb_base=5000, use_parallel_residual=True),
-                 dict(rope_parameters=dict(rope_type="default", rope_theta=5e3, partial_rotary_factor=0.5))),
-    "gpt_neox-serial": ("gpt_neox", dict(rotary_pct=1.0, use_parallel_residual=False, hidden_act="gelu_new"),
-                        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0),
-                             use_parallel_residual=False, hidden_act="gelu_new")),
-    "phi": ("phi", dict(partial_rotary_factor=0.34, rope_theta=5e3),
-            dict(rope_parameters=dict(rope_type="default", rope_theta=5e3, partial_rotary_factor=0.34))),
-    "phi3": ("phi3", dict(num_key_value_heads=2, sliding_window=9, partial_rotary_factor=0.5),
-             dict(num_key_value_heads=2, sliding_window=9,
-                  rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
-    "olmo2": ("olmo2", dict(num_key_value_heads=2, rope_theta=5e5, rope_scaling=None),
-              dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
-    "smollm3": ("smollm3", dict(num_key_value_heads=2, no_rope_layer_interval=2, rope_theta=5e6),
-                dict(num_key_value_heads=2, no_rope_layers=[1, 0, 1],
-                     rope_parameters=dict(rope_type="default", rope_theta=5e6))),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("case", THEIRS)
 def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp_path: Path) -> None:
     """Old and new keys mean one model; its logits are transformers' own; our copy of it loads there bit-equal."""
     kind, old, new = THEIRS[case]
-    sizes = GPT2 if kind == "gpt2" else SIZES
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **sizes, **old))
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    theirs.eval().save_pretrained(tmp_path / "theirs")
-    expected = theirs(torch.from_numpy(TOKENS)).logits.detach().numpy()
-
+    sizes = {"model_type": kind} | (GPT2 if kind == "gpt2" else SIZES)
+    theirs = arriving.saved(sizes | old, tmp_path / "theirs", own_config=False)
     config = folder.read_config(tmp_path / "theirs")
     for keys in (old, new):
-        assert families.config_from_hf({"model_type": kind} | sizes | keys) == config
-    model, _ = torch_ref.load.load(tmp_path / "theirs", device="cpu")
-    exact = torch_ref.model.Model(config, torch.float64).double()
-    exact.load_state_dict(model.state_dict())
-    found, floor = (ladder.host(m(torch.from_numpy(TOKENS))) for m in (model, exact))
-    gate = max(1e-5, 4 * worst("floor", found, floor))
-    agree(f"{case}: torch", found, expected, gate)
-    agree(
-        f"{case}: MLX",
-        np.array(mlxgpt.load.load(tmp_path / "theirs", device="cpu")[0](mx.array(TOKENS))),
-        expected,
-        gate,
-    )
+        assert families.config_from_hf(sizes | keys) == config
+    arrived = arriving.arrive(case, tmp_path / "theirs", theirs)
+    assert arrived.agrees, arrived
+    arriving.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
 
-    folder.write_model(tmp_path / "ours", config, folder.read_params(tmp_path / "theirs", config))
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    back, info = load(tmp_path / "ours", output_loading_info=True)
-    assert not any(info.values()), info
-    state = back.state_dict()
-    assert state.keys() == theirs.state_dict().keys()
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(state[name], value), name
-    assert torch.equal(back.eval()(torch.from_numpy(TOKENS)).logits, theirs(torch.from_numpy(TOKENS)).logits)
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_as_it_is_on_the_hub(name: str, tmp_path: Path) -> None:
+    """With all its keys; what it computes is what transformers makes of the same folder, which it does load."""
+    arriving.saved(PUBLISHED[name], tmp_path / "theirs", own_config=True)
+    theirs = arriving.loaded(tmp_path / "theirs")
+    arrived = arriving.arrive(name, tmp_path / "theirs", theirs)
+    assert arrived.agrees, arrived
+    arriving.goes_back(tmp_path / "theirs", tmp_path / "ours", theirs)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_on_the_hub_that_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    values, message = REFUSED[name]
+    with pytest.raises(UserError) as raised:
+        families.config_from_hf(values, where="config.json")
+    assert message in str(raised.value)
+
+
+# sizes that are a multiple of nothing; a head as wide as it likes where the family allows it
+ODD = {
+    family: tiny(family=family, n_layer=1, n_head=3, n_embd=45, vocab_size=83, block_size=37, n_hidden=71, **more)
+    for family in families.FAMILIES
+    for more in [{} if family in ("gpt2", "gpt_neox") else dict(n_kv_head=1, head_dim=10)]
+}
+ODD["gpt_neox"] = dataclasses.replace(ODD["gpt_neox"], rotary_dim=14)
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_odd_sizes_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    for figure in ladder.compare(f"{family}, odd", ODD[family], 8.0, tmp_path / "m"):
+        assert figure.agrees, figure
 
 
 CACHED = [name for name, config in ALL.items() if config.window or config.attn_softcap or config.no_rope]

@@ -27,7 +27,7 @@ SHARD = 60_000
 class Ending:
     """A tokenizer that has an end of text and one file."""
 
-    eos_id = 7
+    eos_id, ends = 7, frozenset()
 
     def save(self, place: Path) -> None:
         (place / "tokenizer.json").write_text("{}")

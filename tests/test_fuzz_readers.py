@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_damage import typed
 from fuzz_readers import LLAMA, READERS, TEXT, Fuzzer, files_of, model, written
 
-from convert import gguf
-from convert.gguf_file import Value, write_gguf
+from convert import gguf, gguf_names, open_model
+from convert.gguf_file import Value, read_gguf, write_gguf
 from mlxgpt.common import families, folder
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tensors import read_header, write_tensors
@@ -77,7 +78,7 @@ def test_an_index_that_names_what_is_no_file_name(tmp_path: Path) -> None:
     place = written("hf", LLAMA, tmp_path, max_shard=60_000)
     path = place / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    for name in ("\ud800", "a\0b"):
+    for name in ("a\nb", "a\0b"):
         index["weight_map"]["lm_head.weight"] = name
         path.write_text(json.dumps(index))
         assert "weight_map names" in refused(folder.find_tensors, place)
@@ -88,6 +89,51 @@ def test_a_tensor_name_of_two_lines(tmp_path: Path) -> None:
     assert "tensor name 'a\\nb'" in refused(read_header, tmp_path / "a.safetensors")
     write_gguf(tmp_path / "a.gguf", {"a\nb": Value("u32", 1)}, {}, lambda name: iter([]))
     assert "metadata key 'a\\nb'" in refused(gguf.read, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("where", ["config.json", "model.safetensors", "mlxgpt.config"])
+def test_half_a_character_that_no_file_could_hold(where: str, tmp_path: Path) -> None:
+    place = written("hf", LLAMA, tmp_path)
+    if where == "config.json":
+        (place / where).write_text((place / where).read_text().replace('"model_type"', '"x": "\\ud800", "model_type"'))
+        assert "not JSON: 'utf-8' codec can't encode" in refused(open_model, place)
+    elif where == "model.safetensors":
+        head = b'{"__metadata__":{"a":"\\ud800"}}'
+        (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+        assert "not JSON: 'utf-8' codec can't encode" in refused(read_header, tmp_path / "a.safetensors")
+    else:
+        path = gguf_with(tmp_path, {where: Value("str", '{"model_type": "llama", "x": "\\ud800"}')})
+        assert "mlxgpt.config: not JSON" in refused(gguf.read, path)
+
+
+def gguf_with(place: Path, changes: dict[str, Value]) -> Path:
+    """A valid file but for these keys."""
+    path = written("gguf", LLAMA, place)
+    values, stored = read_gguf(path)
+    data = path.read_bytes()
+    write_gguf(
+        path,
+        {key: typed(value) for key, value in values.items()} | changes,
+        {name: (one.type, one.shape) for name, one in stored.items()},
+        lambda name: iter([np.frombuffer(data[stored[name].start : stored[name].stop], np.uint8)]),
+    )
+    return path
+
+
+@pytest.mark.parametrize("key", ["general.architecture", "tokenizer.ggml.tokens"])
+def test_a_gguf_key_that_is_numbers(key: str, tmp_path: Path) -> None:
+    assert key in refused(gguf.read, gguf_with(tmp_path, {key: Value("f32[]", np.zeros(3, np.float32))}))
+
+
+def test_a_gguf_of_others_with_a_key_that_is_numbers(tmp_path: Path) -> None:
+    values = {"general.architecture": "llama", "llama.attention.causal": np.zeros(3)}
+    assert "llama.attention.causal" in refused(gguf_names.config_from, "a.gguf", values, {})
+
+
+@pytest.mark.parametrize("data", [b"", b"\x12\x00"])
+def test_sentencepiece_without_pieces(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    assert "not a SentencePiece model" in refused(load_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["tokenizer.ggml.model", "tokenizer.ggml.pre"])

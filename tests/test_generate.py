@@ -1,5 +1,6 @@
 """Generation: cache against full forward pass, both frameworks against the specification, where text ends."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import mlxgpt.load as mlx_load
 import torch_ref.generate as torch_generate
+import torch_ref.load as torch_load
 from mlxgpt.common import config, continuation, params, sampling
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folder import write_model
-from mlxgpt.common.tokenizer import train_tokenizer
+from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
 from mlxgpt.model import Model as MlxModel
 from mlxgpt.model import make_cache as mlx_cache
 from torch_ref.model import Model as TorchModel
@@ -385,10 +388,45 @@ def test_end_of_text_ends_a_row_and_is_not_part_of_it(
     assert generate(model, tokenizer, [""], sample)[0].prompt_tokens == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_any_of_several_ends_that_a_folder_lists_ends_a_row(
+    backend: str, file: str, tokenizers: dict, tmp_path: Path
+) -> None:
+    """Chat models end a turn and a text with different tokens; a run that starts from one keeps them."""
+    sizes = make_config("llama", vocab=tokenizers["bpe"].n_vocab)
+    write_model(tmp_path / "a", sizes, make_weights(sizes), tokenizer=tokenizers["bpe"])
+    load = {"mlx": mlx_load, "torch": torch_load}[backend].load
+    model, tokenizer = load(tmp_path / "a", device="cpu")
+    assert tokenizer is not None and not tokenizer.ends
+    sample, generate = SampleConfig(max_tokens=20), GENERATE[backend].generate
+    free = generate(model, tokenizer, ["the"], sample)[0].tokens
+    chosen = [free[9], tokenizer.eos_id, free[5]]
+    if file == "config.json":
+        (tmp_path / "a" / "generation_config.json").unlink()
+    said = json.loads((tmp_path / "a" / file).read_text()) | {"eos_token_id": chosen}
+    (tmp_path / "a" / file).write_text(json.dumps(said))
+    model, tokenizer = load(tmp_path / "a", device="cpu")
+    result = generate(model, tokenizer, ["the"], sample)[0]
+    at = min(free.index(token) for token in chosen if token in free)
+    assert (result.tokens, result.finish_reason) == (free[:at], "eos")
+    write_model(tmp_path / "b", sizes, make_weights(sizes), tokenizer=tokenizer)
+    again = load_tokenizer(tmp_path / "b")
+    assert again.ends == tokenizer.ends and again.eos_id == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("said", ["2", [2, "3"], {"a": 1}, True, 2.0])
+def test_ends_that_are_no_ids_are_refused(said: object, tokenizers: dict, tmp_path: Path) -> None:
+    tokenizers["bpe"].save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id .*: expected a token id or a list"):
+        load_tokenizer(tmp_path)
+
+
 class Pieces:
     """A tokenizer whose token i is the text ``words[i]``."""
 
-    eos_id = None
+    eos_id, ends = None, frozenset()
 
     def __init__(self, words: list[str]):
         self.words, self.n_vocab = words, len(words)

@@ -296,7 +296,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     arrays["h.1.mlp.c_fc.weight"][3, 5] = np.nan
     with pytest.raises(UserError, match="h.1.mlp.c_fc.weight has values that are not finite"):
         gguf.write(of(config, arrays), tmp_path / "a.gguf", Options())
-    assert not list(tmp_path.iterdir())
     gguf.write(of(config, arrays), tmp_path / "a.gguf", Options(allow_nan=True))
     arrays["h.1.mlp.c_fc.weight"][3, 5] = 1e6
     with pytest.raises(UserError, match="h.1.mlp.c_fc.weight: values do not fit F16"):

@@ -141,7 +141,8 @@ def test_the_old_npz_loads_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     base = interop.write_base(tmp_path / "base", interop.CASES["llama-gqa"])
     place = tmp_path / "adapter"
     expected = interop.write_mlx_lm(place, base, keys=["self_attn.q_proj"])
-    np.savez(place / "adapters.npz", **folder.read_tensors(place / "adapters.safetensors"))
+    tensors: dict[str, Any] = folder.read_tensors(place / "adapters.safetensors")
+    np.savez(place / "adapters.npz", **tensors)
     (place / "adapters.safetensors").unlink()
     values = json.loads((place / "adapter_config.json").read_text())
     values["lora_layers"] = values.pop("num_layers")

@@ -35,6 +35,33 @@ def test_a_checkpoint_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatc
         kills.train(tmp_path, "mlx", 3, random.Random(5), print)
 
 
+def test_a_few_kills_of_a_conversion(tmp_path: Path) -> None:
+    assert kills.convert(tmp_path, 2, random.Random(4), print)["results equal"] >= 2
+
+
+def test_a_result_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation: a kill that leaves a folder cut short under its final name."""
+
+    def cutting(arguments: list[str], cwd: Path, after: float) -> bool:
+        kills.finish(arguments, cwd)
+        out = cwd / arguments[2]
+        found = sorted(out.rglob("*.safetensors")) if out.is_dir() else [out]
+        found[0].write_bytes(found[0].read_bytes()[:-4])
+        return True
+
+    monkeypatch.setattr(kills, "killed", cutting)
+    monkeypatch.setattr(kills, "interrupted", cutting)
+    monkeypatch.setattr(kills, "_ROUTES", (("", "hf"),))
+    with pytest.raises(kills.Damage, match="neither the old nor the new"):
+        kills.convert(tmp_path, 1, random.Random(5), print)
+
+
+@pytest.mark.slow
+def test_many_kills_of_a_conversion(tmp_path: Path) -> None:
+    counted = kills.convert(tmp_path, 40, random.Random(7), print)
+    assert counted["while it was being written"] >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_many_kills_of_a_training(backend: str, tmp_path: Path) -> None:

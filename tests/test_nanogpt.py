@@ -368,3 +368,33 @@ def test_bfloat16_goes_through_and_a_dtype_is_cast(tmp_path: Path) -> None:
     nanogpt.write(first, tmp_path / "wide.pt", Options(dtype="float32"))
     wide = open_model(tmp_path / "wide.pt").tensors["wte.weight"].read()
     assert (wide == first.tensors["wte.weight"].read().astype(np.float32)).all()
+
+
+def test_what_is_written_is_what_torch_save_writes(tmp_path: Path) -> None:
+    """Structure by PyTorch, tensors block by block: every byte but the id that PyTorch derives from the checksums."""
+    c = CONFIGS["bias"]
+    torch.save(content(c, NanoGPT(c)), tmp_path / "ckpt.pt")
+    convert(tmp_path / "ckpt.pt", tmp_path / "back.pt")
+    with open(tmp_path / "peer.pt", "wb") as file:
+        torch.save(torch.load(tmp_path / "back.pt", weights_only=True), file)
+    with zipfile.ZipFile(tmp_path / "back.pt") as ours, zipfile.ZipFile(tmp_path / "peer.pt") as theirs:
+        assert ours.testzip() is None and ours.namelist() == theirs.namelist()
+        for one, other in zip(ours.infolist(), theirs.infolist(), strict=True):
+            if not one.filename.endswith("serialization_id"):
+                assert (one.CRC, one.header_offset) == (other.CRC, other.header_offset)
+                assert ours.read(one) == theirs.read(other)
+
+
+def test_tensors_that_lie_otherwise_are_read(tmp_path: Path) -> None:
+    """Views into one storage, transposed ones too, are what they are in PyTorch."""
+    c = CONFIGS["bias"]
+    made = content(c, NanoGPT(c))
+    made["model"] = state = {key: tensor.detach() for key, tensor in made["model"].items()}
+    name = "transformer.h.0.attn.c_proj.weight"
+    state[name] = state[name].t().contiguous().t()
+    both = torch.cat([state["transformer.ln_f.weight"], torch.ones(5), state["transformer.ln_f.bias"]])
+    state["transformer.ln_f.weight"], state["transformer.ln_f.bias"] = both[:48], both[53:]
+    torch.save(made, tmp_path / "ckpt.pt")
+    found = open_model(tmp_path / "ckpt.pt").tensors
+    for ours in ("h.0.attn.c_proj.weight", "ln_f.weight", "ln_f.bias"):
+        assert np.array_equal(found[ours].read(), state["transformer." + ours].numpy()), ours

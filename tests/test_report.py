@@ -147,6 +147,43 @@ def test_a_watched_page_follows_the_run(tmp_path: Path) -> None:
         process.communicate()
 
 
+PLAN = {
+    "predicted_peak": 110 * 2**20, "components": {"weights": 40 * 2**20, "moments": 70 * 2**20},
+    "measured_peak": 100 * 2**20, "predicted_seconds": 90.0, "measured_seconds": 100.0,
+    "backend": "mlx", "device": "cpu",
+}  # fmt: skip
+
+
+def table_of(page: str, title: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the rows under a heading; {} where there is none."""
+    _, found, rest = page.partition(f"<h2>{title}</h2>")
+    body = rest.partition("<tbody>")[2].partition("</tbody>")[0] if found else ""
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in body.split("</tr>")]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_plan_stands_beside_reality(tmp_path: Path) -> None:
+    one, two, three = (make_run(tmp_path / name) for name in ("one", "two", "three"))
+    (one / "plan.json").write_text(json.dumps(PLAN))
+    (two / "plan.json").write_text(json.dumps(PLAN | {"measured_peak": None, "measured_seconds": None}))
+    (three / "plan.json").write_text("{")
+    found = table_of(report.render([run_summary.read_run(run) for run in (one, two, three)]), "Plan against reality")
+    assert found["weights"] == ["40.0 MiB", "40.0 MiB"] and found["moments"] == ["70.0 MiB"] * 2
+    assert found["peak, predicted"] == ["110.0 MiB"] * 2 and found["peak, measured"] == ["100.0 MiB", ""]
+    assert found["peak, predicted from measured"] == ["+10.0%", ""]
+    assert found["time, predicted from measured"] == ["-10.0%", ""] and found["on"] == ["mlx cpu"] * 2
+    assert table_of(report.render([run_summary.read_run(three)]), "Plan against reality") == {}
+
+
+def test_the_data_is_told_in_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    counts = {"train_tokens": 4800, "val_tokens": 500, "val_bytes": 1250}
+    (run / "environment.json").write_text(json.dumps([{"from_step": 0, "framework": "mlx", "data": counts}]))
+    found = table_of(report.render([run_summary.read_run(run)]), "Data")
+    assert found["training tokens"] == ["4,800"] and found["validation tokens"] == ["500"]
+    assert found["bytes a token"] == ["2.50"] and found["passes over the training tokens"] == ["0.25"]
+
+
 def test_samples_after_a_checkpoint_are_cut_and_half_a_line_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one")
     with open(run / samples.FILE, "a") as file:

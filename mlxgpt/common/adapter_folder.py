@@ -297,7 +297,7 @@ def _own(own: Any, path: Path) -> dict[str, Any]:
             raise UserError(f"{path / CONFIG}: mlxgpt.{key}: expected {kind.__name__}")
     if "adapter" in own:
         fields = {f.name: f for f in dataclasses.fields(SECTIONS["adapter"])}
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in own["adapter"].items()}
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in own["adapter"].items()}
         for key, value in given.items():
             if key not in fields or type(value) is not type(fields[key].default):
                 raise UserError(f"{path / CONFIG}: mlxgpt.adapter.{key} = {value!r} is not understood")

@@ -69,10 +69,12 @@ class CharTokenizer:
     kind = "char"
     eos_id: int | None = None
     special: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
 
     def __init__(self, characters: str, files: dict[str, bytes] | None = None) -> None:
         self.characters = characters
         self.n_vocab = len(characters)
+        self.before: list[int] = []
         self.digest = sha256_of(b"char", characters.encode())
         self.files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
         self._ids = np.full(0x110000, -1, np.int32)  # code point -> id

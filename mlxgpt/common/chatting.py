@@ -14,12 +14,12 @@ from pathlib import Path
 from mlxgpt.common import backend as backends
 from mlxgpt.common import finding
 from mlxgpt.common.config import SampleConfig, nearest
-from mlxgpt.common.conversation import Answer, Conversation, ends_of
+from mlxgpt.common.conversation import Answer, Conversation
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.sft_chat import Template, special_tokens, template_of
 from mlxgpt.common.signals import Signals
 from mlxgpt.common.tensors import read_json, write_json
-from mlxgpt.common.tokenizer import Tokenizer
+from mlxgpt.common.tokenizer import Tokenizer, generation_ends
 
 QUOTES = '"""'
 COMMANDS = {
@@ -53,7 +53,7 @@ def chat_command(args: argparse.Namespace) -> int:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
     template = _template(args.template, tokenizer, str(args.model))
     backend.generate.prepare(model)
-    ends = {token for folder in (place, *(folder for folder, _ in found)) for token in ends_of(folder, tokenizer)}
+    ends = {token for folder in (place, *(folder for folder, _ in found)) for token in generation_ends(folder)}
     conversation = Conversation(backend, model, tokenizer, template, ends, args.system or "")
     return Chat(conversation, sample, sys.stdin.isatty()).run()
 

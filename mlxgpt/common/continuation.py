@@ -25,7 +25,7 @@ class Result:
     text: str  # without prompt, stop string and end-of-text token
     tokens: list[int]  # drawn, the end-of-text token left out
     prompt_tokens: int
-    finish_reason: str  # eos; stop: a stop string; length: max_tokens; context: block_size
+    finish_reason: str  # eos: a token that ends texts; stop: a stop string; length: max_tokens; context: block_size
 
 
 class Row:
@@ -36,7 +36,7 @@ class Row:
         self.tokens: list[int] = []
         self.text, self.reason = "", ""
         self._held = ""  # may be the beginning of a stop string
-        self.ends = {tokenizer.eos_id} if tokenizer else set()  # tokens that end the text
+        self.ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()  # tokens that end the text
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         if self._decoder:
             # what follows is spelled as after the prompt: SentencePiece drops a space only at the start of a text
@@ -95,7 +95,8 @@ class Row:
 def start_rows(
     config: ModelConfig, tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]
 ) -> list[Row]:
-    """A row a prompt; text or token ids. An empty text starts from the end-of-text token.
+    """A row a prompt; text or token ids. A text begins with what its tokenizer puts before one, an empty one else
+    with the end-of-text token.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
@@ -116,6 +117,8 @@ def start_rows(
                 ids = tokenizer.encode(prompt)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+            if ids[: len(tokenizer.before)] != tokenizer.before:
+                ids = [*tokenizer.before, *ids]
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:

@@ -6,7 +6,6 @@ the rest is cut off and read again. Templates that rewrite what was said (Qwen3 
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import continuation
@@ -14,7 +13,6 @@ from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.sft_chat import Template
-from mlxgpt.common.tensors import read_json
 from mlxgpt.common.tokenizer import Tokenizer
 
 RESERVE = 0.25  # of the context, at the most, that is kept free for an answer
@@ -127,23 +125,13 @@ class Conversation:
             UserError: it is no list of messages in turns.
         """
         messages = row.get("messages") if isinstance(row, dict) else None
-        good = isinstance(messages, list) and all(
+        if not isinstance(messages, list) or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
-        )
-        if not good:
+        ):
             raise UserError(f"{where}: expected messages, each with role and content, as /save writes them")
         first = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         rest = messages[bool(first) :]
         if [m["role"] for m in rest] != ["user", "assistant"] * (len(rest) // 2):
             raise UserError(f"{where}: expected user and assistant in turns after the system prompt")
         self.system, self.messages = first, [{"role": m["role"], "content": m["content"]} for m in rest]
-
-
-def ends_of(place: Path, tokenizer: Tokenizer) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and those that generation_config.json lists."""
-    made = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    if (place / "generation_config.json").is_file():
-        found = read_json(place / "generation_config.json").get("eos_token_id")
-        made |= {token for token in (found if isinstance(found, list) else [found]) if type(token) is int}
-    return made

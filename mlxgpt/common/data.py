@@ -55,6 +55,11 @@ class TokenSource:
                 )
         self._windows = (len(train) - 1) // block_size
 
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What a run's environment.json says of its data; ``val_bytes`` is 0 where nobody counted them."""
+        return {"train_tokens": len(self._train), "val_tokens": len(self._val), "val_bytes": self.val_bytes}
+
     def batch(self, step: int) -> Batch:
         """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
         if self._sampling == "random":

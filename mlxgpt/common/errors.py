@@ -1,8 +1,16 @@
-"""The two errors a user may see. The command line prints each as one line; anything else is a bug."""
+"""The errors a user may see. The command line prints each as one line; anything else is a bug."""
 
 
 class UserError(Exception):
     """Wrong usage or input: exit code 2. The message names what, where, what was found and what was expected."""
+
+
+class TensorError(UserError):
+    """A sound file whose tensors are not those of its config: ``name``, as the file has it, is the first such."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 class RunError(Exception):

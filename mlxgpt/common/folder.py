@@ -15,7 +15,7 @@ import numpy as np
 from mlxgpt.common import families, mlx_lm_folder, params
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.errors import RunError, TensorError, UserError
 from mlxgpt.common.tensors import (
     Entry,
     read_header,
@@ -44,6 +44,9 @@ class _Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None: ...
+
+    @property
+    def ends(self) -> frozenset[int]: ...
 
     def save(self, folder: Path, /) -> None: ...
 
@@ -132,19 +135,17 @@ def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> d
         _check_tied(folder, config, entries)
     for name in expected:
         if name not in entries:
-            raise UserError(f"{folder}: tensor {name} is missing, which config.json asks for")
+            raise TensorError(name, f"{folder}: tensor {name} is missing, which config.json asks for")
     for name in entries:
         if name not in expected:
-            raise UserError(
-                f"{folder}: unexpected tensor {name} {list(entries[name].shape)}, for which config.json has no place"
-            )
+            shape = list(entries[name].shape)
+            raise TensorError(name, f"{folder}: unexpected tensor {name} {shape}, for which config.json has no place")
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     for foreign, (name, transposed) in expected.items():
         entry, shape = entries[foreign], shapes[name][::-1] if transposed else shapes[name]
         if entry.shape != shape:
-            raise UserError(
-                f"{entry.path}: {foreign} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
-            )
+            found = f"{foreign} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            raise TensorError(foreign, f"{entry.path}: {found}")
         if entry.dtype not in _READABLE:
             raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(_READABLE)}")
     return {name: (foreign, entries[foreign], transposed) for foreign, (name, transposed) in expected.items()}
@@ -227,7 +228,8 @@ def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) ->
     name = families.to_foreign(config, "lm_head.weight")[0]
     head, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
     if table is not None and not _same_bytes(head, table):
-        raise UserError(f"{folder}: {name} differs from the embedding, expected an equal or no head for a tied model")
+        said = "differs from the embedding, expected an equal or no head for a tied model"
+        raise TensorError(name, f"{folder}: {name} {said}")
 
 
 def write_model(
@@ -269,6 +271,8 @@ def write_model(
         tokenizer.save(folder)
     _write_weights(folder, config, weights, DTYPES[dtype], max_shard)
     tokens = {key: values[key] for key in ids if values[key] is not None}
+    if tokenizer and tokenizer.ends and isinstance(tokens.get("eos_token_id"), int):
+        tokens["eos_token_id"] = [tokens["eos_token_id"], *sorted(tokenizer.ends)]
     write_json(folder / "generation_config.json", {"_from_model_config": True} | tokens)
     write_json(folder / "config.json", values)
 

@@ -24,6 +24,8 @@ class JsonTokenizer:
     ``files`` are what the tokenizer was loaded from, name -> bytes; ``where`` is the folder, for messages.
     """
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
         self.files = files
         self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
@@ -49,6 +51,8 @@ class JsonTokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
+        around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
+        self.before = around[:-1] if around[-1:] == [self.eos_id] else around
         model = type(self.backend.model).__name__
         over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
         self.kind = "byte-level BPE" if over_bytes else model

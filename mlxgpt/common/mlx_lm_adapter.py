@@ -156,12 +156,12 @@ def decode(
 def _numbers(parameters: Mapping[str, Any], where: str, old: bool) -> tuple[int, float, list[str]]:
     """Rank and scale."""
     rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
-    if type(rank) is not int or not 0 < rank < 2**31:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
         raise UserError(f"{where}: lora_parameters.rank = {rank!r}: expected a positive whole number")
-    if type(scale) not in (int, float) or not 0 < abs(scale) < 1e30:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < abs(scale) < 1e30:
         raise UserError(f"{where}: lora_parameters.scale = {scale!r}: expected a number")
     notes = []
-    if type(alpha) in (int, float) and alpha != scale * rank:
+    if isinstance(alpha, int | float) and alpha != scale * rank:
         # mlx-lm multiplied by scale * alpha / rank until March 2024, when files were .npz; scale alone counts since
         if old and alpha != rank:
             raise UserError(

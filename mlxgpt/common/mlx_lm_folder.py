@@ -9,7 +9,7 @@ from typing import Any
 from mlxgpt.common import affine, families, mlx_lm_names, params
 from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.tensors import Entry, read_tensor
 
 KEYS = ("quantization", "quantization_config")  # of config.json, both the same
@@ -62,7 +62,7 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
     for name, ours in mlx_lm_names.names(config).items():
         entry = entries.pop(name, None)
         if entry is None:
-            raise UserError(f"{path}: tensor {name} is missing, which config.json asks for")
+            raise TensorError(name, f"{path}: tensor {name} is missing, which config.json asks for")
         module = name.removesuffix(".weight")
         if f"{module}.scales" in entries and name != module:
             if scheme is None:
@@ -78,7 +78,7 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
         elif read_tensor(entry).any():
             raise UserError(f"{entry.path}: {name} is not zero, but config.json says so under mlxgpt")
     if entries:
-        raise UserError(f"{path}: unexpected tensor {min(entries)}, for which config.json has no place")
+        raise TensorError(min(entries), f"{path}: unexpected tensor {min(entries)}, for which config.json has no place")
     return {name: made[name] for name in wanted}
 
 

@@ -292,7 +292,7 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key} = {str(value)[:60]} is not supported: expected it unset")
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = values.get(key)
-        if type(value) not in kinds or not 0 < value < 2**31:
+        if value is None or type(value) not in kinds or not 0 < value < 2**31:
             raise UserError(f"{where}: {key} = {value!r}: expected a positive number")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}

@@ -85,7 +85,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
         for colour, run in report_plots.coloured(runs)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    tables = [table for table in (_differing(runs), _data(runs), _environment(runs)) if table.rows]
+    tables = [table for table in (_differing(runs), _planned(runs), _data(runs), _environment(runs)) if table.rows]
     return environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=_subtitle(runs),
@@ -149,10 +149,44 @@ def _differing(runs: list[Run]) -> Table:
     return Table("Settings that differ", note, ["key", *(run.name for run in runs)], rows)
 
 
+def _planned(runs: list[Run]) -> Table:
+    """What was predicted before each run, beside what it took; the last segment's."""
+    with_plan = [run for run in runs if run.plan]
+    keys = dict.fromkeys(name for run in with_plan for name in _numbers(run.plan.get("components")))
+    columns = []
+    for run in with_plan:
+        plan, parts = _numbers(run.plan), _numbers(run.plan.get("components"))
+        column = {name: _mib(parts.get(name)) for name in keys}
+        for what, key, show in (("peak", "peak", _mib), ("time", "seconds", _time)):
+            predicted, measured = plan.get(f"predicted_{key}"), plan.get(f"measured_{key}")
+            column |= {f"{what}, predicted": show(predicted), f"{what}, measured": show(measured)}
+            apart = f"{predicted / measured - 1:+.1%}" if predicted and measured else ""
+            column[f"{what}, predicted from measured"] = apart
+        columns.append(column | {"on": " ".join(str(run.plan.get(key, "")) for key in ("backend", "device"))})
+    return _by_column("Plan against reality", [run.name for run in with_plan], columns)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Those of a mapping's values that are numbers."""
+    given = values.items() if isinstance(values, dict) else ()
+    return {str(key): value for key, value in given if type(value) in (int, float)}
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.1f} MiB"
+
+
+def _time(value: float | None) -> str:
+    return "" if value is None else duration(value)
+
+
 def _data(runs: list[Run]) -> Table:
     """What each run learned from."""
     columns = []
     for run in runs:
+        found = _numbers(run.segments[-1].get("data")) if run.segments else {}
+        seen = run.train["tokens"][-1] if len(run.train.get("tokens", ())) else 0
+        whole, val, size = (found.get(key, 0) for key in ("train_tokens", "val_tokens", "val_bytes"))
         data, train, model = (run.recipe.get(section, {}) for section in ("data", "train", "model"))
         targets = run.val.get("targets", np.array([]))
         digests = [f"{name} {str(digest)[:12]}" for name, digest in run.state.get("data", {}).items()]
@@ -160,6 +194,10 @@ def _data(runs: list[Run]) -> Table:
             "source": _short(data.get("source", "")),
             "tokenizer": _short(data.get("tokenizer", "")),
             "vocabulary": f"{int(model.get('vocab_size', 0)):,}",
+            "training tokens": f"{whole:,}" if whole else "",
+            "validation tokens": f"{val:,}" if val else "",
+            "bytes a token": f"{size / val:.2f}" if size and val else "",
+            "passes over the training tokens": f"{seen / whole:.3g}" if whole and seen else "",
             "rows x tokens a step": f"{int(train.get('batch_size', 0))} x {int(model.get('block_size', 0)):,}",
             "sampling": str(data.get("sampling", "")),
             "validation targets": f"{int(targets[-1]):,}" if len(targets) else "",

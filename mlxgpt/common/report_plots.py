@@ -18,7 +18,7 @@ from mlxgpt.common.run_summary import Run
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
 """By run, in the order given, and again from the start."""
 BINS = 600
-_SIZE = (6.4, 3.0)  # inches; small, so that letters stay readable on a phone
+_SIZE = (5.4, 2.8)  # inches; small, so that letters stay readable on a phone
 _MIB = 2.0**20
 
 
@@ -88,7 +88,7 @@ def draw(runs: list[Run], export: Path | None = None) -> list[Figure]:
         raise UserError("matplotlib is not installed: pip install 'mlxgpt[report]'") from None
     matplotlib.use("Agg")
     style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "mlxgpt", "font.size": 9, "font.family": "sans-serif",
+        "svg.fonttype": "none", "svg.hashsalt": "mlxgpt", "font.size": 10, "font.family": "sans-serif",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
         "axes.edgecolor": "#999999", "lines.linewidth": 1.4, "legend.frameon": False,
     }  # fmt: skip

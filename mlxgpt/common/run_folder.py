@@ -103,7 +103,7 @@ def holder(run: Path) -> str:
     return ""
 
 
-def begin(out: Path, recipe: Recipe, environment: dict[str, str], init_from: str | None, step: int = 0) -> None:
+def begin(out: Path, recipe: Recipe, environment: dict[str, Any], init_from: str | None, step: int = 0) -> None:
     """The first files of a new run, after ``step``; without them it is none, so the folder goes again."""
     try:
         note(out, recipe, environment, step, init_from)
@@ -112,7 +112,7 @@ def begin(out: Path, recipe: Recipe, environment: dict[str, str], init_from: str
         raise
 
 
-def note(run: Path, recipe: Recipe, environment: dict[str, str], step: int, init_from: str | None = None) -> None:
+def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init_from: str | None = None) -> None:
     """Writes recipe.toml, and this segment's entry in environment.json."""
     with tensors.atomic_write(run / "recipe.toml") as file:
         file.write(to_toml(recipe).encode())

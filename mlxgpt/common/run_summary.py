@@ -35,6 +35,7 @@ class Run:
     recipe: dict[str, dict[str, Any]]
     segments: list[dict[str, Any]]
     state: dict[str, Any]  # training/state.json of the newest checkpoint; {} where there is none
+    plan: dict[str, Any] = field(default_factory=dict)  # plan.json: what was predicted and measured; {} where none is
     samples: list[Sample] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     size: int = 0  # bytes of the folder
@@ -96,6 +97,7 @@ def read_run(path: Path) -> Run:
         recipe=read_toml(path / "recipe.toml"),
         segments=run_folder.segments(path),
         state=_state(path),
+        plan=_plan(path),
         samples=read_samples(path),
         checkpoints=checkpoint.steps_of(path),
         size=sum(file.stat().st_size for file in files),
@@ -125,6 +127,14 @@ def _state(run: Path) -> dict[str, Any]:
         except UserError:
             continue
     return {}
+
+
+def _plan(run: Path) -> dict[str, Any]:
+    """What ``train`` predicted of the run and measured at its end; one that cannot be read counts as none."""
+    try:
+        return tensors.read_json(run / "plan.json")
+    except UserError:
+        return {}
 
 
 def _status(run: Run) -> tuple[str, str]:

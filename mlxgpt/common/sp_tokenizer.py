@@ -38,33 +38,34 @@ _LLAMA = {
 class SentencePieceTokenizer:
     """A tokenizer.model, run by sentencepiece. ``files`` are name -> bytes; ``where`` is the folder, for messages."""
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
         self.files = dict(files)
         self.digest = sha256_of(b"tokenizer.model", files["tokenizer.model"])
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
-            for i in range(size):
-                self._model.id_to_piece(i)
+            pieces = {self._model.id_to_piece(i): i for i in range(size)}
         except UnicodeDecodeError:
             raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
         except RuntimeError as error:
             raise UserError(
                 f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
             ) from None
+        if not size:
+            raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
         self.n_vocab = size
         self.kind = "SentencePiece"
         eos = self._model.eos_id()
         config = read_json(files, "tokenizer_config.json", where)
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
-        if (
-            isinstance(named, str)
-            and named.isprintable()
-            and self._model.id_to_piece(self._model.piece_to_id(named)) == named
-        ):
-            eos = self._model.piece_to_id(named)
+        if isinstance(named, str):
+            eos = pieces.get(named, eos)
         self.eos_id: int | None = eos if eos >= 0 else None
+        begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
+        self.before = [self._model.bos_id()] if begins else []
         if not config and self._is_bpe():
             self.files["tokenizer_config.json"] = self._settings()
         self._controls = {

@@ -87,9 +87,12 @@ def _begin(args: Namespace) -> int:
         _take_moments(origin, recipe, engine, state)
     elif origin and (origin / checkpoint.OPTIMIZER).is_file():
         print(f"{origin}: its optimizer's moments are left out; --moments goes on with them")
+    if otherwise := families.mlx_lm_deviations(recipe.model):
+        print(f"the checkpoints in mlx-lm: {'; '.join(otherwise)}")
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, engine.describe(), args.init_from, state.step)
+        environment = engine.describe() | {"data": source.statistics}
+        run_folder.begin(out, recipe, environment, args.init_from, state.step)
         return _run(args, backend, out, recipe, engine, source, tokenizer, state, save_first=origin is not None)
 
 
@@ -143,7 +146,7 @@ def _continue(args: Namespace) -> int:
         if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
             print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
         samples.cut(run, step)
-        run_folder.note(run, recipe, engine.describe(), step)
+        run_folder.note(run, recipe, engine.describe() | {"data": source.statistics}, step)
         return _run(args, backend, run, recipe, engine, source, tokenizer, state)
 
 

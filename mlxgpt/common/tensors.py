@@ -74,6 +74,20 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def parse_json(text: str, unique: bool = False) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON; it has half a character (an escape such as \\ud800), which no file can hold; or,
+            where names are to be ``unique``, an object has one twice.
+        RecursionError: it is nested too deep.
+    """
+    value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
@@ -81,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, or holds anything but one JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -174,7 +188,7 @@ def read_header(path: Path | str) -> tuple[dict[str, Entry], dict[str, str]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = parse_json(text.decode("utf-8"), unique=True)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: header is not JSON: {error}") from None
     if not isinstance(header, dict):

@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eos_id: int | None
     """The token between documents, where there is one."""
+    before: list[int]
+    """What a model is given before a text, such as Llama's <s>; ``encode`` does not add it."""
+    ends: frozenset[int]
+    """What ends a generated text beside ``eos_id``: the ids that the model folder's generation_config.json lists."""
     kind: str
     """In words, for messages: ``char``, ``byte-level BPE`` and so on."""
     digest: str
@@ -130,13 +134,34 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         folder, files = path.parent, _files_beside(path)
     else:
         raise UserError(f"{path}: no such tokenizer file or folder (or one of: {', '.join(KINDS)})")
-    return from_files(files, folder)
+    made = from_files(files, folder)
+    if path.is_dir():
+        made.ends = frozenset(generation_ends(path)) - {made.eos_id}
+    return made
 
 
 def load_last(folders: Sequence[Path]) -> Tokenizer | None:
     """The tokenizer of the last of these folders that has one; None where none has."""
     found = [folder for folder in folders if has_tokenizer(folder)]
     return load_tokenizer(found[-1]) if found else None
+
+
+def generation_ends(folder: Path) -> list[int]:
+    """The eos_token_id of generation_config.json, else of config.json: none, one or several.
+
+    Raises:
+        UserError: the file is not a JSON object, or says anything but ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        said = read_json({name: path.read_bytes()}, name, folder).get("eos_token_id") if path.is_file() else None
+        if said is None:
+            continue
+        ids = said if isinstance(said, list) else [said]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: eos_token_id {said!r}: expected a token id or a list of them")
+        return ids
+    return []
 
 
 def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
