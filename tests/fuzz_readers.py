@@ -212,9 +212,10 @@ def seed_adapter(layout: str) -> Callable[[Path], Path]:
 
     def make(place: Path) -> Path:
         folder.write_model(place / "base", LLAMA, models.weights(LLAMA))
-        recipe = Recipe(model=LLAMA, adapter=AdapterConfig(rank=4))
+        settings = AdapterConfig(rank=4)
+        recipe = Recipe(model=LLAMA, adapter=settings)
         arrays = adapters.init(recipe, models.weights(LLAMA))
-        adapter = Adapter("lora", adapters.targets(LLAMA, recipe.adapter), arrays, recipe.adapter)
+        adapter = Adapter("lora", adapters.targets(LLAMA, settings), arrays, settings)
         (place / "adapter").mkdir()
         adapter_folder.save(place / "adapter", LLAMA, adapter, (layout,))
         return place / "adapter"
