@@ -92,7 +92,7 @@ def test_what_is_warned_of_is_what_mlx_lm_does(name: str, tmp_path: Path, monkey
 def test_a_run_warns_once_of_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(start.backends, "load", fake_run.load_backend)
+    monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
     monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
