@@ -93,7 +93,7 @@ def draw(dice: random.Random) -> Setting:
     train: dict[str, Any] = {"loss_chunk": dice.choice([1024, 1024, 0, 512])}
     for key, value, odds in (("checkpoint_activations", True, 0.25), ("dropout", 0.1, 0.2), ("z_loss", 1e-4, 0.1),
                              ("label_smoothing", 0.1, 0.1), ("compute_dtype", "bfloat16", 0.15),
-                             ("micro_batch_size", 1, 0.2), ("compile", "off", 0.1)):  # fmt: skip
+                             ("micro_batch_size", 1, 0.2)):  # fmt: skip
         if dice.random() < odds:
             train[key] = value
     optim = {"name": dice.choice(["adamw", "adamw", "adamw", "muon"])}

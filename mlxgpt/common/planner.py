@@ -127,6 +127,8 @@ def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chi
         where = {"total": int(chip.memory * 1e9), "free": int(chip.memory * 1e9), "recommended": 0,
                  "limit": int(chip.memory * 1e9)}  # fmt: skip
         notes.append(f"memory is counted as {backend.name} holds it on this machine's device, not on {chip.name}")
+    if (backend.name, recipe.train.compile) == ("mlx", "off"):
+        notes.append("train.compile = off: MLX then holds more than this says, a small model up to a third")
     chip = chip or chips.here(described["device"])
     seconds, origin = None, None
     if timing:
