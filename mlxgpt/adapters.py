@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -47,7 +45,7 @@ class Update:
         y = module.rows(index)
 
         def changed(a: mx.array, b: mx.array) -> mx.array:
-            rows = gather(a.T, index) if module._deterministic else a.T[index]
+            rows: Any = gather(a.T, index) if module._deterministic else a.T[index]
             return (rows @ b.T) * self.scale
 
         y = y + changed(module.lora_a, module.lora_b).astype(y.dtype)
@@ -108,8 +106,29 @@ class Update:
 
 
 def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """scale B A x, in x's dtype."""
-    return ((x @ a.astype(x.dtype).T) * scale) @ b.astype(x.dtype).T
+    """scale B A x, in x's dtype; x (..., n_in) to (..., n_out).
+
+    Where a gradient goes on through x, it waits for those of A and B: MLX would put them off to the end of the backward
+    pass, and keep the cotangents of all layers until then.
+    """
+
+    @mx.custom_function
+    def run(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        h = (x @ a.T) * scale
+        return h @ b.T, h
+
+    @run.vjp
+    def run_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        (x, a, b), c, h = primals, cotangents[0], outputs[1]
+        back = (c @ b) * scale
+        grad_a = back.reshape(-1, a.shape[0]).T @ x.reshape(-1, x.shape[-1])
+        grad_b = c.reshape(-1, c.shape[-1]).T @ h.reshape(-1, h.shape[-1])
+        return mx.depends([back @ a], [grad_a, grad_b])[0], grad_a, grad_b
+
+    made: Any = run(x, a.astype(x.dtype), b.astype(x.dtype))
+    return made[0]
 
 
 def start(module: Any) -> tuple[mx.array, ...]:
@@ -117,7 +136,7 @@ def start(module: Any) -> tuple[mx.array, ...]:
     return (module.start_a, module.start_b) if "start_a" in module else ()
 
 
-def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.ndarray]) -> None:
+def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
     for site, (path, target) in enumerate(targets.items()):
         module, squares = model.at(path), None

@@ -4,6 +4,8 @@ The backend's transcendental functions are scalar code, about 15 ns an element; 
 vector code. Each keeps its inputs alone for the gradient and makes the rest again, which costs less than to keep it.
 """
 
+from typing import Any
+
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -61,39 +63,57 @@ def _silu_times_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: 
     return cotangent * y * (s * (1 + x * (1 - s))), cotangent * (x * s)
 
 
-def scores(q: mx.array, k: mx.array, mask: mx.array, scale: float) -> mx.array:
-    """scale q k^T where the mask is True, else far below; q (B, K, H / K, T, D), k (B, K, 1, S, D)."""
-    return mx.where(mask, (q * scale) @ k.swapaxes(-1, -2), -1e30)
-
-
 def exp_or_zero(x: mx.array) -> mx.array:
     """e^x, and 0 below e^-80: what is masked is nothing."""
     return mx.where(x < -80.0, 0.0, exp(x))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float) -> mx.array:
-    """softmax(scale q k^T) v, which keeps no weights for the gradient (Dao et al. 2022); shapes as attend has them."""
+    """softmax(scale q k^T) v, which keeps no weights for the gradient (Dao et al. 2022); shapes as attend has them.
+
+    One key head of one row after the other, so that no more than its weights exist at a time.
+    """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
+    q, k, v = q.reshape(B * K, H // K, T, D), k.reshape(B * K, 1, S, D), v.reshape(B * K, 1, S, D)
+
+    def seen(mask: mx.array, n: int) -> mx.array:
+        """What the n-th key head's queries may look at, (T, S)."""
+        return mask if mask.ndim == 2 else mask[n // K, 0]
 
     @mx.custom_function
     def run(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-        z = scores(q, k, mask, scale)
-        top = z.max(axis=-1, keepdims=True)
-        e = exp_or_zero(z - top)
-        total = e.sum(axis=-1, keepdims=True)
-        return (e @ v) / total, top + mx.log(total)
+        made, sizes, done = [], [], []
+        for n in range(B * K):
+            z = mx.where(seen(mask, n), (after(done, q[n]) * scale) @ k[n].swapaxes(-1, -2), -1e30)
+            top = z.max(axis=-1, keepdims=True)
+            e = exp_or_zero(z - top)
+            total = e.sum(axis=-1, keepdims=True)
+            done = [(e @ v[n]) / total]
+            made, sizes = made + done, [*sizes, top + mx.log(total)]
+        return mx.stack(made), mx.stack(sizes)
 
     @run.vjp
     def run_vjp(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
     ) -> tuple[mx.array, ...]:
         (q, k, v, mask), c, (y, lse) = primals, cotangents[0], outputs
-        p = exp_or_zero(scores(q, k, mask, scale) - lse)
-        slope = p * (c @ v.swapaxes(-1, -2) - (c * y).sum(axis=-1, keepdims=True))  # by the scores
-        grad_k, grad_v = slope.swapaxes(-1, -2) @ (q * scale), p.swapaxes(-1, -2) @ c
-        shared = [each.sum(axis=2, keepdims=True) if H > K else each for each in (grad_k, grad_v)]
-        return (slope @ k) * scale, *shared, mx.zeros_like(mask)
+        delta, done, grads = (c * y).sum(axis=-1, keepdims=True), [], []
+        for n in range(B * K):
+            turned = after(done, q[n]) * scale
+            z = mx.where(seen(mask, n), turned @ k[n].swapaxes(-1, -2), -1e30)
+            p = exp_or_zero(z - lse[n])
+            slope = p * (c[n] @ v[n].swapaxes(-1, -2) - delta[n])  # by the scores
+            done = [(slope @ k[n]) * scale]
+            for each, by in ((slope, turned), (p, c[n])):  # a group of query heads shares its key head
+                done.append((each.reshape(-1, S).T @ by.reshape(-1, D))[None])
+            grads.append(done)
+        return *(mx.stack(list(each)) for each in zip(*grads, strict=True)), mx.zeros_like(mask)
 
-    q, k, v = q.reshape(B, K, H // K, T, D), k.reshape(B, K, 1, S, D), v.reshape(B, K, 1, S, D)
-    return run(q, k, v, mask if mask.ndim == 2 else mask[:, None])[0].reshape(B, H, T, D)
+    made: Any = run(q, k, v, mask)
+    return made[0].reshape(B, H, T, D)
+
+
+def after(done: list[mx.array], x: mx.array) -> mx.array:
+    """x, but not before ``done``."""
+    return mx.depends([x], done)[0] if done else x

@@ -39,6 +39,11 @@ class Matrix(nn.Module):
 
     bits = group_size = 0
     adapter: "Update | None" = None
+    lora_a: mx.array
+    lora_b: mx.array
+    magnitude: mx.array
+    start_a: mx.array
+    start_b: mx.array
 
     def __init__(self, n_out: int, n_in: int):
         super().__init__()

@@ -1,5 +1,7 @@
 """Update rules as functions of one tensor. Rates and bias corrections are computed on the host, in Python floats."""
 
+from typing import Any
+
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
@@ -26,16 +28,20 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
     ]
 
 
+def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
+    """AdamW's step size and decay factor, of a rate times param.lr (Hayou et al. 2024, LoRA+)."""
+    if param.lr == 1:
+        return s[0], s[2]
+    return s[0] * param.lr, 1 - (1 - s[2]) * param.lr
+
+
 def adamw(
     p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, param: Param, config: OptimConfig
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars().
-
-    lr is the step's times param.lr (Hayou et al. 2024, LoRA+).
-    """
+    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars()."""
     m = m + (1 - config.beta1) * (g - m)
     v = config.beta2 * v + (1 - config.beta2) * g * g
-    rate, keep = (s[0], s[2]) if param.lr == 1 else (s[0] * param.lr, 1 - (1 - s[2]) * param.lr)
+    rate, keep = own_rate(param, s)
     p = p * keep if param.decay else p
     return p - rate * m / (mx.sqrt(v) * s[1] + config.eps), m, v
 

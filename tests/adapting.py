@@ -35,12 +35,14 @@ class Probe(NamedTuple):
 
 def recipe(case: str, loop: dict[str, Any] | None = None, neftune: float = 0.0, **adapter: Any) -> Recipe:
     """A recipe of fine-tuning on a case of models.CASES; ``loop`` is train's, keyword arguments adapter's."""
+    loop = {"steps": 100, "batch_size": 4, "loss_chunk": 32} | (loop or {})
+    adapter = {"rank": 4} | adapter
     return Recipe(
         model=CASES[case],
-        optim=OptimConfig(lr=2e-3, min_lr=0.0, warmup=0, weight_decay=0.05),
-        train=TrainConfig(**({"steps": 100, "batch_size": 4, "loss_chunk": 32} | (loop or {}))),
+        optim=OptimConfig(lr=5e-4, min_lr=0.0, warmup=0, weight_decay=0.05),
+        train=TrainConfig(**loop),
         tune=TuneConfig(neftune=neftune),
-        adapter=AdapterConfig(**({"rank": 4} | adapter)),
+        adapter=AdapterConfig(**adapter),
     )
 
 
@@ -146,7 +148,7 @@ def peft_model(config: Recipe, params: dict[str, Any], place: Path) -> tuple[Any
     modules = {path: families.to_foreign(config.model, f"{path}.weight")[0].removesuffix(".weight") for path in targets}
     settings = peft.LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=int(adapter.alpha),
         target_modules=list(modules.values()),
         rank_pattern={modules[path]: target.rank for path, target in targets.items()},
         use_rslora=adapter.rslora,

@@ -77,6 +77,7 @@ def test_a_folder_of_mlx_lm_gives_its_logits(case: str, bits: int, overrides: bo
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_the_quantised_path_is_the_dequantised_one(case: str, choice: dict[str, Any]) -> None:
     config = recipe(case, bits=4, group_size=32, dequantise="never", **choice)
+    assert config.adapter is not None
     once = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, dequantise="auto"))
     params = moved(config)
     judge = probe("torch_ref", once, params)

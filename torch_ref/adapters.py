@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -111,7 +110,7 @@ def start(module: Any) -> tuple[torch.Tensor, ...]:
     return (module.start_a, module.start_b) if hasattr(module, "start_a") else ()
 
 
-def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, np.ndarray]) -> None:
+def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
     device = model.ln_f.weight.device
     for site, (path, target) in enumerate(targets.items()):

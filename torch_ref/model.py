@@ -38,6 +38,11 @@ class Matrix(nn.Module):
 
     bits = group_size = 0
     adapter: "Update | None" = None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    start_a: torch.Tensor
+    start_b: torch.Tensor
 
     def __init__(self, n_out: int, n_in: int):
         super().__init__()

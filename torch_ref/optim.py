@@ -1,5 +1,7 @@
 """Update rules as functions of one tensor. Rates and bias corrections are computed on the host, in Python floats."""
 
+from typing import Any
+
 import torch
 
 from mlxgpt.common.config import OptimConfig
@@ -23,6 +25,13 @@ def scalars(config: OptimConfig, lr: float, t: int) -> list[float]:
     ]
 
 
+def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
+    """AdamW's step size and decay factor, of a rate times param.lr (Hayou et al. 2024, LoRA+)."""
+    if param.lr == 1:
+        return s[0], s[2]
+    return s[0] * param.lr, 1 - (1 - s[2]) * param.lr
+
+
 def adamw(
     p: torch.Tensor,
     g: torch.Tensor,
@@ -32,13 +41,10 @@ def adamw(
     param: Param,
     config: OptimConfig,
 ) -> None:
-    """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars().
-
-    lr is the step's times param.lr (Hayou et al. 2024, LoRA+).
-    """
+    """AdamW (Loshchilov and Hutter 2019), in place: p (1 - lr wd) - lr m^ / (sqrt(v^) + eps); ``s`` from scalars()."""
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-    rate, keep = (s[0], s[2]) if param.lr == 1 else (s[0] * param.lr, 1 - (1 - s[2]) * param.lr)
+    rate, keep = own_rate(param, s)
     if param.decay:
         p.mul_(keep)
     p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-rate)

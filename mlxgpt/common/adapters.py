@@ -105,11 +105,13 @@ def trainable(recipe: Recipe) -> dict[str, Param]:
     """Every tensor that trains, by name: params.table in pre-training and method full, else what the adapter says.
 
     Raises:
-        UserError: see ``targets``; a name of adapter.train that the model does not have.
+        UserError: see ``targets``; a name of adapter.train that the model does not have; muon, for A and B.
     """
     table, adapter = params.table(recipe.model), recipe.adapter
     if adapter is None or adapter.method == "full":
         return table
+    if recipe.optim.name == "muon":  # it makes A and B orthogonal each for itself, which says nothing of B A
+        raise UserError(f"optim.name = muon: expected adamw with adapter.method = {adapter.method}")
     found = targets(recipe.model, adapter)
     made: dict[str, Param] = {}
     for path, target in found.items():

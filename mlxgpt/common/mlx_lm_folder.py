@@ -28,8 +28,8 @@ class Matrix:
 
     def read(self) -> Quantised:
         """The matrix; scales and biases are of the dtype that the file has."""
-        parts = (read_tensor(entry) for entry in (self.words, self.scales, self.biases))
-        return Quantised(*parts, self.bits, self.group_size)
+        words, scales, biases = (read_tensor(entry) for entry in (self.words, self.scales, self.biases))
+        return Quantised(words, scales, biases, self.bits, self.group_size)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
         if f"{module}.scales" in entries and name != module:
             if scheme is None:
                 raise UserError(f"{where} is missing, but {module}.scales is there")
-            parts = [entries.pop(f"{module}.{part}", None) for part in ("scales", "biases")]
-            made[ours] = _matrix(where, module, entry, *parts, shapes[ours], scheme)
+            scales, biases = (entries.pop(f"{module}.{part}", None) for part in ("scales", "biases"))
+            made[ours] = _matrix(where, module, entry, scales, biases, shapes[ours], scheme)
             continue
         if entry.shape != shapes[ours] or entry.dtype not in _FLOATS:
             found = f"{entry.dtype} {list(entry.shape)}"
