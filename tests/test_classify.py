@@ -132,7 +132,7 @@ def engine(backend: str, config: Recipe) -> Any:
     assert config.adapter
     base = params.init_params(dataclasses.replace(config.model, labels=()), 1)
     made = params.as_classifier(base, config.model, config.train.seed)
-    own = {} if config.adapter.method == "full" else adapters.init(config, made)
+    own = {} if config.adapter.method == "full" else adapters.init(config, base)
     return importlib.import_module(f"{backend}.engine").Engine(config, made | own, "cpu")
 
 
