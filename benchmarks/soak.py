@@ -196,7 +196,7 @@ def plot(found: dict[str, list[np.ndarray]], path: Path) -> None:
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
         ax.grid(color="#e6e6e6")
-        ax.legend(loc="lower right", frameon=False, ncols=3)
+        ax.legend(loc="center right", frameon=False, ncols=3)
     axes[-1].set_xlabel("minutes of steps; vertical lines: stopped, and resumed in a new process")
     figure.savefig(path, dpi=90, metadata={"Software": None})
 

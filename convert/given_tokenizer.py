@@ -42,7 +42,7 @@ def _characters(path: Path) -> CharTokenizer:
         content = _Plain(io.BytesIO(path.read_bytes())).load()
     except Exception as error:
         # a damaged pickle makes its reader raise anything
-        raise UserError(f"{path}: not a meta.pkl of plain values: {error}") from None
+        raise UserError(f"{path}: not a meta.pkl of plain values: {' '.join(str(error).split())}") from None
     names = content.get("itos") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
         raise UserError(f"{path}: expected itos, the character of each id, as nanoGPT's prepare.py saves it")

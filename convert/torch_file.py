@@ -237,9 +237,9 @@ class Archive:
             blocks = stream.blocks(name, source, dtype, False, self._options)
         for block in blocks:
             bad += stream.count_not_finite(block)
-            flat = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-            found = zlib.crc32(flat, found)
-            file.write(flat.data)
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+            found = zlib.crc32(data, found)
+            file.write(data)
         if name not in self._options.bad:
             stream.note_bad(name, bad, self._options)
         return found

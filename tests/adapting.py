@@ -39,7 +39,7 @@ def recipe(case: str, loop: dict[str, Any] | None = None, neftune: float = 0.0, 
     adapter = {"rank": 4} | adapter
     return Recipe(
         model=CASES[case],
-        optim=OptimConfig(lr=2e-3, min_lr=0.0, warmup=0, weight_decay=0.05),
+        optim=OptimConfig(lr=5e-4, min_lr=0.0, warmup=0, weight_decay=0.05),
         train=TrainConfig(**loop),
         tune=TuneConfig(neftune=neftune),
         adapter=AdapterConfig(**adapter),

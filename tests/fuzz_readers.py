@@ -40,8 +40,9 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from convert import Opened, Options, Tensor, format_of, given_tokenizer
 from convert.gguf_file import read_gguf, write_gguf
-from mlxgpt.common import folder, params
-from mlxgpt.common.config import ModelConfig
+from mlxgpt.common import adapter_folder, adapters, folder, params
+from mlxgpt.common.adapter_folder import Adapter
+from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tensors import read_header, read_tensor, write_tensors
 from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
@@ -206,6 +207,31 @@ def read_given_tokenizer(path: Path) -> None:
         assert "character" in str(error), error  # a meta.pkl without one of them
 
 
+def seed_adapter(layout: str) -> Callable[[Path], Path]:
+    """A LoRA adapter in the layout of PEFT or of mlx-lm."""
+
+    def make(place: Path) -> Path:
+        folder.write_model(place / "base", LLAMA, models.weights(LLAMA))
+        settings = AdapterConfig(rank=4)
+        recipe = Recipe(model=LLAMA, adapter=settings)
+        arrays = adapters.init(recipe, models.weights(LLAMA))
+        adapter = Adapter("lora", adapters.targets(LLAMA, settings), arrays, settings)
+        (place / "adapter").mkdir()
+        adapter_folder.save(place / "adapter", LLAMA, adapter, (layout,))
+        return place / "adapter"
+
+    return make
+
+
+def read_adapter(path: Path) -> None:
+    """Finite, of the shapes that its targets ask for, and not of two minds."""
+    found = adapter_folder.read(path, None, LLAMA)
+    for name, array in found.params.items():
+        assert np.isfinite(array).all() and array.dtype == np.float32, name
+    for name, target in found.targets.items():
+        adapters.delta(target, found.params, name)
+
+
 def read_safetensors(path: Path) -> None:
     """As the library of the format reads it."""
     entries = read_header(path)[0]
@@ -252,6 +278,8 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "sentencepiece": (lambda place: trained(["sp-bpe"], place), read_tokenizers),
     "llama2c-tokenizer": (seed_llama2c_tokenizer, read_given_tokenizer),
     "meta.pkl": (seed_meta, read_given_tokenizer),
+    "adapter-peft": (seed_adapter("peft"), read_adapter),
+    "adapter-mlx-lm": (seed_adapter("mlx-lm"), read_adapter),
 }
 
 

@@ -115,10 +115,10 @@ def test_peft_computes_the_same_with_an_adapted_embedding(tmp_path: Path) -> Non
 
 
 def curves(config: Recipe, params: dict[str, Any], steps: int, place: Path) -> None:
-    """Rung 4: MLX, torch and a loop by hand on PEFT."""
+    """Rung 4: MLX, torch and a loop by hand on PEFT, at a rate where rounding does not grow (see ladder.py)."""
     ours, theirs = (train(package, config, params, steps, segments=False)[1] for package in PACKAGES)
     by_hand = peft_curve(config, params, steps, place)
-    assert ours[-2] < ours[0] - 2e-3, "it learns: batches come again"
+    assert ours[-2] < ours[0] - 1e-3, "it learns: batches come again"
     for name, curve in (("torch", theirs), ("PEFT", by_hand)):
         agree(f"{name}, step 1", ours[:1], curve[:1], 1e-6, 1.0)
         agree(f"{name}, {steps} steps", ours, curve, 1e-4, 1.0)
@@ -261,8 +261,9 @@ def test_no_memory_is_taken_by_gradients_of_what_is_frozen(package: str) -> None
     trained, batch = engine(package, config, starting(config)), packed(config, rows=1)
     base = 4 * sum(int(np.prod(param.shape)) for param in parameters.table(model).values())
 
-    def step() -> None:
+    def step() -> int:
         trained.train_step(1, [batch], 1e-3)
+        return 0
 
     step()
     peak = (mlx_peak if package == "mlxgpt" else torch_peak)(step)

@@ -23,8 +23,12 @@ def draw(name: str, *shape: int, std: float = 1.0) -> mx.array:
 def same(name: str, found: Callable, expected: Callable, arrays: list[mx.array], cotangent: mx.array) -> None:
     """Values and gradients, as they are and compiled."""
     judge = mx.vjp(expected, arrays, [cotangent])
-    for run in (lambda function: function, mx.compile):
-        made: Any = run(lambda *given: mx.vjp(found, list(given), [cotangent]))(*arrays)
+
+    def both(*given: mx.array) -> Any:
+        return mx.vjp(found, list(given), [cotangent])
+
+    for run in (both, mx.compile(both)):
+        made: Any = run(*arrays)
         for what, a, b in zip(("value", *"abc"), made[0] + made[1], judge[0] + judge[1], strict=False):
             agree(f"{name}, {what}", np.array(a), np.array(b), 2e-6)
 
@@ -49,6 +53,7 @@ def test_attention(heads: tuple[int, int], segments: bool) -> None:
     B, (H, K), T, D = 4, heads, 31, 8
     mask = i[:, None] >= i[None]
     if segments:
+        assert batch.segments is not None
         parts = mx.array(batch.segments)
         mask = mask & (parts[:, None, :, None] == parts[:, None, None, :])
     q, k, v, cotangent = draw("q", B, H, T, D), draw("k", B, K, T, D), draw("v", B, K, T, D), draw("c", B, H, T, D)

@@ -211,7 +211,11 @@ def test_links_are_hints(go: Go, stopped: Path, name: str, target: str | None) -
     goes_on(go)
 
 
-@pytest.mark.parametrize("holder", [str(os.getpid()), "1", "999999999", "", "not a number\n\x00"])
+@pytest.mark.parametrize(
+    "holder",
+    [str(os.getpid()), "1", "999999999", "", "not a number\n\x00"],
+    ids=["own", "first", "none", "empty", "text"],
+)
 def test_a_lock_that_a_dead_process_left_is_no_lock(go: Go, stopped: Path, holder: str) -> None:
     """Its number may be of another process by now, or of another host: the system's lock counts, not the text."""
     (stopped / ".lock").write_text(holder)

@@ -345,6 +345,7 @@ def test_a_conversation_that_teaches_nothing_is_named(
         (["--set", "tune.class_weights=balanced"], ("tune.class_weights = 'balanced'",)),
         (["--set", f"sample.prompt={'red ' * 60}"], ("sample.prompt", "expected at most model.block_size = 48")),
         (["--set", "tune.epochs=inf"], ("tune.epochs = inf",)),
+        (["--set", "train.memory_limit=-1"], ("train.memory_limit = -1",)),
         (["--set", "tune.template=none.jinja"], ("none.jinja",)),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from fuzz_damage import typed
 from fuzz_readers import LLAMA, READERS, TEXT, Fuzzer, files_of, model, written
 
-from convert import gguf, gguf_names, open_model
+from convert import gguf, gguf_names, given_tokenizer, open_model
 from convert.gguf_file import Value, read_gguf, write_gguf
 from mlxgpt.common import families, folder
 from mlxgpt.common.errors import UserError
@@ -222,6 +222,11 @@ def test_sentencepiece_with_a_piece_that_is_no_text(tmp_path: Path) -> None:
     at = data.index("\u2581".encode())
     path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
     assert "not UTF-8" in refused(load_tokenizer, tmp_path)
+
+
+def test_a_pickle_that_wants_a_persistent_object(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(b"\x80\x04Pa\n.")
+    assert "not a meta.pkl of plain values: " in refused(given_tokenizer.load, tmp_path / "meta.pkl")
 
 
 def test_the_fuzzer_puts_back_what_it_damaged(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import mlxgpt.engine as engine, mlxgpt.model as model
 mx, settle, forward = engine.mx, engine.Engine._settle, model.Block.__call__
 def keeping(self, *more):
     settle(self, *more)
-    self.kept = {name: mx.array(array) + 0 for name, array in self.m.items()}
+    self.kept = {(i, name): array + 0 for i, own in enumerate((self.m, self.v)) for name, array in own.items()}
     for array in self.kept.values():
         mx.eval(array)
 engine.Engine._settle = keeping

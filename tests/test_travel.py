@@ -50,7 +50,7 @@ def rest(place: Path) -> dict[str, bytes]:
 def test_everything_travels_and_the_last_one_says_from_what(
     route: tuple[str, ...], dressed: Path, tmp_path: Path
 ) -> None:
-    place = dressed
+    before = place = dressed
     for step, to in enumerate(route):
         before, place = place, tmp_path / (f"{step}.gguf" if to == "gguf" else str(step))
         convert_model(before, place, to)
@@ -92,7 +92,7 @@ def test_what_is_warned_of_is_what_mlx_lm_does(name: str, tmp_path: Path, monkey
 def test_a_run_warns_once_of_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(start.backends, "load", fake_run.load_backend)
+    monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
     monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)

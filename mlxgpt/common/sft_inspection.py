@@ -8,11 +8,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from mlxgpt.common import checkpoint, config, folder, sft
+from mlxgpt.common import config, finding, folder, sft
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import SftSource
 from mlxgpt.common.sft_pack import Example
-from mlxgpt.common.tokenizer import load_tokenizer
+from mlxgpt.common.tokenizer import load_last
 
 _MARKS = ("[[", "]]")  # around what is trained, where there is no colour
 
@@ -21,7 +21,10 @@ def inspect_rows(args: Namespace) -> int:
     """``data inspect DATA --model DIR [--rows N] [--set tune.KEY=VALUE] [--json]``."""
     if args.tokenizer:
         raise UserError("--tokenizer goes with a corpus: rows are shown in the tokens of --model")
-    place = checkpoint.resolve_model(args.model)
+    place, adapters = finding.find(args.model)
+    tokenizer = load_last([place, *(each for each, _ in adapters)])
+    if tokenizer is None:
+        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
     sections = config.apply_sets({"tune": {"source": args.source}, "train": {}}, args.set)
     other = next((name for name in sections if name not in ("tune", "train")), None)
     if other:
@@ -30,7 +33,7 @@ def inspect_rows(args: Namespace) -> int:
     assert recipe.tune
     notes: list[str] = []
     say = notes.append if args.json else print
-    source = sft.open(recipe.tune, recipe.train, load_tokenizer(place), folder.read_config(place), say)
+    source = sft.open(recipe.tune, recipe.train, tokenizer, folder.read_config(place), say)
     shown = source.examples["train"][: args.rows or 3]
     if args.json:
         print(json.dumps(source.describe() | {"notes": notes, "rows": [_as_dict(source, row) for row in shown]}))

@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
             size = self._model.get_piece_size()
-            pieces = {self._model.id_to_piece(i): i for i in range(size)}
+            pieces: dict[str, int] = {self._model.id_to_piece(i): i for i in range(size)}
         except UnicodeDecodeError:
             raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
         except RuntimeError as error:
@@ -57,7 +57,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
         self.n_vocab = size
         self.kind = "SentencePiece"
-        eos = self._model.eos_id()
+        eos: int = self._model.eos_id()
         config = read_json(files, "tokenizer_config.json", where)
         named = config.get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named

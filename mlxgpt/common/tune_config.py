@@ -52,6 +52,8 @@ def gather(args: Namespace) -> Chosen:
         else:
             written = read_toml(path)
     check_sections(written, where)
+    if args.epochs:
+        written.get("train", {}).pop("steps", None)  # the flag beats the file
     flags = {
         "tune.model": args.model,
         "tune.adapter": args.adapter,
@@ -65,10 +67,8 @@ def gather(args: Namespace) -> Chosen:
     sets = [f"{key}={value}" for key, value in flags.items() if value is not None] + args.set
     written = apply_sets(written, sets)
     check_sections(written, "--set")
-    if args.steps or args.epochs:
-        # the flag beats what the file says of the other
-        other, key = ("tune", "epochs") if args.steps else ("train", "steps")
-        written.get(other, {}).pop(key, None)
+    if args.epochs and "steps" in written.get("train", {}):
+        raise UserError(f"--epochs {args.epochs:g} and train.steps: expected one of them")
     shipped = read_toml(recipes.folder() / f"{recipes.FINETUNE}.toml")
     if written.get("adapter", {}).get("method") == "full":
         shipped["optim"] |= FULL_RATES
