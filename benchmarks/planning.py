@@ -163,7 +163,7 @@ def measure_torch(recipe: Any) -> int:
         for step in (2, 3):
             engine.train_step(step, batch.split(recipe.train.micro_batch_size), 1e-3)
     assert profiler.profiler and profiler.profiler.kineto_results
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept) + int(live.max())
 

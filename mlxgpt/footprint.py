@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -36,7 +36,7 @@ class Stand:
 
     def __call__(self, *primals: mx.array) -> Any:
         made = self.function(*primals)
-        outputs = tree_flatten(made if isinstance(made, tuple) else (made,))
+        outputs = _flat(made)
         number = len(Stand.calls)
         Stand.calls.append((self, list(primals), made))
         marked = mx.depends(list(primals), [_tag(number, 0)])
@@ -52,13 +52,12 @@ class Stand:
 
     def call(self, number: int, primals: list[mx.array], made: Any, names: dict[float, str]) -> mlx_memory.Call:
         """What is put in the place of call ``number``; ``names`` are those of the constants."""
-        outputs = tree_flatten(made if isinstance(made, tuple) else (made,))
+        outputs = _flat(made)
         linear = [place for place, each in enumerate(primals) if mx.issubdtype(each.dtype, mx.floating)]
         into, out = _like(primals), _like([each for _, each in outputs])
 
         def forward(values: list[mx.array]) -> list[mx.array]:
-            found = self.function(*values)
-            return [each for _, each in tree_flatten(found if isinstance(found, tuple) else (found,))]
+            return [each for _, each in _flat(self.function(*values))]
 
         def backward(values: list[mx.array], cotangent: list[mx.array], results: list[mx.array]) -> list[mx.array]:
             def shaped(arrays: list[mx.array]) -> Any:
@@ -75,6 +74,11 @@ class Stand:
         back, _, _ = export(backward, into, _like([outputs[0][1]]), out)
         start, end = (names[_value(number, kind)] for kind in (0, 1))
         return mlx_memory.Call(start, end, linear, there, back)
+
+
+def _flat(made: Any) -> list[tuple[str, mx.array]]:
+    """A function's outputs by name; one array counts as a tuple of it."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(made if isinstance(made, tuple) else (made,)))
 
 
 def _value(number: int, kind: int) -> float:
@@ -99,9 +103,9 @@ def outlined(recipe: Recipe) -> dict[str, Any]:
         made[name] = mx.zeros(param.shape)
         if adapter and stay and param.adaptable and name not in trains and not param.shape[1] % adapter.group_size:
             n_out, n_in = param.shape
-            scales = [mx.zeros((n_out, n_in // adapter.group_size)) for _ in range(2)]
-            made[name] = Quantised(mx.zeros((n_out, n_in * adapter.bits // 32), mx.uint32), *scales, adapter.bits,
-                                   adapter.group_size)  # fmt: skip
+            words: Any = mx.zeros((n_out, n_in * adapter.bits // 32), mx.uint32)
+            scales: Any = mx.zeros((n_out, n_in // adapter.group_size))
+            made[name] = Quantised(words, scales, scales, adapter.bits, adapter.group_size)
     return made
 
 
@@ -114,7 +118,8 @@ class Outline(engines.Engine):
         kept = engines.quantising.prepare
         engines.quantising.prepare = lambda *_: (outlined(recipe), "")
         try:
-            super().__init__(recipe, {name: mx.zeros(s) for name, s in engines.adaption.shapes(recipe).items()}, "auto")
+            tensors: Any = {name: mx.zeros(shape) for name, shape in engines.adaption.shapes(recipe).items()}
+            super().__init__(recipe, tensors, "auto")
         finally:
             engines.quantising.prepare = kept
         self.names = [name for name, _ in tree_flatten(self.model.parameters())]
@@ -172,7 +177,7 @@ def export(function: Any, *groups: list[mx.array]) -> tuple[Graph, list[list[str
             continue
         for key in ("inputs", "outputs"):
             kinds |= {name: Kind(tuple(shape), dtype.size) for name, shape, dtype in record.get(key, ())}
-        names = {key: [alias.get(entry[0], entry[0]) for entry in record[key]]
+        names: dict[str, Any] = {key: [alias.get(entry[0], entry[0]) for entry in record[key]]
                  for key in ("inputs", "outputs") if key in record}  # fmt: skip
         if record["type"] == "primitive":
             made.nodes.append(Node(record["name"], record["arguments"], **names))
@@ -201,14 +206,16 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> list[P
     def gradients(w: list, m: list, data: list, marks: list, total: dict | None = None) -> tuple:
         outline.take(w, m)
         outline.marks = marks
-        return outline._gradients(losses.Arrays(*data[:3], None, None), data[3], data[4], total)
+        tokens, targets, weights, keys, first = data
+        return outline._gradients(losses.Arrays(tokens, targets, weights, None, None), keys, first, total)
 
     def update(terms: mx.array, grads: dict, scalars: list) -> list[mx.array]:
         more = outline._update(terms, grads, scalars[0])
         return [terms, *more, *(array for group in outline.state() for array in group)]
 
     def whole(w: list, m: list, data: list, marks: list, scalars: list) -> list[mx.array]:
-        return update(*gradients(w, m, data, marks), scalars)
+        terms, grads = gradients(w, m, data, marks)
+        return update(terms, grads, scalars)
 
     def first(w: list, m: list, data: list, marks: list) -> list[mx.array]:
         terms, grads = gradients(w, m, data, marks)

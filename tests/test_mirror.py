@@ -26,6 +26,7 @@ ONLY = {
         "Stand.call.forward",
         "Stand.call.backward",
         "Stand.call.backward.shaped",
+        "_flat",
         "_value",
         "_tag",
         "_like",

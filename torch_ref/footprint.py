@@ -64,9 +64,9 @@ def outlined(recipe: Recipe) -> dict[str, Any]:
         made[name] = _empty(*param.shape)
         if adapter and stay and param.adaptable and name not in trains and not param.shape[1] % adapter.group_size:
             n_out, n_in = param.shape
-            scales = [_empty(n_out, n_in // adapter.group_size) for _ in range(2)]
+            scales = _empty(n_out, n_in // adapter.group_size)
             words = np.zeros((n_out, n_in * adapter.bits // 32), np.uint32)
-            made[name] = Quantised(words, *scales, adapter.bits, adapter.group_size)
+            made[name] = Quantised(words, scales, scales, adapter.bits, adapter.group_size)
     return made
 
 
@@ -129,6 +129,7 @@ def step(outline: Outline, rows: int, length: int, micro_batches: int) -> None:
     with torch.no_grad():
         for name, p in outline.weights.items():
             g, m, scalars = p.grad, outline.m[name], [0.0] * 5
+            assert g is not None
             if name in outline.muon:
                 optim.muon(p, g, m, scalars, config)
             else:

@@ -1,6 +1,8 @@
 """How long a run takes here: a few of its own steps, timed."""
 
+import contextlib
 import statistics
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -51,5 +53,6 @@ def time_steps(recipe: Recipe, source: Any, backend: Backend, device: str) -> Ti
 
 
 def open_data(recipe: Recipe) -> Any:
-    """The source of the recipe's batches."""
-    return data.open_data(recipe.data, recipe.model.block_size, recipe.train)
+    """The source of the recipe's batches; what is said on the way goes to stderr, for --json has stdout."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return data.open_data(recipe.data, recipe.model.block_size, recipe.train)

@@ -72,7 +72,7 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
     trains |= {shape[::-1] for shape in trains}
     vocabulary, chunk = recipe.model.vocab_size, recipe.train.loss_chunk
     wide = {vocabulary, *((chunk, vocabulary % chunk) if 0 < chunk < vocabulary else ())}
-    made = dict.fromkeys(COMPONENTS, 0)
+    made: dict[str, int] = {name: 0 for name in COMPONENTS}
     for label, shape, size in found.pieces:
         if not label:
             core = tuple(n for n in shape if n > 1)

@@ -96,7 +96,7 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
     elif tokenizer in KINDS:
         size = recipe.data.vocab_size
     elif has_tokenizer(Path(tokenizer)):
-        size = load_tokenizer(Path(tokenizer)).size
+        size = load_tokenizer(Path(tokenizer)).n_vocab
     else:
         raise UserError(f"data.tokenizer = {tokenizer!r}: expected one of {', '.join(KINDS)}, or the path of one")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size)), notes
