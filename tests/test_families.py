@@ -186,8 +186,8 @@ REFUSED = [
     ("gpt2", {"model_type": ["gpt2"]}, f"c.json: model_type ['gpt2'] is not supported: expected one of {KNOWN}"),
     (
         "llama",
-        {"architectures": ["LlamaForSequenceClassification"]},
-        "c.json: architectures ['LlamaForSequenceClassification'] is not supported: expected ['LlamaForCausalLM']",
+        {"architectures": ["LlamaForTokenClassification"]},
+        "c.json: architectures ['LlamaForTokenClassification'] is not supported: expected ['LlamaForCausalLM']",
     ),
     (
         "llama",

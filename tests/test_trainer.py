@@ -88,7 +88,8 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
         environment[0]
     )
     assert {path.name for path in Path("run").iterdir()} == {
-        "recipe.toml", "metrics.jsonl", "samples.jsonl", "environment.json", "checkpoints", "best", "last", ".lock"
+        "recipe.toml", "metrics.jsonl", "samples.jsonl", "environment.json", "plan.json", "checkpoints", "best", "last",
+        ".lock",
     }  # fmt: skip
 
 
@@ -356,7 +357,7 @@ def test_no_space_for_a_checkpoint_is_seen_before_the_folder_is_made(
         (["--init-from", "nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["--init-from", "taken"], "taken: neither a model folder"),
         (["--resume", "missing"], "missing: no such folder"),
-        (["--resume", "taken"], "taken: not a run of mlxgpt train: recipe.toml is missing"),
+        (["--resume", "taken"], "taken: not a run of mlxgpt train or finetune: recipe.toml is missing"),
         (["--resume", "recipe.toml"], "recipe.toml: not a folder"),
         (["--resume", "taken", "--out", "x"], "--out x: a resumed run stays where it is"),
         (["--resume", "taken", "--init-from", "x"], "--init-from x: a resumed run"),

@@ -236,8 +236,8 @@ class Gate:
     before: int  # peak memory of the process before the run
     began: float
 
-    def finish(self, run: Path, engine: Any) -> None:
-        """Prints predicted against measured, and writes both into the run's plan.json."""
+    def finish(self, run: Path, engine: Any) -> str:
+        """Predicted against measured, in a line and in the run's plan.json."""
         spent = time.perf_counter() - self.began
         memory = self.memory or plan_memory.plan(self.recipe, self.backend.footprint.footprint)
         measured, how = engine.memory()["peak"], "arrays"
@@ -256,7 +256,7 @@ class Gate:
         }
         (run / FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         more = " (resident, beside the framework itself)" if how == "resident" else ""
-        print(f"memory: {plan_show.size(memory.peak)} predicted, {plan_show.size(measured)} measured{more}")
+        return f"memory: {plan_show.size(memory.peak)} predicted, {plan_show.size(measured)} measured{more}"
 
 
 def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:

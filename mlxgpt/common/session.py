@@ -133,7 +133,5 @@ def run(
         run, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
     )
     with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
-        more |= {"stop_after": args.stop_after or 0}
-        code = trainer.train(trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display, **more))
-    gate.finish(run, engine)
-    return code
+        more |= {"stop_after": args.stop_after or 0, "outcome": lambda: gate.finish(run, engine)}
+        return trainer.train(trainer.Job(run, recipe, engine, source, tokenizer, state, lines, display, **more))

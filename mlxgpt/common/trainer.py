@@ -43,6 +43,7 @@ class Job:
     score: Callable[[dict[str, float]], dict[str, float]] | None = None  # of a validation's sums, more to judge by
     write_adapter: checkpoint.WriteAdapter | None = None  # what a checkpoint holds in place of a model folder
     finish: Callable[["Job"], None] | None = None  # at the end of the whole run
+    outcome: Callable[[], str] | None = None  # a line about the plan and what happened, before the last one
 
 
 def train(job: Job) -> int:
@@ -108,6 +109,8 @@ def train(job: Job) -> int:
             _sample(job)
         if done and job.finish and not signals.received:
             job.finish(job)
+    if job.outcome:
+        progress.say(job.outcome())
     if done:
         progress.say(_verdict(job, time.perf_counter() - began))
     else:
