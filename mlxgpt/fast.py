@@ -115,7 +115,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: floa
             by_q.append((by_score @ keys) * scale)
             by_k[n], by_v[n] = (
                 # a group of query heads shares its key head
-                total + mx.pad(rows(left).swapaxes(-1, -2) @ rows(right), ((0, 0), (0, 0), (0, S - s), (0, 0)))
+                total + mx.pad(rows(left).swapaxes(-1, -2) @ rows(right), [(0, 0), (0, 0), (0, S - s), (0, 0)])
                 for total, left, right in ((by_k[n], by_score, turned), (by_v[n], p, slopes))
             )
             done = [by_q[-1], by_k[n], by_v[n]]
