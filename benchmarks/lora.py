@@ -1,6 +1,6 @@
 """LoRA beside mlx_lm.lora and PEFT: real tokens a second and peak memory, the same rows in turns; and loss curves.
 
-    python -m benchmarks.lora [--rounds 9] [--rows 40] [--json]
+    python -m benchmarks.lora [--rounds 5] [--rows 12] [--json]
     python -m benchmarks.lora --curves [--steps 100]
 
 A random llama of 54 M (width 512, 12 layers, 8 heads, MLP 1376, vocabulary 32,000, tied), float32, rank 8 on every
@@ -32,8 +32,8 @@ from benchmarks.report import Row, finish
 
 SIZES = {"n_layer": 12, "n_head": 8, "n_embd": 512, "n_hidden": 1376, "vocab_size": 32000, "block_size": 512}
 MEDIAN, LARGEST, SIGMA, BATCH, RANK, SCALE, RATE = 120, 512, 0.7, 4, 8, 2.0, 1e-4
-SLOW_ROWS = 8  # of contenders that take minutes for more
-SLOW_ROUNDS = 3
+SLOW_ROWS = 4  # of contenders that take minutes for more
+SLOW_ROUNDS = 1
 
 
 def lengths(count: int) -> np.ndarray:
@@ -406,8 +406,8 @@ def _peft_curve(folder: str, own: dict[str, np.ndarray], batches: Any, rate: flo
 def main() -> None:
     """Prints the table, or with --json the rows; with --curves the distances."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=40, help="a multiple of 4")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=12, help="a multiple of 4")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--steps", type=int, default=100, help="of the curves")
     parser.add_argument("--json", action="store_true")

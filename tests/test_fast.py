@@ -48,7 +48,9 @@ def test_far_ends_are_finite() -> None:
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("segments", [True, False])
-def test_attention(heads: tuple[int, int], segments: bool) -> None:
+@pytest.mark.parametrize("tile", [8, 64])
+def test_attention(heads: tuple[int, int], segments: bool, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "TILE", tile)
     batch, i = packed(recipe("llama")), mx.arange(31)
     B, (H, K), T, D = 4, heads, 31, 8
     mask = i[:, None] >= i[None]
@@ -57,6 +59,21 @@ def test_attention(heads: tuple[int, int], segments: bool) -> None:
         parts = mx.array(batch.segments)
         mask = mask & (parts[:, None, :, None] == parts[:, None, None, :])
     q, k, v, cotangent = draw("q", B, H, T, D), draw("k", B, K, T, D), draw("v", B, K, T, D), draw("c", B, H, T, D)
+
+    def expected(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.7, mask=mask)
+
+    same("attention", lambda q, k, v: fast.attention(q, k, v, mask, 0.7), expected, [q, k, v], cotangent)
+
+
+@pytest.mark.parametrize("tile", [5, 64])
+def test_attention_after_a_cache(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer queries than keys: the last query is at the last key."""
+    monkeypatch.setattr(fast, "TILE", tile)
+    T, S = 13, 31
+    mask = mx.arange(S - T, S)[:, None] >= mx.arange(S)[None]
+    q, cotangent = draw("q", 2, 4, T, 8), draw("c", 2, 4, T, 8)
+    k, v = draw("k", 2, 2, S, 8), draw("v", 2, 2, S, 8)
 
     def expected(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.7, mask=mask)
