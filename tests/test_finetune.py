@@ -259,7 +259,9 @@ def test_labels_are_learned(at: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert np.abs(losses("labels-mlx") - losses("labels-torch")).max() <= 1e-4
     (*_, line) = (line for line in metrics.read(at / "labels-mlx" / metrics.FILE) if line["split"] == "val")
     assert 0 <= line["accuracy"] <= 1 and 0 <= line["macro_f1"] <= 1
-    assert "best validation macro_f1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best validation macro_f1" in out and "try: mlxgpt classify --model labels-mlx --text TEXT" in out
+    assert f"what validates at step {line['step']}:\nlabel " in out
 
 
 def test_few_rows_work_and_one_says_so(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

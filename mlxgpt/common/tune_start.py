@@ -153,9 +153,7 @@ def _run(
     answers = tune_answers.Answers(gate.backend, engine, recipe, source)
     if recipe.sample.max_tokens and recipe.tune.task == "lm":
         more["sample"] = answers.sample
-    more |= {"verb": "finetune", "score": answers.score}
-    if recipe.tune.test and source.rows("test"):
-        more["finish"] = answers.test
+    more |= {"verb": "finetune", "score": answers.score, "finish": answers.finish}
     return session.run(args, gate, run, recipe, engine, source, source.tokenizer, state, **more)
 
 
