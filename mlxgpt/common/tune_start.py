@@ -61,6 +61,8 @@ def _begin(args: Namespace) -> int:
     config = folder.read_config(base)
     recipe = tune_config.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
     recipe, adapter = _take_adapter(recipe, chosen, base, given, args.force)
+    assert recipe.adapter
+    adapters.targets(config, recipe.adapter)  # what matches nothing is refused before rows are read
     for note in chosen.notes:
         print(f"{chosen.where}: {note}")
     backend = session.open_backend(args)
