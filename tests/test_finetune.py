@@ -362,6 +362,9 @@ def test_a_template_that_fails_names_the_row(at: Path, capsys: pytest.CaptureFix
     (at / "bad.jinja").write_text("{{ raise_exception('not this') }}")
     write(at / "talk.jsonl", [{"messages": [TURN, {"role": "assistant", "content": "red"}]}])
     refused(at, capsys, ["--data", "talk.jsonl", "--set", "tune.template=bad.jinja"], "not this")
+    shutil.copytree(at / "llama", at / "broken")
+    shutil.copy(at / "bad.jinja", at / "broken" / "chat_template.jinja")
+    refused(at, capsys, ["--model", "broken", "--data", "talk.jsonl"], "broken: chat template: not this")
 
 
 def test_an_adapter_of_another_model_is_refused_unless_forced(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -401,7 +401,8 @@ def choose(
     """The template for the rows, the tokenizer with it, and the tokens that it was given for that."""
     if rows.format == "text":
         return None, tokenizer, ()
-    own = sft_chat.template_of(tokenizer, date=tune.date)
+    where = f"{tune.model}: chat template" if tune.model else "chat template"
+    own = sft_chat.template_of(tokenizer, where, tune.date)
     if tune.template == "auto" and (own or rows.format == "completion"):
         return own, tokenizer, ()
     if tune.template in ("auto", "chatml"):
