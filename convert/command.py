@@ -20,7 +20,8 @@ def convert_command(args: argparse.Namespace) -> int:
     if adapters.is_adapter(args.src):
         return _adapter(args)
     if args.to == "peft" or args.model:
-        raise UserError(f"{'--to peft' if args.to == 'peft' else '--model'}: {args.src} is no adapter")
+        found = "is no adapter" if Path(args.src).exists() else "does not exist"
+        raise UserError(f"{'--to peft' if args.to == 'peft' else '--model'}: {args.src} {found}")
     names = ("dtype", "bits", "group_size", "max_shard", "version")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.tokenizer:

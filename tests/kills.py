@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mlxgpt.common import checkpoint, folder, metrics, params, runs
+from mlxgpt.common import checkpoint, folder, metrics, params, runs, tokenizer
 from mlxgpt.common.config import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,10 @@ _SETTINGS = (
     "model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=32", "data.tokenizer=char",
     "train.batch_size=4", "train.save_every=3", "train.eval_every=10", "train.eval_batches=2", "train.keep=2",
     "train.dropout=0.1", "optim.warmup=5", "sample.max_tokens=0",
+)  # fmt: skip
+_TUNING = (
+    "adapter.rank=4", "adapter.dropout=0.1", "tune.block_size=32", "train.batch_size=4", "train.save_every=3",
+    "train.eval_every=10", "train.keep=2", "optim.warmup=5", "sample.max_tokens=0",
 )  # fmt: skip
 
 
@@ -89,10 +93,9 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 
 def weights(run: Path) -> dict[str, str]:
-    """sha256 of the last checkpoint's tensors."""
-    place = checkpoint.path_of(run, STEPS)
-    names = ("model.safetensors", checkpoint.OPTIMIZER)
-    return {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in names}
+    """sha256 of the last checkpoint's tensors: a model's or an adapter's, and the optimizer's."""
+    found = sorted(checkpoint.path_of(run, STEPS).rglob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def train(place: Path, backend: str, kills: int, draw: random.Random, say: Callable[[str], None]) -> Counter:
@@ -101,7 +104,32 @@ def train(place: Path, backend: str, kills: int, draw: random.Random, say: Calla
     settings = [part for setting in (*_SETTINGS, "data.source=corpus.txt") for part in ("--set", setting)]
     recipe = place / "r.toml"
     recipe.write_text("[model]\n")
-    new = ["train", "./r.toml", "--backend", backend, "--steps", str(STEPS), *settings, "--out"]
+    return _stopped(place, ["train", "./r.toml", *settings], backend, kills, draw, say)
+
+
+def tune(place: Path, backend: str, kills: int, draw: random.Random, say: Callable[[str], None]) -> Counter:
+    """The same of a fine-tuning, whose checkpoints are adapters; the base must stay byte for byte."""
+    words = [line.split() for line in text(3, 6_000).split("\n\n")]
+    spelled = tokenizer.train_tokenizer("bpe", [" ".join(line) for line in words], 300)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": spelled.n_vocab}
+    config = build({"model": {"family": "llama", **sizes}}).model
+    folder.write_model(place / "base", config, params.init_params(config, 1), tokenizer=spelled)
+    rows = ({"prompt": " ".join(line[:4]), "completion": " ".join(line[4:7])} for line in words)
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [part for setting in _TUNING for part in ("--set", setting)]
+    before = digests(place / "base")
+    new = ["finetune", "--model", "base", "--data", "rows.jsonl", "--method", "dora", *settings]
+    counted = _stopped(place, new, backend, kills, draw, say)
+    if digests(place / "base") != before:
+        raise Damage("base: not what it was")
+    return counted
+
+
+def _stopped(
+    place: Path, new: list[str], backend: str, kills: int, draw: random.Random, say: Callable[[str], None]
+) -> Counter:
+    """Kills runs that ``new`` begins, at random, until each is finished and compared."""
+    verb, new = new[0], [*new, "--backend", backend, "--steps", str(STEPS), "--out"]
     finish([*new, "reference"], place)
     seconds = finish([*new, "again"], place)
     expected, bits = losses(place / "reference"), weights(place / "reference")
@@ -114,20 +142,21 @@ def train(place: Path, backend: str, kills: int, draw: random.Random, say: Calla
         while not done and counted["kills"] < kills + 50:
             done = not killed(arguments, place, draw.uniform(0.2, 1.0) * seconds)
             counted["kills"] += not done
-            if not run.exists() or not (run / "recipe.toml").exists():
+            begun = (run / "recipe.toml").exists() and (verb == "train" or checkpoint.steps_of(run))
+            if not begun:
                 shutil.rmtree(run, ignore_errors=True)
-                counted["before the run's first file"] += not done
+                counted["before there was anything to go on from"] += not done
                 continue
             damage, _ = runs.check(run)
             if damage:
                 raise Damage(f"{run.name} after {counted['kills']} kills: {damage}")
             counted["while a checkpoint was being written"] += bool(list((run / "checkpoints").glob(".step-*")))
-            arguments = ["train", "--resume", run.name, "--backend", backend]
+            arguments = [verb, "--resume", run.name, "--backend", backend]
         if losses(run) != expected or weights(run) != bits:
             raise Damage(f"{run.name}: another curve or other weights than the undisturbed run")
         counted["runs finished, bit-equal"] += 1
         shutil.rmtree(run)
-        say(f"{backend}: {counted['kills']} kills, {counted['runs finished, bit-equal']} runs bit-equal")
+        say(f"{verb}, {backend}: {counted['kills']} kills, {counted['runs finished, bit-equal']} runs bit-equal")
     return counted
 
 
@@ -256,22 +285,25 @@ def main() -> int:
     parser.add_argument("--torch-share", type=float, default=0.1)
     parser.add_argument("--prepare-share", type=float, default=0.15)
     parser.add_argument("--convert-share", type=float, default=0.15)
+    parser.add_argument("--tune-share", type=float, default=0.15)
     args = parser.parse_args()
     draw = random.Random(args.seed)
-    shares = (args.torch_share, args.prepare_share, args.convert_share)
-    torch, prepared, converted = (round(args.kills * share) for share in shares)
+    shares = (args.torch_share, args.prepare_share, args.convert_share, args.tune_share)
+    torch, prepared, converted, tuned = (round(args.kills * share) for share in shares)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / name for name in ("prepare", "mlx", "torch", "convert")]
+        places = [Path(folder) / name for name in ("prepare", "mlx", "torch", "convert", "tune")]
         for place in places:
             place.mkdir()
         if prepared:
             found["data prepare"] = prepare(places[0], prepared, draw, print)
-        found["train, MLX"] = train(places[1], "mlx", args.kills - torch - prepared - converted, draw, print)
+        found["train, MLX"] = train(places[1], "mlx", args.kills - torch - prepared - converted - tuned, draw, print)
         if torch:
             found["train, PyTorch"] = train(places[2], "torch", torch, draw, print)
         if converted:
             found["convert"] = convert(places[3], converted, draw, print)
+        if tuned:
+            found["finetune, MLX"] = tune(places[4], "mlx", tuned, draw, print)
     print(json.dumps({name: dict(counted) for name, counted in found.items()}, indent=2))
     total = sum(counted["kills"] + counted["interruptions"] for counted in found.values())
     print(f"{total} kills: nothing lost, nothing corrupted")

@@ -277,7 +277,7 @@ def test_the_first_updates_move_everything_that_trains(choice: str) -> None:
         trained = engine(package, config, starting(config))
         watch = guards.FirstUpdates(trained, adapters.trainable(config))
         for step in (1, 2, 3):
-            watch.check(trained.train_step(step, [packed(config, step)], 1e-3))
+            watch.check(trained.train_step(step, [packed(config, step)], 1e-3), 1e-3)
 
 
 def unscaled(patch: pytest.MonkeyPatch) -> None:

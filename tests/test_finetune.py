@@ -259,7 +259,9 @@ def test_labels_are_learned(at: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert np.abs(losses("labels-mlx") - losses("labels-torch")).max() <= 1e-4
     (*_, line) = (line for line in metrics.read(at / "labels-mlx" / metrics.FILE) if line["split"] == "val")
     assert 0 <= line["accuracy"] <= 1 and 0 <= line["macro_f1"] <= 1
-    assert "best validation macro_f1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best validation macro_f1" in out and "try: mlxgpt classify --model labels-mlx --text TEXT" in out
+    assert f"what validates at step {line['step']}:\nlabel " in out
 
 
 def test_few_rows_work_and_one_says_so(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +297,8 @@ def refused(at: Path, capsys: pytest.CaptureFixture[str], words: list[str], *par
     rest = [word for word in words if word not in given and word not in given.values()]
     model, data = given.get("--model", "llama"), given.get("--data", "rows.jsonl")
     assert go("refused", *rest, model=model, data=data) == 2, words
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert "adapter.targets" not in error or "rows:" not in out  # what needs no rows is refused before they are read
     assert error.count("\n") == 1 and "Traceback" not in error
     for part in parts:
         assert part in error, error
@@ -333,7 +336,7 @@ def test_a_conversation_that_teaches_nothing_is_named(
         (["--set", "model.n_layer=3"], ("[model]: of mlxgpt train",)),
         (["--set", "tune.packng=false"], ("unknown key tune.packng", "packing")),
         (["--epochs", "2"], ("--steps and --epochs",)),
-        (["--set", "tune.keep_best=bleu"], ("tune.keep_best = 'bleu'",)),
+        (["--set", "tune.keep_best=bleu"], ("tune.keep_best = 'bleu'", "a metric that tune.metrics names")),
         (["--data", "nowhere.jsonl"], ("nowhere.jsonl: no such file",)),
         (["--model", "nowhere"], ("nowhere: no such folder",)),
         (["--adapter", "llama"], ("llama",)),
@@ -359,6 +362,9 @@ def test_a_template_that_fails_names_the_row(at: Path, capsys: pytest.CaptureFix
     (at / "bad.jinja").write_text("{{ raise_exception('not this') }}")
     write(at / "talk.jsonl", [{"messages": [TURN, {"role": "assistant", "content": "red"}]}])
     refused(at, capsys, ["--data", "talk.jsonl", "--set", "tune.template=bad.jinja"], "not this")
+    shutil.copytree(at / "llama", at / "broken")
+    shutil.copy(at / "bad.jinja", at / "broken" / "chat_template.jinja")
+    refused(at, capsys, ["--model", "broken", "--data", "talk.jsonl"], "broken: chat template: not this")
 
 
 def test_an_adapter_of_another_model_is_refused_unless_forced(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

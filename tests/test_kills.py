@@ -14,6 +14,11 @@ def test_a_few_kills_of_a_training(tmp_path: Path) -> None:
     assert counted["kills"] >= 3 and counted["runs finished, bit-equal"] >= 1
 
 
+def test_a_few_kills_of_a_fine_tuning(tmp_path: Path) -> None:
+    counted = kills.tune(tmp_path, "mlx", 2, random.Random(5), print)
+    assert counted["kills"] >= 2 and counted["runs finished, bit-equal"] >= 1
+
+
 def test_a_kill_of_a_preparation(tmp_path: Path) -> None:
     assert kills.prepare(tmp_path, 1, random.Random(3), print)["shards equal"] >= 1
 
@@ -60,6 +65,13 @@ def test_a_result_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatch: p
 def test_many_kills_of_a_conversion(tmp_path: Path) -> None:
     counted = kills.convert(tmp_path, 40, random.Random(7), print)
     assert counted["while it was being written"] >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_many_kills_of_a_fine_tuning(backend: str, tmp_path: Path) -> None:
+    counted = kills.tune(tmp_path, backend, 20, random.Random(8), print)
+    assert counted["runs finished, bit-equal"] >= 1 and counted["while a checkpoint was being written"]
 
 
 @pytest.mark.slow

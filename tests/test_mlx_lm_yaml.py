@@ -83,6 +83,8 @@ def test_what_is_left_out_has_mlx_lms_default(tmp_path: Path) -> None:
     assert recipe.adapter and recipe.adapter.alpha == 20.0 * 8 and recipe.optim.lr == 1e-5
     assert recipe.optim.schedule == "constant" and recipe.optim.clip == 0 and recipe.optim.weight_decay == 0
     assert recipe.train.steps == 1000 and (found.layers, found.chosen) == (16, False)
+    assert found.sections["tune"]["block_size"] == 0  # at most 2048, and no more than the model's context
+    assert read(tmp_path, max_seq_length=512).sections["tune"]["block_size"] == 512
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "0.00001", "1.0e-5"])

@@ -295,6 +295,27 @@ def test_chatml_where_there_is_no_template(tmp_path: Path, tokenizer: Tokenizer)
     assert only(asked) == only(source)
 
 
+def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    talk = [{"role": "user", "content": "3?"}, call, {"role": "assistant", "content": "3"}]
+    path, lines = tmp_path / "rows.jsonl", []
+    config = tiny(family="llama", block_size=256, vocab_size=400)
+    path.write_text(json.dumps({"messages": talk, "tools": [{"function": {"name": "add"}}]}) + "\n")
+    sft.open(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
+    unsaid = "ChatML does not write them: nothing of them is trained on"
+    assert [line for line in lines if "does not write" in line] == [
+        f"{path} row 1: {key}: {unsaid}" for key in ("tools", "tool_calls")
+    ]
+    lines.clear()
+    turn = "{{ m.role + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ eos_token }}"
+    held = "{{ tools and tools[0].function.name }}{% for m in messages %}" + turn + "{% endfor %}"
+    held += "{% if add_generation_prompt %}assistant{% endif %}"
+    (tmp_path / "held.jinja").write_text(held)
+    tune = TuneConfig(source=str(path), template=str(tmp_path / "held.jinja"))
+    sft.open(tune, TrainConfig(), tokenizer, config, lines.append)
+    assert lines and not any("does not write" in line for line in lines)
+
+
 def test_a_template_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
     turns = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + eos_token }}{% endfor %}"
     (tmp_path / "own.jinja").write_text(turns + "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}")

@@ -271,12 +271,23 @@ def test_a_gradient_that_is_zero_by_design_may_be_so_once() -> None:
     watch = guards.FirstUpdates(engine, {"a": param})  # type: ignore[arg-type]
     stats = guards.StepStats(1.0, 1.0, 1.0, True, zero_grads=("a",))
     engine.t = 1
-    watch.check(stats)
+    watch.check(stats, 1e-3)
     engine.t = 2
     with pytest.raises(guards.RunError, match="a: the gradient of update 2 is exactly zero"):
-        watch.check(stats)
+        watch.check(stats, 1e-3)
     engine.t = 3
-    watch.check(stats)
+    watch.check(stats, 1e-3)
+
+
+@pytest.mark.parametrize(("rate", "moment", "accused"), [(1e-8, 0.1, False), (1e-6, 0.1, True), (1e-8, 0.0, True)])
+def test_an_update_too_small_to_show_is_not_taken_for_none(rate: float, moment: float, accused: bool) -> None:
+    """A norm's 1.0 keeps its bits in a long warm-up to 1e-6."""
+    state = {"params": {"a": np.ones(2, np.float32)}, "m": {"a": np.full(2, moment, np.float32)}}
+    engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: state)
+    watch = guards.FirstUpdates(engine, {"a": start.params.Param((2,))})  # type: ignore[arg-type]
+    engine.t = 2
+    with pytest.raises(guards.RunError, match="a: not a bit") if accused else contextlib.nullcontext():
+        watch.check(guards.StepStats(1.0, 1.0, 1.0, True), rate)
 
 
 def test_a_batch_without_targets_is_refused() -> None:

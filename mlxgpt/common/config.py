@@ -323,7 +323,8 @@ class TuneConfig:
         for name in self.metrics:
             _check("tune", name in known, "metrics", name, "some of " + ", ".join(known))
         best = ("loss", "accuracy", "macro_f1") if self.task == "classify" else ("loss", *self.metrics)
-        _one_of("tune", self, "keep_best", *best)
+        hint = "" if len(best) > 1 else ", or a metric that tune.metrics names"
+        _check("tune", self.keep_best in best, "keep_best", self.keep_best, "one of " + ", ".join(best) + hint)
 
 
 @dataclass(frozen=True, kw_only=True)

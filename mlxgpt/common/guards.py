@@ -66,10 +66,10 @@ class FirstUpdates:
 
     def _digests(self) -> dict[str, bytes]:
         weights = self._engine.snapshot()["params"]
-        return {name: hashlib.blake2b(array.tobytes(), digest_size=16).digest() for name, array in weights.items()}
+        return {name: _digest(array) for name, array in weights.items()}
 
-    def check(self, stats: StepStats) -> None:
-        """To be called after each applied update.
+    def check(self, stats: StepStats, rate: float) -> None:
+        """To be called after each applied update, which was at ``rate``.
 
         Raises:
             RunError: names the tensors that do not train.
@@ -81,10 +81,25 @@ class FirstUpdates:
         if zero:
             raise RunError(f"{_some(zero)}: the gradient of update {update} is exactly zero: it would never train")
         if update == 2 and self._before:
-            after = self._digests()
-            same = [name for name, digest in self._before.items() if after[name] == digest]
+            after = self._engine.snapshot()
+            weights, moments = after["params"], after["m"]
+            same = [name for name, digest in self._before.items() if _digest(weights[name]) == digest]
+            same = [name for name in same if _would_show(weights[name], moments[name], rate)]
             if same:
                 raise RunError(f"{_some(same)}: not a bit has changed after two updates: it does not train")
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+
+
+def _would_show(weights: np.ndarray, moments: np.ndarray, rate: float) -> bool:
+    """Whether an update at ``rate`` changes bits: in a warm-up to 1e-6 none of a norm's 1.0 does.
+
+    Adam's first update is about the rate wherever there is a gradient. No moments at all: it was never updated.
+    """
+    moved = moments != 0
+    return not moved.any() or bool((rate > np.spacing(np.abs(weights)))[moved].any())
 
 
 def _some(names: list[str]) -> str:

@@ -154,9 +154,10 @@ class _Reader:
         threshold = self._whole("clear_cache_threshold")
         if threshold:
             train["clear_cache"] = max(1, threshold // 2**20)
+        longest = self._whole("max_seq_length", 2)
         tune = {
             "train_on_prompt": not self._flag("mask_prompt"),
-            "block_size": self._whole("max_seq_length", 2),
+            "block_size": 0 if longest == DEFAULTS["max_seq_length"] else longest,  # 0: that, or a shorter context
             "packing": False,
             "test": self._flag("test"),
             "model": self._text("model"),

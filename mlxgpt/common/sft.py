@@ -401,7 +401,8 @@ def choose(
     """The template for the rows, the tokenizer with it, and the tokens that it was given for that."""
     if rows.format == "text":
         return None, tokenizer, ()
-    own = sft_chat.template_of(tokenizer, date=tune.date)
+    where = f"{tune.model}: chat template" if tune.model else "chat template"
+    own = sft_chat.template_of(tokenizer, where, tune.date)
     if tune.template == "auto" and (own or rows.format == "completion"):
         return own, tokenizer, ()
     if tune.template in ("auto", "chatml"):
@@ -458,7 +459,26 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
+        yield from _unwritten(source.template, rows.splits["train"])
     form = f"packed into rows of {source.size}" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
     yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
+
+
+def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
+    """A line for ``tools`` and one for ``tool_calls`` where rows have them and the template leaves them out."""
+    given = next((row for row in rows if row.tools), None)
+    called = next((row for row in rows if any(message.get("tool_calls") for message in row.messages)), None)
+    for key, found in (("tools", given), ("tool_calls", called)):
+        if found is None:
+            continue
+        row = sft_rows.as_messages(found)
+        bare = [{name: value for name, value in message.items() if name != key} for message in row.messages]
+        try:
+            whole = template.render(row.messages, row.tools)
+            without = template.render(bare, () if key == "tools" else row.tools)
+        except UserError:
+            continue  # it cannot do without, or wants rows unrolled
+        if whole == without:
+            yield f"{row.where}: {key}: {template.name} does not write them: nothing of them is trained on"

@@ -25,7 +25,7 @@ def inspect_rows(args: Namespace) -> int:
     tokenizer = load_last([place, *(each for each, _ in adapters)])
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
-    sections = config.apply_sets({"tune": {"source": args.source}, "train": {}}, args.set)
+    sections = config.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
     other = next((name for name in sections if name not in ("tune", "train")), None)
     if other:
         raise UserError(f"--set {other}: expected a key of tune or train")

@@ -92,7 +92,7 @@ def train(job: Job) -> int:
             if message := finite.check(step, stats, batch):
                 progress.say(message)
             else:
-                watch.check(stats)
+                watch.check(stats, rate)
             saver.check()
 
             if _unvalidated(job):
@@ -208,7 +208,8 @@ def _verdict(job: Job, seconds: float) -> str:
         name = judged_by(job.recipe)
         parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
     model = checkpoint.resolve_model(job.run)
-    return "; ".join([*parts, f"model: {model}", f"try: mlxgpt generate --model {job.run} --prompt TEXT"])
+    trial = f"classify --model {job.run} --text" if job.recipe.model.labels else f"generate --model {job.run} --prompt"
+    return "; ".join([*parts, f"model: {model}", f"try: mlxgpt {trial} TEXT"])
 
 
 class Saver:

@@ -67,13 +67,27 @@ class Answers:
         ids = row.last_answer[1].tolist()
         return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.special else ids)
 
-    def test(self, job: Job) -> None:
-        """Scores the test split with the weights as they are, in metrics.jsonl and on screen."""
+    def finish(self, job: Job) -> None:
+        """Scores the test split with the weights as they are; labels: shows the confusion on what validates first."""
+        labels, tune = self._source.labels, job.recipe.tune
+        if labels and self._source.rows("valid"):
+            lines = confusion.lines(self._sums("valid", job), labels)
+            job.progress.say("\n".join([f"what validates at step {job.state.step}:", *lines]))
+        if tune and tune.test and self._source.rows("test"):
+            self._test(job)
+
+    def _sums(self, split: str, job: Job) -> dict[str, float]:
+        """What the engine adds up over a whole split."""
         total: dict[str, float] = {}
-        for batch in self._source.split("test"):
+        for batch in self._source.split(split):
             for part in batch.split(job.recipe.train.micro_batch_size):
                 for name, value in self._engine.evaluate(part).items():
                     total[name] = total.get(name, 0.0) + value
+        return total
+
+    def _test(self, job: Job) -> None:
+        """The test split, in metrics.jsonl and on screen."""
+        total = self._sums("test", job)
         found = {"loss": total["loss"] / total["weight"]} | self._scored("test", total)
         job.metrics.write(step=job.state.step, split="test", **found, targets=round(total["weight"]))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -61,6 +61,8 @@ def _begin(args: Namespace) -> int:
     config = folder.read_config(base)
     recipe = tune_config.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
     recipe, adapter = _take_adapter(recipe, chosen, base, given, args.force)
+    assert recipe.adapter
+    adapters.targets(config, recipe.adapter)  # what matches nothing is refused before rows are read
     for note in chosen.notes:
         print(f"{chosen.where}: {note}")
     backend = session.open_backend(args)
@@ -153,9 +155,7 @@ def _run(
     answers = tune_answers.Answers(gate.backend, engine, recipe, source)
     if recipe.sample.max_tokens and recipe.tune.task == "lm":
         more["sample"] = answers.sample
-    more |= {"verb": "finetune", "score": answers.score}
-    if recipe.tune.test and source.rows("test"):
-        more["finish"] = answers.test
+    more |= {"verb": "finetune", "score": answers.score, "finish": answers.finish}
     return session.run(args, gate, run, recipe, engine, source, source.tokenizer, state, **more)
 
 
