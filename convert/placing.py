@@ -60,7 +60,9 @@ def _restore(dst: Path) -> None:
 
 
 def check(dst: Path, force: bool) -> None:
-    """Refuses a path where something is, without ``force``."""
+    """Refuses a path where something is, without ``force``; a device, pipe or socket always."""
+    if dst.exists() and not (dst.is_file() or dst.is_dir()):
+        raise UserError(f"{dst}: is neither a file nor a folder: nothing can take its place")
     if not force and os.path.lexists(dst):
         raise UserError(f"{dst}: is there already; --force replaces it")
 

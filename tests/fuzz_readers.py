@@ -118,6 +118,21 @@ def seed_safetensors(place: Path) -> Path:
     return place / "a.safetensors"
 
 
+def seed_int8(place: Path) -> Path:
+    """Version 2 of llama2.c, which nothing here writes: version 1's norms, then each matrix in groups of 16."""
+    data, c, hidden = written("llama2c", LLAMA, place, version=1).read_bytes(), LLAMA.n_embd, LLAMA.n_hidden
+    start = 256 + 4 * c * (2 * LLAMA.n_layer + 1)
+    heads, keys = c * c, c * LLAMA.n_kv_head * LLAMA.head_dim
+    counts = [LLAMA.vocab_size * c, heads, keys, keys, heads, *[hidden * c] * 3, LLAMA.vocab_size * c]
+    body = [data[:4], struct.pack("<i", 2), data[8:37], struct.pack("<i", 16).ljust(219, b"\0"), data[256:start]]
+    for values in np.split(np.frombuffer(data[start:], "<f4"), np.cumsum(counts)[:-1]):
+        rows = values.reshape(-1, 16)
+        scales = np.abs(rows).max(1) / np.float32(127)
+        body += [np.round(rows / scales[:, None]).astype(np.int8).tobytes(), scales.tobytes()]
+    (place / "int8.bin").write_bytes(b"".join(body))
+    return place / "int8.bin"
+
+
 def seed_folder(place: Path) -> Path:
     folder.write_model(place / "model", LLAMA, models.weights(LLAMA), max_shard=60_000)
     return place / "model"
@@ -272,6 +287,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "gptmodel": (lambda place: written("gptmodel", replace(GPT2, tied=False), place), open_with("gptmodel")),
     "llama2c-v0": (lambda place: written("llama2c", LLAMA, place, version=0), open_with("llama2c")),
     "llama2c-v1": (lambda place: written("llama2c", LLAMA, place, version=1), open_with("llama2c")),
+    "llama2c-v2": (seed_int8, open_with("llama2c")),
     "gguf": (lambda place: written("gguf", LLAMA, place, bits=8), read_gguf_as_others),
     "gguf-foreign": (lambda place: foreign(written("gguf", LLAMA, place)), read_gguf_as_others),
     "tokenizer": (seed_tokenizers, read_tokenizers),

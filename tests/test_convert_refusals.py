@@ -327,3 +327,11 @@ def test_archives_that_lie(source: Path, tmp_path: Path) -> None:
     np.savez(place, **{"model.norm.weight": np.array([{}], dtype=object)})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"dtype \|O: expected float32"):
         open_model(tmp_path / "n")
+
+
+def test_force_does_not_replace_a_device_or_a_pipe(tmp_path: Path) -> None:
+    folder.write_model(tmp_path / "m", tiny(), weights(tiny()))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        convert_model(tmp_path / "m", tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()

@@ -165,6 +165,7 @@ def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
+        (["--chip", "h100", "--calibrate"], "--calibrate: times this machine, not NVIDIA H100: expected it without"),
         (["--chip", "h1000"], "--chip h1000: unknown (did you mean 'h100'?): expected one of m1, m1-pro"),
         (["--budget", "much", "--chip", "h100", "--price", "2"], "--budget much: expected an amount of money"),
         (["--budget", "5 USD", "--chip", "h100"], "--budget 5 USD: expected --price as well"),
@@ -232,6 +233,6 @@ def test_memory_of_this_machine() -> None:
 
 
 def test_chips_are_found_however_they_are_written() -> None:
-    assert chips.find("M3 Max") is chips.find("apple-m3-max") is chips.CHIPS["m3-max"]
+    assert chips.find("M3 Max") is chips.find("apple-m3-max") is chips.find("m3max") is chips.CHIPS["m3-max"]
     assert chips.find("RTX4090").memory == 24
     assert chips.here("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]

@@ -73,6 +73,7 @@ def find(asked: str) -> Chip:
         UserError: none of that name; all are listed.
     """
     key = asked.lower().strip().replace(" ", "-").replace("_", "-").removeprefix("apple-").removeprefix("nvidia-")
+    key = {name.replace("-", ""): name for name in CHIPS}.get(key.replace("-", ""), key)
     if key not in CHIPS:
         raise UserError(f"--chip {asked}: unknown{nearest(key, CHIPS)}: expected one of {', '.join(CHIPS)}")
     return CHIPS[key]

@@ -116,6 +116,8 @@ def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chi
     described = backend.engine.devices.describe(device)
     timing = None
     if args.calibrate:
+        if chip:
+            raise UserError(f"--calibrate: times this machine, not {chip.name}: expected it without --chip")
         if recipe.tune:
             raise UserError("--calibrate: of pre-training recipes only; fine-tuning takes --chip")
         source, _ = plan_calibrate.open_data(recipe)
