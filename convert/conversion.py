@@ -109,6 +109,8 @@ def convert_opened(
     if opened.config.labels and to != "hf":
         raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
+    if dst.exists() and dst.is_dir() != (writer.KIND == "folder"):
+        raise UserError(f"{dst}: --force replaces a {writer.KIND} with a {to} model, and this is none")
     if hasattr(writer, "BESIDE"):
         placing.check(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:

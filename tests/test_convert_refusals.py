@@ -195,6 +195,9 @@ def test_force_removes_models_only(source: Path, tmp_path: Path, capsys: Any) ->
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary.txt").write_text("x")
     assert "holds none (no config.json)" in refused(capsys, source, str(tmp_path / "home"), "--force")
+    note = tmp_path / "home" / "diary.txt"
+    assert "replaces a folder with a hf model" in refused(capsys, source, str(note), "--to", "hf", "--force")
+    assert note.read_text() == "x"
     (tmp_path / "empty").mkdir()
     convert_model(source, tmp_path / "empty", force=True)
     inside = tmp_path / "a" / "inner"
