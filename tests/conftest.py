@@ -1,3 +1,8 @@
-"""Loads the BLAS before a test file imports MLX: one that came first would leave the whole process the slow one."""
+"""Before any test file is imported: the BLAS, for MLX without it would leave the whole process the slow one; signals."""
+
+import signal
 
 from mlxgpt import blas  # noqa: F401
+
+# a shell that runs the suite in the background ignores Ctrl-C, and so would every child that a test interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
