@@ -1,4 +1,4 @@
-"""Before any test file is imported: the BLAS, for MLX without it would leave the whole process the slow one; signals."""
+"""Before any test file is imported: the BLAS, without which MLX would stay slow for the whole process; signals."""
 
 import signal
 
