@@ -72,7 +72,7 @@ def installed(package: str) -> str:
 def describe() -> str:
     """When, where and with what the figures were measured."""
     from mlxgpt import blas
-    from mlxgpt.common import chips
+    from mlxgpt.common.plan import chips
 
     library = blas.describe()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

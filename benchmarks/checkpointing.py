@@ -31,10 +31,12 @@ WIDTH, WORDS = 512, 16000
 
 def training(package: str, steps: str, saves: str):
     """Steps of an engine as ``train`` does them, with ``saves`` saves on the way, the first of them in the middle."""
-    from mlxgpt.common import metrics, params, trainer
     from mlxgpt.common.batch import Batch
-    from mlxgpt.common.checkpoint import RunState
     from mlxgpt.common.config import build
+    from mlxgpt.common.model import params
+    from mlxgpt.common.runs import metrics
+    from mlxgpt.common.runs.checkpoint import RunState
+    from mlxgpt.common.train import loop
 
     size, count = SIZES["tiny"], int(steps)
     model = {key: size[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
@@ -45,10 +47,10 @@ def training(package: str, steps: str, saves: str):
     holder = tempfile.TemporaryDirectory(dir=".")
     state, run = RunState(0, {}, {}, package, {}), Path(holder.name)
     unused: Any = None
-    job = trainer.Job(run, recipe, engine, unused, None, state, metrics.Metrics(run, []), Quiet())  # type: ignore[arg-type]
+    job = loop.Job(run, recipe, engine, unused, None, state, metrics.Metrics(run, []), Quiet())  # type: ignore[arg-type]
 
     def steps_and_saves() -> int:
-        saver = trainer.Saver(job)
+        saver = loop.Saver(job)
         for step in range(1, count + 1):
             engine.train_step(engine.t + 1, [batch], 1e-3)
             state.step += 1
@@ -71,8 +73,8 @@ class Quiet:
 
 def arrays(layers: str) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     """A llama's config, weights and moments."""
-    from mlxgpt.common import params
     from mlxgpt.common.config import build
+    from mlxgpt.common.model import params
 
     sizes = {"n_layer": int(layers), "n_head": 8, "n_embd": WIDTH, "vocab_size": WORDS, "block_size": 512}
     config = build({"model": {"family": "llama", **sizes}}).model
@@ -88,7 +90,7 @@ def flat(groups: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def ours(layers: str, folder: str, reading: str = ""):
     """A checkpoint written over the one of the round before, or read."""
-    from mlxgpt.common import checkpoint
+    from mlxgpt.common.runs import checkpoint
 
     config, groups = arrays(layers)
     run, state = Path(folder) / "ours", checkpoint.RunState(0, {}, {}, "none", {}, step=1)

@@ -78,9 +78,10 @@ def make(place: str, family: str, megabytes: str) -> None:
     """A model of random weights of about that size, with a tokenizer that mlx-lm loads; to be called in a child."""
     import numpy as np
 
-    from mlxgpt.common import folder, params
     from mlxgpt.common.config import build
-    from mlxgpt.common.tokenizer import train_tokenizer
+    from mlxgpt.common.folders import model_folder
+    from mlxgpt.common.model import params
+    from mlxgpt.common.tokenizers.load import train_tokenizer
 
     wide = int(megabytes) >= 300
     sizes = dict(n_embd=1536 if wide else 512, n_head=12 if wide else 8, vocab_size=32000 if wide else 8000)
@@ -91,11 +92,11 @@ def make(place: str, family: str, megabytes: str) -> None:
     config = build({"model": dict(family=family, n_layer=blocks, block_size=1024, **sizes, **more)}).model
     draw, dtype = np.random.default_rng(1), "bfloat16" if family == "llama" else "float32"
     weights = {
-        name: (draw.standard_normal(param.shape, np.float32) * np.float32(0.02)).astype(folder.DTYPES[dtype])
+        name: (draw.standard_normal(param.shape, np.float32) * np.float32(0.02)).astype(model_folder.DTYPES[dtype])
         for name, param in params.table(config).items()
     }
     tokenizer = train_tokenizer("bpe", ["some text to learn a few merges from " * 20], 270)
-    folder.write_model(place, config, weights, dtype=dtype, tokenizer=tokenizer)
+    model_folder.write_model(place, config, weights, dtype=dtype, tokenizer=tokenizer)
 
 
 def made(place: Path, family: str, megabytes: int) -> Path:

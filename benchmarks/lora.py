@@ -51,8 +51,9 @@ def rows(count: int, vocabulary: int = SIZES["vocab_size"]) -> list[np.ndarray]:
 def write_folder(folder: Path, quantised: Path) -> None:
     """The model that all contenders load, and the same in mlx-lm's 4 bits."""
     from mlxgpt import cli
-    from mlxgpt.common import config, params
-    from mlxgpt.common.folder import write_model
+    from mlxgpt.common import config
+    from mlxgpt.common.folders.model_folder import write_model
+    from mlxgpt.common.model import params
 
     model = config.build({"model": {"family": "llama", **SIZES}}).model
     write_model(folder, model, params.init_params(model, 0))
@@ -65,10 +66,11 @@ def write_folder(folder: Path, quantised: Path) -> None:
 
 def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) -> Callable[[], int]:
     """mlxgpt or torch_ref: the engine on packed batches."""
-    from mlxgpt.common import adapters, sft_pack
-    from mlxgpt.common import folder as folders
+    from mlxgpt.commands.finetune import Dequantised
     from mlxgpt.common.config import build
-    from mlxgpt.common.tune_start import Dequantised
+    from mlxgpt.common.folders import model_folder as folders
+    from mlxgpt.common.model import adapters
+    from mlxgpt.common.sft import pack
 
     config = folders.read_config(folder)
     weights = folders.read_params(folder, config)
@@ -83,11 +85,11 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     recipe = dataclasses.replace(build(settings), model=config)
     own = adapters.init(recipe, Dequantised(weights))
     engine = importlib.import_module(f"{package}.engine").Engine(recipe, weights | own, "cpu")
-    held = [sft_pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in rows(int(count))]
+    held = [pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in rows(int(count))]
     sizes = np.array([len(example) for example in held])
-    plan = sft_pack.pack(sizes, np.arange(len(held)), LARGEST)
+    plan = pack.pack(sizes, np.arange(len(held)), LARGEST)
     step = int(bins)
-    batches = [sft_pack.packed_batch(held, plan[at : at + step], LARGEST) for at in range(0, len(plan), step)]
+    batches = [pack.packed_batch(held, plan[at : at + step], LARGEST) for at in range(0, len(plan), step)]
 
     def run() -> int:
         for batch in batches:
@@ -299,8 +301,9 @@ def curves(steps: int) -> int:
     """Losses of MLX, torch_ref and PEFT from the same weights, adapters and rows; 1 where one is over its gate."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        from mlxgpt.common import config, params
-        from mlxgpt.common.folder import write_model
+        from mlxgpt.common import config
+        from mlxgpt.common.folders.model_folder import write_model
+        from mlxgpt.common.model import params
 
         model = config.build({"model": {"family": "llama", **CURVE}}).model
         write_model(folder, model, params.init_params(model, 0))
@@ -336,9 +339,10 @@ def curve(package: str, folder: str, method: str, steps: int) -> list[float]:
     """The loss of each step, 8 rows a step, in which a token is mostly followed by one other."""
     import dataclasses
 
-    from mlxgpt.common import adapters, sft_pack
-    from mlxgpt.common import folder as folders
     from mlxgpt.common.config import build
+    from mlxgpt.common.folders import model_folder as folders
+    from mlxgpt.common.model import adapters
+    from mlxgpt.common.sft import pack
 
     config = folders.read_config(folder)
     weights = folders.read_params(folder, config)
@@ -349,7 +353,7 @@ def curve(package: str, folder: str, method: str, steps: int) -> list[float]:
         while len(tokens) <= length:
             tokens.append(int(follows[tokens[-1]] if draw.random() < 0.9 else draw.integers(size)))
         held.append(np.array(tokens, np.int32))
-    examples = [sft_pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in held]
+    examples = [pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in held]
     each = [list(range(8 * (n % 16), 8 * (n % 16) + 8)) for n in range(steps)]
     rate = 1e-3 if method == "full" else 5e-3
     settings: dict[str, Any] = {"optim": {"lr": rate, "weight_decay": 0.0}, "tune": {}}
@@ -362,8 +366,8 @@ def curve(package: str, folder: str, method: str, steps: int) -> list[float]:
     made = []
     for step, group in enumerate(each, start=1):
         sizes = np.array([len(examples[i]) for i in group])
-        plan = [tuple(group[i] for i in bin) for bin in sft_pack.pack(sizes, np.arange(8), CURVE["block_size"])]
-        stats = engine.train_step(step, [sft_pack.packed_batch(examples, plan, CURVE["block_size"])], rate)
+        plan = [tuple(group[i] for i in bin) for bin in pack.pack(sizes, np.arange(8), CURVE["block_size"])]
+        stats = engine.train_step(step, [pack.packed_batch(examples, plan, CURVE["block_size"])], rate)
         made.append(stats.loss_sum / stats.weight)
     return made
 
@@ -372,8 +376,8 @@ def _peft_curve(folder: str, own: dict[str, np.ndarray], batches: Any, rate: flo
     """The same with PEFT, row by row, from our A and B."""
     import torch
 
-    from mlxgpt.common import families
-    from mlxgpt.common import folder as folders
+    from mlxgpt.common.folders import model_folder as folders
+    from mlxgpt.common.model import families
 
     config = folders.read_config(folder)
     model = peft_model(folder)

@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from convert import verify_runs, verify_text
+from convert.verify import processes as verify_runs
+from convert.verify import text as verify_text
 from convert.verify import verify
-from convert.verify_report import Report
+from convert.verify.report import Report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 HEAD = ("what was done", "from", "on the files", "logits", "diverges first", "gradients")

@@ -118,7 +118,7 @@ def batch_of(recipe: Any) -> Any:
 
 def tensors_of(recipe: Any) -> dict[str, Any]:
     """What an engine is given: weights from the seed, and what adapters start from."""
-    from mlxgpt.common import adapters, params
+    from mlxgpt.common.model import adapters, params
 
     base = params.init_params(recipe.model, 0)
     return base | (adapters.init(recipe, base) if recipe.adapter else {})

@@ -133,14 +133,15 @@ def segments(place: Path, minutes: float) -> dict[str, list[np.ndarray]]:
 
 def check(place: Path, found: dict[str, list[np.ndarray]]) -> list[str]:
     """What is wrong with the runs themselves: steps that are not all there, checkpoints that retention forgot."""
-    from mlxgpt.common import checkpoint, runs
+    from mlxgpt.commands import runs as runs_command
+    from mlxgpt.common.runs import checkpoint
 
     wrong = []
     for backend, parts in found.items():
         steps = np.concatenate([part[:, 0] for part in parts]).astype(int)
         if steps.tolist() != list(range(1, len(steps) + 1)):
             wrong.append(f"{backend}: the steps of both segments are not 1 to {len(steps)}")
-        damage, _ = runs.check(place / backend)
+        damage, _ = runs_command.check(place / backend)
         wrong += damage
         if len(checkpoint.steps_of(place / backend)) > 4:  # three, and the best
             wrong.append(f"{backend}: {len(checkpoint.steps_of(place / backend))} checkpoints, expected at most 4")

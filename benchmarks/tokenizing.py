@@ -23,7 +23,7 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 def write_corpus(folder: Path, megabytes: int) -> None:
     """corpus.jsonl and a tokenizer trained on a twentieth of it."""
-    from mlxgpt.common.tokenizer import train_tokenizer
+    from mlxgpt.common.tokenizers.load import train_tokenizer
 
     parts, size = [], 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -49,7 +49,7 @@ def read_corpus(folder: str) -> tuple[list[str], int]:
 
 def characters(folder: str):
     """The character tokenizer."""
-    from mlxgpt.common.tokenizer import train_tokenizer
+    from mlxgpt.common.tokenizers.load import train_tokenizer
 
     documents, size = read_corpus(folder)
     tokenizer = train_tokenizer("char", documents, 0)
@@ -76,10 +76,10 @@ def dict_loop(folder: str):
 
 def preparation(folder: str):
     """Shards made by two processes."""
-    from mlxgpt.common import prepare
     from mlxgpt.common.config import DataConfig
-    from mlxgpt.common.corpus import open_corpus
-    from mlxgpt.common.tokenizer import load_tokenizer
+    from mlxgpt.common.data import prepare
+    from mlxgpt.common.data.corpus import open_corpus
+    from mlxgpt.common.tokenizers.load import load_tokenizer
 
     source, out = str(Path(folder) / "corpus.jsonl"), Path(folder) / "shards"
     _, size = read_corpus(folder)

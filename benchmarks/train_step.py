@@ -31,9 +31,9 @@ def engine(package: str, name: str, compile: str = "auto"):
     """Our engine of either framework."""
     import importlib
 
-    from mlxgpt.common import params
     from mlxgpt.common.batch import Batch
     from mlxgpt.common.config import build
+    from mlxgpt.common.model import params
 
     size = SIZES[name]
     model = {key: size[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}

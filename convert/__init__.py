@@ -19,7 +19,7 @@ A Hugging Face folder of it, with tokenizer, moments and provenance, and back, b
 """
 
 from convert.conversion import Report, convert
-from convert.formats import FORMATS, format_of, open_model
-from convert.model import Moments, Opened, Options, Tensor
+from convert.formats.opened import Moments, Opened, Options, Tensor
+from convert.formats.registry import FORMATS, format_of, open_model
 
 __all__ = ["FORMATS", "Moments", "Opened", "Options", "Report", "Tensor", "convert", "format_of", "open_model"]

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import placing, torch_file
-from mlxgpt.common import adapter_folder, checkpoint, families, peft_adapter, tokenizer
-from mlxgpt.common.adapter_folder import Adapter
+from convert.formats import placing
+from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import read_json
+from mlxgpt.common.folders import adapter_folder, peft_adapter
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.tensors import read_json
+from mlxgpt.common.model import families
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers import load as tokenizer
 
 LAYOUTS = ("peft", "mlx-lm")
 PICKLED = "adapter_model.bin"

@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert import placing, stream
-from convert.formats import format_of, open_model
-from convert.model import Opened, Options, Tensor
-from mlxgpt.common import checkpoint, families, folder, params
+from convert.formats import placing, stream
+from convert.formats.opened import Opened, Options, Tensor
+from convert.formats.registry import format_of, open_model
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tensors import atomic_write, read_json
-from mlxgpt.common.tokenizer import FILES
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders.tensors import atomic_write, read_json
+from mlxgpt.common.model import families, params
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.load import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -145,8 +147,8 @@ def _options(to: str, options: dict[str, Any]) -> Options:
         if to not in _ONLY.get(name, (to,)):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {options[name]}: --to {to} has no such choice, only {' and '.join(_ONLY[name])}")
-    if options.get("dtype", "float32") not in folder.DTYPES:
-        raise UserError(f"dtype {options['dtype']!r}: expected one of {', '.join(folder.DTYPES)}")
+    if options.get("dtype", "float32") not in model_folder.DTYPES:
+        raise UserError(f"dtype {options['dtype']!r}: expected one of {', '.join(model_folder.DTYPES)}")
     if "group_size" in options and not options.get("bits"):
         raise UserError(f"--group-size {options['group_size']}: expected --bits with it")
     return Options(**options)
@@ -213,7 +215,7 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
     """Refuses what will not fit, before a byte is written."""
     needed = _MARGIN
     for tensor in opened.tensors.values():
-        wide = folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
+        wide = model_folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
         each = options.bits / 8 + 2 * wide / options.group_size if options.bits and len(tensor.shape) == 2 else wide
         needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
     if opened.moments and to in ("hf", "nanogpt", "gptmodel"):
@@ -351,3 +353,14 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
 def _size(place: Path) -> int:
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def line(report: Report) -> str:
+    """What was written."""
+    agreed = ", agrees with the source" if report.verified else ""
+    size = f"{report.size / 2**20:.1f} MiB" if report.size >= 2**20 else f"{report.size:,} bytes"
+    return (
+        f"{report.path}: {report.format}, from {report.source_format} {report.source}: "
+        f"{report.parameters:,} parameters, "
+        f"{size} in {report.seconds:.1f} s{agreed}"
+    )

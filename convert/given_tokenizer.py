@@ -5,11 +5,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from convert import llama2c_tokenizer
-from mlxgpt.common.char_tokenizer import CharTokenizer
+from convert.formats import llama2c_tokenizer
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.json_tokenizer import JsonTokenizer
-from mlxgpt.common.tokenizer import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.char import CharTokenizer
+from mlxgpt.common.tokenizers.hf import JsonTokenizer
+from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
 
 _LONGEST = 1 << 26  # bytes of a meta.pkl; one of all characters of Unicode has 20 MB
 

@@ -1,4 +1,4 @@
-"""Matrices that compute as W + scale B A, in MLX; common/adapters.py has the formulas and the names of the tensors.
+"""Matrices that compute as W + scale B A, in MLX; common/model/adapters.py has the formulas and the tensors' names.
 
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
@@ -13,9 +13,9 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 
 from mlxgpt import noise
-from mlxgpt.common import adapters
-from mlxgpt.common.adapter_folder import Adapter
-from mlxgpt.common.adapters import Target
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.model import adapters
+from mlxgpt.common.model.adapters import Target
 from mlxgpt.model import Dropout, Embedding, Linear, Model, gather
 
 

@@ -437,90 +437,90 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
-    "train": Verb("train a GPT from a recipe, or go on with a run", "mlxgpt.common.start:train", _train, (
+    "train": Verb("train a GPT from a recipe, or go on with a run", "mlxgpt.commands.train:train", _train, (
         "train pydocs --out runs/first",
         "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
         "train --resume runs/first --backend torch",
     )),
-    "finetune": Verb("tune a model on rows: LoRA, DoRA or all", "mlxgpt.common.tune_start:finetune", _finetune, (
+    "finetune": Verb("tune a model on rows: LoRA, DoRA or all", "mlxgpt.commands.finetune:finetune", _finetune, (
         "finetune --model runs/first --data pydocs-qa --out runs/qa",
         "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
         "finetune --config lora_config.yaml",
         "finetune --resume runs/qa --backend torch",
     )),
-    "plan": Verb("memory, time and money before anything runs", "mlxgpt.common.planner:plan_command", _plan, (
+    "plan": Verb("memory, time and money before anything runs", "mlxgpt.commands.plan:plan_command", _plan, (
         "plan llama-10m --calibrate",
         "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
         "plan llama-10m --budget '100 USD' --chip h100 --price 2.5 --out recipe.toml",
     )),
-    "generate": Verb("continue a prompt", "mlxgpt.common.generating:generate_command", _generate, (
+    "generate": Verb("continue a prompt", "mlxgpt.commands.generate:generate_command", _generate, (
         "generate -m runs/first -p 'The list is'",
         "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
     )),
-    "chat": Verb("talk with a model that has a chat template", "mlxgpt.common.chatting:chat_command", _chat, (
+    "chat": Verb("talk with a model that has a chat template", "mlxgpt.commands.chat:chat_command", _chat, (
         "chat -m runs/qa",
         "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
         "chat -m runs/qa --temperature 0 --seed 1",
     )),
-    "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.common.evaluate:evaluate_command", _eval, (
+    "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.commands.eval:evaluate_command", _eval, (
         "eval -m runs/first -d book.txt",
         "eval -m runs/first -d book.txt --backend torch --json",
     )),
-    "classify": Verb("tell which label texts have", "mlxgpt.common.classifying:classify_command", _classify, (
+    "classify": Verb("tell which label texts have", "mlxgpt.commands.classify:classify_command", _classify, (
         "classify -m runs/spam -t 'You have won a prize'",
         "classify -m models/small --adapter runs/spam -f test.csv --json",
     )),
-    "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.common.data_commands:fetch", _data_fetch, (
+    "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.commands.data:fetch", _data_fetch, (
         "data fetch tinyshakespeare",
         "data fetch tinyshakespeare --from input.txt",
     )),
-    "data inspect": Verb("what a corpus holds", "mlxgpt.common.data_commands:inspect", _data_inspect, (
+    "data inspect": Verb("what a corpus holds", "mlxgpt.commands.data:inspect", _data_inspect, (
         "data inspect pydocs",
         "data inspect corpus/ --tokenizer runs/first --json",
         "data inspect rows.jsonl --model models/small --rows 5",
     )),
-    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.common.data_commands:prepare", _data_prepare, (
+    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.commands.data:prepare", _data_prepare, (
         "data prepare corpus.jsonl --out shards --vocab-size 8192",
     )),
-    "data export": Verb("pack a run's shards for another machine", "mlxgpt.common.data_commands:export", _data_export, (
+    "data export": Verb("pack a run's shards for another machine", "mlxgpt.commands.data:export", _data_export, (
         "data export runs/first --out first.tar",
     )),
     "tokenizer train": Verb(
-        "train a tokenizer on a corpus", "mlxgpt.common.data_commands:train_tokenizer", _tokenizer_train, (
+        "train a tokenizer on a corpus", "mlxgpt.commands.data:train_tokenizer", _tokenizer_train, (
         "tokenizer train corpus/ --out tok --kind sp-unigram --vocab-size 4096",
     )),
     "tokenizer inspect": Verb(
-        "what a tokenizer is, and how it splits a text", "mlxgpt.common.data_commands:inspect_tokenizer",
+        "what a tokenizer is, and how it splits a text", "mlxgpt.commands.data:inspect_tokenizer",
         _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
     )),
-    "runs": Verb("list runs: status, best loss, size, age", "mlxgpt.common.runs:list_command", _runs, (
+    "runs": Verb("list runs: status, best loss, size, age", "mlxgpt.commands.runs:list_command", _runs, (
         "runs",
         "runs experiments --json",
     )),
-    "runs check": Verb("hold every byte of a run against its checksums", "mlxgpt.common.runs:check_command",
+    "runs check": Verb("hold every byte of a run against its checksums", "mlxgpt.commands.runs:check_command",
         _runs_check, ("runs check runs/first",)),
-    "report": Verb("one page about runs: curves, settings, samples", "mlxgpt.common.report:report_command", _report, (
+    "report": Verb("one page about runs: curves, settings, samples", "mlxgpt.commands.report:report_command", _report, (
         "report runs/first",
         "report runs/mlx runs/torch --out both.html --export figures",
         "report runs/first --watch",
     )),
-    "convert": Verb("a model from any format into another", "convert.command:convert_command", _convert, (
+    "convert": Verb("a model from any format into another", "convert.commands:convert_command", _convert, (
         "convert out/ckpt.pt model",
         "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
         "convert model model.gguf --dtype bfloat16",
         "convert adapters peft-adapter --to peft",
     )),
-    "fuse": Verb("make one model of a model and adapters", "convert.fuse:fuse_command", _fuse, (
+    "fuse": Verb("make one model of a model and adapters", "convert.commands:fuse_command", _fuse, (
         "fuse -m runs/qa -o tuned",
         "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
     )),
-    "verify": Verb("hold two models against each other", "convert.verify:verify_command", _verify, (
+    "verify": Verb("hold two models against each other", "convert.commands:verify_command", _verify, (
         "verify out/ckpt.pt model",
         "verify model transformers:model --html report.html",
         "verify model model-q4 --frameworks mlx --json",
     )),
-    "probe": Verb("what a framework makes of a model, as .npz", "mlxgpt.common.probing:probe_command", _probe, (
+    "probe": Verb("what a framework makes of a model, as .npz", "mlxgpt.commands.probe:probe_command", _probe, (
         "probe model --tokens ids.npy --out .",
     )),
-    "demo": Verb("train and tune in MLX and in PyTorch, compare", "mlxgpt.common.demo:demo", _demo, ("demo",)),
+    "demo": Verb("train and tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", _demo, ("demo",)),
 }  # fmt: skip

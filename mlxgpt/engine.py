@@ -14,12 +14,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxgpt import adapters, losses, optim, quant
 from mlxgpt import device as devices
-from mlxgpt.common import adapters as adaption
-from mlxgpt.common import confusion, quantising, rng
-from mlxgpt.common import params as parameters
-from mlxgpt.common.affine import Quantised
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.evaluate import confusion
+from mlxgpt.common.model import adapters as adaption
+from mlxgpt.common.model import params as parameters
+from mlxgpt.common.model import quantize_base
+from mlxgpt.common.model.affine import Quantised
 from mlxgpt.model import Dropout, Model
 from mlxgpt.noise import SITES
 
@@ -30,7 +32,7 @@ class Engine:
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
         params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
-            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
+            (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu`` or ``gpu``.
 
     Raises:
@@ -53,7 +55,7 @@ class Engine:
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
         self.t = 0
         parameters.check(adaption.shapes(recipe), params)
-        base, self.note = quantising.prepare(recipe, params, self.device == mx.Device(mx.cpu))
+        base, self.note = quantize_base.prepare(recipe, params, self.device == mx.Device(mx.cpu))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantised):

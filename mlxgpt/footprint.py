@@ -13,12 +13,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxgpt import engine as engines
-from mlxgpt import losses, model, quant
-from mlxgpt.common import mlx_memory
-from mlxgpt.common.affine import Quantised
+from mlxgpt import losses, mlx_memory, model, quant
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.mlx_memory import Graph, Kind, Node
-from mlxgpt.common.plan_memory import Footprint, Piece
+from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.plan.memory import Footprint, Piece
+from mlxgpt.mlx_memory import Graph, Kind, Node
 
 
 class Stand:
@@ -115,13 +114,13 @@ class Outline(engines.Engine):
     def __init__(self, recipe: Recipe):
         train = dataclasses.replace(recipe.train, deterministic=False)
         recipe = dataclasses.replace(recipe, train=train)
-        kept = engines.quantising.prepare
-        engines.quantising.prepare = lambda *_: (outlined(recipe), "")
+        kept = engines.quantize_base.prepare
+        engines.quantize_base.prepare = lambda *_: (outlined(recipe), "")
         try:
             tensors: Any = {name: mx.zeros(shape) for name, shape in engines.adaption.shapes(recipe).items()}
             super().__init__(recipe, tensors, "auto")
         finally:
-            engines.quantising.prepare = kept
+            engines.quantize_base.prepare = kept
         self.names = [name for name, _ in tree_flatten(self.model.parameters())]
         self.marks = [mx.zeros(()), mx.zeros(())]
 

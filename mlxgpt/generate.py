@@ -1,4 +1,4 @@
-"""Generation, in MLX: a key-value cache, and tokens drawn on the device as common/sampling.py specifies.
+"""Generation, in MLX: a key-value cache, and tokens drawn on the device as common/inference/sampling.py specifies.
 
 Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
@@ -14,10 +14,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxgpt import noise
-from mlxgpt.common import continuation, sampling
 from mlxgpt.common.config import SampleConfig
-from mlxgpt.common.continuation import OnText, Result, Row
-from mlxgpt.common.tokenizer import Tokenizer
+from mlxgpt.common.inference import generation, sampling
+from mlxgpt.common.inference.generation import OnText, Result, Row
+from mlxgpt.common.tokenizers.load import Tokenizer
 from mlxgpt.losses import cross_entropy
 from mlxgpt.model import Cache, Model, make_cache
 
@@ -94,7 +94,7 @@ def decode(
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
     """
-    width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
+    width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
     tokens = mx.array([[0] * (width - len(row.prompt)) + row.prompt for row in rows])  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = mx.array(pads) if any(pads) else None
@@ -102,7 +102,7 @@ def decode(
     held = cache[0].offset
     seen = None
     if sample.repetition_penalty != 1:
-        seen = mx.array(continuation.seen(rows, n_vocab))
+        seen = mx.array(generation.seen(rows, n_vocab))
 
     def forward(tokens: mx.array) -> mx.array:
         positions = None
@@ -147,11 +147,11 @@ def generate(
         UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
         RunError: the model's logits are not finite.
     """
-    rows = continuation.start_rows(model.config, tokenizer, prompts, stop)
+    rows = generation.start_rows(model.config, tokenizer, prompts, stop)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
     if rows and sample.max_tokens:
         for tokens in decode(model, rows, sample, n_vocab):
-            if continuation.advance(model.config, rows, tokens, sample, on_text):
+            if generation.advance(model.config, rows, tokens, sample, on_text):
                 break
     return [row.result() for row in rows]
 

@@ -1,4 +1,4 @@
-"""mlx-lm as the judge of a folder; see common/judging.py."""
+"""mlx-lm as the judge of a folder; see common/inference/judge.py."""
 
 import sys
 from collections.abc import Sequence
@@ -12,10 +12,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt.common import judging, mlx_lm_names, params, probing
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.judging import Arrays
-from mlxgpt.common.probing import KEPT, Request
+from mlxgpt.common.folders import mlx_lm_names
+from mlxgpt.common.inference import judge as judging
+from mlxgpt.common.inference import probe
+from mlxgpt.common.inference.judge import Arrays
+from mlxgpt.common.inference.probe import KEPT, Request
+from mlxgpt.common.model import params
 
 
 def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[str]) -> Arrays:
@@ -36,7 +39,7 @@ def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[s
 
     def forward(scale: float, before: float) -> Arrays:
         now = dict(tree_flatten(model.parameters()))
-        grown = probing.growth(config, scale, before)
+        grown = probe.growth(config, scale, before)
         model.update(
             tree_unflatten([(name, now[name] * grown[ours]) for ours in grown for name in parts(ours) if name in now])
         )

@@ -1,7 +1,7 @@
 """One decoder for every family, in MLX. ``diff mlxgpt/model.py torch_ref/model.py`` shows how PyTorch differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
-D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
+D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from mlxgpt import fast, noise
-from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import rotary
 
 if TYPE_CHECKING:
     from mlxgpt.adapters import Update

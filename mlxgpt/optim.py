@@ -8,7 +8,7 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 
 from mlxgpt.common.config import OptimConfig
-from mlxgpt.common.params import Param
+from mlxgpt.common.model.params import Param
 
 
 def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What a model makes of given tokens, in MLX; common/probing.py names the arrays and says what they are for."""
+"""What a model makes of given tokens, in MLX; common/inference/probe.py names the arrays and their use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt.common import probing
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.probing import KEPT, Request
+from mlxgpt.common.inference import probe as probing
+from mlxgpt.common.inference.probe import KEPT, Request
 from mlxgpt.generate import generate
 from mlxgpt.load import load
 from mlxgpt.losses import Arrays, lm

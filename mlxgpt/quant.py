@@ -1,4 +1,4 @@
-"""Matrices that stay quantised, in MLX's affine format (common/affine.py); they compute, and do not train."""
+"""Matrices that stay quantised, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
 
 from functools import cache
 from typing import Any
@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxgpt.common.affine import Quantised
+from mlxgpt.common.model.affine import Quantised
 from mlxgpt.model import Embedding, Linear, Matrix, Model
 
 FEW = 8  # rows of x below which the CPU's quantised product beats making the matrix

@@ -10,10 +10,12 @@ import torch
 from models import CASES, weights
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
-from mlxgpt.common import adapters, families, folder, rng
-from mlxgpt.common import params as parameters
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, OptimConfig, Recipe, TrainConfig, TuneConfig
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import adapters, families
+from mlxgpt.common.model import params as parameters
 
 # isort: split
 import mlx.core as mx
@@ -142,7 +144,7 @@ def peft_model(config: Recipe, params: dict[str, Any], place: Path) -> tuple[Any
 
     adapter = config.adapter
     assert adapter is not None
-    folder.write_model(place, config.model, {name: params[name] for name in parameters.table(config.model)})
+    model_folder.write_model(place, config.model, {name: params[name] for name in parameters.table(config.model)})
     plain = transformers.AutoModelForCausalLM.from_pretrained(place)
     targets = adapters.targets(config.model, adapter)
     modules = {path: families.to_foreign(config.model, f"{path}.weight")[0].removesuffix(".weight") for path in targets}

@@ -15,7 +15,8 @@ from compare import worst
 import mlxgpt.load
 import torch_ref.load
 import torch_ref.model
-from mlxgpt.common import folder, rng
+from mlxgpt.common import rng
+from mlxgpt.common.folders import model_folder
 
 TOKENS = rng.integers(5, "tokens", 0, count=2 * 64, high=80).astype(np.int32).reshape(2, 64)
 
@@ -54,7 +55,7 @@ def saved(values: dict[str, Any], place: Path, own_config: bool) -> transformers
 def arrive(case: str, place: Path, theirs: transformers.PreTrainedModel) -> Arrived:
     """Reads the folder in both frameworks."""
     expected = theirs(torch.from_numpy(TOKENS)).logits.detach().numpy()
-    config = folder.read_config(place)
+    config = model_folder.read_config(place)
     model, _ = torch_ref.load.load(place, device="cpu")
     exact = torch_ref.model.Model(config, torch.float64).double()
     exact.load_state_dict(model.state_dict())
@@ -75,8 +76,8 @@ def loaded(place: Path) -> transformers.PreTrainedModel:
 
 def goes_back(place: Path, out: Path, theirs: transformers.PreTrainedModel) -> int:
     """Writes what was read, which transformers must load with every tensor equal and none missing or left: how many."""
-    config = folder.read_config(place)
-    folder.write_model(out, config, folder.read_params(place, config))
+    config = model_folder.read_config(place)
+    model_folder.write_model(out, config, model_folder.read_params(place, config))
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     back, info = load(out, output_loading_info=True)
     assert not any(info.values()), info

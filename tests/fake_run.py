@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common import params, rng
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.plan_memory import Footprint, Piece
+from mlxgpt.common.model import params
+from mlxgpt.common.plan.memory import Footprint, Piece
 
 VOCABULARY = 13
 FREE = 2**40  # bytes that the fake device has left
@@ -199,10 +200,11 @@ def footprint(recipe: Any, rows: int, length: int, micro_batches: int) -> Footpr
 def main(argv: list[str]) -> int:
     """``mlxgpt train`` with the fake framework; errors as the command line prints them."""
     from mlxgpt import cli
-    from mlxgpt.common import backend, start
+    from mlxgpt.commands import train as train_command
+    from mlxgpt.common import backend
 
     backend.load = load_backend  # type: ignore[assignment]
-    start.data.open_data = open_data  # type: ignore[assignment]
+    train_command.token_source.open_data = open_data  # type: ignore[assignment]
     backend.resolve = lambda name: "fake"
     return cli.main(["train", *argv])
 

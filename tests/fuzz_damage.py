@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_file import Value, read_gguf, write_gguf
+from convert.formats.gguf.file import Value, read_gguf, write_gguf
 
 SWAPS: list[Any] = [
     None,

@@ -39,13 +39,14 @@ from fuzz_damage import damaged, typed
 from tokenizers import decoders, pre_tokenizers, trainers
 
 from convert import Opened, Options, Tensor, format_of, given_tokenizer
-from convert.gguf_file import read_gguf, write_gguf
-from mlxgpt.common import adapter_folder, adapters, folder, params
-from mlxgpt.common.adapter_folder import Adapter
+from convert.formats.gguf.file import read_gguf, write_gguf
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import read_header, read_tensor, write_tensors
-from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 SECONDS = 5
 MEMORY = 300 << 20
@@ -134,12 +135,12 @@ def seed_int8(place: Path) -> Path:
 
 
 def seed_folder(place: Path) -> Path:
-    folder.write_model(place / "model", LLAMA, models.weights(LLAMA), max_shard=60_000)
+    model_folder.write_model(place / "model", LLAMA, models.weights(LLAMA), max_shard=60_000)
     return place / "model"
 
 
 def seed_configs(place: Path) -> Path:
-    from mlxgpt.common.families import config_to_hf
+    from mlxgpt.common.model.families import config_to_hf
 
     (place / "configs").mkdir()
     for name, config in models.CASES.items():
@@ -150,8 +151,8 @@ def seed_configs(place: Path) -> Path:
 
 
 def read_configs(path: Path) -> None:
-    from mlxgpt.common.families import config_from_hf, config_to_hf
-    from mlxgpt.common.tensors import read_json
+    from mlxgpt.common.folders.tensors import read_json
+    from mlxgpt.common.model.families import config_from_hf, config_to_hf
 
     for file in changed(path):
         config = config_from_hf(read_json(file), str(file))
@@ -226,7 +227,7 @@ def seed_adapter(layout: str) -> Callable[[Path], Path]:
     """A LoRA adapter in the layout of PEFT or of mlx-lm."""
 
     def make(place: Path) -> Path:
-        folder.write_model(place / "base", LLAMA, models.weights(LLAMA))
+        model_folder.write_model(place / "base", LLAMA, models.weights(LLAMA))
         settings = AdapterConfig(rank=4)
         recipe = Recipe(model=LLAMA, adapter=settings)
         arrays = adapters.init(recipe, models.weights(LLAMA))
@@ -271,7 +272,7 @@ def read_gguf_as_others(path: Path) -> None:
 
 
 def read_folder(path: Path) -> None:
-    folder.read_params(path, folder.read_config(path))
+    model_folder.read_params(path, model_folder.read_config(path))
 
 
 # reader -> how a valid model is made, and how it is read

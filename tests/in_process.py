@@ -4,12 +4,12 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert import verify_runs
-from convert.model import Opened
-from convert.verify_runs import GREEDY, Plan, Runs
-from mlxgpt.common import probing
+from convert.formats.opened import Opened
+from convert.verify import processes as verify_runs
+from convert.verify.processes import GREEDY, Plan, Runs
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.inference import probe as probing
 
 PLAIN = verify_runs.run_framework, verify_runs.run_judge
 

@@ -24,8 +24,9 @@ from models import CASES, tiny, weights
 import mlxgpt.load
 import torch_ref.load
 from convert.fuse import fuse
-from mlxgpt.common import adapter_folder, adapters, folder, params
 from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.model import adapters, params
 
 # isort: split
 import mlx.core as mx
@@ -57,7 +58,7 @@ class Written:
 
 def write_base(place: Path, config: ModelConfig) -> Path:
     """A model folder of weights in which no tensor is constant."""
-    folder.write_model(place, config, weights(config))
+    model_folder.write_model(place, config, weights(config))
     return place
 
 

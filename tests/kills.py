@@ -23,8 +23,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mlxgpt.common import checkpoint, folder, metrics, params, runs, tokenizer
+from mlxgpt.commands import runs as runs_command
 from mlxgpt.common.config import build
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import params
+from mlxgpt.common.runs import checkpoint, metrics
+from mlxgpt.common.tokenizers import load as tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -113,7 +117,7 @@ def tune(place: Path, backend: str, kills: int, draw: random.Random, say: Callab
     spelled = tokenizer.train_tokenizer("bpe", [" ".join(line) for line in words], 300)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": spelled.n_vocab}
     config = build({"model": {"family": "llama", **sizes}}).model
-    folder.write_model(place / "base", config, params.init_params(config, 1), tokenizer=spelled)
+    model_folder.write_model(place / "base", config, params.init_params(config, 1), tokenizer=spelled)
     rows = ({"prompt": " ".join(line[:4]), "completion": " ".join(line[4:7])} for line in words)
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [part for setting in _TUNING for part in ("--set", setting)]
@@ -147,7 +151,7 @@ def _stopped(
                 shutil.rmtree(run, ignore_errors=True)
                 counted["before there was anything to go on from"] += not done
                 continue
-            damage, _ = runs.check(run)
+            damage, _ = runs_command.check(run)
             if damage:
                 raise Damage(f"{run.name} after {counted['kills']} kills: {damage}")
             counted["while a checkpoint was being written"] += bool(list((run / "checkpoints").glob(".step-*")))
@@ -199,7 +203,7 @@ def convert(
     """Kills and interrupts ``convert``, half of them over an earlier result; the next one ends as if undisturbed."""
     config = build({"model": dict(family="gpt2", n_layer=2, n_head=4, n_embd=256, vocab_size=32768)}).model
     for seed, name in ((1, "source"), (2, "earlier")):
-        folder.write_model(place / name, config, params.init_params(config, seed))
+        model_folder.write_model(place / name, config, params.init_params(config, seed))
     counted = Counter()
     while counted["kills"] + counted["interruptions"] < kills:
         kind, to, *options = draw.choice(_ROUTES)

@@ -24,9 +24,13 @@ import mlxgpt.model
 import torch_ref.losses
 import torch_ref.model
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
-from mlxgpt.common import checkpoint, families, folder, params, rng, schedule
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, build
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import families, params
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train import schedule
 
 # isort: split
 import mlx.core as mx
@@ -108,7 +112,7 @@ def torch_probe(config: ModelConfig, made: Mapping[str, np.ndarray], dtype: torc
 
 def hf_probe(config: ModelConfig, made: Mapping[str, np.ndarray], place: Path) -> Probe:
     """transformers' model, read from a folder of ours, and its own loss."""
-    folder.write_model(place, config, made)
+    model_folder.write_model(place, config, made)
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     model, info = load(place, output_loading_info=True)
     assert not any(info.values()), info
@@ -129,7 +133,7 @@ def same_tensors(config: ModelConfig, place: Path) -> int:
     state = load(place).state_dict()
     stored = {
         str(families.strip(config, name)): value
-        for name, value in folder.read_tensors(place / "model.safetensors").items()
+        for name, value in model_folder.read_tensors(place / "model.safetensors").items()
     }
     plain = {str(families.strip(config, name)): value for name, value in state.items()}
     for name, value in stored.items():

@@ -16,9 +16,9 @@ import numpy as np
 from models import CASES, weights
 
 from convert import convert, open_model
-from mlxgpt.common import folder
 from mlxgpt.common.config import ModelConfig, build
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
 
 
 class Format(NamedTuple):
@@ -104,7 +104,7 @@ def outcome(first: Path, a: str, b: str, place: Path) -> str:
 def table(case: str, dtype: str, place: Path, pairs: Callable[[str, str], bool]) -> dict[tuple[str, str], str]:
     """(A, B) -> its outcome, for those ``pairs`` of the formats that can hold the case."""
     config = wide(CASES[case])
-    folder.write_model(place / "source", config, weights(config), dtype=dtype)
+    model_folder.write_model(place / "source", config, weights(config), dtype=dtype)
     made: dict[str, Path] = {}
     refused = {}
     for name in FORMATS:
@@ -124,7 +124,7 @@ def table(case: str, dtype: str, place: Path, pairs: Callable[[str, str], bool])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--dtype", nargs="+", choices=folder.DTYPES, default=list(folder.DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=model_folder.DTYPES, default=list(model_folder.DTYPES))
     args = parser.parse_args()
     for dtype in args.dtype:
         found: dict[tuple[str, str], Counter] = {}

@@ -15,9 +15,9 @@ import models
 import numpy as np
 
 from convert import convert
-from mlxgpt.common import folder, tensors
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
+from mlxgpt.common.folders import model_folder, tensors
+from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
 
 Arrays = dict[str, np.ndarray]
 Change = Callable[[Path], None]
@@ -65,7 +65,7 @@ def pair(base: str, place: Path, words: Tokenizer) -> tuple[Path, Path]:
     """The source, and the folder that it converts to."""
     config, form = BASES[base]
     carries = form not in ("nanogpt", "llama2c")
-    folder.write_model(
+    model_folder.write_model(
         place / "made", config, models.weights(config), tokenizer=words if carries else None,
         max_shard=100_000 if base == "mistral" else 10**9,
     )  # fmt: skip
@@ -232,7 +232,7 @@ MUTATIONS: dict[str, Mutation] = {
     "a bias lost": Mutation(
         "gpt2", on("h.0.mlp.c_fc.bias", lambda array: array * 0), "tensors", "h.0.mlp.c_fc.bias", "h.0"),
     "one tensor rounded to bfloat16": Mutation(
-        "llama", on(_UP, lambda array: array.astype(folder.DTYPES["bfloat16"]).astype(np.float32)), "tensors",
+        "llama", on(_UP, lambda array: array.astype(model_folder.DTYPES["bfloat16"]).astype(np.float32)), "tensors",
         "h.1.mlp.c_fc.weight", "h.1"),
     "NaN": Mutation("llama", on(_UP, nan), "tensors", "h.1.mlp.c_fc.weight"),
     "a tensor missing": Mutation("llama", weights(lose), "tensors", _UP),

@@ -56,9 +56,9 @@ def a_step(package: str, **train: Any) -> tuple[Any, Callable[[], Any]]:
     """An engine of a million parameters, and one update of it."""
     import numpy as np
 
-    from mlxgpt.common import params
     from mlxgpt.common.batch import Batch
     from mlxgpt.common.config import build
+    from mlxgpt.common.model import params
 
     model = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 32, "vocab_size": 512}
     recipe = build({"model": model, "train": {"batch_size": 4, **train}})
@@ -187,8 +187,9 @@ def system_bytes(work: Callable[[], Any]) -> dict[str, int]:
 
 def checkpoint() -> Figures:
     """A save: bytes written and read a byte of state, and flushes."""
-    from mlxgpt.common import checkpoint, params
     from mlxgpt.common.config import build
+    from mlxgpt.common.model import params
+    from mlxgpt.common.runs import checkpoint
 
     config = build({"model": {"n_layer": 2, "n_head": 2, "n_embd": 256, "vocab_size": 512}}).model
     weights = params.init_params(config, 0)
@@ -214,15 +215,16 @@ def checkpoint() -> Figures:
 def conversion() -> Figures:
     """A Hugging Face folder into others: bytes read and written a byte of weights."""
     from convert.conversion import convert
-    from mlxgpt.common import folder, params
     from mlxgpt.common.config import build
+    from mlxgpt.common.folders import model_folder
+    from mlxgpt.common.model import params
 
     config = build({"model": {"family": "llama", "n_layer": 2, "n_head": 4, "n_embd": 256, "vocab_size": 4096}}).model
     found: Figures = {}
     with tempfile.TemporaryDirectory() as made:
         source = Path(made) / "source"
-        folder.write_model(source, config, params.init_params(config, 0))
-        size = (source / folder.SINGLE).stat().st_size
+        model_folder.write_model(source, config, params.init_params(config, 0))
+        size = (source / model_folder.SINGLE).stat().st_size
         convert(source, Path(made) / "warm", "hf")  # what is imported is read too
         for kind in ("hf", "mlx-lm", "gguf"):
             moved = system_bytes(lambda to=kind: convert(source, Path(made) / f"to.{to}", to))
@@ -238,7 +240,8 @@ def report() -> Figures:
     """The page of 10,000 steps: lines parsed, and calls beyond those of a page of 1,000."""
     from test_report import make_run
 
-    from mlxgpt.common import report, run_summary
+    from mlxgpt.commands import report
+    from mlxgpt.common.runs import summary as run_summary
 
     def show(run: Path) -> str:
         return report.render([run_summary.read_run(run)])

@@ -11,8 +11,8 @@ import pytest
 from compare import agree
 from test_engine import batch, recipe
 
-from mlxgpt.common import params
 from mlxgpt.common.config import Recipe, SampleConfig
+from mlxgpt.common.model import params
 
 pytestmark = pytest.mark.accelerator
 

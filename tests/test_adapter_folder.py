@@ -14,8 +14,9 @@ from interop import MODELS, written
 from models import CASES, weights
 
 from mlxgpt import cli
-from mlxgpt.common import adapter_folder, adapters, finding, folder, peft_adapter
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder, peft_adapter
+from mlxgpt.common.model import adapters
 
 Tensors = dict[str, np.ndarray]
 NAME = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -32,10 +33,10 @@ def damaged(place: Path, made: interop.Written, change: Callable[[dict[str, Any]
     shutil.copytree(made.adapter, place)
     file = "adapter_model.safetensors" if layout == "peft" else "adapters.safetensors"
     (place / ("adapters.safetensors" if layout == "peft" else "adapter_model.safetensors")).unlink()
-    values, tensors = json.loads((place / "adapter_config.json").read_text()), folder.read_tensors(place / file)
+    values, tensors = json.loads((place / "adapter_config.json").read_text()), model_folder.read_tensors(place / file)
     change(values, tensors)
     (place / "adapter_config.json").write_text(json.dumps(values))
-    folder.write_tensors(place / file, tensors)
+    model_folder.write_tensors(place / file, tensors)
     return place
 
 
@@ -139,7 +140,7 @@ def test_mlx_lms_layout(tmp_path: Path, made: interop.Written, change: Any, said
 
 
 def test_an_adapter_of_other_weights_is_refused_by_their_hash(tmp_path: Path, made: interop.Written) -> None:
-    folder.write_model(tmp_path / "other", made.config, weights(made.config, seed=2))
+    model_folder.write_model(tmp_path / "other", made.config, weights(made.config, seed=2))
     with pytest.raises(UserError, match=r"was trained on a model with sha256 \w{12}, but .*other has \w{12}.*--force"):
         adapter_folder.read(made.adapter, tmp_path / "other", made.config)
     assert adapter_folder.read(made.adapter, tmp_path / "other", made.config, force=True).targets
@@ -148,7 +149,7 @@ def test_an_adapter_of_other_weights_is_refused_by_their_hash(tmp_path: Path, ma
 def test_an_adapter_of_another_shape_is_refused_with_force_too(tmp_path: Path, made: interop.Written) -> None:
     for name in ("llama", "gpt2-untied"):
         config = CASES[name]
-        folder.write_model(tmp_path / name, config, weights(config))
+        model_folder.write_model(tmp_path / name, config, weights(config))
         flags = ["--adapter", str(made.adapter), "-o", str(tmp_path / "out")]
         assert cli.main(["fuse", "-m", str(tmp_path / name), *flags]) == 2
     with pytest.raises(UserError, match="no module of this model has it"):
@@ -157,15 +158,15 @@ def test_an_adapter_of_another_shape_is_refused_with_force_too(tmp_path: Path, m
 
 def test_the_hash_is_of_the_weights_and_not_of_their_files(tmp_path: Path, made: interop.Written) -> None:
     made_of = weights(made.config)
-    folder.write_model(tmp_path / "shards", made.config, made_of, max_shard=20_000)
+    model_folder.write_model(tmp_path / "shards", made.config, made_of, max_shard=20_000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     assert adapter_folder.base_sha256(tmp_path / "shards") == adapter_folder.base_sha256(made.base)
-    folder.write_model(tmp_path / "half", made.config, made_of, dtype="bfloat16")
+    model_folder.write_model(tmp_path / "half", made.config, made_of, dtype="bfloat16")
     assert adapter_folder.base_sha256(tmp_path / "half") != adapter_folder.base_sha256(made.base)
     shutil.copytree(made.base, tmp_path / "one")
-    tensors = folder.read_tensors(tmp_path / "one" / "model.safetensors")
+    tensors = model_folder.read_tensors(tmp_path / "one" / "model.safetensors")
     tensors["h.1.ln_2.bias"][7] += 1e-6
-    folder.write_tensors(tmp_path / "one" / "model.safetensors", tensors)
+    model_folder.write_tensors(tmp_path / "one" / "model.safetensors", tensors)
     assert adapter_folder.base_sha256(tmp_path / "one") != adapter_folder.base_sha256(made.base)
 
 
@@ -175,13 +176,13 @@ def test_a_base_that_is_gone_is_named_and_another_may_be_given(tmp_path: Path, m
     values["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"its base is gone: .*gone: no such folder; --model BASE --adapter"):
-        finding.find(tmp_path / "adapter")
-    assert finding.find(made.base, tmp_path / "adapter") == (made.base, [(tmp_path / "adapter", 1.0)])
+        base_and_adapters.find(tmp_path / "adapter")
+    assert base_and_adapters.find(made.base, tmp_path / "adapter") == (made.base, [(tmp_path / "adapter", 1.0)])
 
 
 def test_weights_of_adapters_are_parsed(tmp_path: Path) -> None:
     (tmp_path / "a:0.5").mkdir()
-    assert finding.parse([f"{tmp_path}/a:0.5", "b:0.25", "c:-1", "d"]) == [
+    assert base_and_adapters.parse([f"{tmp_path}/a:0.5", "b:0.25", "c:-1", "d"]) == [
         (f"{tmp_path}/a:0.5", 1.0), ("b", 0.25), ("c", -1.0), ("d", 1.0),
     ]  # fmt: skip
 

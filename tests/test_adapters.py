@@ -15,11 +15,12 @@ import torch_ref.adapters
 import torch_ref.noise
 from benchmarks.head import mlx_peak, torch_peak
 from mlxgpt import noise
-from mlxgpt.common import adapters, guards
-from mlxgpt.common import params as parameters
-from mlxgpt.common.adapter_folder import Adapter
 from mlxgpt.common.config import OptimConfig, Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.model import adapters
+from mlxgpt.common.model import params as parameters
+from mlxgpt.common.train import guards
 
 # isort: split
 import mlx.core as mx

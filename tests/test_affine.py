@@ -5,7 +5,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxgpt.common import affine, rng
+from mlxgpt.common import rng
+from mlxgpt.common.model import affine
 
 DTYPES = {
     "float32": (np.dtype(np.float32), mx.float32),

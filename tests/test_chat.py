@@ -18,14 +18,15 @@ import templates
 from models import tiny, weights
 
 from mlxgpt import cli
+from mlxgpt.commands.chat import Chat
 from mlxgpt.common import backend as backends
-from mlxgpt.common import conversation as conversations
-from mlxgpt.common import folder, sft_chat
-from mlxgpt.common.chatting import Chat
 from mlxgpt.common.config import SampleConfig
-from mlxgpt.common.conversation import Conversation
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.inference import conversation as conversations
+from mlxgpt.common.inference.conversation import Conversation
+from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
 
 GREEDY = SampleConfig(temperature=0.0, max_tokens=12)
 FORGETFUL = (  # as Qwen3: what was answered is written otherwise once more follows
@@ -39,17 +40,17 @@ FORGETFUL = (  # as Qwen3: what was answered is written otherwise once more foll
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a ChatML tokenizer."""
     place = tmp_path_factory.mktemp("chat") / "model"
-    tokenizer = sft_chat.extend(train_tokenizer("bpe", [templates.TEXT], 320))
+    tokenizer = sft_template.extend(train_tokenizer("bpe", [templates.TEXT], 320))
     config = tiny(family="llama", vocab_size=tokenizer.n_vocab, block_size=256, n_kv_head=2)
     made = weights(config, scale=8)
     words = [re.fullmatch(" [a-z]+", tokenizer.decode([token])) for token in range(tokenizer.n_vocab)]
     made["wte.weight"] *= np.array([[word is not None] for word in words])  # what it draws is text
-    folder.write_model(place, config, made, tokenizer=tokenizer)
+    model_folder.write_model(place, config, made, tokenizer=tokenizer)
     return place
 
 
 def start(
-    package: str, model: Path, monkeypatch: pytest.MonkeyPatch, source: str = sft_chat.CHATML, system: str = ""
+    package: str, model: Path, monkeypatch: pytest.MonkeyPatch, source: str = sft_template.CHATML, system: str = ""
 ) -> tuple[Conversation, list[int], Any, Tokenizer]:
     """A conversation, and the sizes of what passes through its model."""
     backend = backends.load(package)
@@ -62,7 +63,7 @@ def start(
         return hidden(this, tokens, *args, **more)
 
     monkeypatch.setattr(type(loaded), "hidden", counting)
-    template = sft_chat.Template({"default": source}, tokenizer, sft_chat.special_tokens(tokenizer), "test")
+    template = sft_template.Template({"default": source}, tokenizer, sft_template.special_tokens(tokenizer), "test")
     return Conversation(backend, loaded, tokenizer, template, set(), system), read, loaded, tokenizer
 
 
@@ -71,7 +72,7 @@ def ask(talk: Conversation, text: str, sample: SampleConfig = GREEDY) -> tuple[c
     return talk.answer(text, sample, pieces.append, lambda: False), "".join(pieces)
 
 
-@pytest.mark.parametrize("source", [sft_chat.CHATML, FORGETFUL])
+@pytest.mark.parametrize("source", [sft_template.CHATML, FORGETFUL])
 @pytest.mark.parametrize("package", ["mlx", "torch"])
 def test_answers_are_those_of_the_whole_prompt(
     model: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str
@@ -217,7 +218,7 @@ def test_damaged_conversations_are_refused(model: Path, monkeypatch: pytest.Monk
 def test_a_model_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     tokenizer = train_tokenizer("bpe", [templates.TEXT], 320)
     config = tiny(family="gpt2", vocab_size=tokenizer.n_vocab)
-    folder.write_model(tmp_path / "plain", config, weights(config), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "plain", config, weights(config), tokenizer=tokenizer)
     code, _, err = script(tmp_path / "plain", "Hello\n")
     assert code == 2
     assert "no chat template: expected --template FILE" in err

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxgpt.common import checkpoint, params, tensors
 from mlxgpt.common.batch import State
-from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.writer import Writer
+from mlxgpt.common.folders import tensors
+from mlxgpt.common.model import params
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.runs.checkpoint import RunState
+from mlxgpt.common.train.saver import Writer
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=11)
 

@@ -16,12 +16,15 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from mlxgpt import cli
-from mlxgpt.common import adapter_folder, adapters, confusion, folder, params, sft
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft import SftSource
-from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
+from mlxgpt.common.evaluate import confusion
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.sft import source as sft_source
+from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
 
 BACKENDS = ["mlxgpt", "torch_ref"]
 FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi", "olmo2"]
@@ -42,22 +45,24 @@ def logits(backend: str, path: Path, tokens: np.ndarray, adapter: Path | None = 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_transformers_sequence_classifier(family: str, tmp_path: Path) -> None:
     config = classifier(family)
-    folder.write_model(tmp_path, config, weights(config))
+    model_folder.write_model(tmp_path, config, weights(config))
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and theirs.config.id2label == dict(enumerate(LABELS))
     tokens = np.random.default_rng(0).integers(0, 80, (1, 17))
     expected = theirs.eval()(torch.tensor(tokens)).logits.detach().numpy()
     for backend in BACKENDS:
         agree(f"{backend} {family}", logits(backend, tmp_path, tokens), expected, 1e-5)
-    assert folder.read_config(tmp_path) == config
+    assert model_folder.read_config(tmp_path) == config
     theirs.save_pretrained(tmp_path / "again")
-    again = folder.read_config(tmp_path / "again")
-    assert again.labels == LABELS and set(folder.read_params(tmp_path / "again", again)) == set(params.table(config))
+    again = model_folder.read_config(tmp_path / "again")
+    assert again.labels == LABELS and set(model_folder.read_params(tmp_path / "again", again)) == set(
+        params.table(config)
+    )
 
 
 def test_a_batch_of_texts_is_each_text_alone(tmp_path: Path) -> None:
     config = classifier("llama")
-    folder.write_model(tmp_path, config, weights(config))
+    model_folder.write_model(tmp_path, config, weights(config))
     draw = np.random.default_rng(1)
     lengths = np.array([5, 12, 9])
     tokens = draw.integers(0, 80, (3, 12))
@@ -80,11 +85,11 @@ def test_a_batch_of_texts_is_each_text_alone(tmp_path: Path) -> None:
 )
 def test_what_a_config_says_of_labels_is_checked(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = classifier("llama")
-    folder.write_model(tmp_path, config, weights(config))
+    model_folder.write_model(tmp_path, config, weights(config))
     held = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(held | values))
     with pytest.raises(UserError, match=message):
-        folder.read_config(tmp_path)
+        model_folder.read_config(tmp_path)
 
 
 # rows and training
@@ -113,7 +118,7 @@ def opened(place: Path, tokenizer: Tokenizer, given: list[Any] | None = None, **
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows(300) if given is None else given)))
     config = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab)
     settings = TuneConfig(source=str(path), task="classify", **tune)
-    return sft.open(settings, TrainConfig(batch_size=8), tokenizer, config, lambda line: None)
+    return sft_source.open(settings, TrainConfig(batch_size=8), tokenizer, config, lambda line: None)
 
 
 def recipe(source: SftSource, method: str = "full", family: str = "llama", **train: Any) -> Recipe:
@@ -244,13 +249,13 @@ def test_an_adapter_is_pefts(
     family: str, method: str, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny(family=family, block_size=64, vocab_size=tokenizer.n_vocab)
-    folder.write_model(tmp_path / "base", base, weights(base), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "base", base, weights(base), tokenizer=tokenizer)
     config = Recipe(
         model=dataclasses.replace(base, labels=LABELS),
         tune=TuneConfig(task="classify"),
         adapter=AdapterConfig(method=method, rank=4),
     )
-    made = adapters.init(config, folder.read_params(tmp_path / "base", base))
+    made = adapters.init(config, model_folder.read_params(tmp_path / "base", base))
     draw = np.random.default_rng(0)
     shapes = {name: param.shape for name, param in adapters.trainable(config).items()}
     assert "score.weight" in shapes
@@ -271,7 +276,7 @@ def test_an_adapter_is_pefts(
     )
     assert code == 0, error
     agree("fused", logits("mlxgpt", tmp_path / "f", tokens), expected, 1e-5)
-    assert folder.read_config(tmp_path / "f").labels == LABELS
+    assert model_folder.read_config(tmp_path / "f").labels == LABELS
     code, _, error = run(capsys, "convert", tmp_path / "f", tmp_path / "c", "--to", "mlx-lm")
     assert code == 2 and "a classifier of 3 labels: only --to hf has a place for it" in error
     theirs.save_pretrained(str(tmp_path / "theirs"))
@@ -281,7 +286,7 @@ def test_an_adapter_is_pefts(
 @pytest.fixture
 def model(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     config = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab, labels=["bad", "good"])
-    folder.write_model(tmp_path / "model", config, weights(config), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "model", config, weights(config), tokenizer=tokenizer)
     return tmp_path / "model"
 
 
@@ -327,7 +332,7 @@ def test_the_verb_refuses(
     code, _, error = run(capsys, "classify", "-m", model, "-f", tmp_path / "rows.jsonl")
     assert code == 2 and "rows.jsonl row 1: label 'odd': expected one of the model's, bad, good" in error
     base = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab)
-    folder.write_model(tmp_path / "base", base, weights(base), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "base", base, weights(base), tokenizer=tokenizer)
     code, _, error = run(capsys, "classify", "-m", tmp_path / "base", "-t", "a")
     assert code == 2 and "a language model: expected a classifier" in error
     for words in (("generate", "-p", "a"), ("eval", "-d", tmp_path / "rows.jsonl")):

@@ -18,9 +18,11 @@ from models import CASES, tiny, weights
 from convert import Opened, convert, open_model
 from convert.conversion import SIDECAR
 from mlxgpt import cli
-from mlxgpt.common import affine, checkpoint, families, folder, params, tensors
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder, tensors
+from mlxgpt.common.model import affine, families, params
+from mlxgpt.common.runs import checkpoint
 
 FAMILIES = {config.family: name for name, config in reversed(CASES.items())}
 TOKENS = [[1, 5, 79, 3, 3, 0, 44, 12]]
@@ -29,7 +31,7 @@ WIDE: dict[str, Any] = dict(n_embd=64, n_hidden=256)  # groups of 32 divide ever
 
 def write(place: Path, config: ModelConfig, dtype: str = "float32", **more: Any) -> dict[str, np.ndarray]:
     made = weights(config)
-    folder.write_model(place, config, made, dtype=dtype, **more)
+    model_folder.write_model(place, config, made, dtype=dtype, **more)
     return made
 
 
@@ -65,7 +67,7 @@ def test_there_and_back_is_every_byte(name: str, dtype: str, tmp_path: Path) -> 
         convert(tmp_path / to, tmp_path / f"{to}-back")
         back = open_model(tmp_path / f"{to}-back")
         assert (back.format, back.config) == ("hf", config)
-        for file in (folder.SINGLE, "generation_config.json"):
+        for file in (model_folder.SINGLE, "generation_config.json"):
             assert (tmp_path / f"{to}-back" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
         ours, theirs = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("a", f"{to}-back"))
         theirs["mlxgpt"].pop("provenance")
@@ -78,8 +80,8 @@ def test_shards_are_split_and_joined(to: str, tmp_path: Path) -> None:
     config = CASES["gpt2"]
     made = write(tmp_path / "a", config, max_shard=60_000)
     convert(tmp_path / "a", tmp_path / "one", to)
-    assert (tmp_path / "one" / folder.SINGLE).exists()
-    assert (tmp_path / "one" / folder.INDEX).exists() == (to == "mlx-lm")
+    assert (tmp_path / "one" / model_folder.SINGLE).exists()
+    assert (tmp_path / "one" / model_folder.INDEX).exists() == (to == "mlx-lm")
     report = convert(tmp_path / "one", tmp_path / "many", to, max_shard=40_000)
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3 and sorted(report.sha256) == shards
@@ -90,14 +92,14 @@ def test_shards_are_split_and_joined(to: str, tmp_path: Path) -> None:
 def test_dtypes_are_cast_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = CASES["llama"]
     made = write(tmp_path / "a", config)
-    for dtype, kind in folder.DTYPES.items():
+    for dtype, kind in model_folder.DTYPES.items():
         for to in ("hf", "mlx-lm", "npz"):
             convert(tmp_path / "a", tmp_path / f"{to}-{dtype}", to, dtype=dtype)
             opened = open_model(tmp_path / f"{to}-{dtype}")
             assert all(np.array_equal(t.read(), made[n].astype(kind)) for n, t in opened.tensors.items())
             assert json.loads((opened.path / "config.json").read_text())["torch_dtype"] == dtype
     made["h.0.mlp.c_fc.weight"][3, 3] = 1e5
-    folder.write_model(tmp_path / "b", config, made)
+    model_folder.write_model(tmp_path / "b", config, made)
     with pytest.raises(UserError, match=r"^model.layers.0.mlp.up_proj.weight: 1e\+05 does not fit float16"):
         convert(tmp_path / "b", tmp_path / "c", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir() if "c" in path.name or path.name.startswith(".")) == []
@@ -175,11 +177,11 @@ def test_what_mlx_lm_quantised_is_read(family: str, tmp_path: Path) -> None:
     assert opened.config == config
     for name, tensor in opened.tensors.items():
         if len(tensor.shape) == 1 or (family != "llama" and "h.0.attn" in name):
-            assert np.array_equal(tensor.read(), made[name].astype(folder.DTYPES["bfloat16"])), name
+            assert np.array_equal(tensor.read(), made[name].astype(model_folder.DTYPES["bfloat16"])), name
             continue
         bits, group = (8, 64) if "mlp" in name else (4, 32)
         expected = affine.dequantise(
-            *affine.quantise(made[name].astype(folder.DTYPES["bfloat16"]), bits, group), bits, group
+            *affine.quantise(made[name].astype(model_folder.DTYPES["bfloat16"]), bits, group), bits, group
         )
         assert np.array_equal(tensor.read(), expected), name
 
@@ -252,16 +254,16 @@ def test_the_provenance_says_from_what(tmp_path: Path) -> None:
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "a").glob("*.safetensors")
     }
     assert came["from"] == {"path": "a", "format": "hf", "sha256": digests}
-    made = hashlib.sha256((tmp_path / "b" / folder.SINGLE).read_bytes()).hexdigest()
-    assert came["to"] == {"format": "mlx-lm", "sha256": {folder.SINGLE: made}} and report.sha256 == {
-        folder.SINGLE: made
+    made = hashlib.sha256((tmp_path / "b" / model_folder.SINGLE).read_bytes()).hexdigest()
+    assert came["to"] == {"format": "mlx-lm", "sha256": {model_folder.SINGLE: made}} and report.sha256 == {
+        model_folder.SINGLE: made
     }
     assert came["options"] == {"dtype": "bfloat16"} and came["mlxgpt"] and came["date"]
     convert(tmp_path / "a", tmp_path / "c", hash=False)
     came = json.loads((tmp_path / "c" / "config.json").read_text())["mlxgpt"]["provenance"]
     assert set(came["from"]["sha256"].values()) == {None} and came["to"]["sha256"] is None
     assert came["options"] == {"hash": False}
-    assert folder.read_config(tmp_path / "c") == CASES["gpt2-nobias-erf"]
+    assert model_folder.read_config(tmp_path / "c") == CASES["gpt2-nobias-erf"]
 
 
 def test_a_file_has_its_provenance_beside_it(tmp_path: Path) -> None:
@@ -272,7 +274,7 @@ def test_a_file_has_its_provenance_beside_it(tmp_path: Path) -> None:
 
 
 def test_another_tokenizer_takes_the_place(dressed: Path, tmp_path: Path) -> None:
-    from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+    from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
     train_tokenizer("char", ["abcd"], 0).save(tmp_path)
     report = convert(dressed, tmp_path / "b", tokenizer=tmp_path / "tokenizer.json")

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from models import CASES, tiny, weights
 
-import convert.stream
+import convert.formats.stream
 from convert import convert as convert_model
 from convert import open_model
 from mlxgpt import cli
-from mlxgpt.common import folder, tensors
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder, tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,14 +31,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A tied llama in one file."""
-    folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
+    model_folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
     return tmp_path / "a"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """The same in shards."""
-    folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]), max_shard=60_000)
+    model_folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]), max_shard=60_000)
     return tmp_path / "a"
 
 
@@ -59,12 +59,12 @@ def refused(capsys: pytest.CaptureFixture, source: Path, *args: str, code: int =
 
 def header(place: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrites the header of model.safetensors."""
-    data = (place / folder.SINGLE).read_bytes()
+    data = (place / model_folder.SINGLE).read_bytes()
     length = int.from_bytes(data[:8], "little")
     values = json.loads(data[8 : 8 + length])
     change(values)
     text = json.dumps(values).encode()
-    (place / folder.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    (place / model_folder.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def overlap(values: dict[str, Any]) -> None:
@@ -90,36 +90,38 @@ def test_headers_that_lie(change: Any, message: str, source: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("size", [4, 100, -100])
 def test_truncated_files(size: int, source: Path, tmp_path: Path, capsys: Any) -> None:
-    data = (source / folder.SINGLE).read_bytes()
-    (source / folder.SINGLE).write_bytes(data[:size])
-    assert str(source / folder.SINGLE) in refused(capsys, source, str(tmp_path / "b"))
+    data = (source / model_folder.SINGLE).read_bytes()
+    (source / model_folder.SINGLE).write_bytes(data[:size])
+    assert str(source / model_folder.SINGLE) in refused(capsys, source, str(tmp_path / "b"))
 
 
 def test_a_name_twice(source: Path, tmp_path: Path, capsys: Any) -> None:
-    data = (source / folder.SINGLE).read_bytes()
+    data = (source / model_folder.SINGLE).read_bytes()
     length = int.from_bytes(data[:8], "little")
     text = data[8 : 8 + length].replace(b'"model.norm.weight"', b'"lm_head.weight"', 1)
     text = text.rstrip()[:-1] + b',"lm_head.weight":{}}'
-    (source / folder.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    (source / model_folder.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     assert refused(capsys, source, str(tmp_path / "b")).endswith("header is not JSON: a name occurs twice")
 
 
 @pytest.mark.parametrize("file", ["../a/model.safetensors", "missing.safetensors"])
 def test_an_index_that_leads_nowhere(file: str, sharded: Path, tmp_path: Path, capsys: Any) -> None:
-    index = json.loads((sharded / folder.INDEX).read_text())
+    index = json.loads((sharded / model_folder.INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = file
-    (sharded / folder.INDEX).write_text(json.dumps(index))
+    (sharded / model_folder.INDEX).write_text(json.dumps(index))
     assert file in refused(capsys, sharded, str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("to", ["hf", "mlx-lm", "npz", "gguf"])
 def test_nan_is_refused_by_name_and_number(dtype: str, to: str, tmp_path: Path, capsys: Any) -> None:
-    made = {name: array.astype(folder.DTYPES[dtype]) for name, array in weights(CASES["gpt2"]).items()}
+    made = {name: array.astype(model_folder.DTYPES[dtype]) for name, array in weights(CASES["gpt2"]).items()}
     made["h.1.mlp.c_fc.weight"][5, 1:4] = np.nan, np.inf, -np.inf
-    folder.write_model(tmp_path / "a", CASES["gpt2"], weights(CASES["gpt2"]), dtype=dtype)
+    model_folder.write_model(tmp_path / "a", CASES["gpt2"], weights(CASES["gpt2"]), dtype=dtype)
     arrays = {"h.1.mlp.c_fc.weight": np.ascontiguousarray(made["h.1.mlp.c_fc.weight"].T)}
-    tensors.write_tensors(tmp_path / "a" / folder.SINGLE, tensors.read_tensors(tmp_path / "a" / folder.SINGLE) | arrays)
+    tensors.write_tensors(
+        tmp_path / "a" / model_folder.SINGLE, tensors.read_tensors(tmp_path / "a" / model_folder.SINGLE) | arrays
+    )
     message = refused(capsys, tmp_path / "a", str(tmp_path / "b"), "--to", to)
     assert "h.1.mlp.c_fc.weight: 3 values are not finite (NaN or Inf)" in message and "--allow-nan" in message
     report = convert_model(tmp_path / "a", tmp_path / "b", to, allow_nan=True)
@@ -130,10 +132,10 @@ def test_nan_is_refused_by_name_and_number(dtype: str, to: str, tmp_path: Path, 
 
 def test_nan_is_never_quantised(tmp_path: Path) -> None:
     config = tiny(family="llama", n_embd=64)
-    folder.write_model(tmp_path / "a", config, weights(config))
-    arrays = tensors.read_tensors(tmp_path / "a" / folder.SINGLE)
+    model_folder.write_model(tmp_path / "a", config, weights(config))
+    arrays = tensors.read_tensors(tmp_path / "a" / model_folder.SINGLE)
     arrays["model.embed_tokens.weight"][2, 2] = np.nan
-    tensors.write_tensors(tmp_path / "a" / folder.SINGLE, arrays)
+    tensors.write_tensors(tmp_path / "a" / model_folder.SINGLE, arrays)
     with pytest.raises(UserError, match=r"^model.embed_tokens.weight: 1 values are not finite"):
         convert_model(tmp_path / "a", tmp_path / "b", "mlx-lm", bits=4, allow_nan=True)
 
@@ -165,7 +167,7 @@ def test_nothing_that_is_a_model(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_groups_that_divide_nothing(tmp_path: Path) -> None:
-    folder.write_model(tmp_path / "a", CASES["gpt2"], weights(CASES["gpt2"]))
+    model_folder.write_model(tmp_path / "a", CASES["gpt2"], weights(CASES["gpt2"]))
     with pytest.raises(UserError, match="--group-size 128 divides the inputs of no matrix"):
         convert_model(tmp_path / "a", tmp_path / "b", "mlx-lm", bits=4, group_size=128)
 
@@ -177,10 +179,10 @@ def test_what_is_there_stays_unless_forced(source: Path, tmp_path: Path, capsys:
     convert_model(source, tmp_path / "b")
     (tmp_path / "b" / "mark").write_text("x")
     assert refused(capsys, source, str(tmp_path / "b")) == f"{tmp_path / 'b'}: is there already; --force replaces it"
-    arrays = tensors.read_tensors(source / folder.SINGLE)
+    arrays = tensors.read_tensors(source / model_folder.SINGLE)
     arrays["model.norm.weight"][0] = np.nan
     shutil.copytree(source, tmp_path / "bad")
-    tensors.write_tensors(tmp_path / "bad" / folder.SINGLE, arrays)
+    tensors.write_tensors(tmp_path / "bad" / model_folder.SINGLE, arrays)
     with pytest.raises(UserError):
         convert_model(tmp_path / "bad", tmp_path / "b", force=True)
     assert (tmp_path / "b" / "mark").exists()
@@ -219,14 +221,14 @@ def test_a_full_disk_leaves_nothing(to: str, source: Path, tmp_path: Path, capsy
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    class Full(convert.stream.Output):
+    class Full(convert.formats.stream.Output):
         def _run(self) -> None:
             self._file.close()
             self._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115  (closed in __exit__)
             super()._run()
 
     if to == "hf":
-        monkeypatch.setattr(convert.stream, "Output", Full)
+        monkeypatch.setattr(convert.formats.stream, "Output", Full)
     else:
         monkeypatch.setattr("zipfile._ZipWriteFile.write", full)
     message = refused(capsys, source, str(tmp_path / "b"), "--to", to)
@@ -234,16 +236,16 @@ def test_a_full_disk_leaves_nothing(to: str, source: Path, tmp_path: Path, capsy
 
 
 def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    import convert.hf
+    import convert.formats.hf
 
-    whole = convert.hf.write
+    whole = convert.formats.hf.write
 
     def write(*args: Any) -> list[str]:
         notes = whole(*args)
-        os.utime(source / folder.SINGLE, (1, 1))
+        os.utime(source / model_folder.SINGLE, (1, 1))
         return notes
 
-    monkeypatch.setattr(convert.hf, "write", write)
+    monkeypatch.setattr(convert.formats.hf, "write", write)
     with pytest.raises(UserError, match="changed while it was read"):
         convert_model(source, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -252,9 +254,9 @@ def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_leaves_nothing(number: int, code: int, source: Path, tmp_path: Path) -> None:
     slow = (
-        "import sys, time, convert.hf, mlxgpt.cli\n"
+        "import sys, time, convert.formats.hf, mlxgpt.cli\n"
         "def write(*_):\n    _[1].mkdir(); (_[1] / 'part').write_text('x'); time.sleep(30)\n"
-        "convert.hf.write = write\n"
+        "convert.formats.hf.write = write\n"
         "sys.exit(mlxgpt.cli.main(['convert', sys.argv[1], sys.argv[2]]))\n"
     )
     command = [sys.executable, "-c", slow, str(source), str(tmp_path / "b")]
@@ -277,7 +279,7 @@ def test_interruption_leaves_nothing(number: int, code: int, source: Path, tmp_p
 def quantised(tmp_path: Path) -> Path:
     """A llama of 4 bits."""
     config = tiny(family="llama", n_embd=64)
-    folder.write_model(tmp_path / "f", config, weights(config))
+    model_folder.write_model(tmp_path / "f", config, weights(config))
     convert_model(tmp_path / "f", tmp_path / "q", "mlx-lm", bits=4, group_size=32)
     shutil.rmtree(tmp_path / "f")
     return tmp_path / "q"
@@ -305,12 +307,12 @@ def test_quantised_folders_that_do_not_hold(
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.up_proj.biases"])
 def test_quantised_folders_that_are_not_whole(lost: str, quantised: Path, tmp_path: Path, capsys: Any) -> None:
-    arrays = tensors.read_tensors(quantised / folder.SINGLE)
+    arrays = tensors.read_tensors(quantised / model_folder.SINGLE)
     del arrays[lost]
-    tensors.write_tensors(quantised / folder.SINGLE, arrays, {"format": "mlx"})
-    index = json.loads((quantised / folder.INDEX).read_text())
+    tensors.write_tensors(quantised / model_folder.SINGLE, arrays, {"format": "mlx"})
+    index = json.loads((quantised / model_folder.INDEX).read_text())
     del index["weight_map"][lost]
-    (quantised / folder.INDEX).write_text(json.dumps(index))
+    (quantised / model_folder.INDEX).write_text(json.dumps(index))
     assert lost.removesuffix(".biases") in refused(capsys, quantised, str(tmp_path / "b"))
 
 
@@ -333,7 +335,7 @@ def test_archives_that_lie(source: Path, tmp_path: Path) -> None:
 
 
 def test_force_does_not_replace_a_device_or_a_pipe(tmp_path: Path) -> None:
-    folder.write_model(tmp_path / "m", tiny(), weights(tiny()))
+    model_folder.write_model(tmp_path / "m", tiny(), weights(tiny()))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="neither a file nor a folder"):
         convert_model(tmp_path / "m", tmp_path / "pipe", force=True)

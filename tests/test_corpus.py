@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxgpt.common import corpus as corpora
-from mlxgpt.common import pydocs
-from mlxgpt.common.corpus import Piece, open_corpus, scan, split
+from mlxgpt.common.data import corpus as corpora
+from mlxgpt.common.data import pydocs
+from mlxgpt.common.data.corpus import Piece, open_corpus, scan, split
 from mlxgpt.common.errors import UserError
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from mlxgpt.common.batch import Source
 from mlxgpt.common.config import DataConfig, TrainConfig
-from mlxgpt.common.data import TokenSource, open_data, permuted, windows
+from mlxgpt.common.data.shards import Part, Tokens
+from mlxgpt.common.data.token_source import TokenSource, open_data, permuted, windows
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.shards import Part, Tokens
-from mlxgpt.common.tokenizer import load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

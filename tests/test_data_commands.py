@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import checkpoint, config, fetch, shards
+from mlxgpt.common import config
 from mlxgpt.common.config import DataConfig, TrainConfig
-from mlxgpt.common.data import open_data
-from mlxgpt.common.tokenizer import load_tokenizer
+from mlxgpt.common.data import fetch, shards
+from mlxgpt.common.data.token_source import open_data
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.load import load_tokenizer
 
 TEXT = "".join(f"line {i}: the quick brown fox, and caf\u00e9\r\n" for i in range(400))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import demo
+from mlxgpt.commands import demo
 from mlxgpt.common.errors import RunError
 
 
@@ -100,7 +100,7 @@ def test_all_legs(tmp_path: Path, gate: str | None, code: int) -> None:
     program = f"""
 import sys
 from mlxgpt import cli
-from mlxgpt.common import demo
+from mlxgpt.commands import demo
 tiny = "model.n_layer=1 model.n_embd=16 optim.warmup=2 train.batch_size=2 train.eval_batches=1 train.keep=0"
 demo.PRESET = demo.SLOW_PRESET = (6, tiny.split())
 demo.TUNE_PRESET = (3, "optim.warmup=1 train.eval_batches=1 train.batch_size=1 sample.max_tokens=0".split())

@@ -8,10 +8,11 @@ import pytest
 from compare import agree, worst
 from models import tiny
 
-from mlxgpt.common import params, rng
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import OptimConfig, Recipe, TrainConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import params
 
 BACKENDS = ["mlxgpt", "torch_ref"]
 

@@ -17,14 +17,14 @@ from models import tiny, weights
 
 import torch_ref.generate as torch_generate
 from mlxgpt import cli
-from mlxgpt.common import shards
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.data import windows
+from mlxgpt.common.data import shards
+from mlxgpt.common.data.token_source import windows
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.evaluate import evaluate
-from mlxgpt.common.evaluation_data import Text, open_text
-from mlxgpt.common.folder import write_model
-from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
+from mlxgpt.common.evaluate.score import evaluate
+from mlxgpt.common.evaluate.text import Text, open_text
+from mlxgpt.common.folders.model_folder import write_model
+from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
 from mlxgpt.model import Model as MlxModel
 from torch_ref.model import Model as TorchModel
 

@@ -14,8 +14,8 @@ from transformers.activations import ACT2FN
 
 import torch_ref.model
 from mlxgpt.common import config as configs
-from mlxgpt.common import families, params
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import families, params
 
 PAIRS = [pytest.param(config, id=name) for name, config in (CASES | VARIANTS).items()]
 

@@ -25,9 +25,10 @@ import mlxgpt.load
 import mlxgpt.model
 import torch_ref.load
 import torch_ref.model
-from mlxgpt.common import families, folder, rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import families, rotary
 
 ALL = CASES | VARIANTS
 
@@ -46,7 +47,7 @@ def test_a_folder_that_transformers_wrote_runs_here_and_goes_back(case: str, tmp
     kind, old, new = THEIRS[case]
     sizes = {"model_type": kind} | (GPT2 if kind == "gpt2" else SIZES)
     theirs = arriving.saved(sizes | old, tmp_path / "theirs", own_config=False)
-    config = folder.read_config(tmp_path / "theirs")
+    config = model_folder.read_config(tmp_path / "theirs")
     for keys in (old, new):
         assert families.config_from_hf(sizes | keys) == config
     arrived = arriving.arrive(case, tmp_path / "theirs", theirs)
@@ -184,7 +185,7 @@ def test_mlx_lm_computes_the_same_or_we_say_what_it_does_otherwise(case: str, tm
     config = (ALL | GAPS)[case]
     assert len(families.mlx_lm_deviations(config)) < 2 or case not in GAPS or config.family == "gemma"
     made, tokens = weights(config, scale=8.0), TOKENS[:, : config.block_size]
-    folder.write_model(tmp_path, config, made)
+    model_folder.write_model(tmp_path, config, made)
     with torch.no_grad():
         expected = ladder.torch_model(config, made, torch.float32)(torch.from_numpy(tokens)).numpy()
     found, said = mlx_lm_logits(tmp_path, tokens), families.mlx_lm_deviations(config)
@@ -205,9 +206,9 @@ def test_where_mlx_lm_differs_is_named() -> None:
 
 def test_layer_types_would_not_bring_mistrals_window_to_mlx_lm(tmp_path: Path) -> None:
     """Why they are not written: mlx-lm wants a layer that sees everything, transformers has none and warns."""
-    folder.write_model(tmp_path, CASES["mistral"], weights(CASES["mistral"]))
+    model_folder.write_model(tmp_path, CASES["mistral"], weights(CASES["mistral"]))
     values = json.loads((tmp_path / "config.json").read_text())
     assert "layer_types" not in values
     (tmp_path / "config.json").write_text(json.dumps(values | {"layer_types": ["sliding_attention"] * 2}))
-    assert folder.read_config(tmp_path) == CASES["mistral"], "others may have written them"
+    assert model_folder.read_config(tmp_path) == CASES["mistral"], "others may have written them"
     assert isinstance(mlx_lm_logits(tmp_path, TOKENS), ValueError)

@@ -18,7 +18,11 @@ import pytest
 from test_trainer import child, losses, tree, weights
 
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, runs, start, tensors
+from mlxgpt.commands import runs as runs_command
+from mlxgpt.commands import train as train_command
+from mlxgpt.common import backend
+from mlxgpt.common.folders import tensors
+from mlxgpt.common.runs import checkpoint
 
 Go = Callable[..., int]
 STOP = 8
@@ -43,7 +47,7 @@ def go(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in a folder that holds both runs."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
+    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
     shutil.copytree(made, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")
     return lambda *words: cli.main(["train", *([] if "--resume" in words else ["./recipe.toml"]), *words])
@@ -60,7 +64,7 @@ def goes_on(go: Go) -> None:
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole") and losses("run", "val") == losses("whole", "val")
     assert weights("run", 12) == weights("whole", 12)
-    assert runs.check(Path("run"))[0] == []
+    assert runs_command.check(Path("run"))[0] == []
 
 
 def refused(go: Go, capsys: pytest.CaptureFixture[str], *parts: str) -> None:

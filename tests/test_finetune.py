@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import adapter_folder, checkpoint, folder, metrics, params, tokenizer
 from mlxgpt.common.config import build, read_toml
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.model import params
+from mlxgpt.common.runs import checkpoint, metrics
+from mlxgpt.common.tokenizers import load as tokenizer
 
 BACKENDS = ("mlx", "torch")
 STEPS, STOP = 12, 5
@@ -46,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_hidden": 64, "block_size": 48, "vocab_size": spelled.n_vocab}
     for family in ("llama", "gpt2"):
         model = build({"model": {"family": family, **sizes}}).model
-        folder.write_model(place / family, model, params.init_params(model, 3), tokenizer=spelled)
+        model_folder.write_model(place / family, model, params.init_params(model, 3), tokenizer=spelled)
     write(place / "rows.jsonl", rows())
     return place
 
@@ -143,10 +146,10 @@ def test_another_base_or_other_rows_are_not_resumed(at: Path, capsys: pytest.Cap
     assert go("moved", "--stop-after", str(STOP)) == 0
     write(at / "other.jsonl", rows(39))
     shutil.copytree("llama", "elsewhere", dirs_exist_ok=True)
-    config = folder.read_config("llama")
+    config = model_folder.read_config("llama")
     shutil.rmtree("other-base", ignore_errors=True)
     spelled = tokenizer.load_tokenizer("llama")
-    folder.write_model("other-base", config, params.init_params(config, 4), tokenizer=spelled)
+    model_folder.write_model("other-base", config, params.init_params(config, 4), tokenizer=spelled)
     for words, message in (
         (["--model", "other-base"], "the run began on a model with"),
         (["--data", "other.jsonl"], "the data changed"),
@@ -201,7 +204,7 @@ def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pyt
         for row in rows(16)
     ]
     write(at / "chat.jsonl", talks)
-    old = folder.read_config("llama").vocab_size
+    old = model_folder.read_config("llama").vocab_size
     outs = []
     for backend in BACKENDS:
         assert go(f"chatml-{backend}", "--backend", backend, "--stop-after", "6", data="chat.jsonl") == 0
@@ -211,7 +214,7 @@ def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pyt
     assert "mlx-lm" in outs[0] and "mlxgpt fuse" in outs[0]
     assert np.abs(losses("chatml-mlx") - losses("chatml-torch")).max() <= 1e-4
     place = last("chatml-mlx")
-    found = adapter_folder.read(place, "llama", folder.read_config("llama"))
+    found = adapter_folder.read(place, "llama", model_folder.read_config("llama"))
     assert found.params["wte.weight"].shape[0] == old + 2
     spelled = tokenizer.load_tokenizer(place)
     assert spelled.eos_id is not None and spelled.decode([spelled.eos_id]) == "<|im_end|>"
@@ -368,11 +371,11 @@ def test_a_template_that_fails_names_the_row(at: Path, capsys: pytest.CaptureFix
 
 
 def test_an_adapter_of_another_model_is_refused_unless_forced(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = folder.read_config("llama")
+    config = model_folder.read_config("llama")
     spelled = tokenizer.load_tokenizer("llama")
-    folder.write_model("stranger", config, params.init_params(config, 9), tokenizer=spelled)
+    model_folder.write_model("stranger", config, params.init_params(config, 9), tokenizer=spelled)
     wide = dataclasses.replace(config, n_embd=64)
-    folder.write_model("wide", wide, params.init_params(wide, 9), tokenizer=spelled)
+    model_folder.write_model("wide", wide, params.init_params(wide, 9), tokenizer=spelled)
     assert go("own", steps=3) == 0
     refused(at, capsys, ["--model", "stranger", "--adapter", "own"], "was trained on a model with sha256")
     refused(at, capsys, ["--model", "wide", "--adapter", "own"], "shape")
@@ -384,4 +387,4 @@ def test_the_recipe_of_a_run_says_everything(at: Path) -> None:
     stored = read_toml(at / "said" / "recipe.toml")
     assert "data" not in stored and stored["tune"]["model"] == str(at / "llama")
     assert stored["tune"]["source"] == str(at / "rows.jsonl") and stored["train"]["steps"] == 3
-    assert build(stored).model == folder.read_config(at / "llama")
+    assert build(stored).model == model_folder.read_config(at / "llama")

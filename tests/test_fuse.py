@@ -13,14 +13,16 @@ from interop import GATE, MODELS, written
 from models import tiny, weights
 
 from convert.conversion import convert
-from convert.formats import open_model
+from convert.formats.registry import open_model
 from convert.fuse import fuse
 from convert.verify import verify
 from mlxgpt import cli
-from mlxgpt.common import adapter_folder, adapters, folder, params, sft_chat
 from mlxgpt.common.config import AdapterConfig, Recipe, TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 WIDE = tiny(family="llama", n_embd=64, n_hidden=128, block_size=32)  # groups of 64 divide it
 
@@ -44,7 +46,7 @@ def test_verify_sees_a_fused_model_of_another_adapter(tmp_path: Path) -> None:
 
 def test_what_no_adapter_touches_is_copied_byte_for_byte(tmp_path: Path) -> None:
     made = written(tmp_path, "gpt2", targets=("c_attn",))
-    before, after = (folder.read_tensors(place / "model.safetensors") for place in (made.base, made.fused))
+    before, after = (model_folder.read_tensors(place / "model.safetensors") for place in (made.base, made.fused))
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert changed == {f"h.{n}.attn.c_attn.weight" for n in range(2)}
 
@@ -52,22 +54,22 @@ def test_what_no_adapter_touches_is_copied_byte_for_byte(tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_is_stored_as_the_base_is(tmp_path: Path, dtype: str) -> None:
     made = written(tmp_path, "qwen3", alpha=4.0)
-    folder.write_model(tmp_path / "narrow", made.config, weights(made.config), dtype=dtype)
+    model_folder.write_model(tmp_path / "narrow", made.config, weights(made.config), dtype=dtype)
     fuse(tmp_path / "narrow", made.adapter, tmp_path / "out", force=True)
-    base, out = (folder.read_tensors(tmp_path / name / "model.safetensors") for name in ("narrow", "out"))
-    assert {array.dtype for array in out.values()} == {folder.DTYPES[dtype]}
+    base, out = (model_folder.read_tensors(tmp_path / name / "model.safetensors") for name in ("narrow", "out"))
+    assert {array.dtype for array in out.values()} == {model_folder.DTYPES[dtype]}
     found = adapter_folder.read(made.adapter, None, made.config)
     name = "model.layers.0.mlp.up_proj.weight"
     expected = adapters.fuse(base[name].astype(np.float32), found.targets["h.0.mlp.c_fc"], found.params, "h.0.mlp.c_fc")
     assert out[name].tobytes() == expected.astype(out[name].dtype).tobytes()
     fuse(tmp_path / "narrow", made.adapter, tmp_path / "wide", dtype="float32", force=True)
-    wide = folder.read_tensors(tmp_path / "wide" / "model.safetensors")
+    wide = model_folder.read_tensors(tmp_path / "wide" / "model.safetensors")
     assert np.array_equal(wide[name], expected)
 
 
 def quantised(place: Path, bits: int) -> tuple[Path, Path]:
     """A quantised base and an adapter that was trained on it."""
-    folder.write_model(place / "plain", WIDE, weights(WIDE))
+    model_folder.write_model(place / "plain", WIDE, weights(WIDE))
     convert(place / "plain", place / "base", to="mlx-lm", bits=bits, group_size=64)
     recipe = Recipe(model=WIDE, tune=TuneConfig(), adapter=AdapterConfig(rank=4, targets=("q_proj", "down_proj")))
     rng = np.random.default_rng(0)
@@ -111,10 +113,10 @@ def test_bits_that_differ_by_matrix_stay_so(tmp_path: Path) -> None:
     base, adapter = quantised(tmp_path, 4)
     convert(tmp_path / "plain", tmp_path / "eight", to="mlx-lm", bits=8, group_size=64)
     config, index = (json.loads((base / name).read_text()) for name in ("config.json", "model.safetensors.index.json"))
-    four, eight = (folder.read_tensors(place / "model.safetensors") for place in (base, tmp_path / "eight"))
+    four, eight = (model_folder.read_tensors(place / "model.safetensors") for place in (base, tmp_path / "eight"))
     module = "model.layers.1.self_attn.q_proj"
     mixed = {name: eight[name] if name.startswith(f"{module}.") else array for name, array in four.items()}
-    folder.write_tensors(base / "model.safetensors", mixed, {"format": "mlx"})
+    model_folder.write_tensors(base / "model.safetensors", mixed, {"format": "mlx"})
     config["quantization"] |= {module: {"group_size": 64, "bits": 8}}
     (base / "config.json").write_text(json.dumps(config))
     assert set(index["weight_map"]) == set(mixed)
@@ -126,8 +128,8 @@ def test_bits_that_differ_by_matrix_stay_so(tmp_path: Path) -> None:
 
 def test_tied_stays_tied_and_the_head_gets_the_update(tmp_path: Path) -> None:
     made = written(tmp_path, "gpt2", targets=("wte",), alpha=4.0)
-    assert folder.read_config(made.fused).tied
-    tensors = folder.read_tensors(made.fused / "model.safetensors")
+    assert model_folder.read_config(made.fused).tied
+    tensors = model_folder.read_tensors(made.fused / "model.safetensors")
     assert "lm_head.weight" not in tensors
     model, _, _ = interop.peft_load(made.base, made.adapter)
     assert interop.worst("peft", interop._torch_logits(model), interop.transformers_logits(made.fused)) <= GATE
@@ -135,9 +137,9 @@ def test_tied_stays_tied_and_the_head_gets_the_update(tmp_path: Path) -> None:
 
 def test_new_tokens_travel_with_their_tokenizer(tmp_path: Path) -> None:
     plain = train_tokenizer("bpe", [templates.TEXT], 300)
-    chatty = sft_chat.extend(plain)
+    chatty = sft_template.extend(plain)
     config = tiny(family="llama", vocab_size=plain.n_vocab, tied=False)
-    folder.write_model(tmp_path / "base", config, weights(config), tokenizer=plain)
+    model_folder.write_model(tmp_path / "base", config, weights(config), tokenizer=plain)
     grown = dataclasses.replace(config, vocab_size=chatty.n_vocab)
     recipe = Recipe(model=grown, tune=TuneConfig(), adapter=AdapterConfig(rank=2, train=("wte", "lm_head")))
     rng = np.random.default_rng(0)
@@ -145,7 +147,7 @@ def test_new_tokens_travel_with_their_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     adapter_folder.write(tmp_path / "adapter", recipe, tmp_path / "base", arrays, tokenizer=chatty)
     fuse(tmp_path / "adapter", None, tmp_path / "out")
-    assert folder.read_config(tmp_path / "out") == grown
+    assert model_folder.read_config(tmp_path / "out") == grown
     assert load_tokenizer(tmp_path / "out").digest == chatty.digest
     ids = chatty.encode("<|im_start|>user")
     assert max(ids) >= config.vocab_size
@@ -227,7 +229,7 @@ def test_the_old_bin_of_peft_is_read_without_running_it(tmp_path: Path) -> None:
 
     base = interop.write_base(tmp_path / "base", MODELS["gpt2"])
     expected = interop.write_peft(tmp_path / "peft", base, target_modules=["c_attn"])
-    tensors = folder.read_tensors(tmp_path / "peft" / "adapter_model.safetensors")
+    tensors = model_folder.read_tensors(tmp_path / "peft" / "adapter_model.safetensors")
     torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, tmp_path / "peft/adapter_model.bin")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"found adapter_model.bin \(mlxgpt convert reads it\)"):
@@ -239,7 +241,7 @@ def test_the_old_bin_of_peft_is_read_without_running_it(tmp_path: Path) -> None:
 def test_generate_and_eval_take_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = train_tokenizer("bpe", [templates.TEXT], 300)
     config = tiny(family="llama", vocab_size=tokenizer.n_vocab)
-    folder.write_model(tmp_path / "base", config, weights(config, scale=4), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "base", config, weights(config, scale=4), tokenizer=tokenizer)
     recipe = Recipe(model=config, tune=TuneConfig(), adapter=AdapterConfig(rank=4))
     rng = np.random.default_rng(0)
     arrays = {n: rng.normal(0, 0.3, p.shape).astype(np.float32) for n, p in adapters.trainable(recipe).items()}

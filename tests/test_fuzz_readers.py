@@ -9,12 +9,15 @@ import pytest
 from fuzz_damage import typed
 from fuzz_readers import LLAMA, READERS, TEXT, Fuzzer, files_of, model, written
 
-from convert import gguf, gguf_names, given_tokenizer, open_model
-from convert.gguf_file import Value, read_gguf, write_gguf
-from mlxgpt.common import families, folder
+from convert import given_tokenizer, open_model
+from convert.formats.gguf import model as gguf
+from convert.formats.gguf import names as gguf_names
+from convert.formats.gguf.file import Value, read_gguf, write_gguf
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tensors import read_header, write_tensors
-from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders.tensors import read_header, write_tensors
+from mlxgpt.common.model import families
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -81,7 +84,7 @@ def test_an_index_that_names_what_is_no_file_name(tmp_path: Path) -> None:
     for name in ("a\nb", "a\0b"):
         index["weight_map"]["lm_head.weight"] = name
         path.write_text(json.dumps(index))
-        assert "weight_map names" in refused(folder.find_tensors, place)
+        assert "weight_map names" in refused(model_folder.find_tensors, place)
 
 
 @pytest.mark.parametrize("metadata", ["[]", "0", "false", '""'])
@@ -145,7 +148,7 @@ def test_sentencepiece_without_pieces(data: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["tokenizer.ggml.model", "tokenizer.ggml.pre"])
 def test_a_gguf_tokenizer_kind_that_is_no_word(key: str) -> None:
-    from convert.gguf_tokenizer import restore
+    from convert.formats.gguf.tokenizer import restore
 
     values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], key: np.zeros(3)}
     files, notes = restore(values, Path("a.gguf"), 1)
@@ -234,4 +237,4 @@ def test_the_fuzzer_puts_back_what_it_damaged(tmp_path: Path) -> None:
     for number in range(20):
         fuzzer.one(1, number)
     assert {file: file.read_bytes() for file in files_of(fuzzer.path)} == fuzzer.seeds
-    assert model(LLAMA).config == folder.read_config(fuzzer.path)
+    assert model(LLAMA).config == model_folder.read_config(fuzzer.path)

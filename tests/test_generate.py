@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 import mlxgpt.load as mlx_load
 import torch_ref.generate as torch_generate
 import torch_ref.load as torch_load
-from mlxgpt.common import config, continuation, params, sampling
+from mlxgpt.common import config
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.folder import write_model
-from mlxgpt.common.tokenizer import load_tokenizer, train_tokenizer
+from mlxgpt.common.folders.model_folder import write_model
+from mlxgpt.common.inference import generation, sampling
+from mlxgpt.common.model import params
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 from mlxgpt.model import Model as MlxModel
 from mlxgpt.model import make_cache as mlx_cache
 from torch_ref.model import Model as TorchModel
@@ -262,7 +264,7 @@ def test_the_next_step_is_queued_before_a_token_is_read(backend: str, monkeypatc
     model, steps = make_model(backend, sizes), []
     draw = GENERATE[backend].sample_tokens
     monkeypatch.setattr(GENERATE[backend], "sample_tokens", lambda *args: (steps.append(0), draw(*args))[1])
-    rows = continuation.start_rows(sizes, None, [some_tokens(3)], ())
+    rows = generation.start_rows(sizes, None, [some_tokens(3)], ())
     tokens = GENERATE[backend].decode(model, rows, SampleConfig(max_tokens=3), V)
     counts = [len(steps) for _ in tokens]
     assert counts == [2, 3, 3]
@@ -272,7 +274,7 @@ def test_the_next_step_is_queued_before_a_token_is_read(backend: str, monkeypatc
 def test_no_tokens_asked_for(backend: str) -> None:
     model = make_model(backend, make_config("gpt2"))
     result = GENERATE[backend].generate(model, None, [[1, 2]], SampleConfig(max_tokens=0))[0]
-    assert result == continuation.Result("", [], 2, "length")
+    assert result == generation.Result("", [], 2, "length")
     assert GENERATE[backend].generate(model, None, [], SampleConfig()) == []
 
 
@@ -357,14 +359,14 @@ def test_text_goes_on_where_its_prompt_ends(kind: str, tokenizers: dict) -> None
         prompt = tokenizer.decode(ids[:cut])
         if prompt.endswith("\ufffd"):
             continue  # half a character is no prompt
-        row = continuation.Row(0, ids[:cut], 0, tokenizer, ())
+        row = generation.Row(0, ids[:cut], 0, tokenizer, ())
         streamed = [row.add(token, len(ids) - cut, 10**6) for token in ids[cut:]]
         assert "".join(streamed) == row.result().text == text[len(prompt) :]
 
 
 def test_a_character_that_the_tokenizer_lacks_is_named_with_its_prompt(tokenizers: dict) -> None:
     with pytest.raises(UserError, match=r"prompt 2: character 'Q'"):
-        continuation.start_rows(make_config("llama"), tokenizers["char"], ["the", "cat Q"], ())
+        generation.start_rows(make_config("llama"), tokenizers["char"], ["the", "cat Q"], ())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -444,14 +446,14 @@ class Stripping(Pieces):
 
 def test_a_space_after_the_prompt_is_kept() -> None:
     tokenizer: Any = Stripping([" once", " upon", " a"])
-    row = continuation.Row(0, [0], 0, tokenizer, ())
+    row = generation.Row(0, [0], 0, tokenizer, ())
     assert [row.add(1, 2, 9), row.add(2, 2, 9)] == [" upon", " a"]
 
 
-def feed(words: list[str], stop: tuple[str, ...]) -> tuple[continuation.Row, list[str]]:
+def feed(words: list[str], stop: tuple[str, ...]) -> tuple[generation.Row, list[str]]:
     """A row that draws the words one after the other, and what it streamed."""
     tokenizer: Any = Pieces(["^", *words])
-    row = continuation.Row(0, [0], 0, tokenizer, stop)
+    row = generation.Row(0, [0], 0, tokenizer, stop)
     streamed = []
     for token in range(1, len(words) + 1):
         if not row.reason:

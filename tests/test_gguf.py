@@ -16,13 +16,14 @@ import torch
 import transformers
 from compare import agree
 
-from convert import gguf
-from convert.gguf_file import PIECE, Value, quantised, read_gguf, read_stored, write_gguf
-from convert.gguf_names import arch_of, name_of
-from convert.model import Opened, Options, Tensor
-from mlxgpt.common import folder, params
+from convert.formats.gguf import model as gguf
+from convert.formats.gguf.file import PIECE, Value, quantised, read_gguf, read_stored, write_gguf
+from convert.formats.gguf.names import arch_of, name_of
+from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import params
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -190,7 +191,7 @@ def test_transformers_computes_the_same_logits(case: str, tmp_path: Path) -> Non
     config = LOADED[case]
     model = opened(config, companions=byte_level(config.vocab_size), extra={"eos_token_id": 1, "pad_token_id": 0})
     gguf.write(model, tmp_path / "a.gguf", Options())
-    folder.write_model(tmp_path / "folder", config, arrays_of(model))
+    model_folder.write_model(tmp_path / "folder", config, arrays_of(model))
     tokens = torch.arange(24)[None] * 7 % config.vocab_size
     logits = []
     for place, name in ((tmp_path / "folder", None), (tmp_path, "a.gguf")):

@@ -13,13 +13,13 @@ from test_gguf import opened, rewritten, without_ours
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from convert import gguf
-from convert.gguf_file import read_gguf
-from convert.gguf_tokenizer import _LLAMA3, _QWEN2
-from convert.model import Options
+from convert.formats.gguf import model as gguf
+from convert.formats.gguf.file import read_gguf
+from convert.formats.gguf.tokenizer import _LLAMA3, _QWEN2
+from convert.formats.opened import Options
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXT = (
     "It was the best of times. def mean(xs):\n    return sum(xs) / len(xs)  # 3.14159 2024\n\tna\u00efve caf\u00e9, "

@@ -11,8 +11,9 @@ from compare import agree
 from models import SIZES, tiny
 from torch_peers import GPTModel, scramble, steps
 
-from convert import convert, gptmodel, open_model
-from convert.model import Opened, Options
+from convert import convert, open_model
+from convert.formats.opened import Opened, Options
+from convert.formats.torch_files import gptmodel
 from mlxgpt.common.errors import UserError
 from torch_ref.load import load
 

@@ -12,8 +12,9 @@ import peft
 import pytest
 from interop import FULL, GATE, METHODS, MODELS, written
 
-from mlxgpt.common import adapter_folder, adapters, folder, mlx_lm_adapter, peft_adapter
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder, mlx_lm_adapter, model_folder, peft_adapter
+from mlxgpt.common.model import adapters
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_what_peft_saves_loads_here(tmp_path: Path, choice: str) -> None:
     expected = interop.write_peft(tmp_path / "adapter", base, **settings)
     figures = interop.from_library(base, tmp_path / "adapter", expected)
     assert all(figure <= GATE for figure in figures.values()), figures
-    config = folder.read_config(base)
+    config = model_folder.read_config(base)
     found = adapter_folder.read(tmp_path / "adapter", base, config)
     assert adapters.targets(config, adapter_folder.to_config(found, config)).keys() == found.targets.keys()
 
@@ -141,7 +142,7 @@ def test_the_old_npz_loads_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     base = interop.write_base(tmp_path / "base", interop.CASES["llama-gqa"])
     place = tmp_path / "adapter"
     expected = interop.write_mlx_lm(place, base, keys=["self_attn.q_proj"])
-    tensors: dict[str, Any] = folder.read_tensors(place / "adapters.safetensors")
+    tensors: dict[str, Any] = model_folder.read_tensors(place / "adapters.safetensors")
     np.savez(place / "adapters.npz", **tensors)
     (place / "adapters.safetensors").unlink()
     values = json.loads((place / "adapter_config.json").read_text())
@@ -183,7 +184,9 @@ def test_an_adapter_goes_around_and_comes_back(tmp_path: Path) -> None:
     assert not missing
     assert not unexpected
     model.save_pretrained(tmp_path / "again")
-    first, last = (folder.read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    first, last = (
+        model_folder.read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again")
+    )
     assert first.keys() == last.keys()
     assert all(np.array_equal(first[name], last[name]) for name in first)
 
@@ -286,9 +289,9 @@ def test_a_stale_file_is_named(tmp_path: Path) -> None:
     again = written(other, "gpt2", alpha=8.0)
     shutil.copy(again.adapter / "adapters.safetensors", made.adapter / "adapters.safetensors")
     assert adapter_folder.read(made.adapter, made.base, made.config).targets  # the same tensors
-    tensors = folder.read_tensors(made.adapter / "adapters.safetensors")
+    tensors = model_folder.read_tensors(made.adapter / "adapters.safetensors")
     name = next(iter(tensors))
-    folder.write_tensors(made.adapter / "adapters.safetensors", tensors | {name: tensors[name] * 2})
+    model_folder.write_tensors(made.adapter / "adapters.safetensors", tensors | {name: tensors[name] * 2})
     with pytest.raises(UserError, match=r"adapters.safetensors and adapter_model.safetensors differ in h\.\d"):
         adapter_folder.read(made.adapter, made.base, made.config)
 

@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from mlxgpt.common import resume
 from mlxgpt.common.config import SECTIONS
+from mlxgpt.common.train import resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/training.md"
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"

@@ -6,7 +6,7 @@ from pathlib import Path
 import kills
 import pytest
 
-from mlxgpt.common import checkpoint
+from mlxgpt.common.runs import checkpoint
 
 
 def test_a_few_kills_of_a_training(tmp_path: Path) -> None:

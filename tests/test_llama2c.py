@@ -15,7 +15,8 @@ from compare import agree
 
 import mlxgpt.load
 import torch_ref.load
-from convert import convert, llama2c_tokenizer, open_model
+from convert import convert, open_model
+from convert.formats import llama2c_tokenizer
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 
@@ -149,7 +150,7 @@ def test_a_bin_is_the_model_that_run_c_runs(version: int, shared: bool, tmp_path
 
 def test_rows_of_pairs_read_as_halves_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: q and k are left as they lie."""
-    monkeypatch.setattr("convert.llama2c._halves", lambda array, heads: array)
+    monkeypatch.setattr("convert.formats.llama2c._halves", lambda array, heads: array)
     made = model()
     (tmp_path / "m.bin").write_bytes(version_1(made))
     convert(tmp_path / "m.bin", tmp_path / "hf")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from models import CASES
 
-from convert import gguf_names
+from convert.formats.gguf import names as gguf_names
 
 # each format is read and written once; every pair is one reader and one writer
 RING = {("hf", "mlx-lm"), ("mlx-lm", "npz"), ("npz", "gguf"), ("gguf", "hf"), ("hf", "mlx-lm, 4 bits"),

@@ -8,9 +8,9 @@ import pytest
 
 import mlxgpt.device
 import torch_ref.engine
-from mlxgpt.common import params
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import Recipe, TrainConfig, build
+from mlxgpt.common.model import params
 from mlxgpt.engine import Engine
 
 CPU = mx.Device(mx.cpu)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mlxgpt.common import metrics
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.metrics import Metrics
+from mlxgpt.common.runs import metrics
+from mlxgpt.common.runs.metrics import Metrics
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_a_missing_file_is_refused_for_reading_and_made_for_writing(tmp_path: Pa
 def test_a_killed_process_has_every_line_it_wrote(tmp_path: Path) -> None:
     code = """
 import sys, pathlib
-from mlxgpt.common.metrics import Metrics
+from mlxgpt.common.runs.metrics import Metrics
 writer = Metrics(pathlib.Path(sys.argv[1]), [])
 step = 0
 while True:

@@ -12,10 +12,11 @@ from compare import agree
 from models import SIZES, tiny
 from torch_peers import NanoGPT
 
-from convert import convert, heads, mingpt, open_model
-from convert.model import Opened, Options
-from mlxgpt.common import params
+from convert import convert, open_model
+from convert.formats.opened import Opened, Options
+from convert.formats.torch_files import heads, mingpt
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import params
 from torch_ref.load import load
 
 CONFIG = tiny(tied=False)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxgpt.common import mlx_lm_yaml
 from mlxgpt.common.config import build
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft import mlx_lm_yaml
 
 # mlx_lm/examples/lora_config.yaml of mlx-lm 0.32, shortened
 EXAMPLE = """

@@ -17,9 +17,10 @@ import mlxgpt.model
 import torch_ref.engine
 import torch_ref.load
 import torch_ref.model
-from mlxgpt.common import folder, params
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import params
 
 PAIRS = [pytest.param(name, config, id=name) for name, config in CASES.items()]
 
@@ -47,7 +48,7 @@ def test_rung_1_what_one_trained_loads_in_the_other(
     engine.train_step(1, [Batch(tokens, targets, np.ones(tokens.shape, np.float32))], 1e-2)
     trained = engine.snapshot()["params"]
     assert all((trained[name] != value).any() for name, value in weights(config).items()), "a tensor did not move"
-    folder.write_model(tmp_path / "m", config, trained)
+    model_folder.write_model(tmp_path / "m", config, trained)
     for reader in (mlxgpt.load, torch_ref.load):
         model, tokenizer = reader.load(tmp_path / "m", device="cpu")
         assert model.config == config and tokenizer is None
@@ -71,7 +72,7 @@ def test_rungs_2_and_3_logits_and_gradients(case: str, config: ModelConfig, scal
 def test_loaded_logits_are_those_of_the_weights(dtype: str, tmp_path: Path) -> None:
     """The public way in: load(folder) gives the probe's logits, in bfloat16 to its accuracy."""
     config = CASES["qwen3"]
-    folder.write_model(tmp_path / "m", config, weights(config))
+    model_folder.write_model(tmp_path / "m", config, weights(config))
     tokens, _ = ladder.batch(config)
     expected = ladder.mlx_probe(config, weights(config)).logits
     ours, _ = mlxgpt.load.load(tmp_path / "m", device="cpu", dtype=dtype)

@@ -15,12 +15,15 @@ from compare import agree
 from models import NO_BIAS, SIZES, tiny
 from torch_peers import NanoGPT, steps
 
-from convert import convert, nanogpt, open_model
-from convert.model import Opened, Options
+from convert import convert, open_model
+from convert.formats.opened import Opened, Options
+from convert.formats.torch_files import nanogpt
 from mlxgpt import cli
-from mlxgpt.common import data, metrics, params
 from mlxgpt.common.config import ModelConfig, build, read_toml
+from mlxgpt.common.data import token_source
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import params
+from mlxgpt.common.runs import metrics
 from torch_ref.load import load
 
 CONFIGS = {"bias": tiny(activation="gelu"), "no-bias": tiny(activation="gelu", **NO_BIAS)}
@@ -167,7 +170,7 @@ def nanogpt_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[fl
     (place / "text.txt").write_text("\n".join("".join(chr(97 + i) for i in row) for row in rows))
     (place / "recipe.toml").write_text(RECIPE.replace("text.txt", str(place / "text.txt")))
     recipe = build(read_toml(place / "recipe.toml"))
-    source, tokenizer = data.open_data(recipe.data, 16, recipe.train)
+    source, tokenizer = token_source.open_data(recipe.data, 16, recipe.train)
     assert tokenizer
     c = tiny(activation="gelu", block_size=16, vocab_size=tokenizer.n_vocab, **NO_BIAS)
     peer = NanoGPT(c, bias=False)

@@ -11,10 +11,14 @@ import pytest
 
 from benchmarks import planning
 from mlxgpt import cli
-from mlxgpt.common import chips, machine, plan_budget, plan_compute, plan_memory, planner
 from mlxgpt.common.config import Recipe, build
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.plan_memory import Footprint, Piece
+from mlxgpt.common.plan import budget as plan_budget
+from mlxgpt.common.plan import chips, machine
+from mlxgpt.common.plan import compute as plan_compute
+from mlxgpt.common.plan import gate as plan_gate
+from mlxgpt.common.plan import memory as plan_memory
+from mlxgpt.common.plan.memory import Footprint, Piece
 
 GATE = planning.GATE
 TINY = [
@@ -202,18 +206,18 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
     backend.name, spare = "mlx", plan_memory.copy(recipe)
     monkeypatch.setattr(fake_run, "FREE", 4500 + spare)
     with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=4; --force"):
-        planner.gate(recipe, backend, arguments())
-    assert planner.gate(recipe, backend, arguments(force=True)).memory
+        plan_gate.gate(recipe, backend, arguments())
+    assert plan_gate.gate(recipe, backend, arguments(force=True)).memory
     backend.footprint.footprint = per_row
     monkeypatch.setattr(fake_run, "FREE", 70_000 + spare)
     with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=8; --force"):
-        planner.gate(recipe, backend, arguments())
+        plan_gate.gate(recipe, backend, arguments())
     monkeypatch.setattr(fake_run, "FREE", 5_000 + spare)
     with pytest.raises(UserError, match=r"train.checkpoint_activations=true"):
-        planner.gate(recipe, backend, arguments())
+        plan_gate.gate(recipe, backend, arguments())
     monkeypatch.setattr(fake_run, "FREE", spare)
     with pytest.raises(UserError, match="no micro-batch fits: expected a smaller model"):
-        planner.gate(recipe, backend, arguments())
+        plan_gate.gate(recipe, backend, arguments())
 
 
 def test_train_says_predicted_and_measured_and_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -223,7 +227,7 @@ def test_train_says_predicted_and_measured_and_writes_both(tmp_path: Path, capsy
             "--set", "data.tokenizer=char", "--set", "train.eval_every=0", "--set", "optim.warmup=1",
             "--set", "sample.max_tokens=0", *SMALL]  # fmt: skip
     assert " predicted, " in command(argv, capsys)
-    plan = json.loads((tmp_path / "run" / planner.FILE).read_text())
+    plan = json.loads((tmp_path / "run" / plan_gate.FILE).read_text())
     assert plan["backend"] == "mlx" and plan["predicted_seconds"] is None and plan["measured_seconds"] > 0
     assert sum(plan["components"].values()) == plan["predicted_peak"] > 0 and plan["measured_peak"] > 0
 

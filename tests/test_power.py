@@ -16,8 +16,8 @@ import torch_ref.losses
 import torch_ref.model
 import torch_ref.noise
 import torch_ref.optim
-from mlxgpt.common import families
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.model import families
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

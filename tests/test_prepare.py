@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxgpt.common import prepare, shards
 from mlxgpt.common.config import DataConfig
-from mlxgpt.common.corpus import Corpus, Scan, open_corpus
+from mlxgpt.common.data import prepare, shards
+from mlxgpt.common.data.corpus import Corpus, Scan, open_corpus
+from mlxgpt.common.data.shards import open_split, read_index, verify
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.shards import open_split, read_index, verify
-from mlxgpt.common.tokenizer import load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog; caf\u00e9 \u4f60\u597d 12 times\n"
 
@@ -183,7 +183,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from mlxgpt.common import prepare
+from mlxgpt.common.data import prepare
 from tests.test_prepare import made
 prepare.ALONE, prepare.GROUP = 0, 2000
 def stop(*_):
@@ -211,8 +211,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from mlxgpt.common.encoding import encode_in_order
-from mlxgpt.common.tokenizer import load_tokenizer
+from mlxgpt.common.tokenizers.parallel import encode_in_order
+from mlxgpt.common.tokenizers.load import load_tokenizer
 folder = Path({str(tokenizer)!r})
 for ids in encode_in_order(load_tokenizer(folder), folder, (["abc"] for _ in range(100)), 2):
     print("here", flush=True)
@@ -230,7 +230,7 @@ for ids in encode_in_order(load_tokenizer(folder), folder, (["abc"] for _ in ran
 
 def workers_of(tokenizer: Path) -> list[str]:
     listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if f"-m mlxgpt.common.encoding {tokenizer}" in line]
+    return [line for line in listed.splitlines() if f"-m mlxgpt.common.tokenizers.parallel {tokenizer}" in line]
 
 
 def test_a_worker_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

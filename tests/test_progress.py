@@ -11,9 +11,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mlxgpt.common import chips, params
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.progress import Progress, duration, short, sparkline
+from mlxgpt.common.model import params
+from mlxgpt.common.plan import chips
+from mlxgpt.common.train.progress import Progress, duration, short, sparkline
 
 
 def terminal(width: int = 100) -> Console:

@@ -12,7 +12,7 @@ from compare import agree, worst_gradient
 from models import CASES, tiny, weights
 
 from convert import conversion  # noqa: F401
-from mlxgpt.common import folder
+from mlxgpt.common.folders import model_folder
 
 # isort: split
 import mlx.core as mx
@@ -23,7 +23,7 @@ def quantised_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = Fal
 
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    folder.write_model(place / "plain", CASES[case], weights(CASES[case]))
+    model_folder.write_model(place / "plain", CASES[case], weights(CASES[case]))
     model, read = load_model(place / "plain")
 
     def choose(path: str, module: Any) -> bool | dict[str, Any]:

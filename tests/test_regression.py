@@ -47,7 +47,7 @@ engine.Engine.train_step = keeping
     # the sums are made twice, and the tensors hashed twice when read
     "checkpoint": (
         """
-from mlxgpt.common import checkpoint
+from mlxgpt.common.runs import checkpoint
 write_state, verify = checkpoint.write_state, checkpoint.verify
 def twice(place, state):
     write_state(place, state)
@@ -60,7 +60,7 @@ checkpoint.verify = lambda place: (verify(place), verify(place))[0]
     ),
     "conversion": (
         """
-from convert import stream
+from convert.formats import stream
 read_into = stream.read_into
 def twice(file, entry, memory):
     at = file.tell()
@@ -73,11 +73,11 @@ stream.read_into = twice
     ),
     "report": (
         """
-from mlxgpt.common import metrics, report_plots
+from mlxgpt.common.runs import metrics, plots
 read = metrics.read
 metrics.read = lambda path: ([*read(path)], [*read(path)], read(path))[2]
-report_plots.BINS = 10_000
-report_plots.curve.__defaults__ = (10_000,)
+plots.BINS = 10_000
+plots.curve.__defaults__ = (10_000,)
 """,
         {"report.parsed_a_line", "report.calls", "report.page_bytes"},
     ),

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import report, report_plots, run_summary, samples
+from mlxgpt.commands import report
 from mlxgpt.common.config import build, to_toml
+from mlxgpt.common.runs import plots, samples
+from mlxgpt.common.runs import summary as run_summary
 
 
 def make_run(place: Path, steps: int = 12, offset: float = 0.0, lr: float = 1e-3, nan: tuple[int, ...] = ()) -> Path:
@@ -63,23 +65,23 @@ def test_several_runs_are_overlaid_and_compared(tmp_path: Path) -> None:
     assert "distance of the training loss from one" in page
     differing = page[page.index("Settings that differ") : page.index("<h2>Data")]
     assert "optim.lr" in differing and "0.002" in differing and "model.n_layer" not in differing
-    steps, apart = report_plots.differences(*runs)
+    steps, apart = plots.differences(*runs)
     assert steps.tolist() == list(range(1, 13))
     np.testing.assert_allclose(apart, 2e-5, rtol=1e-6)
     shorter = run_summary.read_run(make_run(tmp_path / "three", steps=5))
-    assert report_plots.differences(runs[0], shorter)[0].tolist() == [1, 2, 3, 4, 5]
+    assert plots.differences(runs[0], shorter)[0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_curve_of_many_points_keeps_mean_and_extremes() -> None:
     x = np.arange(10_000.0)
     y = np.sin(x)
     y[1234], y[77] = 50.0, math.nan
-    line = report_plots.curve(x, y, bins=100)
+    line = plots.curve(x, y, bins=100)
     assert len(line.x) == 100
     assert line.high.max() == 50.0
     assert np.all(line.low <= line.mean) and np.all(line.mean <= line.high)
     np.testing.assert_allclose(line.x[0], x[:100][~np.isnan(y[:100])].mean(), rtol=0.02)
-    few = report_plots.curve(x[:80], y[:80], bins=100)
+    few = plots.curve(x[:80], y[:80], bins=100)
     assert len(few.x) == 79 and few.mean is few.low
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxgpt.common import checkpoint, metrics, tensors
 from mlxgpt.common.config import build, read_toml
+from mlxgpt.common.folders import tensors
+from mlxgpt.common.runs import checkpoint, metrics
 
 BACKENDS = ("mlx", "torch")
 STEPS, STOP = 36, 15

@@ -10,10 +10,13 @@ import pytest
 from test_report import make_run
 
 from mlxgpt import cli
-from mlxgpt.common import checkpoint, params, report_plots, run_folder, run_summary, runs
+from mlxgpt.commands import runs as runs_command
 from mlxgpt.common.batch import State
-from mlxgpt.common.checkpoint import RunState
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.model import params
+from mlxgpt.common.runs import checkpoint, plots, run_folder
+from mlxgpt.common.runs import summary as run_summary
+from mlxgpt.common.runs.checkpoint import RunState
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
 
@@ -102,10 +105,10 @@ def test_a_run_that_took_moments_along_begins_after_their_step(tmp_path: Path) -
     run = make_run(tmp_path / "one")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] > 5))
-    assert runs.check(run)[0] == [f"{run / 'metrics.jsonl'}: found step 6, expected step 1"]
+    assert runs_command.check(run)[0] == [f"{run / 'metrics.jsonl'}: found step 6, expected step 1"]
     (run / "environment.json").write_text('[{"from_step": 5}]')
-    assert runs.check(run)[0] == []
-    first, second = report_plots.tokens_per_second(run_summary.read_run(run))[:2]
+    assert runs_command.check(run)[0] == []
+    first, second = plots.tokens_per_second(run_summary.read_run(run))[:2]
     assert np.isnan(first) and second == 200.0
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from mlxgpt.common import sampling
 from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.inference import sampling
 
 V = 50
 

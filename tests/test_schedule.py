@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from mlxgpt.common import schedule
 from mlxgpt.common.config import OptimConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.train import schedule
 
 SCHEDULES = ["cosine", "linear", "constant", "wsd"]
 

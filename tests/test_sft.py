@@ -17,12 +17,15 @@ from compare import worst
 from models import tiny, weights
 
 from mlxgpt import cli
-from mlxgpt.common import folder, params, sft, sft_pack
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft import SftSource
-from mlxgpt.common.tokenizer import Tokenizer, train_tokenizer
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import params
+from mlxgpt.common.sft import pack
+from mlxgpt.common.sft import source as sft_source
+from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
 
 BACKENDS = ["mlxgpt", "torch_ref"]
 WORDS = templates.TEXT.split()
@@ -54,7 +57,9 @@ def opened(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tiny(family="llama", block_size=256, vocab_size=400)
     settings: dict[str, Any] = {"batch_size": 4, "seed": 5} | (train or {})
-    return sft.open(TuneConfig(source=str(path), **tune), TrainConfig(**settings), tokenizer, config, lambda line: None)
+    return sft_source.open(
+        TuneConfig(source=str(path), **tune), TrainConfig(**settings), tokenizer, config, lambda line: None
+    )
 
 
 def epoch(source: SftSource, number: int = 0) -> list[Batch]:
@@ -115,8 +120,8 @@ def test_shapes_are_few(tmp_path: Path, tokenizer: Tokenizer) -> None:
     padded = opened(tmp_path, tokenizer, chat_rows(200), packing=False)
     widths = {batch.tokens.shape[1] for batch in epoch(padded)}
     assert len(widths) > 1 and widths <= {32, 48, 64, 96, 128, 192, 256}
-    assert [sft_pack.bucket(n, 2048) for n in (1, 32, 33, 49, 65, 97, 129)] == [32, 32, 48, 64, 96, 128, 192]
-    assert sft_pack.bucket(130, 160) == 160
+    assert [pack.bucket(n, 2048) for n in (1, 32, 33, 49, 65, 97, 129)] == [32, 32, 48, 64, 96, 128, 192]
+    assert pack.bucket(130, 160) == 160
     rows = [row for batch in epoch(padded) for row in batch.row_ids]
     assert Counter(rows) == Counter(example.where for example in padded.rows("train"))
 
@@ -157,8 +162,8 @@ def row_means(backend: str, config: ModelConfig, source: SftSource, packed: bool
     examples = source.rows("train")
     if packed:
         order = np.arange(len(examples))
-        bins = sft_pack.pack(np.array([len(e) for e in examples]), order, source.size)
-        batch = sft_pack.packed_batch(examples, bins, source.size)
+        bins = pack.pack(np.array([len(e) for e in examples]), order, source.size)
+        batch = pack.packed_batch(examples, bins, source.size)
         terms = losses(backend, config, batch)
         for b, rows in enumerate(bins):
             start = 0
@@ -169,7 +174,7 @@ def row_means(backend: str, config: ModelConfig, source: SftSource, packed: bool
     else:
         for number in range(0, len(examples), 8):
             plan = [(row,) for row in range(number, min(number + 8, len(examples)))]
-            batch = sft_pack.padded_batch(examples, plan, source.size)
+            batch = pack.padded_batch(examples, plan, source.size)
             terms = losses(backend, config, batch)
             for b, (row,) in enumerate(plan):
                 means[examples[row].where] = terms[b].sum() / examples[row].weights.sum()
@@ -226,9 +231,9 @@ def _shifted_targets(batch: Batch) -> Batch:
 def test_packing_done_wrongly_is_seen(
     backend: str, broken: Any, family: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = sft_pack.packed_batch
-    monkeypatch.setattr(sft_pack, "padded_batch", lambda *args: padded(right, *args))
-    monkeypatch.setattr(sft_pack, "packed_batch", lambda *args: broken(right(*args)))
+    right = pack.packed_batch
+    monkeypatch.setattr(pack, "padded_batch", lambda *args: padded(right, *args))
+    monkeypatch.setattr(pack, "packed_batch", lambda *args: broken(right(*args)))
     assert packing_gap(backend, family, tmp_path, tokenizer) > 1e-3
 
 
@@ -301,7 +306,7 @@ def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: To
     path, lines = tmp_path / "rows.jsonl", []
     config = tiny(family="llama", block_size=256, vocab_size=400)
     path.write_text(json.dumps({"messages": talk, "tools": [{"function": {"name": "add"}}]}) + "\n")
-    sft.open(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
+    sft_source.open(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
     unsaid = "ChatML does not write them: nothing of them is trained on"
     assert [line for line in lines if "does not write" in line] == [
         f"{path} row 1: {key}: {unsaid}" for key in ("tools", "tool_calls")
@@ -312,7 +317,7 @@ def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: To
     held += "{% if add_generation_prompt %}assistant{% endif %}"
     (tmp_path / "held.jinja").write_text(held)
     tune = TuneConfig(source=str(path), template=str(tmp_path / "held.jinja"))
-    sft.open(tune, TrainConfig(), tokenizer, config, lines.append)
+    sft_source.open(tune, TrainConfig(), tokenizer, config, lines.append)
     assert lines and not any("does not write" in line for line in lines)
 
 
@@ -406,7 +411,7 @@ def test_what_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines: list[str] = []
     config = tiny(family="llama", block_size=256, vocab_size=400)
     tune = TuneConfig(source=str(tmp_path), block_size=40)
-    source = sft.open(tune, TrainConfig(batch_size=4), tokenizer, config, lines.append)
+    source = sft_source.open(tune, TrainConfig(batch_size=4), tokenizer, config, lines.append)
     counts = source.counts["train"]
     assert not path.exists()
     assert lines == [
@@ -425,7 +430,7 @@ def test_a_validation_row_may_be_the_longest(tmp_path: Path, tokenizer: Tokenize
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "He goes."}))
     (tmp_path / "valid.jsonl").write_text(json.dumps({"text": LONG["instruction"]}))
     config = tiny(family="llama", block_size=256, vocab_size=400)
-    source = sft.open(TuneConfig(source=str(tmp_path)), TrainConfig(), tokenizer, config, lambda line: None)
+    source = sft_source.open(TuneConfig(source=str(tmp_path)), TrainConfig(), tokenizer, config, lambda line: None)
     (batch,) = source.validation()
     assert batch.weight == len(source.rows("valid")[0])
 
@@ -483,12 +488,12 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_row_is_seen(name: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = MUTATIONS[name]
-    source = Path(sft.__file__).read_text()
+    source = Path(sft_source.__file__).read_text()
     assert source.count(old) == 1
     mutant = types.ModuleType("mutant")
     monkeypatch.setitem(sys.modules, "mutant", mutant)
-    exec(compile(source.replace(old, new), sft.__file__, "exec"), vars(mutant))
-    monkeypatch.setattr(sft, "open", mutant.open)
+    exec(compile(source.replace(old, new), sft_source.__file__, "exec"), vars(mutant))
+    monkeypatch.setattr(sft_source, "open", mutant.open)
     with pytest.raises(AssertionError):
         test_a_completion_without_a_template_is_prompt_answer_and_end("What is it?", tmp_path, tokenizer)
         test_an_answer_that_lost_its_beginning_is_no_target(tmp_path, tokenizer)
@@ -501,7 +506,7 @@ def test_a_wrong_row_is_seen(name: str, tmp_path: Path, tokenizer: Tokenizer, mo
 @pytest.fixture
 def model(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     config = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab)
-    folder.write_model(tmp_path / "model", config, params.init_params(config, 1), tokenizer=tokenizer)
+    model_folder.write_model(tmp_path / "model", config, params.init_params(config, 1), tokenizer=tokenizer)
     return tmp_path / "model"
 
 

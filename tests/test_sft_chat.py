@@ -10,10 +10,10 @@ import templates
 from templates import FAMILIES, made, tokenizer_folder
 from transformers import AutoTokenizer
 
-from mlxgpt.common import sft_chat
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft_chat import Template, extend, template_of
-from mlxgpt.common.tokenizer import from_files, load_tokenizer, train_tokenizer
+from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.sft.template import Template, extend, template_of
+from mlxgpt.common.tokenizers.load import from_files, load_tokenizer, train_tokenizer
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 TALK = [
@@ -230,7 +230,7 @@ def test_chatml_takes_the_place_of_another_template(tmp_path: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
     ours = extend(load_tokenizer(folder))
     template = template_of(ours)
-    assert template and template.sources == {"default": sft_chat.CHATML} and template.end == "<|im_end|>"
+    assert template and template.sources == {"default": sft_template.CHATML} and template.end == "<|im_end|>"
     assert from_files(ours.files, tmp_path).eos_id == ours.encode("<|im_end|>")[0]
 
 
@@ -251,10 +251,10 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_mask_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = MUTATIONS[name]
-    source = Path(sft_chat.__file__).read_text()
+    source = Path(sft_template.__file__).read_text()
     assert source.count(old) == 1
     space: dict[str, Any] = {"__name__": "mutant"}
-    exec(compile(source.replace(old, new), sft_chat.__file__, "exec"), space)
+    exec(compile(source.replace(old, new), sft_template.__file__, "exec"), space)
     monkeypatch.setattr(Template, "_masked", space["Template"]._masked)
     with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
         test_every_answer_and_its_end_token_are_trained_and_nothing_else("smollm2", tmp_path / "a")

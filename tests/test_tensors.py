@@ -14,8 +14,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxgpt.common import tensors
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import tensors
 
 
 def refusal(call: Any, *args: Any) -> str:

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, guards, metrics, samples, session, start, trainer
+from mlxgpt.commands import train as train_command
+from mlxgpt.common import backend
 from mlxgpt.common.batch import Batch
-from mlxgpt.common.progress import Progress
+from mlxgpt.common.runs import checkpoint, metrics, samples
+from mlxgpt.common.train import guards, loop, session
+from mlxgpt.common.train.progress import Progress
 
 Go = Callable[..., int]
 
@@ -29,7 +32,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
+    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text(fake_run.RECIPE)
 
@@ -96,8 +99,8 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_loss_of_a_step_is_the_one_before_its_update(go: Go) -> None:
     assert go("--out", "run") == 0
     source = fake_run.Source(1337, 4, 8)
-    recipe = start.build(start.read_toml(Path("run/recipe.toml")))
-    engine = fake_run.Engine(recipe, start.params.init_params(recipe.model, 1337))
+    recipe = train_command.build(train_command.read_toml(Path("run/recipe.toml")))
+    engine = fake_run.Engine(recipe, train_command.params.init_params(recipe.model, 1337))
     sums = engine.evaluate(source.batch(1))
     assert losses("run")[1] == sums["loss"] / sums["weight"]
 
@@ -266,7 +269,7 @@ def test_a_tensor_without_a_gradient_is_an_error_that_names_it(
 
 
 def test_a_gradient_that_is_zero_by_design_may_be_so_once() -> None:
-    param = start.params.Param((2,), zero_grad_at_init=True)
+    param = train_command.params.Param((2,), zero_grad_at_init=True)
     engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: {"params": {"a": np.full(2, engine.t, np.float32)}})
     watch = guards.FirstUpdates(engine, {"a": param})  # type: ignore[arg-type]
     stats = guards.StepStats(1.0, 1.0, 1.0, True, zero_grads=("a",))
@@ -284,7 +287,7 @@ def test_an_update_too_small_to_show_is_not_taken_for_none(rate: float, moment: 
     """A norm's 1.0 keeps its bits in a long warm-up to 1e-6."""
     state = {"params": {"a": np.ones(2, np.float32)}, "m": {"a": np.full(2, moment, np.float32)}}
     engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: state)
-    watch = guards.FirstUpdates(engine, {"a": start.params.Param((2,))})  # type: ignore[arg-type]
+    watch = guards.FirstUpdates(engine, {"a": train_command.params.Param((2,))})  # type: ignore[arg-type]
     engine.t = 2
     with pytest.raises(guards.RunError, match="a: not a bit") if accused else contextlib.nullcontext():
         watch.check(guards.StepStats(1.0, 1.0, 1.0, True), rate)
@@ -302,21 +305,21 @@ def test_a_batch_without_targets_is_refused() -> None:
 def test_a_save_that_fails_ends_the_run(
     go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], background: str
 ) -> None:
-    real = checkpoint.folder.write_model
+    real = checkpoint.model_folder.write_model
 
     def full(place: Path, *args: Any, **kwargs: Any) -> None:
         if "0000008" in str(place):
             raise OSError(28, "No space left on device")
         real(place, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.folder, "write_model", full)
+    monkeypatch.setattr(checkpoint.model_folder, "write_model", full)
     assert go("--out", "run", "--set", f"train.background={background}") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "step-0000008: not written: No space left on device" in error
     assert "the last good checkpoint is run/checkpoints/step-0000005" in error
     assert checkpoint.steps_of(Path("run")) == [4, 5]
     assert not list(Path("run/checkpoints").glob(".*"))
-    monkeypatch.setattr(checkpoint.folder, "write_model", real)
+    monkeypatch.setattr(checkpoint.model_folder, "write_model", real)
     assert go("--resume", "run") == 0
     assert list(losses("run")) == list(range(1, 13))
 
@@ -325,7 +328,7 @@ def test_a_save_that_fails_is_seen_before_the_next_one(go: Go, monkeypatch: pyte
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.folder, "write_model", broken)
+    monkeypatch.setattr(checkpoint.model_folder, "write_model", broken)
     monkeypatch.setenv("FAKE_DELAY", "0.05")
     assert go("--out", "run", "--set", "train.save_every=3", "--set", "train.eval_every=0", "--steps", "100") == 1
     assert max(losses("run")) < 6
@@ -492,7 +495,7 @@ def test_a_run_that_was_killed_before_its_first_save_starts_again(go: Go, capsys
 
 
 def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(start, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
     assert go("--out", "first", "--set", "train.keep=0") == 0
     capsys.readouterr()
     best = checkpoint.resolve_model("first")
@@ -514,7 +517,7 @@ def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_run_goes_on_from_a_checkpoint_with_its_moments(
     go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
     assert go("--out", "whole") == 0
     assert go("--out", "first", "--stop-after", "5") == 0
     given = "first/checkpoints/step-0000005"
@@ -553,7 +556,9 @@ def test_a_tokenizer_that_is_gone_is_taken_from_the_checkpoint(
     assert go("--out", "run", "--set", "data.tokenizer=words", "--stop-after", "5") == 0
     Path("words").unlink()
     asked, real = [], fake_run.open_data
-    monkeypatch.setattr(start.data, "open_data", lambda data, *rest: asked.append(data.tokenizer) or real(data, *rest))
+    monkeypatch.setattr(
+        train_command.token_source, "open_data", lambda data, *rest: asked.append(data.tokenizer) or real(data, *rest)
+    )
     assert go("--resume", "run") == 0
     assert asked == [str(Path("run/checkpoints/step-0000005").resolve())]
     assert "words is gone; run/checkpoints/step-0000005 has it" in capsys.readouterr().out
@@ -565,11 +570,11 @@ def test_weights_of_another_vocabulary_are_refused(
     assert go("--out", "first") == 0
     monkeypatch.setattr(fake_run, "VOCABULARY", 20)
     monkeypatch.setattr(fake_run.Source, "vocab_size", 20)
-    monkeypatch.setattr(start, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
     assert go("--out", "second", "--init-from", "first") == 2
     assert "vocabulary of 13, the data's has 20" in capsys.readouterr().err
-    monkeypatch.setattr(start, "has_tokenizer", lambda place: True)
-    monkeypatch.setattr(start, "load_tokenizer", lambda place: fake_run.SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: True)
+    monkeypatch.setattr(train_command, "load_tokenizer", lambda place: fake_run.SimpleNamespace(digest="0" * 64))
     assert go("--out", "second", "--init-from", "first") == 2
     assert "its tokenizer has sha256 000000000000..." in capsys.readouterr().err
     assert not Path("second").exists()
@@ -684,19 +689,19 @@ def test_a_second_process_is_kept_out(go: Go) -> None:
 
 def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     """Host time of the loop with nothing in it: rate, metrics, display, guards. 16 us on an idle core."""
-    recipe = start.build(start.read_toml(Path("recipe.toml")))
+    recipe = train_command.build(train_command.read_toml(Path("recipe.toml")))
     source = fake_run.Source(1337, 4, 8)
-    recipe = start._resolve(recipe, source, fake_run.Tokenizer())  # type: ignore[arg-type]
-    settings = start.dataclasses.replace(recipe.train, steps=5000, eval_every=0, save_every=0, log_every=1000)
-    recipe = start.dataclasses.replace(recipe, train=settings)
-    engine = fake_run.Engine(recipe, start.params.init_params(recipe.model, 1))
+    recipe = train_command._resolve(recipe, source, fake_run.Tokenizer())  # type: ignore[arg-type]
+    settings = train_command.dataclasses.replace(recipe.train, steps=5000, eval_every=0, save_every=0, log_every=1000)
+    recipe = train_command.dataclasses.replace(recipe, train=settings)
+    engine = fake_run.Engine(recipe, train_command.params.init_params(recipe.model, 1))
     batch, real = source.batch(1), engine.train_step
 
     def train_step(step: int, batches: list[Batch], lr: float) -> Any:
         if step <= 2:
             return real(step, batches, lr)
         engine.t += 1
-        return trainer.guards.StepStats(2.0, 1.0, 1.0, True)
+        return loop.guards.StepStats(2.0, 1.0, 1.0, True)
 
     engine.train_step, source.batch = train_step, lambda step: batch  # type: ignore[method-assign]
     run = Path("run")
@@ -705,8 +710,8 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     state = session.fresh(recipe, source.digest, engine.describe())
     with metrics_of(run) as lines, Progress("x", 5000, log_every=1000) as display:
         began = time.thread_time()
-        job = trainer.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)
-        assert trainer.train(job) == 0
+        job = loop.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)
+        assert loop.train(job) == 0
         spent = time.thread_time() - began
     assert spent / 5000 < 100e-6
 

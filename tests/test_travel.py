@@ -16,13 +16,17 @@ from mlx_lm.utils import load_model
 from models import CASES, NO_BIAS, tiny, weights
 
 import convert.conversion
-import convert.hf
+import convert.formats.hf
 from convert import convert as convert_model
 from mlxgpt import cli
-from mlxgpt.common import backend, checkpoint, families, folder, params, start, tensors
+from mlxgpt.commands import train as train_command
+from mlxgpt.common import backend
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError
-from mlxgpt.common.tokenizer import train_tokenizer
+from mlxgpt.common.folders import model_folder, tensors
+from mlxgpt.common.model import families, params
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.load import train_tokenizer
 
 CARD = "---\nlicense: mit\ntags:\n- stories\nbase_model: someone/base\n---\n# Card\n"
 GENERATION = {"temperature": 0.7, "eos_token_id": [0, 3], "do_sample": True}
@@ -33,7 +37,7 @@ def dressed(tmp_path: Path) -> Path:
     """A llama with a tokenizer and everything else that folders of the hub have."""
     config, place = tiny(family="llama", vocab_size=300), tmp_path / "dressed"
     tokenizer = train_tokenizer("bpe", ["the quick brown fox " * 50], 280)
-    folder.write_model(place, config, weights(config), tokenizer=tokenizer, extra={"bos_token_id": 0})
+    model_folder.write_model(place, config, weights(config), tokenizer=tokenizer, extra={"bos_token_id": 0})
     (place / "README.md").write_text(CARD)
     (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (place / "generation_config.json").write_text(json.dumps(GENERATION))
@@ -42,7 +46,7 @@ def dressed(tmp_path: Path) -> Path:
 
 def rest(place: Path) -> dict[str, bytes]:
     """The files beside weights and config."""
-    own = ("config.json", folder.SINGLE, folder.INDEX, "weights.npz")
+    own = ("config.json", model_folder.SINGLE, model_folder.INDEX, "weights.npz")
     return {path.name: path.read_bytes() for path in place.iterdir() if path.name not in own}
 
 
@@ -77,14 +81,14 @@ def test_what_is_warned_of_is_what_mlx_lm_does(name: str, tmp_path: Path, monkey
     from mlxgpt.load import load
 
     config = CASES[name]
-    folder.write_model(tmp_path / "a", config, weights(config, scale=3.0))
+    model_folder.write_model(tmp_path / "a", config, weights(config, scale=3.0))
     said = families.mlx_lm_deviations(config)
     assert len(said) == 1 and config.activation in said[0]
     theirs = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}[config.activation]
     assert f"mlx-lm computes {theirs}" in said[0]
     tokens = mx.array([[1, 5, 79, 3, 3, 0, 44, 12]])
     ours, found = (np.array(model(tokens)) for model in (load(tmp_path / "a")[0], load_model(tmp_path / "a")[0]))
-    monkeypatch.setattr(folder, "read_config", lambda place: dataclasses.replace(config, activation=theirs))
+    monkeypatch.setattr(model_folder, "read_config", lambda place: dataclasses.replace(config, activation=theirs))
     described = np.array(load(tmp_path / "a")[0](tokens))
     assert 10 * np.abs(found - described).max() < np.abs(found - ours).max()
 
@@ -94,7 +98,7 @@ def test_a_run_warns_once_of_its_checkpoints(
 ) -> None:
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(start.data, "open_data", fake_run.open_data)
+    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text(fake_run.RECIPE)
     for out, family, activation, times in (("a", "gpt2", "gelu", 1), ("b", "gpt2", "gelu_tanh", 0)):
@@ -155,21 +159,21 @@ def test_verify_keeps_nothing_of_a_writer_that_is_broken(
 ) -> None:
     """The mutation: two layers are swapped as they are written; what was there before stays."""
     config = CASES["llama"]
-    folder.write_model(tmp_path / "a", config, weights(config))
+    model_folder.write_model(tmp_path / "a", config, weights(config))
     if there:
-        folder.write_model(tmp_path / "b", config, weights(config, seed=2))
+        model_folder.write_model(tmp_path / "b", config, weights(config, seed=2))
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").glob("*")}
-    whole = convert.hf.write
+    whole = convert.formats.hf.write
 
     def broken(opened: Any, place: Path, options: Any) -> list[str]:
         notes = whole(opened, place, options)
-        arrays = tensors.read_tensors(place / folder.SINGLE)
+        arrays = tensors.read_tensors(place / model_folder.SINGLE)
         one, two = (f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1))
         arrays[one], arrays[two] = arrays[two], arrays[one]
-        tensors.write_tensors(place / folder.SINGLE, arrays, {"format": "pt"})
+        tensors.write_tensors(place / model_folder.SINGLE, arrays, {"format": "pt"})
         return notes
 
-    monkeypatch.setattr(convert.hf, "write", broken)
+    monkeypatch.setattr(convert.formats.hf, "write", broken)
     command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--verify", *(["--force"] if there else [])]
     assert cli.main(command) == 1
     err = capsys.readouterr().err
@@ -181,9 +185,9 @@ def test_verify_keeps_nothing_of_a_writer_that_is_broken(
 
 
 def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from convert.placing import workplace
+    from convert.formats.placing import workplace
 
-    folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
+    model_folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
     with workplace(tmp_path / "b", False) as place:
         place.mkdir()
         assert cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
@@ -192,7 +196,7 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path, capsys: pytest
 
 
 def test_what_a_kill_left_is_put_back_or_removed(tmp_path: Path) -> None:
-    folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
+    model_folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
     convert_model(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b").rename(tmp_path / ".b.old")
     (tmp_path / ".b.partial").mkdir()
@@ -205,7 +209,7 @@ def test_what_a_kill_left_is_put_back_or_removed(tmp_path: Path) -> None:
 def test_the_round_trip_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """convert's docstrings are run as they stand."""
     config = tiny(family="gpt2", activation="gelu")
-    folder.write_model(tmp_path / "model", config, weights(config))
+    model_folder.write_model(tmp_path / "model", config, weights(config))
     monkeypatch.chdir(tmp_path)
     convert_model("model", "ckpt.pt")
     shutil.rmtree("model")

@@ -7,34 +7,37 @@ from pathlib import Path
 
 import pytest
 
-from mlxgpt.common import pydocs, pydocs_qa, trainer, tune_metrics
+from mlxgpt.common.data import pydocs
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import text_metrics
+from mlxgpt.common.sft import pydocs_qa
+from mlxgpt.common.train import loop
 
 NAMES = ("exact", "bleu", "chrf", "rouge_l")
 REFERENCES = ["the cat sat on the mat today", "join two paths with a slash between"]
 
 
 def test_answers_that_are_the_references_are_perfect() -> None:
-    found = tune_metrics.score(NAMES, [f" {text}\n" for text in REFERENCES], REFERENCES)
+    found = text_metrics.score(NAMES, [f" {text}\n" for text in REFERENCES], REFERENCES)
     assert found == {"exact": 1.0, "bleu": pytest.approx(100), "chrf": pytest.approx(100), "rouge_l": 1.0}
 
 
 def test_each_metric_falls_with_what_it_measures() -> None:
     swapped = ["on the mat sat the cat today", REFERENCES[1]]
-    found = tune_metrics.score(NAMES, swapped, REFERENCES)
+    found = text_metrics.score(NAMES, swapped, REFERENCES)
     assert found["exact"] == 0.5
     assert found["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)  # "on the mat today" or as long is common
     assert 20 < found["bleu"] < 100 and 60 < found["chrf"] < 100
-    nothing = tune_metrics.score(NAMES, ["", ""], REFERENCES)
+    nothing = text_metrics.score(NAMES, ["", ""], REFERENCES)
     assert all(value == 0 for value in nothing.values())
 
 
 def test_a_metric_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune_metrics.check(NAMES)
+    text_metrics.check(NAMES)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sacrebleu" else object())
-    tune_metrics.check(["exact", "rouge_l"])
+    text_metrics.check(["exact", "rouge_l"])
     with pytest.raises(UserError, match="chrf needs sacrebleu: pip install"):
-        tune_metrics.check(["chrf"])
+        text_metrics.check(["chrf"])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_a_metric_whose_package_is_missing_is_refused(monkeypatch: pytest.Monkey
     ],
 )
 def test_less_loss_and_more_of_a_metric_is_better(name: str, found: float, best: float | None, better: bool) -> None:
-    assert trainer.is_better(name, {name: found}, None if best is None else {name: best}) == better
+    assert loop.is_better(name, {name: found}, None if best is None else {name: best}) == better
 
 
 def test_questions_about_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,15 @@ from mutations import BASES, MUTATIONS
 
 import convert.verify
 from convert import convert as convert_model
-from convert import verify_html, verify_runs, verify_tensors, verify_text
-from convert.model import Moments, Tensor
+from convert.formats.opened import Moments, Tensor
+from convert.verify import html as verify_html
+from convert.verify import processes as verify_runs
+from convert.verify import tensors as verify_tensors
+from convert.verify import text as verify_text
 from convert.verify import verify
-from convert.verify_report import Figure, Report, Row
+from convert.verify.report import Figure, Report, Row
 from mlxgpt import cli
-from mlxgpt.common import folder
+from mlxgpt.common.folders import model_folder
 
 KEYS = {"agrees", "a", "b", "findings", "checked", "not_checked", "notes", "figures", "tensors"}
 
@@ -235,7 +238,7 @@ def test_tables_have_80_columns_and_cut_no_name() -> None:
 @pytest.mark.usefixtures("here")
 def test_what_the_documentation_of_the_module_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = models.tiny(family="gpt2", n_embd=64, activation="gelu")
-    folder.write_model(tmp_path / "a", config, models.weights(config))
+    model_folder.write_model(tmp_path / "a", config, models.weights(config))
     (tmp_path / "out").mkdir()
     convert_model(tmp_path / "a", tmp_path / "out" / "ckpt.pt")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Matrices that compute as W + scale B A, in PyTorch; common/adapters.py has the formulas and the names of the tensors.
+"""Matrices that compute as W + scale B A, in PyTorch; common/model/adapters.py has the formulas and the tensors' names.
 
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mlxgpt.common import adapters
-from mlxgpt.common.adapter_folder import Adapter
-from mlxgpt.common.adapters import Target
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.model import adapters
+from mlxgpt.common.model.adapters import Target
 from torch_ref import noise
 from torch_ref.model import Dropout, Embedding, Linear, Model
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mlxgpt.common import adapters as adaption
-from mlxgpt.common import confusion, quantising, rng
-from mlxgpt.common import params as parameters
-from mlxgpt.common.affine import Quantised
+from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.evaluate import confusion
+from mlxgpt.common.model import adapters as adaption
+from mlxgpt.common.model import params as parameters
+from mlxgpt.common.model import quantize_base
+from mlxgpt.common.model.affine import Quantised
 from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
 from torch_ref.model import Dropout, Model
@@ -24,7 +26,7 @@ class Engine:
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
         params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
-            (common/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
+            (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
 
     Raises:
@@ -46,7 +48,7 @@ class Engine:
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
         self.model.requires_grad_(False)
         parameters.check(adaption.shapes(recipe), params)
-        base, self.note = quantising.prepare(recipe, params, self.device.type == "cpu")
+        base, self.note = quantize_base.prepare(recipe, params, self.device.type == "cpu")
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantised):

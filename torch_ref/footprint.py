@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlxgpt.common.affine import Quantised
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.plan_memory import Footprint, Piece
+from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.plan.memory import Footprint, Piece
 from torch_ref import engine as engines
 from torch_ref import losses, optim
 
@@ -79,11 +79,11 @@ class Outline(engines.Engine):
     """An engine of the right shapes without values."""
 
     def __init__(self, recipe: Recipe):
-        devices, quantising = engines.devices, engines.quantising
+        devices, quantize_base = engines.devices, engines.quantize_base
         patches = [
             (devices, "use", lambda *_: torch.device("meta")),
             (devices, "limit", lambda *_: []),
-            (quantising, "prepare", lambda *_: (outlined(recipe), "")),
+            (quantize_base, "prepare", lambda *_: (outlined(recipe), "")),
             (torch, "from_numpy", lambda a: torch.empty(a.shape, dtype=_DTYPES[a.dtype.name], device="meta")),
         ]
         kept = [(place, name, getattr(place, name)) for place, name, _ in patches]

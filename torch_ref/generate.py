@@ -1,4 +1,4 @@
-"""Generation, in PyTorch: a key-value cache, and tokens drawn on the device as common/sampling.py specifies.
+"""Generation, in PyTorch: a key-value cache, and tokens drawn on the device as common/inference/sampling.py specifies.
 
 Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from mlxgpt.common import continuation, sampling
 from mlxgpt.common.config import SampleConfig
-from mlxgpt.common.continuation import OnText, Result, Row
-from mlxgpt.common.tokenizer import Tokenizer
+from mlxgpt.common.inference import generation, sampling
+from mlxgpt.common.inference.generation import OnText, Result, Row
+from mlxgpt.common.tokenizers.load import Tokenizer
 from torch_ref import noise
 from torch_ref.losses import cross_entropy
 from torch_ref.model import Cache, Model, make_cache
@@ -90,7 +90,7 @@ def decode(
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
     """
     device = model.ln_f.weight.device
-    width, steps = max(len(row.prompt) for row in rows), continuation.steps(model.config, rows, sample)
+    width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = torch.tensor(pads, device=device) if any(pads) else None
@@ -98,7 +98,7 @@ def decode(
     held = cache[0].offset
     seen = None
     if sample.repetition_penalty != 1:
-        seen = torch.tensor(continuation.seen(rows, n_vocab), device=device)
+        seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
         positions = None
@@ -140,11 +140,11 @@ def generate(
         UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
         RunError: the model's logits are not finite.
     """
-    rows = continuation.start_rows(model.config, tokenizer, prompts, stop)
+    rows = generation.start_rows(model.config, tokenizer, prompts, stop)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
     if rows and sample.max_tokens:
         for tokens in decode(model, rows, sample, n_vocab):
-            if continuation.advance(model.config, rows, tokens, sample, on_text):
+            if generation.advance(model.config, rows, tokens, sample, on_text):
                 break
     return [row.result() for row in rows]
 

@@ -1,4 +1,4 @@
-"""transformers as the judge of a folder; see common/judging.py."""
+"""transformers as the judge of a folder; see common/inference/judge.py."""
 
 import sys
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlxgpt.common import families, judging, params, probing
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.judging import Arrays
-from mlxgpt.common.probing import KEPT, Request
-from mlxgpt.common.tokenizer import has_tokenizer
+from mlxgpt.common.inference import judge as judging
+from mlxgpt.common.inference import probe
+from mlxgpt.common.inference.judge import Arrays
+from mlxgpt.common.inference.probe import KEPT, Request
+from mlxgpt.common.model import families, params
+from mlxgpt.common.tokenizers.load import has_tokenizer
 
 
 def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[str]) -> Arrays:
@@ -33,7 +35,7 @@ def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[s
 
     def forward(scale: float, before: float) -> Arrays:
         with torch.no_grad():
-            for name, factor in probing.growth(config, scale, before).items():
+            for name, factor in probe.growth(config, scale, before).items():
                 if name in weights:
                     weights[name][0].mul_(factor)
         model.zero_grad()

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
-from mlxgpt.common import adapter_folder, finding, folder, params, quantising, tokenizer
-from mlxgpt.common.affine import Quantised
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.finding import Given
+from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.folders.base_and_adapters import Given
+from mlxgpt.common.model import params, quantize_base
+from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.tokenizers import load as tokenizer
 from torch_ref import adapters, quant
 from torch_ref import device as devices
 from torch_ref.model import Model
@@ -42,13 +44,13 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     where = devices.use(device)
-    place, found = finding.find(path, adapter)
-    base = folder.read_config(place)
+    place, found = base_and_adapters.find(path, adapter)
+    base = model_folder.read_config(place)
     given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
     config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
     brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(torch, dtype))
-    arrays, _ = quantising.widen(folder.read_stored(place, base), where.type == "cpu", dequantise)
+    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where.type == "cpu", dequantise)
     for name in (name for name in params.table(config) if name not in brought):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantised):

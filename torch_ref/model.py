@@ -1,7 +1,7 @@
 """One decoder for every family, in PyTorch. ``diff mlxgpt/model.py torch_ref/model.py`` shows how MLX differs.
 
 Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H query heads, K key and value heads,
-D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/params.py lists them.
+D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
 from functools import partial
@@ -12,9 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlxgpt.common import rotary
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import rotary
 from torch_ref import noise
 
 if TYPE_CHECKING:

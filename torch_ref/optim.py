@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mlxgpt.common.config import OptimConfig
-from mlxgpt.common.params import Param
+from mlxgpt.common.model.params import Param
 
 
 def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:

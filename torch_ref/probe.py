@@ -1,4 +1,4 @@
-"""What a model makes of given tokens, in PyTorch; common/probing.py names the arrays and says what they are for."""
+"""What a model makes of given tokens, in PyTorch; common/inference/probe.py names the arrays and their use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from mlxgpt.common import probing
 from mlxgpt.common.config import SampleConfig, TrainConfig
-from mlxgpt.common.probing import KEPT, Request
+from mlxgpt.common.inference import probe as probing
+from mlxgpt.common.inference.probe import KEPT, Request
 from torch_ref.generate import generate
 from torch_ref.load import load
 from torch_ref.losses import Arrays, lm

@@ -1,4 +1,4 @@
-"""Matrices that stay quantised, in MLX's affine format (common/affine.py); they compute, and do not train."""
+"""Matrices that stay quantised, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from mlxgpt.common.affine import Quantised
+from mlxgpt.common.model.affine import Quantised
 from torch_ref.model import Embedding, Linear, Matrix, Model
 
 

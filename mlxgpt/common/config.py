@@ -46,7 +46,7 @@ class ModelConfig:
     """
 
     family: str = _field(
-        "gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/family_table.py"
+        "gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/model/family_table.py"
     )
     n_layer: int = _field(4, "blocks")
     n_head: int = _field(4, "query heads")
@@ -245,7 +245,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the next token is drawn; common/sampling.py is the specification."""
+    """How the next token is drawn; common/inference/sampling.py is the specification."""
 
     prompt: str = _field("\n", "text that samples start from")
     max_tokens: int = _field(100, "new tokens at the most")

@@ -1,0 +1,86 @@
+"""An adapter read as the model that it makes of its base.
+
+What it changes is computed in float64 and kept as the base keeps it, quantised anew where the base is; all other
+tensors are those of the base.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert.formats import hf, stream
+from convert.formats.opened import Opened, Packed, Tensor
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model.adapters import Target
+from mlxgpt.common.tokenizers.load import FILES
+
+FORMAT = "adapter"
+
+
+def read(path: Path, base: Opened) -> Opened:
+    """An adapter's folder as the model that it makes of ``base``.
+
+    Raises:
+        UserError: see ``adapter_folder.read``.
+    """
+    made = fused(base, [(path, 1.0)])
+    return dataclasses.replace(made, path=path, format=FORMAT)
+
+
+def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False, dtype: str | None = None) -> Opened:
+    """The model that ``base`` is with the adapters in these folders, times their weights.
+
+    What changes is rounded once, to ``dtype`` or what the base has.
+    """
+    read = [(adapter_folder.read(path, base.path, base.config, force), weight) for path, weight in given]
+    targets, arrays, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in read])
+    config = base.config
+    for each, _ in read:
+        config = adapter_folder.grown(config, each)
+    tensors = {}
+    for name, param in params.table(config).items():
+        # a score that the base does not have is kept as its norms are
+        tensor, path = base.tensors.get(name, base.tensors["ln_f.weight"]), name.removesuffix(".weight")
+        kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
+        if name in whole:
+            tensor = _given(name, whole[name], tensor, kept)
+        elif path in targets and path != name:
+            tensor = _merged(tensor, targets[path], arrays, path, kept)
+        if tensor.shape != param.shape:
+            raise UserError(f"{given[0][0]}: {name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
+        tensors[name] = tensor
+    companions = dict(base.companions)
+    for place, _ in given:
+        own = {name: content for name, content in hf.companions(place).items() if name in FILES}
+        if own:
+            companions = {name: content for name, content in companions.items() if name not in FILES} | own
+    files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
+    notes = [*(note for each, _ in read for note in each.notes), *hf.left(base.path, base)]
+    return dataclasses.replace(
+        base, config=config, tensors=tensors,
+        files=(*base.files, *files), companions=companions, moments=None, notes=notes,
+    )  # fmt: skip
+
+
+def _given(name: str, array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """A tensor that was trained whole."""
+    return Tensor(array.shape, dtype, lambda: stream.cast(name, array, dtype), packed=_anew(tensor))
+
+
+def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], path: str, dtype: np.dtype) -> Tensor:
+    """A matrix with its update."""
+
+    def read() -> np.ndarray:
+        made = adapters.fuse(tensor.read().astype(np.float32), target, arrays, path)
+        return stream.cast(f"{path}.weight", made, dtype)
+
+    return Tensor(tensor.shape, dtype, read, packed=_anew(tensor))
+
+
+def _anew(tensor: Tensor) -> Packed | None:
+    """How a quantised matrix that changes is quantised again."""
+    return dataclasses.replace(tensor.packed, parts=None) if tensor.packed else None

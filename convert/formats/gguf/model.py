@@ -1,0 +1,274 @@
+"""GGUF files of llama.cpp: the weights in F32, F16, BF16 or Q8_0, the tokenizer and chat template in the metadata.
+
+Vectors and learned positions are F32, as llama.cpp's converter has them. What the standard keys cannot say stands under
+``mlxgpt.config`` (our config.json), and is held against the standard keys when it is read; without it they are enough.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats.gguf import names as gguf_names
+from convert.formats.gguf import tokenizer as gguf_tokenizer
+from convert.formats.gguf.file import (
+    BLOCK,
+    DTYPES,
+    PIECE,
+    Stored,
+    Value,
+    is_gguf,
+    quantised,
+    read_gguf,
+    read_stored,
+    write_gguf,
+)
+from convert.formats.gguf.names import ROPE_FACTORS
+from convert.formats.opened import Opened, Options, Tensor
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import TensorError, UserError
+from mlxgpt.common.folders.model_folder import DTYPES as NAMED
+from mlxgpt.common.folders.tensors import Entry
+from mlxgpt.common.model import families, params
+
+KIND = "file"
+_OWN, _WIDENED, _NORM = "mlxgpt.config", "mlxgpt.widened", "mlxgpt.norm."
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type, of most matrices
+
+
+def recognise(path: Path) -> bool:
+    """A file that starts with GGUF."""
+    return path.is_file() and is_gguf(path)
+
+
+def read(path: Path) -> Opened:
+    """The model in a GGUF file, ours or another's.
+
+    Raises:
+        UserError: see ``read_gguf``, ``gguf_names.config_from``; a tensor is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    where = str(path)
+    values, stored = read_gguf(path)
+    factors = stored.get(ROPE_FACTORS)
+    extra: dict[str, Any] = {}
+    if _OWN in values:
+        config, extra = gguf_names.own_config(where, values[_OWN], values.get("general.architecture"), len(stored))
+        gguf_names.check_keys(where, config, values)
+        notes: list[str] = []
+        wanted = params.table(families.on_disk(config))
+    else:
+        config, notes = gguf_names.config_from(where, values, stored)
+        if factors:
+            config = gguf_names.with_factors(where, config, read_stored(factors))
+        wanted = params.table(config)
+        extra = _ids(values)
+    _check_factors(where, config, factors)
+    names = {gguf_names.name_of(config, name): name for name in wanted}
+    for name in names:
+        if name not in stored:
+            raise TensorError(name, f"{where}: tensor {name} is missing")
+    for name, one in stored.items():
+        if name not in names and name != ROPE_FACTORS:
+            raise TensorError(name, f"{where}: unexpected tensor {name} {list(one.shape)}")
+        if name in names and one.shape != wanted[names[name]].shape:
+            expected = list(wanted[names[name]].shape)
+            raise TensorError(name, f"{where}: {name} has shape {list(one.shape)}, expected {expected}")
+    widened = _widened(where, values)
+    tensors = {}
+    for name, ours in names.items():
+        if ours in params.table(config):
+            exact = values.get(_NORM + name)
+            tensors[ours] = _tensor(config, ours, name, stored[name], widened.get(name), exact)
+        elif read_stored(stored[name]).any():
+            raise UserError(f"{where}: {name} is not zero, but {_OWN} says so under mlxgpt")
+    files, left = gguf_tokenizer.restore(values, path, config.vocab_size)
+    tensors = {name: tensors[name] for name in params.table(config)}
+    return Opened(path, "gguf", config, tensors, (path,), dict(files), extra, None, notes + left)
+
+
+def _ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's token ids."""
+    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+    found = {ours: values.get(f"tokenizer.ggml.{key}") for ours, key in keys.items()}
+    return {ours: value for ours, value in found.items() if type(value) is int}
+
+
+def _check_factors(where: str, config: ModelConfig, factors: Stored | None) -> None:
+    expected = gguf_names.rope_factors(config)
+    if (expected is None) != (factors is None):
+        found = "missing" if factors is None else "there"
+        raise UserError(f"{where}: tensor {ROPE_FACTORS} is {found}, but rope scaling is {config.rope_scaling}")
+    if factors is None or expected is None:
+        return
+    if factors.shape != expected.shape or not np.allclose(read_stored(factors), expected, rtol=1e-4):
+        raise UserError(f"{where}: {ROPE_FACTORS} differs from what its llama3 scaling gives")
+
+
+def _widened(where: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """Which vectors were float16 or bfloat16 before they became F32."""
+    if _WIDENED not in values:
+        return {}
+    try:
+        found = json.loads(values[_WIDENED])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {_WIDENED}: not JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(one, str) and one in NAMED for one in found.values()):
+        raise UserError(f"{where}: {_WIDENED}: expected float16 or bfloat16 by tensor name")
+    return found
+
+
+def _tensor(
+    config: ModelConfig, ours: str, name: str, stored: Stored, widened: str | None, exact: np.ndarray | None
+) -> Tensor:
+    heads = gguf_names.heads_of(config, ours)
+    shifted = _shifted(config, ours)
+    dtype = DTYPES.get(stored.type, np.dtype(np.float32))
+    if widened and dtype == np.float32:
+        dtype = NAMED[widened]
+    if exact is not None and (not isinstance(exact, np.ndarray) or exact.shape != stored.shape or not shifted):
+        raise UserError(f"{stored.path}: {_NORM}{name}: expected {list(stored.shape)} float32 numbers of a norm")
+
+    def load() -> np.ndarray:
+        array = read_stored(stored)
+        if shifted:
+            array = _unshifted(stored, name, array, exact)
+        narrow = array.astype(dtype, copy=False)
+        if dtype.itemsize < array.dtype.itemsize and not np.array_equal(
+            narrow.astype(array.dtype), array, equal_nan=True
+        ):
+            raise UserError(f"{stored.path}: {name} does not fit {dtype}, as {_WIDENED} says")
+        return gguf_names.rearranged(narrow, heads, back=True)
+
+    as_is = heads is None and not shifted and stored.type in DTYPES and dtype == DTYPES[stored.type]
+    entry = Entry(stored.path, stored.type, stored.shape, stored.start, stored.stop) if as_is else None
+    return Tensor(stored.shape, dtype, load, entry)
+
+
+def _shifted(config: ModelConfig, name: str) -> bool:
+    """Whether the file has 1 + w in place of w: norms of gemma."""
+    return config.norm == "rms1" and ("ln_" in name or "_norm." in name)
+
+
+def _unshifted(stored: Stored, name: str, array: np.ndarray, exact: np.ndarray | None) -> np.ndarray:
+    if exact is None:
+        return array.astype(np.float32) - np.float32(1)
+    weight = exact.astype(np.float32)
+    if not np.array_equal(np.float32(1) + weight, array.astype(np.float32), equal_nan=True):
+        raise UserError(f"{stored.path}: {name} is not 1 + {_NORM}{name}")
+    return weight
+
+
+def write(opened: Opened, place: Path, options: Options) -> list[str]:
+    """One file with all of the model; what llama.cpp would compute otherwise is returned as notes.
+
+    Raises:
+        UserError: settings that GGUF does not have, or a weight that is not finite or does not fit its type.
+    """
+    config = opened.config
+    if options.bits not in (0, 8):
+        raise UserError(f"gguf with {options.bits} bits: expected 8 (Q8_0), or none")
+    if options.dtype is not None and options.dtype not in NAMED:
+        raise UserError(f"dtype {options.dtype!r}: expected one of {', '.join(NAMED)}")
+    notes = gguf_names.deviations(config)
+    wanted = params.table(families.on_disk(config))
+    names = {gguf_names.name_of(config, name): name for name in wanted}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, ours in names.items():
+        tensors[name] = _type(opened, ours, wanted[ours].shape, options), wanted[ours].shape
+    kept = [name for name, (kind, shape) in tensors.items() if len(shape) > 1 and shape[-1] % BLOCK and options.bits]
+    if kept:
+        notes.append(
+            f"{len(kept)} matrices have rows that 32 does not divide and are not quantised: {', '.join(kept[:3])}"
+        )
+    if opened.moments:
+        notes.append("GGUF has no place for AdamW's moments: they are left behind")
+    factors = gguf_names.rope_factors(config)
+    if factors is not None:
+        tensors[ROPE_FACTORS] = "F32", factors.shape
+    metadata, left = _metadata(opened, options, tensors, names)
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        kind, shape = tensors[name]
+        if name == ROPE_FACTORS:
+            assert factors is not None
+            yield factors.view(np.uint8)
+        elif names[name] not in opened.tensors:
+            yield np.zeros(int(np.prod(shape)) * DTYPES[kind].itemsize, np.uint8)
+        else:
+            yield from _pieces(config, opened, names[name], kind, options.allow_nan)
+
+    digest = write_gguf(place, metadata, tensors, pieces, options.hash)
+    if digest:
+        options.digests[place.name] = digest
+    return notes + left
+
+
+def _type(opened: Opened, name: str, shape: tuple[int, ...], options: Options) -> str:
+    if len(shape) == 1 or name == "wpe.weight":
+        return "F32"
+    if options.bits and shape[-1] % BLOCK == 0:
+        return "Q8_0"
+    dtype = NAMED[options.dtype] if options.dtype else opened.tensors[name].dtype
+    return next((kind for kind, one in DTYPES.items() if one == dtype), "F32")
+
+
+def _metadata(
+    opened: Opened, options: Options, tensors: Mapping[str, tuple[str, tuple[int, ...]]], names: Mapping[str, str]
+) -> tuple[dict[str, Value], list[str]]:
+    config = opened.config
+    matrices = [kind for kind, shape in tensors.values() if len(shape) > 1]
+    most = max(_FILE_TYPES, key=matrices.count)
+    made = {
+        "general.architecture": Value("str", gguf_names.arch_of(config)),
+        "general.type": Value("str", "model"),
+        "general.name": Value("str", opened.path.stem or config.family),
+        "general.file_type": Value("u32", _FILE_TYPES[most]),
+        "general.quantization_version": Value("u32", 2),
+    }
+    made |= gguf_names.metadata(config)
+    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra)
+    made |= files
+    values = families.config_to_hf(config)
+    made[_OWN] = Value(
+        "str", json.dumps(values | {key: opened.extra[key] for key in opened.extra if key not in values})
+    )
+    small = {name: tensor for name, ours in names.items() if (tensor := opened.tensors.get(ours))}
+    widened = {
+        name: next(spelled for spelled, dtype in NAMED.items() if dtype == tensor.dtype)
+        for name, tensor in small.items()
+        if tensors[name][0] == "F32" and tensor.dtype in (NAMED["float16"], NAMED["bfloat16"])
+    }
+    if widened and options.dtype is None:
+        made[_WIDENED] = Value("str", json.dumps(widened))
+    for name, tensor in small.items():
+        if _shifted(config, names[name]):
+            weight = tensor.read().astype(np.float32)
+            if not np.array_equal((weight + np.float32(1)) - np.float32(1), weight, equal_nan=True):
+                made[_NORM + name] = Value("f32[]", weight)
+    return made, notes
+
+
+def _pieces(config: ModelConfig, opened: Opened, ours: str, kind: str, allow_nan: bool) -> Iterator[np.ndarray]:
+    """A tensor's bytes as ``kind``, some rows at a time."""
+    array = gguf_names.rearranged(opened.tensors[ours].read(), gguf_names.heads_of(config, ours))
+    rows = max(PIECE // max(array[0].size, 1), 1)
+    for at in range(0, len(array), rows):
+        piece = array[at : at + rows]
+        if not np.isfinite(piece).all() and not allow_nan:
+            raise UserError(f"{opened.path}: {ours} has values that are not finite (NaN or Inf); --allow-nan goes on")
+        if _shifted(config, ours):
+            piece = piece.astype(np.float32) + np.float32(1)
+        if kind == "Q8_0":
+            made = quantised(np.ascontiguousarray(piece, dtype=np.float32).reshape(-1))
+            fits = np.isfinite(made.reshape(-1, BLOCK + 2)[:, :2].copy().view("<f2")).all()
+        else:
+            with np.errstate(over="ignore"):
+                cast = np.ascontiguousarray(piece, dtype=DTYPES[kind])
+            fits = piece.dtype.itemsize <= cast.dtype.itemsize or np.isfinite(cast).all()
+            made = cast.reshape(-1).view(np.uint8)
+        if not fits and not allow_nan:
+            raise UserError(f"{opened.path}: {ours}: values do not fit {kind}: expected BF16 or F32")
+        yield made

@@ -1,0 +1,416 @@
+"""What GGUF calls our tensors and fields: the tables of llama.cpp's architectures, for both directions.
+
+An architecture's graph is fixed in llama.cpp; the keys only size it. ``metadata`` writes the keys, ``config_from``
+reads any file's, ``deviations`` says where llama.cpp computes something else than our config, or cannot load it.
+Read from llama.cpp's conversion/*.py, src/models/*.cpp and gguf-py's constants.py.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.formats.gguf.file import Stored, Value
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders.tensors import parse_json
+from mlxgpt.common.model import families, rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """One architecture of llama.cpp."""
+
+    family: str
+    permuted: bool = False  # q and k rows lie in pairs, as its rope turns them there
+    activation: str = "silu"
+    part: bool = False  # rope.dimension_count may be less than a head
+    windows: str = "none"  # none; all: every block; keys: sliding_window and its pattern
+    pattern: int = 0  # every n-th block sees everything, where the pattern is not there
+
+
+ARCHS = {
+    "llama": Arch(family="llama", permuted=True, windows="all"),
+    "qwen2": Arch(family="qwen2"),
+    "qwen3": Arch(family="qwen3"),
+    "gemma": Arch(family="gemma", activation="gelu_tanh"),
+    "gemma2": Arch(family="gemma2", activation="gelu_tanh", windows="keys", pattern=2),
+    "gemma3": Arch(family="gemma3_text", activation="gelu_tanh", windows="keys", pattern=6),
+    "gptneox": Arch(family="gpt_neox", activation="gelu_tanh", part=True),
+    "gpt2": Arch(family="gpt2", activation="gelu_tanh"),
+    "phi2": Arch(family="phi", activation="gelu_tanh", part=True),
+    "phi3": Arch(family="phi3", part=True, windows="all"),
+    "olmo2": Arch(family="olmo2"),
+    "smollm3": Arch(family="smollm3", permuted=True),
+}
+_OF_FAMILY = {arch.family: name for name, arch in ARCHS.items()} | {"mistral": "llama"}
+
+_MODULES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "h.{n}.ln_1": "blk.{n}.attn_norm",
+    "h.{n}.attn.c_attn": "blk.{n}.attn_qkv",
+    "h.{n}.attn.q_proj": "blk.{n}.attn_q",
+    "h.{n}.attn.k_proj": "blk.{n}.attn_k",
+    "h.{n}.attn.v_proj": "blk.{n}.attn_v",
+    "h.{n}.attn.q_norm": "blk.{n}.attn_q_norm",
+    "h.{n}.attn.k_norm": "blk.{n}.attn_k_norm",
+    "h.{n}.attn.c_proj": "blk.{n}.attn_output",
+    "h.{n}.ln_1_post": "blk.{n}.post_attention_norm",
+    "h.{n}.ln_2": "blk.{n}.ffn_norm",
+    "h.{n}.ln_2_post": "blk.{n}.post_ffw_norm",
+    "h.{n}.mlp.c_gate": "blk.{n}.ffn_gate",
+    "h.{n}.mlp.c_fc": "blk.{n}.ffn_up",
+    "h.{n}.mlp.c_gate_fc": "blk.{n}.ffn_up",
+    "h.{n}.mlp.c_proj": "blk.{n}.ffn_down",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+}
+_POST = {"h.{n}.ln_1": "blk.{n}.post_attention_norm", "h.{n}.ln_2": "blk.{n}.post_ffw_norm"}
+ROPE_FACTORS = "rope_freqs.weight"
+
+# keys behind the architecture's name -> our field; there in every file that llama.cpp loads
+_SIZES = {
+    "block_count": "n_layer",
+    "context_length": "block_size",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_hidden",
+    "attention.head_count": "n_head",
+}
+_SOFTCAPS = {"attn_logit_softcapping": "attn_softcap", "final_logit_softcapping": "final_softcap"}
+# what would change the result and is in no architecture here, unless it has this value
+_NEUTRAL = {
+    "expert_count": 0,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.causal": True,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "embedding_scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 0.0,
+}
+_LARGEST = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B, whose scores llama.cpp divides by sqrt(n_embd / n_head)
+
+
+def arch_of(config: ModelConfig) -> str:
+    """The architecture that llama.cpp runs this family with."""
+    return _OF_FAMILY[config.family]
+
+
+def name_of(config: ModelConfig, name: str) -> str:
+    """GGUF's name of our tensor."""
+    module, _, leaf = name.rpartition(".")
+    block = re.match(r"h\.(\d+)\.", module)
+    pattern = module.replace(block[0], "h.{n}.", 1) if block else module
+    modules = _MODULES | _POST if config.placement == "post" else _MODULES
+    return f"{modules[pattern].replace('{n}', block[1] if block else '')}.{leaf}"
+
+
+def heads_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """How rows lie otherwise in the file than here: reshaped to this, the first two axes of it behind the heads swap.
+
+    (heads, 2, head_dim / 2): the halves of a head, which rope turns against each other, lie in pairs there.
+    (1, heads, 3, head_dim): q, k, v of a head follow each other here, all q, all k, all v there. None: no difference.
+    """
+    if ARCHS[arch_of(config)].permuted and ".attn." in name:
+        for part, heads in (("q_proj", config.n_head), ("k_proj", config.n_kv_head)):
+            if f".{part}." in name:
+                return (heads, 2, config.head_dim // 2)
+    if config.qkv_by_head and ".attn.c_attn." in name:
+        return (1, config.n_head, 3, config.head_dim)
+    return None
+
+
+def rearranged(array: np.ndarray, heads: tuple[int, ...] | None, back: bool = False) -> np.ndarray:
+    """Rows in the file's order, or ``back`` in ours."""
+    if heads is None:
+        return array
+    shape = (heads[0], heads[2], heads[1], *heads[3:]) if back else heads
+    return array.reshape(*shape, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """What llama.cpp divides each rotary frequency by, float32 (rotary_dim / 2,); None without llama3 scaling."""
+    if config.rope_scaling != "llama3":
+        return None
+    plain = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
+    return (plain / rotary.frequencies(config)).astype(np.float32)
+
+
+def metadata(config: ModelConfig) -> dict[str, Value]:
+    """The architecture's own keys."""
+    arch = arch_of(config)
+    made = {key: Value("u32", getattr(config, ours)) for key, ours in _SIZES.items()}
+    made["vocab_size"] = Value("u32", config.vocab_size)
+    made["attention.head_count_kv"] = Value("u32", config.n_kv_head)
+    made["attention.key_length"] = made["attention.value_length"] = Value("u32", config.head_dim)
+    made[_eps_key(config.norm != "layer")] = Value("f32", config.norm_eps)
+    if config.position == "rope":
+        made["rope.dimension_count"] = Value("u32", config.rotary_dim)
+        made["rope.freq_base"] = Value("f32", config.rope_theta)
+    if config.rope_local_theta:
+        made["rope.freq_base_swa"] = Value("f32", config.rope_local_theta)
+    if config.rope_scaling == "linear":
+        made["rope.scaling.type"] = Value("str", "linear")
+        made["rope.scaling.factor"] = Value("f32", config.rope_factor)
+    if arch == "gptneox":
+        made["use_parallel_residual"] = Value("bool", config.placement == "parallel2")
+    made |= {key: Value("f32", getattr(config, ours)) for key, ours in _SOFTCAPS.items() if getattr(config, ours)}
+    if arch == "phi3" or config.window:
+        made["attention.sliding_window"] = Value("u32", config.window)
+    if arch == "gemma2" or (config.window and ARCHS[arch].windows != "all"):
+        pattern = [n in config.window_layers for n in range(config.n_layer)]
+        made["attention.sliding_window_pattern"] = Value("bool[]", pattern)
+    return {f"{arch}.{key}": value for key, value in made.items()}
+
+
+def _eps_key(rms: bool) -> str:
+    return "attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"
+
+
+def deviations(config: ModelConfig) -> list[str]:
+    """What llama.cpp does otherwise with the file of this model, a line each to print."""
+    family, arch = config.family, arch_of(config)
+    found = []
+    does = ARCHS[arch].activation
+    if config.activation != does:
+        found.append(f"llama.cpp computes {does} in {arch}, this model has {config.activation}")
+    if config.window and config.window < config.block_size and ARCHS[arch].windows != "keys":
+        found.append(f"llama.cpp sees everything in {arch}, this model has a window of {config.window} tokens")
+    if config.rope_scaling == "llama3" and arch != "llama":
+        found.append(f"llama.cpp ignores {ROPE_FACTORS} in {arch}, this model has llama3 rope scaling")
+    if config.attn_scale and config.attn_scale != _default_scale(arch, config.n_layer, config.n_embd, config.n_head):
+        found.append(f"llama.cpp knows no other scale of attention scores in {arch}, this model has one")
+    if arch == "gemma2" and not (config.attn_softcap and config.final_softcap):
+        found.append("llama.cpp caps scores and logits in gemma2, this model does not")
+    if arch == "smollm3" and config.no_rope != tuple(range(3, config.n_layer, 4)):
+        found.append("llama.cpp leaves rope out in every 4th layer of smollm3, this model in others")
+    if arch in ("gemma", "gemma2") and not config.tied:
+        found.append(f"llama.cpp cannot load {arch} with an untied head")
+    if arch in ("gptneox", "olmo2") and config.tied:
+        found.append(f"llama.cpp cannot load {arch} with a tied head")
+    if arch not in ("llama", "gpt2", "gptneox", "phi2") and (
+        config.out_bias or config.mlp_bias or (config.qkv_bias and arch != "qwen2")
+    ):
+        found.append(f"llama.cpp may not load {arch} with these biases, which {family} seldom has")
+    whole = arch in ("gptneox", "gpt2", "phi2", "phi3", "olmo2") and config.head_dim * config.n_head != config.n_embd
+    if whole:
+        found.append(f"llama.cpp cannot load {arch} with head_dim = {config.head_dim}, only n_embd / n_head")
+    return found
+
+
+def _default_scale(arch: str, n_layer: int, n_embd: int, n_head: int) -> float:
+    """attn_scale as llama.cpp takes it; 0 is 1 / sqrt(head_dim)."""
+    return (n_embd // n_head) ** -0.5 if _LARGEST.get(arch) == n_layer else 0.0
+
+
+class Keys:
+    """The metadata of one file, whose faults name the file and the key."""
+
+    def __init__(self, where: str, values: Mapping[str, Any], arch: str) -> None:
+        self.where, self.values, self.arch = where, values, arch
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value behind the architecture's name; without a default it must be there."""
+        full = f"{self.arch}.{key}"
+        if full not in self.values:
+            if default is None:
+                raise UserError(f"{self.where}: metadata key {full} is missing")
+            return default
+        value = self.values[full]
+        if kind is int and isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+            value = value[0].item()
+        if type(value) is not kind or (kind is float and not 0 <= value < np.inf):
+            raise UserError(f"{self.where}: {full} = {_shown(value)}: expected {kind.__name__}")
+        # 1e-5 as float32 is not 1e-5 as float64: the shortest decimal that rounds to it is what its writer had
+        return float(str(np.float32(value))) if kind is float else value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Stored]) -> tuple[ModelConfig, list[str]]:
+    """The model that the standard keys and the tensors' names describe, and what a user must know of it.
+
+    Raises:
+        UserError: a key is missing or of another type, or says what this decoder does not do.
+    """
+    arch = values.get("general.architecture")
+    if not isinstance(arch, str) or arch not in ARCHS:
+        raise UserError(f"{where}: general.architecture = {_shown(arch)}: expected one of {', '.join(ARCHS)}")
+    keys, choice, notes = Keys(where, values, arch), ARCHS[arch], []
+    for key, neutral in _NEUTRAL.items():
+        found = values.get(f"{arch}.{key}", neutral)
+        if isinstance(found, np.ndarray) or found != neutral:
+            raise UserError(f"{where}: {arch}.{key} = {_shown(found)} is not supported: expected {neutral}")
+    sizes = {ours: keys.get(key, int) for key, ours in _SIZES.items()}
+    for name, size in sizes.items():
+        if not 0 < size < 1 << 31 or (name == "n_layer" and size > len(tensors)):
+            key = next(key for key, ours in _SIZES.items() if ours == name)
+            raise UserError(f"{where}: {arch}.{key} = {size}, which the file's {len(tensors)} tensors cannot be")
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{where}: tensor token_embd.weight is missing")
+    sizes["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    made: dict[str, Any] = {**families.FAMILIES[choice.family].fixed, **sizes}
+    made["n_kv_head"] = keys.get("attention.head_count_kv", int, sizes["n_head"])
+    made["tied"] = "output.weight" not in tensors
+    made["norm_eps"] = keys.get(_eps_key(made["norm"] != "layer"), float)
+    made["activation"] = choice.activation
+    if arch == "gptneox":
+        made["activation"] = "gelu"
+        made["placement"] = "parallel2" if keys.get("use_parallel_residual", bool, True) else "pre"
+        notes.append(f"{where}: GGUF does not say which GELU: taken as erf, as GPT-NeoX has it (llama.cpp: tanh)")
+    made |= _biases(tensors) | _rope(keys, choice, tensors, sizes) | _attention(keys, choice, sizes)
+    if arch == "smollm3":
+        made["no_rope"] = tuple(range(3, sizes["n_layer"], 4))
+    family = "mistral" if arch == "llama" and made["window"] else choice.family
+    try:
+        config = ModelConfig(family=family, **made)
+        families.check(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    factors = tensors.get(ROPE_FACTORS)
+    if factors is not None and (len(factors.shape) != 1 or factors.shape[0] * 2 != config.rotary_dim):
+        found = list(factors.shape)
+        raise UserError(f"{where}: {ROPE_FACTORS} has shape {found}, expected [{config.rotary_dim // 2}]")
+    return config, notes
+
+
+def _biases(tensors: Mapping[str, Stored]) -> dict[str, bool]:
+    """Which biases there are, by the first block."""
+    return {
+        "qkv_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        "out_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "norm_bias": "output_norm.bias" in tensors,
+        "head_bias": "output.bias" in tensors,
+    }
+
+
+def _rope(keys: Keys, choice: Arch, tensors: Mapping[str, Stored], sizes: Mapping[str, int]) -> dict[str, Any]:
+    head_dim = keys.get("attention.key_length", int, 0)
+    turned = keys.get("rope.dimension_count", int, 0)
+    if not head_dim:  # llama.cpp takes it so, whatever rope turns
+        head_dim = max(sizes["n_embd"] // sizes["n_head"], 1)
+    if keys.get("attention.value_length", int, head_dim) != head_dim:
+        raise UserError(f"{keys.where}: {keys.arch}.attention.value_length differs from the key's: not supported")
+    made: dict[str, Any] = {"head_dim": head_dim}
+    if choice.family == "gpt2":
+        return made
+    if not choice.part and turned not in (0, head_dim):
+        raise UserError(f"{keys.where}: {keys.arch}.rope.dimension_count = {turned}: expected {head_dim}, a whole head")
+    made["rotary_dim"] = turned or head_dim
+    made["rope_theta"] = keys.get("rope.freq_base", float, 10000.0)
+    if choice.family == "gemma3_text":
+        made["rope_local_theta"] = keys.get("rope.freq_base_swa", float, 10000.0)
+    kind = keys.get("rope.scaling.type", str, "none")
+    factor = keys.get("rope.scaling.factor", float, keys.get("rope.scale_linear", float, 1.0))
+    if kind not in ("none", "linear"):
+        raise UserError(f"{keys.where}: {keys.arch}.rope.scaling.type = {_shown(kind)}: expected none or linear")
+    if kind == "linear" or (factor not in (0.0, 1.0) and f"{keys.arch}.rope.scaling.type" not in keys.values):
+        made |= {"rope_scaling": "linear", "rope_factor": factor}
+    return made
+
+
+def _attention(keys: Keys, choice: Arch, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Soft caps, the scale of scores, and windows."""
+    n_layer, arch = sizes["n_layer"], keys.arch
+    made: dict[str, Any] = {"window": 0, "window_layers": ()}
+    if arch in ("gemma2", "gemma3"):
+        made["final_softcap"] = keys.get("final_logit_softcapping", float, 30.0 if arch == "gemma2" else 0.0)
+        made["attn_scale"] = _default_scale(arch, n_layer, sizes["n_embd"], sizes["n_head"])
+    if arch == "gemma2":
+        made["attn_softcap"] = keys.get("attn_logit_softcapping", float, 50.0)
+    window = keys.get("attention.sliding_window", int, 4096 if arch == "gemma2" else 0)
+    if not window:
+        return made
+    if arch in ("gpt2", "gptneox", "gemma", "olmo2", "phi2"):
+        raise UserError(f"{keys.where}: {arch}.attention.sliding_window = {window} is not supported: expected 0")
+    pattern = keys.values.get(f"{arch}.attention.sliding_window_pattern", choice.pattern)
+    if isinstance(pattern, int) and type(pattern) is not bool:
+        if choice.windows == "none":  # llama.cpp has no windows here, whatever the key says
+            return made
+        pattern = [choice.windows == "all" or not pattern or (n + 1) % pattern != 0 for n in range(n_layer)]
+    flags = pattern.tolist() if isinstance(pattern, np.ndarray) else pattern
+    if not isinstance(flags, list) or len(flags) != n_layer or any(flag not in (0, 1) for flag in flags):
+        expected = f"a number or {n_layer} booleans"
+        raise UserError(
+            f"{keys.where}: {arch}.attention.sliding_window_pattern = {_shown(pattern)}: expected {expected}"
+        )
+    layers = tuple(n for n, flag in enumerate(flags) if flag)
+    return {**made, "window": window if layers else 0, "window_layers": layers}
+
+
+def with_factors(where: str, config: ModelConfig, factors: np.ndarray) -> ModelConfig:
+    """``config`` with llama3's settings, which give exactly these factors; GGUF has the factors alone.
+
+    low_freq_factor 1 and high_freq_factor 4 are what all of Llama 3 has; the rest follows from the factors.
+
+    Raises:
+        UserError: no setting gives them.
+    """
+    largest = float(factors.max()) if np.isfinite(factors).all() and factors.size else 0.0
+    inverse = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
+    candidates = [8192]
+    mixed = (factors > 1) & (factors < largest)
+    if largest > 1 and mixed.any():
+        kept = (1 / factors[mixed].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
+        candidates += {round(float(one)) for one in 2 * np.pi / inverse[mixed] * (kept * 3 + 1)}
+    elif largest > 1:
+        candidates += [1 << n for n in range(4, 21)]
+    for original in candidates:
+        if largest <= 1 or original < 1:
+            continue
+        made = {"rope_scaling": "llama3", "rope_factor": float(str(np.float32(largest)))}
+        made |= {"rope_low": 1.0, "rope_high": 4.0, "rope_original": original}
+        scaled = ModelConfig(**_fields(config) | made)
+        expected = rope_factors(scaled)
+        if expected is not None and np.allclose(expected, factors, rtol=1e-4):
+            return scaled
+    raise UserError(
+        f"{where}: {ROPE_FACTORS}: no llama3 scaling with low_freq_factor 1, high_freq_factor 4 gives these"
+    )
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def check_keys(where: str, config: ModelConfig, values: Mapping[str, Any]) -> None:
+    """Refuses a file whose standard keys tell another model than ``config``, which our own key told."""
+    for key, value in metadata(config).items():
+        found = values.get(key)
+        found = found.tolist() if isinstance(found, np.ndarray) else found
+        expected = np.float32(value.value).item() if value.type == "f32" else value.value
+        if found != expected or type(found) is not type(expected):
+            raise UserError(f"{where}: {key} = {_shown(found)}, expected {expected!r} by mlxgpt.config")
+
+
+def own_config(where: str, text: Any, arch: Any, n_tensors: int) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model of our own key, and what config.json says beside it.
+
+    Raises:
+        UserError: it is no config.json of ours, of another architecture, or of more blocks than the file has tensors.
+    """
+    place = f"{where}: mlxgpt.config"
+    try:
+        values = parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: {type(values).__name__}, expected an object")
+    for key in ("n_layer", "num_hidden_layers"):
+        if type(values.get(key)) is int and values[key] > n_tensors:
+            raise UserError(f"{place}: {key} = {values[key]}, which the file's {n_tensors} tensors cannot be")
+    config = families.config_from_hf(values, where=place)
+    if not isinstance(arch, str) or arch_of(config) != arch:
+        raise UserError(
+            f"{where}: general.architecture = {_shown(arch)}, expected {arch_of(config)!r} by mlxgpt.config"
+        )
+    known = families.config_to_hf(config)
+    return config, {key: value for key, value in values.items() if key not in known}

@@ -1,0 +1,51 @@
+"""A format that has no field for a choice can hold one value of it: what it holds, against what the model is."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from convert.formats.opened import Opened
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
+
+
+def check(config: ModelConfig, able: ModelConfig, name: str, hints: Mapping[str, str] | None = None) -> None:
+    """Refuses a model that the format ``name`` would make another of.
+
+    ``able`` is the model that reading the written file gives; ``hints`` say by field how to go on.
+
+    Raises:
+        UserError: names the first field that differs, its value, and what the format has.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        found, expected = getattr(config, field.name), getattr(able, field.name)
+        if found != expected:
+            hint = (hints or {}).get(field.name)
+            raise UserError(
+                f"model.{field.name} = {found!r}: {name} has only {expected!r}" + (f"; {hint}" if hint else "")
+            )
+
+
+def left_behind(
+    opened: Opened, name: str, moments: bool = False, extra: Sequence[str] = (), files: Sequence[str] = ()
+) -> Iterator[str]:
+    """What of the source the format has no place for; ``moments``, these keys of ``extra`` and ``files`` it has."""
+    given = opened.companions.items()
+    lost = [file for file, content in given if file not in files and not _says_nothing(file, content, extra)]
+    lost += [f"{key} of config.json" for key, value in opened.extra.items() if value is not None and key not in extra]
+    if opened.moments and not moments:
+        lost.append("AdamW's moments")
+    if lost:
+        yield f"left behind, as {name} has no place for it: {', '.join(lost)}"
+
+
+def _says_nothing(file: str, content: Path | bytes, extra: Sequence[str]) -> bool:
+    """Whether it is the generation_config.json that every folder has, with nothing but these keys of ``extra``."""
+    if file != "generation_config.json":
+        return False
+    try:
+        values = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and set(values) <= {"_from_model_config", "transformers_version", *extra}

@@ -1,0 +1,131 @@
+"""mlx-lm's folders: a Hugging Face folder with an index, or with matrices in MLX's affine quantisation.
+
+Plain folders have the family's names, so that transformers reads them too; gpt2's matrices lie as [in, out], which
+mlx-lm turns. What mlx-lm itself wrote, and all that is quantised, has the names of its modules.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats import hf, stream
+from convert.formats.opened import Opened, Options, Packed, Tensor
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder
+from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header, read_json
+from mlxgpt.common.model import affine, families, params
+
+KIND = "folder"
+_METADATA = {"format": "mlx"}
+
+
+def recognise(path: Path) -> bool:
+    """A folder whose config.json says ``quantization``, or whose safetensors say that MLX wrote them."""
+    if not (path / "config.json").is_file():
+        return False
+    try:
+        if isinstance(read_json(path / "config.json").get("quantization"), dict):
+            return True
+        files = sorted(path.glob("model*.safetensors"))
+        return bool(files) and read_header(files[0])[1].get("format") == "mlx"
+    except UserError:
+        return False
+
+
+def read(path: Path) -> Opened:
+    """A folder of mlx-lm; quantised matrices are float32 q * scale + bias.
+
+    Raises:
+        UserError: another quantisation than affine, a quantised matrix that is not whole, or see ``hf.read``.
+    """
+    where = path / "config.json"
+    values = read_json(where)
+    config, extra = hf.read_values(mlx_lm_folder.plain_values(values), str(where))
+    entries = model_folder.find_tensors(path)
+    own = set(mlx_lm_names.names(config)) - set(families.from_foreign(config))
+    if not own & set(entries) and not any(name.endswith(".scales") for name in entries):
+        for key in mlx_lm_folder.KEYS:
+            if values.get(key) is not None:
+                raise UserError(f"{where}: {key} is there, but no tensor is quantised")
+        return hf.opened(path, "mlx-lm", model_folder.read_config(path), entries, extra)
+    config = mlx_lm_folder.with_head(config, entries)
+    located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
+    shapes = {name: param.shape for name, param in params.table(config).items()}
+    tensors = {
+        name: hf.lies(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
+        for name, where in located.items()
+    }
+    count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
+    files = tuple(sorted({entry.path for entry in entries.values()}))
+    opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
+    opened.notes = list(hf.left(path, opened))
+    if count:
+        opened.notes.append(f"{path}: {count} quantised matrices are read as float32 scale * q + bias, exactly")
+    return opened
+
+
+def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
+    parts = (where.words, where.scales, where.biases)
+    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
+    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantise(), packed=packed)
+
+
+def write(opened: Opened, place: Path, options: Options) -> list[str]:
+    """A folder that mlx_lm.load reads; with ``bits`` every matrix that groups divide is quantised.
+
+    With ``keep_bits`` it is quantised as the source is.
+
+    Raises:
+        UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
+    """
+    config, values = opened.config, families.config_to_hf(opened.config)
+    notes = hf.mlx_lm_warning(config)
+    if options.keep_bits:
+        return notes + _write_as_packed(opened, place, options, values)
+    if not options.bits:
+        parts = hf.plain_parts(opened, options)
+        return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
+    if options.bits not in (4, 8) or options.group_size not in affine.GROUP_SIZES:
+        found = f"{options.bits} bits in groups of {options.group_size}"
+        raise UserError(f"{found}: expected 4 or 8 bits in groups of {', '.join(map(str, affine.GROUP_SIZES))}")
+    parts, whole = [], []
+    for foreign, tensor, _ in hf.in_file(opened):
+        name, dtype = mlx_lm_names.of(config.family, foreign), hf.stored_dtype(tensor, options)
+        if len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0:
+            module = name.removesuffix(".weight")
+            parts.append(stream.quantised(module, tensor, dtype, options.bits, options.group_size, options))
+        else:
+            whole += [name] * (len(tensor.shape) == 2)
+            parts.append(stream.plain(name, tensor, dtype, False, options))
+    if all(len(part.specs) == 1 for part in parts):
+        raise UserError(f"{opened.path}: --group-size {options.group_size} divides the inputs of no matrix")
+    if whole:
+        notes.append(
+            f"{len(whole)} matrices are not quantised, groups of {options.group_size} do not divide them: "
+            f"{', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}"
+        )
+    scheme = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
+    values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
+    return notes + hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)
+
+
+def _write_as_packed(opened: Opened, place: Path, options: Options, values: dict[str, Any]) -> list[str]:
+    """A folder whose matrices are quantised as they were; those that changed are quantised anew."""
+    parts, schemes = [], {}
+    for foreign, tensor, _ in hf.in_file(opened):
+        name, packed = mlx_lm_names.of(opened.config.family, foreign), tensor.packed
+        if packed is None:
+            parts.append(stream.plain(name, tensor, tensor.dtype, False, options))
+            continue
+        module = name.removesuffix(".weight")
+        schemes[module] = {"group_size": packed.group_size, "bits": packed.bits, "mode": "affine"}
+        if packed.parts:
+            parts.append(stream.copied(module, packed.parts, options))
+        else:
+            part = stream.quantised(module, tensor, packed.dtype, packed.bits, packed.group_size, options)
+            parts.append(part)
+    usual = max(schemes.values(), key=list(schemes.values()).count)
+    scheme = usual | {module: own for module, own in schemes.items() if own != usual}
+    values |= dict.fromkeys(mlx_lm_folder.KEYS, scheme)
+    return hf.write_folder(opened, place, options, parts, values, _METADATA, index=True)

@@ -1,0 +1,156 @@
+"""MLX's .npz: a folder with weights.npz, config.json and tokenizer files, as mlx-examples lay models out.
+
+Tensors have the names of mlx-lm's modules and are [out, in], so that ``model.load_weights("weights.npz")`` takes them.
+An archive of names alone does not say the model, so config.json stands beside it. bfloat16 is written as numpy and MLX
+write it, as two raw bytes (V2). Entries are not compressed, and read where they lie; compressed ones are read whole.
+"""
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats import hf, placing, stream
+from convert.formats.opened import Opened, Options, Tensor
+from mlxgpt.common.errors import TensorError, UserError
+from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names
+from mlxgpt.common.folders.tensors import DTYPES, Entry, read_json
+from mlxgpt.common.model import families, params
+
+KIND = "folder"
+_FILE = "weights.npz"
+_KINDS = {"<f4": "F32", "<f2": "F16", "<V2": "BF16", "|V2": "BF16"}
+_MAX_HEADER = 10_000
+# what zipfile raises for a broken archive, and numpy for the header of an array, which it reads as Python
+_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, struct.error)
+_DAMAGED += (tokenize.TokenError, SyntaxError, RecursionError)
+
+
+def recognise(path: Path) -> bool:
+    """A folder with config.json and weights.npz, or that weights.npz itself."""
+    place = path.parent if path.name == _FILE else path
+    return (place / _FILE).is_file() and (place / "config.json").is_file()
+
+
+def read(path: Path) -> Opened:
+    """The model in such a folder.
+
+    Raises:
+        UserError: the archive is damaged or holds anything but arrays of floats, or see ``mlx_lm_folder.locate``.
+    """
+    place = path.parent if path.name == _FILE else path
+    where = place / "config.json"
+    config, extra = hf.read_values(read_json(where), str(where))
+    found = _arrays(place / _FILE)
+    config = mlx_lm_folder.with_head(config, found)
+    wanted, tensors = params.table(config), {}
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
+    for name, ours in mlx_lm_names.names(config).items():
+        tensor = found.pop(name, None)
+        if tensor is None or tensor.shape != shapes[ours]:
+            shown = f"has shape {list(tensor.shape)}" if tensor else "is missing"
+            raise TensorError(name, f"{place / _FILE}: {name} {shown}, expected {list(shapes[ours])} by config.json")
+        if ours in wanted:
+            tensors[ours] = tensor
+        elif tensor.read().any():
+            raise UserError(f"{place / _FILE}: {name} is not zero, but config.json says so under mlxgpt")
+    if found:
+        said = f"unexpected tensor {min(found)}, for which config.json has no place"
+        raise TensorError(min(found), f"{place / _FILE}: {said}")
+    tensors = {name: tensors[name] for name in wanted}
+    opened = Opened(place, "npz", config, tensors, (place / _FILE,), hf.companions(place), extra)
+    opened.notes = list(hf.left(place, opened))
+    return opened
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """Every array of the archive, by its name; headers are read and held against the archive's sizes."""
+    made: dict[str, Tensor] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name == info.filename or name in made or info.flag_bits & 1:
+                    raise UserError(f"{path}: {info.filename}: expected one .npy of each name, not encrypted")
+                with archive.open(info) as member:
+                    dtype, shape, fortran, start = _npy_header(path, name, member)
+                size = math.prod(shape) * DTYPES[dtype].itemsize
+                if start + size != info.file_size:
+                    raise UserError(
+                        f"{path}: {name}: {info.file_size - start} bytes for {dtype} {list(shape)}, not {size}"
+                    )
+                made[name] = _tensor(path, info, dtype, shape, fortran, start, file)
+    except _DAMAGED as error:
+        raise UserError(f"{path}: damaged, or no .npz: {' '.join(str(error).split())}") from None
+    return made
+
+
+def _npy_header(path: Path, name: str, member: Any) -> tuple[str, tuple[int, ...], bool, int]:
+    """dtype, shape, whether the first index runs fastest, and where the data starts."""
+    version = np.lib.format.read_magic(member)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise UserError(f"{path}: {name}: .npy of version {version}, expected 1.0 or 2.0")
+    shape, fortran, dtype = reader(member, max_header_size=_MAX_HEADER)
+    if dtype.str not in _KINDS:
+        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected float32, float16 or bfloat16")
+    return _KINDS[dtype.str], shape, fortran and len(shape) > 1, member.tell()
+
+
+def _tensor(
+    path: Path, info: zipfile.ZipInfo, dtype: str, shape: tuple[int, ...], fortran: bool, start: int, file: Any
+) -> Tensor:
+    """One array: where it lies if it is stored as it is, else read from the archive."""
+    if info.compress_type == zipfile.ZIP_STORED and len(shape) <= 2:
+        file.seek(info.header_offset)
+        head = file.read(30)
+        # the local header's own lengths: its extra field may differ from the directory's
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])) + start
+        lies = Entry(path, dtype, shape[::-1] if fortran else shape, begin, begin + info.file_size - start)
+        return hf.lies(lies, fortran)
+
+    def read() -> np.ndarray:
+        with zipfile.ZipFile(path) as archive:
+            flat = np.frombuffer(archive.read(info)[start:], DTYPES[dtype])
+        return flat.reshape(shape, order="F" if fortran else "C")
+
+    return Tensor(shape, DTYPES[dtype], read)
+
+
+def write(opened: Opened, place: Path, options: Options) -> list[str]:
+    """weights.npz, config.json and what travels along.
+
+    Raises:
+        UserError: see ``hf.write``.
+    """
+    config = opened.config
+    values = hf.with_ids(opened, families.config_to_hf(config), options)
+    theirs = {ours: name for name, ours in mlx_lm_names.names(config).items()}
+    parts = {
+        theirs[families.from_foreign(config)[foreign][0]]: (tensor, hf.stored_dtype(tensor, options))
+        for foreign, tensor, _ in hf.in_file(opened)
+    }
+    place.mkdir()
+    with zipfile.ZipFile(place / _FILE, "w", zipfile.ZIP_STORED) as archive:
+        for name, (tensor, dtype) in parts.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                _write_array(member, name, tensor, dtype, options)
+    hf.write_companions(opened, place, values)
+    placing.write_json(place / "config.json", values)
+    notes = hf.mlx_lm_warning(config)
+    return notes + ([hf.NO_MOMENTS] if opened.moments else [])
+
+
+def _write_array(member: Any, name: str, tensor: Tensor, dtype: np.dtype, options: Options) -> None:
+    """One .npy, a block of rows at a time."""
+    descr = "<V2" if dtype == DTYPES["BF16"] else dtype.newbyteorder("<").str
+    header: Mapping[str, Any] = {"descr": descr, "fortran_order": False, "shape": tensor.shape}
+    np.lib.format.write_array_header_1_0(member, dict(header))
+    for block in stream.blocks(name, tensor, dtype, False, options):
+        member.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)

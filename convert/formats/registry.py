@@ -1,0 +1,68 @@
+"""Which formats there are, and which one a file or folder is of, from its content."""
+
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+from convert.formats import adapter as adapter_format
+from convert.formats.opened import Opened
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder
+from mlxgpt.common.runs import checkpoint
+
+# what --to calls a format -> its module, in the order in which a model is held against them
+FORMATS = {
+    "mlx-lm": "convert.formats.mlx_lm",
+    "npz": "convert.formats.npz",
+    "hf": "convert.formats.hf",
+    "gguf": "convert.formats.gguf.model",
+    "llama2c": "convert.formats.llama2c",
+    "nanogpt": "convert.formats.torch_files.nanogpt",
+    "mingpt": "convert.formats.torch_files.mingpt",
+    "gptmodel": "convert.formats.torch_files.gptmodel",
+}
+
+
+def format_of(name: str) -> ModuleType:
+    """The module of a format: recognise, read, and where it can be written KIND and write.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise UserError(f"format {name!r}: expected one of {', '.join(FORMATS)}")
+    return importlib.import_module(FORMATS[name])
+
+
+def open_model(path: Path | str, n_head: int = 0) -> Opened:
+    """A model in whichever format it is; a run means its best, else its last checkpoint, and a hub id its download.
+
+    ``n_head`` is the number of heads, for files that do not say it (mingpt, gptmodel).
+
+    Raises:
+        UserError: there is nothing, no format recognises it, or the one that does finds it damaged.
+    """
+    place = Path(path).expanduser()
+    reader = _reader(place)
+    if reader is None and not place.is_file():
+        place = checkpoint.resolve_model(path)
+        if adapter_folder.is_adapter(place):
+            return adapter_format.read(place, open_model(adapter_folder.base_of(place)))
+        reader = _reader(place)
+    if reader is None:
+        raise UserError(f"{place}: not recognised as one of {', '.join(FORMATS)}")
+    if not n_head:
+        return reader.read(place)
+    if "n_head" not in inspect.signature(reader.read).parameters:
+        raise UserError(f"--n-head {n_head}: {place} says itself how many heads it has")
+    return reader.read(place, n_head=n_head)
+
+
+def _reader(place: Path) -> ModuleType | None:
+    """The first format that recognises what is there."""
+    if not place.exists():
+        return None
+    there = (name for name, module in FORMATS.items() if importlib.util.find_spec(module))
+    return next((module for module in map(format_of, there) if module.recognise(place)), None)

@@ -1,0 +1,262 @@
+"""Files of ``torch.save``: tensors and plain values in, nothing else; and out again.
+
+Nothing that a pickle names is ever run: ``weights_only``, and before that the zip archive's own numbers are held
+against the file's size. PyTorch reads and writes the structure alone; tensors pass one by one, in blocks.
+"""
+
+import ctypes
+import math
+import mmap
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from convert.formats import stream
+from convert.formats.opened import Options, Tensor
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders.model_folder import DTYPES
+from mlxgpt.common.folders.tensors import DTYPES as STORED
+
+if TYPE_CHECKING:
+    import torch
+
+_LONGEST = 1 << 26  # bytes of a pickle without its tensors; an optimizer of 10,000 tensors has 2 MB
+
+
+def names(path: Path) -> frozenset[str]:
+    """The strings in the pickle of a file of ``torch.save``: what tells formats apart; none in any other file."""
+    found: set[str] = set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for operation, argument, _ in pickletools.genops(archive.read(_pickle(path, archive))):
+                if "UNICODE" in operation.name and isinstance(argument, str):
+                    found.add(argument)
+    except Exception:
+        # a file of any kind at all may stand here, and pickletools raises whatever it meets
+        return frozenset()
+    return frozenset(found)
+
+
+def _pickle(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """The archive's pickle, once all of its members are true of the file."""
+    size = path.stat().st_size
+    for member in archive.infolist():
+        stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        if not stored or not 0 <= member.header_offset <= size - member.file_size:
+            raise UserError(f"{path}: {member.filename}: {member.file_size} bytes, not stored as torch.save does")
+    found = [member for member in archive.infolist() if re.fullmatch(r"[^/]+/data\.pkl", member.filename)]
+    if len(found) != 1:
+        raise UserError(f"{path}: a zip archive with {len(found)} data.pkl, expected one, as torch.save makes it")
+    if found[0].file_size > _LONGEST:
+        raise UserError(f"{path}: {found[0].filename}: {found[0].file_size} bytes, expected at most {_LONGEST}")
+    return found[0]
+
+
+def load(path: Path) -> Any:
+    """What the file holds; its tensors are mapped, not read.
+
+    Raises:
+        UserError: truncated, no file of torch.save (1.6 or later), or it holds more than tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _pickle(path, archive)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: truncated, or no file of torch.save: {error}") from None
+    torch = _torch(path)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        # torch.load lets through whatever a damaged pickle makes its reader raise
+        reason = " ".join(str(error).split())
+        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand) (\S+)", reason)
+        if named:
+            what = named[1] or named[2]
+            raise UserError(f"{path}: holds {what}, expected tensors and plain values only; nothing was run") from None
+        raise UserError(f"{path}: damaged: {type(error).__name__}: {reason[:200]}") from None
+    return content
+
+
+def _tensors(content: Any) -> "Iterator[torch.Tensor]":
+    """Every tensor in dicts and sequences, in the order in which they are saved."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for one in content.values():
+            yield from _tensors(one)
+    elif isinstance(content, list | tuple | set):
+        for one in content:
+            yield from _tensors(one)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: files of torch.save need PyTorch: pip install 'mlxgpt[torch]'") from None
+    return torch
+
+
+def state_dict(where: str, value: Any) -> dict[str, Any]:
+    """A mapping from names to tensors, without the prefix that ``torch.compile`` gives; of a prefix and none: refused.
+
+    Raises:
+        UserError: it is something else.
+    """
+    import torch
+
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {type(value).__name__}, expected tensors by name")
+    made: dict[str, Any] = {}
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{where}: {name!r}: {type(tensor).__name__}, expected a tensor by its name")
+        plain = name.removeprefix("_orig_mod.")
+        if plain in made:
+            raise UserError(f"{where}: {plain} is there twice, with and without _orig_mod.")
+        made[plain] = tensor
+    return made
+
+
+def lazy(where: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a file, as one of ours; ``where`` is what messages call it.
+
+    Raises:
+        UserError: another shape or dtype, or values that the file does not have one by one.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{where}: {type(tensor).__name__}, expected a tensor")
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{where} has shape {list(tensor.shape)}, expected {list(shape)}")
+    dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise UserError(f"{where}: {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{where}: {list(shape)} values that the file does not hold")
+    return Tensor(shape, dtype, lambda: as_numpy(tensor))
+
+
+def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
+    """A copy of a loaded tensor's values; its pages leave memory again, else all of a file would gather there."""
+    import torch
+
+    whole = tensor.detach().contiguous()
+    made = (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy().copy()
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    length = (storage.data_ptr() + storage.nbytes() - start) // page * page
+    if length > 0:
+        # unchanged pages of a private mapping, which are read again from the file where somebody asks for them
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    return made.view(STORED["BF16"]) if whole.dtype == torch.bfloat16 else made
+
+
+def number(value: Any) -> float:
+    """A number, or a tensor of one; NaN for anything else."""
+    import torch
+
+    plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return float(plain) if type(plain) in (int, float) else math.nan
+
+
+def shared(one: Any, other: Any) -> bool:
+    """Whether two tensors are one in memory, and so in the file: tied."""
+    import torch
+
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+class Archive:
+    """A file of torch.save in the making: its tensors stand for ours, which are read one by one as they are written."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        # by id; the tensor is kept, so that no other gets its id
+        self._sources: dict[int, tuple[torch.Tensor, str, Tensor, np.dtype]] = {}
+
+    def add(self, name: str, tensor: Tensor, dtype: np.dtype | None = None) -> "torch.Tensor":
+        """What to save in the place of ``tensor``: memory that nobody ever touches, as ``dtype`` or as asked for."""
+        import torch
+
+        wide = DTYPES[self._options.dtype] if self._options.dtype else tensor.dtype
+        dtype = dtype or wide
+        made = torch.empty(tensor.shape, dtype=getattr(torch, dtype.name))
+        self._sources[id(made)] = made, name, tensor, dtype
+        return made
+
+    def save(self, value: Any, place: Path) -> None:
+        """Writes tensors and plain values to a new file, as ``torch.save`` does.
+
+        Raises:
+            UserError: a value is not finite or does not fit, or the system refuses to write.
+        """
+        torch = _torch(place)
+        try:
+            with torch.serialization.skip_data(), open(place, "wb") as file:
+                torch.save(value, file)
+            # each storage is data/N, in the order in which they are first met
+            storages = {tensor.data_ptr(): tensor for tensor in _tensors(value)}
+            with open(place, "r+b") as file, zipfile.ZipFile(file) as archive:
+                for n, tensor in enumerate(storages.values()):
+                    member = archive.getinfo(f"archive/data/{n}")
+                    assert member.file_size == tensor.untyped_storage().nbytes(), member.filename
+                    file.seek(member.header_offset + 26)
+                    start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                    member.CRC = self._fill(file, tensor, start)
+                    _note_sum(file, member, start + member.file_size)
+                _note_sums(file, archive)
+        except (OSError, RuntimeError) as error:
+            # torch's writer wraps what the system says in a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{place}: cannot write: {reason}") from None
+
+    def _fill(self, file: BinaryIO, tensor: "torch.Tensor", start: int) -> int:
+        """Writes a tensor's values, in blocks; returns their CRC."""
+        file.seek(start)
+        found = bad = 0
+        if id(tensor) not in self._sources:
+            name, blocks = "", iter([tensor.contiguous().numpy()])
+        else:
+            _, name, source, dtype = self._sources[id(tensor)]
+            blocks = stream.blocks(name, source, dtype, False, self._options)
+        for block in blocks:
+            bad += stream.count_not_finite(block)
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+            found = zlib.crc32(data, found)
+            file.write(data)
+        if name not in self._options.bad:
+            stream.note_bad(name, bad, self._options)
+        return found
+
+
+def _note_sum(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> None:
+    """A member's CRC into the record behind its data, which ends at ``end``."""
+    file.seek(end)
+    assert file.read(4) == b"PK\x07\x08", f"{member.filename}: no record behind its data"
+    file.write(struct.pack("<I", member.CRC))
+
+
+def _note_sums(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """The members' CRCs into the archive's directory."""
+    at = archive.start_dir
+    for member in archive.infolist():
+        file.seek(at + 16)
+        file.write(struct.pack("<I", member.CRC))
+        file.seek(at + 28)
+        at += 46 + sum(struct.unpack("<HHH", file.read(6)))

@@ -1,0 +1,129 @@
+"""The verb classify: the label of each text with its probability, and how well labels are told where they are known."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxgpt.common import backend as backends
+from mlxgpt.common.batch import Batch
+from mlxgpt.common.config import TuneConfig
+from mlxgpt.common.data.corpus import decoded
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import confusion
+from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.sft import rows as sft_rows
+from mlxgpt.common.sft.pack import bucket
+from mlxgpt.common.sft.rows import Row
+from mlxgpt.common.tokenizers.load import Tokenizer
+
+BATCH = 4096  # tokens that pass through the model at once
+
+
+def classify_command(args: argparse.Namespace) -> int:
+    """``classify --model DIR [--adapter DIR] --text TEXT | --file FILE [--json]``."""
+    rows = _rows(args)
+    backend = backends.load(args.backend)
+    model, tokenizer = backend.load.load(
+        args.model, adapter=base_and_adapters.parse(args.adapter) or None, device=args.device, force=args.force
+    )
+    labels, block_size = model.config.labels, model.config.block_size
+    base_and_adapters.expect(model.config, args.model, classifier=True)
+    if tokenizer is None:
+        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    for row in rows:
+        if row.label is not None and row.label not in labels:
+            raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
+    texts = _encoded(rows, tokenizer)
+    cut = sum(len(ids) > block_size for ids in texts)
+    shares = probabilities(backend, model, [ids[:block_size] for ids in texts])
+    sums = _confusions(rows, labels, shares)
+    if args.json:
+        found: dict[str, Any] = {"labels": list(labels), "rows": _as_dicts(rows, labels, shares), "cut": cut}
+        print(json.dumps(found | (confusion.as_dict(sums, labels) if sums else {})))
+        return 0
+    for row, share in zip(rows, shares, strict=True):
+        print(f"{labels[share.argmax()]}\t{share.max():.4f}\t{' '.join(row.text.split())}")
+    if cut:
+        print(f"{cut:,} texts are longer than the model's context of {block_size} tokens: they lost their end")
+    if sums:
+        figures = confusion.figures(sums, len(labels))
+        print("\n" + "\n".join(confusion.lines(sums, labels)))
+        print(f"accuracy {figures['accuracy']:.4f}, macro-F1 {figures['macro_f1']:.4f}")
+    return 0
+
+
+def _rows(args: argparse.Namespace) -> list[Row]:
+    """The texts of --text, then those of --file."""
+    rows = [Row(f"--text {number}", text=text) for number, text in enumerate(args.text, 1)]
+    if args.file:
+        path, tune = Path(args.file).expanduser(), TuneConfig(text_key=args.text_key, label_key=args.label_key)
+        if not path.is_file():
+            raise UserError(f"--file {path}: no such file")
+        if path.suffix.lower() == ".txt":
+            text, _ = decoded(path.read_bytes(), 0, str(path), final=True)
+            rows += [Row(f"{path} row {n}", text=line) for n, line in enumerate(text.splitlines(), 1)]
+        elif path.suffix.lower() in sft_rows.SUFFIXES:
+            rows += [sft_rows.text_to_classify(value, where, tune) for where, value in sft_rows.read_values(path)]
+        else:
+            known = " ".join((".txt", *sft_rows.SUFFIXES))
+            raise UserError(f"--file {path}: cannot tell what {path.suffix or 'this'} holds: expected {known}")
+    if not rows:
+        raise UserError("nothing to classify: expected --text TEXT or --file FILE with rows")
+    return rows
+
+
+def _encoded(rows: list[Row], tokenizer: Tokenizer) -> list[np.ndarray]:
+    made = []
+    for row in rows:
+        try:
+            made.append(np.asarray(tokenizer.encode(row.text), np.int32))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+        if not len(made[-1]):
+            raise UserError(f"{row.where}: empty: expected text")
+    return made
+
+
+def probabilities(backend: backends.Backend, model: Any, texts: list[np.ndarray]) -> np.ndarray:
+    """(texts, labels) probabilities of texts in tokens; those of like length go together."""
+    made: np.ndarray | None = None
+    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+    while order:
+        width = bucket(len(texts[order[0]]), model.config.block_size)
+        group, order = order[: max(1, BATCH // width)], order[max(1, BATCH // width) :]
+        tokens = np.zeros((len(group), width), np.int32)
+        for b, n in enumerate(group):
+            tokens[b, : len(texts[n])] = texts[n]
+        lengths = np.array([len(texts[n]) for n in group], np.int32)
+        logits = backend.generate.classify(model, tokens, lengths).astype(np.float64)
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        made = np.zeros((len(texts), logits.shape[1])) if made is None else made
+        made[group] = shares / shares.sum(axis=1, keepdims=True)
+    assert made is not None
+    return made
+
+
+def _confusions(rows: list[Row], labels: tuple[str, ...], shares: np.ndarray) -> dict[str, float]:
+    """The sums of confusion.py over the rows whose label is known; {} where none is."""
+    known = [n for n, row in enumerate(rows) if row.label is not None]
+    if not known:
+        return {}
+    targets = np.array([[labels.index(str(rows[n].label))] for n in known], np.int32)
+    batch = Batch(np.zeros_like(targets), targets, np.ones(targets.shape, np.float32))
+    return confusion.count(batch, shares[known].argmax(axis=1)[:, None])
+
+
+def _as_dicts(rows: list[Row], labels: tuple[str, ...], shares: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": row.text,
+            "label": labels[share.argmax()],
+            "probability": float(share.max()),
+            "probabilities": dict(zip(labels, share.tolist(), strict=True)),
+        }
+        | ({} if row.label is None else {"given": row.label})
+        for row, share in zip(rows, shares, strict=True)
+    ]

@@ -1,0 +1,223 @@
+"""The verbs ``data fetch|inspect|prepare|export`` and ``tokenizer train|inspect``; each returns its exit code."""
+
+import json
+import os
+import tarfile
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common import config
+from mlxgpt.common.config import DataConfig
+from mlxgpt.common.data import corpus as corpora
+from mlxgpt.common.data import prepare as preparing
+from mlxgpt.common.data import shards
+from mlxgpt.common.data.fetch import CORPORA
+from mlxgpt.common.data.fetch import fetch as fetch_corpus
+from mlxgpt.common.data.inspect import inspect_corpus, inspect_shards
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.load import KINDS, Tokenizer, load_tokenizer
+
+
+def fetch(args: Namespace) -> int:
+    """``data fetch NAME [--from FILE] [--out DIR]``."""
+    if args.name not in CORPORA:
+        known = ", ".join(f"{name} ({known.about})" for name, known in CORPORA.items())
+        raise UserError(f"unknown corpus {args.name!r}{config.nearest(args.name, CORPORA)}: one of {known}")
+    folder = Path(args.out) if args.out else preparing.cache_folder() / "corpora"
+    path = fetch_corpus(CORPORA[args.name], folder, Path(args.from_file) if args.from_file else None)
+    print(f"train on it: mlxgpt train shakespeare-char-cpu --set data.source={path}")
+    return 0
+
+
+def _tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at ``path``; a run's is its checkpoint's."""
+    place = Path(path)
+    return load_tokenizer(checkpoint.resolve_model(place) if place.is_dir() and checkpoint.is_run(place) else place)
+
+
+def _new(path: str) -> Path:
+    """``path``, which must not exist yet."""
+    place = Path(path)
+    if place.exists() or place.is_symlink():
+        raise UserError(f"{place}: exists already: name a new one or remove it")
+    return place
+
+
+def inspect(args: Namespace) -> int:
+    """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model`` rows as fine-tuning sees them."""
+    if args.model:
+        from mlxgpt.common.sft.inspect import inspect_rows
+
+        return inspect_rows(args)
+    if args.set or args.rows is not None:
+        raise UserError("--set and --rows go with --model: they are about rows to fine-tune on")
+    notes: list[str] = []
+    say = notes.append if args.json else print
+    if shards.is_shards(Path(args.source)):
+        if args.tokenizer:
+            raise UserError(f"{args.source}: shards hold tokens already: --tokenizer says nothing about them")
+        found = inspect_shards(Path(args.source))
+    else:
+        tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
+        found = inspect_corpus(corpora.open_corpus(args.source, args.text_key), tokenizer, say)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    for note in found["notes"]:
+        print(note)
+    _show(found)
+    return 0
+
+
+def _show(found: dict[str, Any]) -> None:
+    kind = found["tokenizer"]
+    origin = f", {kind['origin']}" if "origin" in kind else ""
+    rows = [
+        ("documents", f"{found['documents']:,}"),
+        ("bytes", f"{found['bytes']:,}"),
+        ("tokens", f"{found['tokens']:,} ({kind['kind']} of {kind['vocab_size']:,}{origin})"),
+        ("tokens per byte", f"{found['tokens_per_byte']:.3f}"),
+        (
+            "duplicates",
+            "cannot tell without an eos token" if found["duplicates"] is None else f"{found['duplicates']:,}",
+        ),
+    ]
+    for name, split in found.get("splits", {}).items():
+        count = f"{split['tokens']:,} tokens, {split['documents']:,} documents, {split['shards']} shards"
+        rows.append((name, count))
+    if found.get("byte_order_marks"):
+        rows.append(("byte order marks", f"{found['byte_order_marks']:,} documents start with one; it is kept as text"))
+    for place, item in enumerate(found["longest"] or []):
+        unit = "tokens" if "tokens" in item else "characters"
+        rows.append(("longest" if place == 0 else "", f"{item[unit]:,} {unit}: {item['document']}"))
+    for name, value in rows:
+        print(f"{name:<17}{value}")
+    print(f"{'sample':<17}{found['sample']!r}")
+
+
+def prepare(args: Namespace) -> int:
+    """``data prepare SOURCE --out DIR``."""
+    out = _new(args.out)
+    data = DataConfig(
+        source=args.source,
+        text_key=args.text_key,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        val_fraction=args.val_fraction,
+        workers=args.workers or 0,
+    )
+    tokenizer = None if data.tokenizer in KINDS else _tokenizer(data.tokenizer)
+    preparing.prepare(corpora.open_corpus(data.source, data.text_key), data, out, tokenizer)
+    print(f"train on it: mlxgpt train --set data.source={out}")
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """``data export RUN --out FILE.tar``: a run's shards, to be unpacked into the run on another machine."""
+    out, run = _new(args.out), Path(args.run)
+    if out.suffix != ".tar":
+        raise UserError(f"--out {out}: expected a name that ends in .tar")
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"{run}: not a run: no recipe.toml in it")
+    data = config.build(config.read_toml(run / "recipe.toml"), str(run / "recipe.toml")).data
+    with tempfile.TemporaryDirectory() as temporary:
+        _export(run, data, out, Path(temporary))
+    print(f"on the other machine, where the run is RUN: tar -xf {out.name} -C RUN && mlxgpt train --resume RUN")
+    return 0
+
+
+def _export(run: Path, data: DataConfig, out: Path, temporary: Path) -> None:
+    files, digests = _files_of(run, data, temporary)
+    newest = checkpoint.steps_of(run)
+    if newest:
+        state = json.loads((checkpoint.path_of(run, newest[-1]) / checkpoint.STATE).read_text(encoding="utf-8"))
+        for name, digest in digests.items():
+            if state["data"].get(name) != digest:
+                raise UserError(f"{name} of {data.source}: sha256 {digest[:16]}...: not what {run} was trained on")
+    _pack(files, out)
+    print(f"{out}: {out.stat().st_size:,} bytes, {len(files)} files")
+
+
+def _files_of(run: Path, data: DataConfig, temporary: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """What to pack, name -> path, and the sha256 of each file of tokens; a tokenizer is saved to ``temporary``."""
+    places = [place for place in (run / "data", Path(data.source)) if shards.is_shards(place)]
+    source = Path(data.source)
+    if not places and (source.suffix == ".bin" or (source / "train.bin").is_file()):
+        _, _, files = shards.open_flat(source, data.val_fraction)
+        if data.tokenizer not in KINDS:
+            load_tokenizer(data.tokenizer).save(temporary)
+        packed = {file.name: file for file in files}
+        packed |= {f"tokenizer/{file.name}": file for file in sorted(temporary.iterdir())}
+        return packed, {file.name: shards.hash_and_largest(file)[0] for file in files}
+    folder = places[0] if places else preparing.cached(data)
+    index = shards.read_index(folder)
+    shards.verify(folder, index)
+    digests = {s["file"]: s["sha256"] for split in index["splits"].values() for s in split["shards"]}
+    files = [folder / "index.json", *(folder / name for name in digests), *sorted((folder / "tokenizer").iterdir())]
+    return {str(file.relative_to(folder)): file for file in files}, digests
+
+
+def _pack(files: dict[str, Path], out: Path) -> None:
+    """A tar of ``files`` under data/, which is there whole or not at all; the same bytes each time."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with tarfile.open(part, "w") as tar:
+            for name, path in files.items():
+                entry = tarfile.TarInfo(f"data/{name}")
+                entry.size, entry.mode = path.stat().st_size, 0o644
+                with open(path, "rb") as file:
+                    tar.addfile(entry, file)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def train_tokenizer(args: Namespace) -> int:
+    """``tokenizer train SOURCE --kind K --vocab-size N --out DIR``: learned from the whole source."""
+    out = _new(args.out)
+    corpus = corpora.open_corpus(args.source, args.text_key)
+    scanned = corpora.scan(corpus)
+    print(f"{corpus.name}: {scanned.documents:,} documents, {scanned.size:,} bytes")
+    tokenizer = preparing.train(corpus, scanned, args.kind, args.vocab_size, 0.0, print)
+    out.mkdir(parents=True)
+    tokenizer.save(out)
+    print(f"{out}: sha256 {tokenizer.digest[:16]}...; use it: --set data.tokenizer={out}")
+    return 0
+
+
+def inspect_tokenizer(args: Namespace) -> int:
+    """``tokenizer inspect PATH [--text TEXT] [--json]``."""
+    tokenizer = _tokenizer(args.path)
+    found: dict[str, Any] = {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.n_vocab,
+        "eos_id": tokenizer.eos_id,
+        "eos": None if tokenizer.eos_id is None else tokenizer.decode([tokenizer.eos_id]),
+        "sha256": tokenizer.digest,
+    }
+    if args.text is not None:
+        ids = tokenizer.encode(args.text)
+        found |= {
+            "text": args.text,
+            "ids": ids,
+            "pieces": [tokenizer.decode([i]) for i in ids],
+            "tokens": len(ids),
+            "bytes": len(args.text.encode()),
+            "round_trip": tokenizer.decode(ids) == args.text,
+        }
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    eos = "none" if found["eos"] is None else f"{found['eos']} ({found['eos_id']})"
+    print(f"{tokenizer.kind}, {tokenizer.n_vocab:,} tokens, end of text: {eos}, sha256 {tokenizer.digest[:16]}...")
+    if args.text is not None:
+        print(" ".join(f"{piece!r}:{i}" for piece, i in zip(found["pieces"], found["ids"], strict=True)))
+        exact = "decodes to the same text" if found["round_trip"] else "DECODES TO ANOTHER TEXT"
+        print(f"{found['tokens']:,} tokens for {found['bytes']:,} bytes; {exact}")
+    return 0

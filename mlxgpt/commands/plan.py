@@ -1,0 +1,212 @@
+"""The verb ``plan``: memory, time and money before anything runs.
+
+The bytes come from the framework's own step, built and not computed (``footprint.py`` of either package), so what is
+predicted is what is run, whatever the model. Nothing here is fitted to a measurement.
+"""
+
+import dataclasses
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common import backend as backends
+from mlxgpt.common import recipes
+from mlxgpt.common.backend import Backend
+from mlxgpt.common.config import Recipe, apply_sets, build, read_toml, to_toml
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.plan import budget as plan_budget
+from mlxgpt.common.plan import calibrate as plan_calibrate
+from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import compute as plan_compute
+from mlxgpt.common.plan import memory as plan_memory
+from mlxgpt.common.plan import show as plan_show
+from mlxgpt.common.plan.chips import Chip
+from mlxgpt.common.plan.gate import room
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+
+_CHAR_VOCABULARY = 128  # what a character tokenizer is taken to have, where the text was not looked at
+
+
+def plan_command(args: Namespace) -> int:
+    """Says what a run needs, or with a budget which run to make.
+
+    Args:
+        args: recipe, model, data, method, set, steps, chip, price, calibrate, budget, hours, memory, out, plot, json,
+            backend, device.
+
+    Raises:
+        UserError: wrong usage or input.
+    """
+    if args.plot:
+        plan_show.check(Path(args.plot))
+    backward = args.budget is not None or args.hours is not None or args.memory is not None
+    if args.out and not backward:
+        raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
+    if args.model and args.recipe:
+        raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
+    chip = chips.find(args.chip) if args.chip else None
+    recipe, notes = _recipe(args)
+    backend = backends.load(args.backend)
+    device = backend.engine.devices.use(args.device)
+    result = (_backward if backward else _forward)(args, recipe, backend, device, chip)
+    result = {"backend": backend.name, **result, "notes": [*notes, *result["notes"]]}
+    if args.plot:
+        plan_show.plot(result, Path(args.plot))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        plan_show.show((plan_show.budget_rows if backward else plan_show.rows)(result))
+        for flag, path in (("recipe", args.out), ("plot", args.plot)):
+            if path:
+                print(f"{flag}: {path}")
+    return 0
+
+
+def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
+    """The recipe to plan, its vocabulary known, and what was assumed."""
+    sections: dict[str, dict[str, Any]] = {}
+    where = "--set"
+    if not args.model:
+        path = recipes.find(args.recipe or "pydocs")
+        sections, where = read_toml(path), str(path)
+    elif args.data or args.method:
+        sections = {"tune": {"source": args.data or ""}, "adapter": {"method": args.method or "lora"}}
+    sections = apply_sets(sections, args.set)
+    if args.steps:
+        sections["train"] = {**sections.get("train", {}), "steps": args.steps}
+    recipe = build(sections, where)
+    if args.model:
+        place = checkpoint.resolve_model(args.model)
+        return dataclasses.replace(recipe, model=model_folder.read_config(place)), []
+    if recipe.model.vocab_size:
+        return recipe, []
+    tokenizer, notes = recipe.data.tokenizer, []
+    if tokenizer == "char":
+        size, notes = _CHAR_VOCABULARY, [f"a vocabulary of {_CHAR_VOCABULARY} characters is assumed"]
+    elif tokenizer in KINDS:
+        size = recipe.data.vocab_size
+    elif has_tokenizer(Path(tokenizer)):
+        size = load_tokenizer(Path(tokenizer)).n_vocab
+    else:
+        raise UserError(f"data.tokenizer = {tokenizer!r}: expected one of {', '.join(KINDS)}, or the path of one")
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size)), notes
+
+
+def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+    """What the recipe needs."""
+    measure, notes = backend.footprint.footprint, []
+    described = backend.engine.devices.describe(device)
+    timing = None
+    if args.calibrate:
+        if chip:
+            raise UserError(f"--calibrate: times this machine, not {chip.name}: expected it without --chip")
+        if recipe.tune:
+            raise UserError("--calibrate: of pre-training recipes only; fine-tuning takes --chip")
+        source, _ = plan_calibrate.open_data(recipe)
+        model = dataclasses.replace(recipe.model, vocab_size=max(recipe.model.vocab_size, source.vocab_size))
+        recipe = dataclasses.replace(recipe, model=model)
+        timing = plan_calibrate.time_steps(recipe, source, backend, args.device)
+    memory, where = plan_memory.plan(recipe, measure), room(backend, device)
+    if chip:
+        where = {"total": int(chip.memory * 1e9), "free": int(chip.memory * 1e9), "recommended": 0,
+                 "limit": int(chip.memory * 1e9)}  # fmt: skip
+        notes.append(f"memory is counted as {backend.name} holds it on this machine's device, not on {chip.name}")
+    if (backend.name, recipe.train.compile) == ("mlx", "off"):
+        notes.append("train.compile = off: MLX then holds more than this says, a small model up to a third")
+    chip = chip or chips.here(described["device"])
+    seconds, origin = None, None
+    if timing:
+        seconds, origin = timing.run(recipe), f"{timing.rate:,.0f} tokens/s measured here"
+    elif chip:
+        seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip)
+        origin = f"{chip.name} at an assumed {chip.utilisation:.0%} of its peak"
+    tokens, length = plan_compute.tokens(recipe, plan_memory.length(recipe)), plan_memory.length(recipe)
+    each = plan_compute.flops(recipe, length, recipe.train.batch_size)
+    rows, _ = plan_memory.micro_batch(recipe)
+    itemsize = 2 if recipe.train.compute_dtype == "bfloat16" else 4
+    trains = sum(int(plan_memory.size(param.shape)) for param in adapters.trainable(recipe).values())
+    return {
+        "title": f"{recipe.model.family}, {recipe.model.n_layer} layers of {recipe.model.n_embd}",
+        "device": chip.name if args.chip and chip else described["device"],
+        "parameters": params.count(recipe.model),
+        "trainable": trains,
+        "flops_per_token": dataclasses.asdict(each),
+        "micro_batch_size": rows,
+        "length": length,
+        "memory": {"peak": memory.peak, "components": memory.components, "checkpoint_copy": memory.copy,
+                   "whole": memory.whole},
+        "activations_per_layer": {key: plan_memory.per_layer(recipe, measure, again)
+                                  for key, again in (("kept", False), ("recomputed", True))},
+        "kv_cache": plan_memory.kv_cache(recipe.model, 1, length, itemsize),
+        "machine": where,
+        "fits": memory.whole <= where["limit"],
+        "largest_micro_batch": plan_memory.largest_rows(recipe, measure, where["limit"]),
+        "longest_row": plan_memory.longest(recipe, measure, where["limit"]),
+        "steps": recipe.train.steps,
+        "tokens": tokens,
+        "compute": each.exact * tokens,
+        "seconds": seconds,
+        "seconds_from": origin,
+        "price": args.price,
+        "cost": None if args.price is None or seconds is None else args.price * seconds / 3600,
+        "notes": notes,
+    }  # fmt: skip
+
+
+def _backward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+    """Which model a budget trains best."""
+    if recipe.tune or args.model:
+        raise UserError("--budget, --hours and --memory: choose a model to pre-train: expected no --model")
+    described = backend.engine.devices.describe(device)
+    hours, currency, price = args.hours, "", args.price
+    if args.budget is not None:
+        if hours is not None:
+            raise UserError("--budget and --hours: expected one of the two")
+        amount, currency = plan_budget.money(args.budget)
+        if not price:
+            raise UserError(f"--budget {args.budget}: expected --price as well, what an hour costs")
+        hours = amount / price
+    timed = hours is not None
+    if timed and chip is None:
+        chip = plan_budget.default_chip(described["device"])
+    limit = room(backend, device)["limit"]
+    if chip and args.chip:
+        limit = int(chip.memory * 1e9)
+    if args.memory:
+        limit = plan_budget.size_of(args.memory)
+    dtype = recipe.train.compute_dtype
+    compute = plan_budget.compute_of(hours, chip, dtype) if timed and chip else None
+    measure = backend.footprint.footprint
+    choice = plan_budget.choose(recipe, compute, limit, measure)
+    made = choice.recipe
+    if args.out:
+        plan_budget.write(Path(args.out), made)
+    seconds = plan_compute.seconds(made, made.model.block_size, chip) if chip else None
+    memory = plan_memory.plan(made, measure)
+    model = made.model
+    return {
+        "title": "the compute-optimal run" if timed else "the largest run that the memory takes",
+        "device": chip.name if chip else described["device"],
+        "compute": choice.compute,
+        "parameters": choice.size,
+        "tokens": choice.tokens,
+        "model": f"{model.family}, {model.n_layer} layers of {model.n_embd}, {model.n_head} heads, "
+                 f"context {model.block_size}, vocabulary {model.vocab_size}",
+        "range": [{"parameters": round(size), "tokens": round(tokens)} for size, tokens in choice.range],
+        "loss": list(choice.loss),
+        "steps": made.train.steps,
+        "seconds": seconds,
+        "seconds_from": chip and f"{chip.name} at an assumed {chip.utilisation:.0%} of its peak",
+        "price": price,
+        "cost": None if price is None or seconds is None else price * seconds / 3600,
+        "currency": currency,
+        "memory": {"peak": memory.peak, "components": memory.components, "checkpoint_copy": memory.copy,
+                   "whole": memory.whole},
+        "limit": limit,
+        "recipe": to_toml(made),
+        "notes": [choice.note] if choice.note else [],
+    }  # fmt: skip

@@ -1,0 +1,135 @@
+"""Rows that were held out, answered by the model while it is tuned: what is shown, scored, and tested at the end."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mlxgpt.common.backend import Backend
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.evaluate import confusion, text_metrics
+from mlxgpt.common.sft.pack import Example
+from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.train.loop import Job
+
+ROWS = 8  # answered at once
+
+
+class Answers:
+    """Asks the engine's model; greedy where answers are scored."""
+
+    def __init__(self, backend: Backend, engine: Any, recipe: Recipe, source: SftSource):
+        assert recipe.tune
+        self._backend, self._engine, self._source = backend, engine, source
+        self._tune, self._sample = recipe.tune, recipe.sample
+        self._stop = [source.template.end] if source.template else []
+
+    def sample(self) -> str:
+        """A question and what the model answers to it: sample.prompt, else the first row that validates."""
+        tokenizer, prompt = self._source.tokenizer, _question(self._sample.prompt, self._source)
+        try:
+            result = self._generate([prompt], self._sample)[0]
+        except RunError as error:
+            return f"(none: {error})"
+        return f"{tokenizer.decode(prompt)}{result}"
+
+    def score(self, sums: dict[str, float]) -> dict[str, float]:
+        """Of a classifier what the sums of a validation tell; else tune.metrics over the first rows that validate."""
+        return self._scored("valid", sums)
+
+    def _scored(self, split: str, sums: dict[str, float]) -> dict[str, float]:
+        if self._source.labels:
+            return confusion.figures(sums, len(self._source.labels))
+        rows = self._source.rows(split)
+        rows = rows[: self._tune.metric_rows or len(rows)]
+        if not self._tune.metrics or not rows:
+            return {}
+        references = [self._reference(row) for row in rows]
+        return text_metrics.score(self._tune.metrics, self.answer(rows), references)
+
+    def answer(self, rows: Sequence[Example]) -> list[str]:
+        """The model's greedy answer to each row, no longer than the longest reference."""
+        longest = max(len(row.last_answer[1]) for row in rows)
+        settings = dataclasses.replace(self._sample, temperature=0.0, max_tokens=longest)
+        made: list[str] = []
+        for start in range(0, len(rows), ROWS):
+            made += self._generate([row.last_answer[0].tolist() for row in rows[start : start + ROWS]], settings)
+        return made
+
+    def _generate(self, prompts: list[list[int]], settings: Any) -> list[str]:
+        generate = self._backend.generate.generate
+        found = generate(self._engine.model, self._source.tokenizer, prompts, settings, self._stop)
+        return [result.text for result in found]
+
+    def _reference(self, row: Example) -> str:
+        """The text of a row's last answer, without the token that ends it."""
+        tokenizer = self._source.tokenizer
+        ids = row.last_answer[1].tolist()
+        return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.special else ids)
+
+    def finish(self, job: Job) -> None:
+        """Scores the test split with the weights as they are; labels: shows the confusion on what validates first."""
+        labels, tune = self._source.labels, job.recipe.tune
+        if labels and self._source.rows("valid"):
+            lines = confusion.lines(self._sums("valid", job), labels)
+            job.progress.say("\n".join([f"what validates at step {job.state.step}:", *lines]))
+        if tune and tune.test and self._source.rows("test"):
+            self._test(job)
+
+    def _sums(self, split: str, job: Job) -> dict[str, float]:
+        """What the engine adds up over a whole split."""
+        total: dict[str, float] = {}
+        for batch in self._source.split(split):
+            for part in batch.split(job.recipe.train.micro_batch_size):
+                for name, value in self._engine.evaluate(part).items():
+                    total[name] = total.get(name, 0.0) + value
+        return total
+
+    def _test(self, job: Job) -> None:
+        """The test split, in metrics.jsonl and on screen."""
+        total = self._sums("test", job)
+        found = {"loss": total["loss"] / total["weight"]} | self._scored("test", total)
+        job.metrics.write(step=job.state.step, split="test", **found, targets=round(total["weight"]))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+        job.progress.say(f"test split at step {job.state.step}: {shown}")
+        if self._source.labels:
+            job.progress.say("\n".join(confusion.lines(total, self._source.labels)))
+
+
+def _question(prompt: str, source: SftSource) -> list[int]:
+    """The tokens of a question as rows have it; '' is the first row that validates, or else trains."""
+    if not prompt:
+        return (source.rows("valid") or source.rows("train"))[0].last_answer[0].tolist()
+    if source.template:
+        return source.template.encode([{"role": "user", "content": prompt}], generation=True)
+    return source.tokenizer.encode(prompt)
+
+
+def check(recipe: Recipe, source: SftSource) -> Recipe:
+    """The recipe for the splits that there are: without rows that validate nothing is validated.
+
+    Raises:
+        UserError: a setting wants rows that validate, or validations; or sample.prompt cannot be asked.
+    """
+    assert recipe.tune
+    tune, train = recipe.tune, recipe.train
+    wanted = {"tune.metrics": tune.metrics, "train.early_stop": train.early_stop}
+    wanted |= {"tune.keep_best": tune.keep_best} if tune.keep_best != "loss" else {}
+    for key, value in wanted.items():
+        if value and not source.rows("valid"):
+            raise UserError(f"{key} = {value!r}: no rows to validate on: expected more rows, or a valid.jsonl")
+        if value and not train.eval_every:
+            raise UserError(f"{key} = {value!r}: expected train.eval_every, which is 0: nothing is ever validated")
+    if recipe.sample.max_tokens and tune.task == "lm" and recipe.sample.prompt:
+        try:
+            count = len(_question(recipe.sample.prompt, source))
+        except UserError as error:
+            raise UserError(f"sample.prompt = {recipe.sample.prompt!r}: {error}") from None
+        if not 0 < count <= recipe.model.block_size:
+            raise UserError(
+                f"sample.prompt = {recipe.sample.prompt!r}: {count} tokens; expected at most model.block_size = "
+                f"{recipe.model.block_size}"
+            )
+    if source.rows("valid"):
+        return recipe
+    return dataclasses.replace(recipe, train=dataclasses.replace(train, eval_every=0))

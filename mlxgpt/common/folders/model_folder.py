@@ -1,0 +1,335 @@
+"""Read and write a Hugging Face model folder in numpy: config.json, safetensors, tokenizer files.
+
+What is written loads in transformers and mlx-lm as it is; what they wrote is read strictly: every tensor that the
+config asks for, in its shape, finite, and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import RunError, TensorError, UserError
+from mlxgpt.common.folders import mlx_lm_folder
+from mlxgpt.common.folders.tensors import (
+    Entry,
+    read_header,
+    read_json,
+    read_tensor,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from mlxgpt.common.model import families, params
+from mlxgpt.common.model.affine import Quantised
+
+__all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_READABLE = ("F32", "F16", "BF16")
+_BLOCK = 1 << 22
+
+
+class _Tokenizer(Protocol):
+    """What is needed of common.tokenizer.Tokenizer here."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def save(self, folder: Path, /) -> None: ...
+
+
+def find_tensors(folder: Path | str) -> dict[str, Entry]:
+    """Where every tensor of a model folder lies, by the name in its files; headers are checked, data is not read.
+
+    Raises:
+        UserError: no safetensors weights, a damaged file, an index that is not true or points outside the folder.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)[0]
+    if not (folder / INDEX).exists():
+        others = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+        found = f"found {others[0]}, " if others else ""
+        raise UserError(f"{folder}: {found}expected {SINGLE} or {INDEX}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: weight_map: expected file names by tensor name")
+    shards: dict[str, dict[str, Entry]] = {}
+    for file in sorted(set(weight_map.values())):
+        if file in ("", ".", "..") or "/" in file or "\\" in file or not file.isprintable():
+            raise UserError(f"{folder / INDEX}: weight_map names {file!r}: expected a file in the same folder")
+        shards[file] = read_header(folder / file)[0]
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise UserError(f"{folder / file}: {name} is missing, which {INDEX} says is there")
+    for file, entries in shards.items():
+        for name in entries:
+            if weight_map.get(name) != file:
+                raise UserError(
+                    f"{folder / file}: {name} is there, but {INDEX} says {weight_map.get(name, 'nothing')!r}"
+                )
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The model that a folder holds. The head is tied where its tensor is absent, or is the embedding's copy.
+
+    An untied head equal to the embedding stays untied where config.json says so.
+
+    Raises:
+        UserError: config.json is missing or asks for what is not supported; or the weights are damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
+    values, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if isinstance(values.get("quantization"), dict):
+        config = families.config_from_hf(mlx_lm_folder.plain_values(values), where)
+        return mlx_lm_folder.with_head(config, find_tensors(folder))
+    config = families.config_from_hf(values, where)
+    entries = _by_name(folder, config, find_tensors(folder))
+    if config.labels or "tied" in families.family_of(config).fixed:
+        return config
+    head, table = (entries.get(families.to_foreign(config, name)[0]) for name in ("lm_head.weight", "wte.weight"))
+    tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
+    return dataclasses.replace(config, tied=tied)
+
+
+def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """``entries`` without prefixes and buffers."""
+    made: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        plain = families.strip(config, name)
+        if plain is None:
+            continue
+        if plain in made:
+            raise UserError(f"{folder}: {plain} is there twice, with and without a prefix")
+        made[plain] = entry
+    return made
+
+
+def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry, bool]]:
+    """Our name -> (its name without a prefix, where it lies, whether as [in, out]) for all the files hold.
+
+    ``entries`` are the folder's tensors by the names in its files. Biases that config.json calls zero are there too.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, there twice, or of another shape or dtype; a tied head differs.
+    """
+    expected = families.from_foreign(config)
+    entries = _by_name(folder, config, entries)
+    if config.tied and families.to_foreign(config, "lm_head.weight")[0] in entries:
+        _check_tied(folder, config, entries)
+    for name in expected:
+        if name not in entries:
+            raise TensorError(name, f"{folder}: tensor {name} is missing, which config.json asks for")
+    for name in entries:
+        if name not in expected:
+            shape = list(entries[name].shape)
+            raise TensorError(name, f"{folder}: unexpected tensor {name} {shape}, for which config.json has no place")
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
+    for foreign, (name, transposed) in expected.items():
+        entry, shape = entries[foreign], shapes[name][::-1] if transposed else shapes[name]
+        if entry.shape != shape:
+            found = f"{foreign} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            raise TensorError(foreign, f"{entry.path}: {found}")
+        if entry.dtype not in _READABLE:
+            raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(_READABLE)}")
+    return {name: (foreign, entries[foreign], transposed) for foreign, (name, transposed) in expected.items()}
+
+
+def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
+
+    Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted. Matrices that mlx-lm
+    quantised are dequantised.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
+            calls zero is not; or the files are damaged.
+    """
+    made = read_stored(folder, config, dtype)
+    return {name: _widened(each, dtype) if isinstance(each, Quantised) else each for name, each in made.items()}
+
+
+def _widened(matrix: Quantised, dtype: Any) -> np.ndarray:
+    return matrix.dequantise().astype(dtype or np.float32, copy=False)
+
+
+def read_stored(
+    folder: Path | str, config: ModelConfig, dtype: Any = np.float32
+) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantised]:
+    """``read_params``, but what mlx-lm quantised stays as it is."""
+    folder = Path(folder)
+    scheme = read_json(folder / "config.json").get("quantization")
+    if isinstance(scheme, dict):
+        return _read_mlx_lm(folder, config, scheme, dtype)
+    located = locate(folder, config, find_tensors(folder))
+    wanted, made = params.table(config), {}
+    for name, (foreign, entry, transposed) in located.items():
+        array = read_tensor(entry)
+        bad = np.count_nonzero(~np.isfinite(array))
+        if bad:
+            raise UserError(f"{entry.path}: {foreign} has {bad} values that are not finite (NaN or Inf)")
+        if name not in wanted:
+            if array.any():
+                raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
+            continue
+        made[name] = np.ascontiguousarray(array.T if transposed else array, dtype=dtype)
+    return {name: made[name] for name in wanted}
+
+
+def _read_mlx_lm(
+    folder: Path, config: ModelConfig, scheme: dict[str, Any], dtype: Any
+) -> dict[str, np.ndarray | Quantised]:
+    """The parameters of a folder whose config.json says how it is quantised."""
+    made: dict[str, np.ndarray | Quantised] = {}
+    for name, where in mlx_lm_folder.locate(folder, config, find_tensors(folder), scheme).items():
+        each = where.read() if isinstance(where, mlx_lm_folder.Matrix) else read_tensor(where)
+        floats = (each.scales, each.biases) if isinstance(each, Quantised) else (each,)
+        bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)
+        if bad:
+            raise UserError(f"{folder}: {name} has {bad} values that are not finite (NaN or Inf)")
+        made[name] = each if isinstance(each, Quantised) else np.ascontiguousarray(each, dtype=dtype)
+    return made
+
+
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are one, bit for bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with open(a.path, "rb") as left, open(b.path, "rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        rest = a.stop - a.start
+        while rest:
+            block = left.read(min(rest, _BLOCK))
+            if not block or block != right.read(min(rest, _BLOCK)):
+                return False
+            rest -= len(block)
+    return True
+
+
+def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
+    """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
+    name = families.to_foreign(config, "lm_head.weight")[0]
+    head, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
+    if table is not None and not _same_bytes(head, table):
+        said = "differs from the embedding, expected an equal or no head for a tied model"
+        raise TensorError(name, f"{folder}: {name} {said}")
+
+
+def write_model(
+    folder: Path | str,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    dtype: str = "float32",
+    extra: Mapping[str, Any] | None = None,
+    tokenizer: _Tokenizer | None = None,
+    max_shard: int = 5 * 10**9,
+) -> None:
+    """Writes config.json, generation_config.json, the weights and the tokenizer's files into ``folder``.
+
+    ``weights`` are exactly ``params.table(config)``, in any float type; ``extra`` goes into config.json as it is;
+    shards hold at most ``max_shard`` bytes, or one tensor.
+
+    Raises:
+        UserError: the family cannot hold the model, the folder holds one already, or a value does not fit ``dtype``.
+        RunError: a weight is not finite.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    values = families.config_to_hf(config)
+    held = [path.name for path in folder.glob("model*.safetensors*")] + [
+        name for name in ("config.json",) if (folder / name).exists()
+    ]
+    if held:
+        raise UserError(f"{folder}: holds a model already ({held[0]}), expected a new or empty folder")
+    _check_given(config, weights, DTYPES[dtype])
+    # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
+    eos = tokenizer.eos_id if tokenizer else None
+    # a classifier's last token is the last that is no padding
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
+    values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        tokenizer.save(folder)
+    _write_weights(folder, config, weights, DTYPES[dtype], max_shard)
+    tokens = {key: values[key] for key in ids if values[key] is not None}
+    if tokenizer and tokenizer.ends and isinstance(tokens.get("eos_token_id"), int):
+        tokens["eos_token_id"] = [tokens["eos_token_id"], *sorted(tokenizer.ends)]
+    write_json(folder / "generation_config.json", {"_from_model_config": True} | tokens)
+    write_json(folder / "config.json", values)
+
+
+def _check_given(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype) -> None:
+    """Before a byte is written: every tensor in its shape, finite, and finite as ``dtype``."""
+    wanted = params.table(config)
+    assert set(weights) == set(wanted), f"not the model's parameters: {sorted(set(weights) ^ set(wanted))}"
+    for name, param in wanted.items():
+        assert weights[name].shape == param.shape, f"{name}: {weights[name].shape}, expected {param.shape}"
+        largest = np.maximum(weights[name].max(), -weights[name].min())  # NaN if one is
+        if not np.isfinite(largest):
+            raise RunError(f"{name} has values that are not finite (NaN or Inf); nothing was written")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(largest.astype(dtype)):
+                raise UserError(f"{name}: {largest:.3g} does not fit {dtype}: expected bfloat16 or float32")
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: np.dtype, max_shard: int
+) -> None:
+    """One file, or shards and their index; one tensor at a time is transposed and cast."""
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
+    names = families.from_foreign(config)
+
+    def stored(shard: list[str]) -> dict[str, np.ndarray]:
+        """Views of the weights as the file has them; a bias that only the format asks for is zeros."""
+        made = {}
+        for foreign in shard:
+            name, transposed = names[foreign]
+            array = weights[name] if name in weights else np.zeros(shapes[name], dtype)
+            made[foreign] = array.T if transposed else array
+        return made
+
+    sizes = {foreign: int(np.prod(shapes[name])) * dtype.itemsize for foreign, (name, _) in names.items()}
+    files = shards(sizes, max_shard)
+    for file, shard in files.items():
+        write_tensors(folder / file, stored(shard), dtype=dtype)
+    if len(files) == 1:
+        return
+    weight_map = {name: file for file, shard in files.items() for name in shard}
+    total = sum(sizes.values())
+    metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def shards(sizes: Mapping[str, int], max_shard: int) -> dict[str, list[str]]:
+    """File name -> the tensors in it, for tensors of these sizes in this order; one file where ``max_shard`` allows."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if groups[-1] and held + size > max_shard:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

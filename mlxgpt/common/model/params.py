@@ -1,0 +1,159 @@
+"""THE table of parameters: name -> shape, initial value, and how it trains. Both frameworks build from it.
+
+Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] everywhere. h.N stands for a block:
+
+    wte.weight (V, C)   wpe.weight (P, C)                         embeddings; wpe only with learned positions
+    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,); placement parallel has no ln_2
+    h.N.ln_1_post   h.N.ln_2_post                                 placement sandwich: norms of the branches' outputs
+    h.N.attn.c_attn ((H + 2 K) D, C)                              fused_qkv: rows are q, k, v
+    h.N.attn.q_proj (H D, C)  k_proj  v_proj (K D, C)             otherwise
+    h.N.attn.q_norm  k_norm (D,), or (H D,) and (K D,)            qk_norm head, or full
+    h.N.attn.c_proj (C, H D)                                      attention's output
+    h.N.mlp.c_gate (F, C)                                         gated
+    h.N.mlp.c_gate_fc (2 F, C)                                    fused_mlp: rows of c_gate, then of c_fc
+    h.N.mlp.c_fc (F, C)   h.N.mlp.c_proj (C, F)
+    lm_head.weight (V, C)   lm_head.bias (V,)                     untied; head_bias
+    score.weight (n, C)                                           in its place where there are n labels
+
+V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxgpt.common import rng
+from mlxgpt.common.config import ModelConfig, nearest
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.model.affine import Quantised
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tensor. ``std`` > 0: drawn from N(0, std^2); else the constant ``fill``. ``lr`` multiplies its rate."""
+
+    shape: tuple[int, ...]
+    std: float = 0.0
+    fill: float = 0.0
+    decay: bool = False
+    adaptable: bool = False
+    zero_grad_at_init: bool = False
+    lr: float = 1.0
+
+
+def table(config: ModelConfig) -> dict[str, Param]:
+    """Every parameter of the model, in the order in which files list them.
+
+    Matrices start from N(0, 0.02^2), the two that write into the residual stream from N(0, (0.02 / sqrt(2 n_layer))^2)
+    (GPT-2, Radford et al. 2019, section 2.3); biases from 0, norms from 1. Decay acts on matrices (ndim >= 2).
+    """
+    c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    residual = 0.02 / (2 * config.n_layer) ** 0.5
+    params: dict[str, Param] = {}
+
+    def linear(name: str, n_out: int, n_in: int, bias: bool, std: float = 0.02) -> None:
+        params[f"{name}.weight"] = Param((n_out, n_in), std=std, decay=True, adaptable=True)
+        if bias:
+            params[f"{name}.bias"] = Param((n_out,))
+
+    def norm(name: str, size: int = c, bias: bool = config.norm == "layer" and config.norm_bias) -> None:
+        params[f"{name}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
+        if bias:
+            params[f"{name}.bias"] = Param((size,))
+
+    params["wte.weight"] = Param((config.vocab_size, c), std=0.02, decay=True, adaptable=True)
+    if config.position == "learned":
+        params["wpe.weight"] = Param((config.block_size, c), std=0.02, decay=True)
+    for n in range(config.n_layer):
+        block = f"h.{n}"
+        norm(f"{block}.ln_1")
+        if config.fused_qkv:
+            linear(f"{block}.attn.c_attn", width + 2 * kv, c, config.qkv_bias)
+        else:
+            linear(f"{block}.attn.q_proj", width, c, config.qkv_bias)
+            linear(f"{block}.attn.k_proj", kv, c, config.qkv_bias)
+            linear(f"{block}.attn.v_proj", kv, c, config.qkv_bias)
+        if config.qk_norm != "none":
+            norm(f"{block}.attn.q_norm", width if config.qk_norm == "full" else config.head_dim, bias=False)
+            norm(f"{block}.attn.k_norm", kv if config.qk_norm == "full" else config.head_dim, bias=False)
+        linear(f"{block}.attn.c_proj", c, width, config.out_bias, residual)
+        if config.placement == "sandwich":
+            norm(f"{block}.ln_1_post")
+        if config.placement != "parallel":
+            norm(f"{block}.ln_2")
+        if config.fused_mlp:
+            linear(f"{block}.mlp.c_gate_fc", 2 * config.n_hidden, c, config.mlp_bias)
+        else:
+            if config.gated:
+                linear(f"{block}.mlp.c_gate", config.n_hidden, c, config.mlp_bias)
+            linear(f"{block}.mlp.c_fc", config.n_hidden, c, config.mlp_bias)
+        linear(f"{block}.mlp.c_proj", c, config.n_hidden, config.mlp_bias, residual)
+        if config.placement == "sandwich":
+            norm(f"{block}.ln_2_post")
+    norm("ln_f")
+    if config.labels:
+        params["score.weight"] = Param((len(config.labels), c), std=0.02, decay=True)
+    elif not config.tied:
+        linear("lm_head", config.vocab_size, c, config.head_bias)
+    return params
+
+
+def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Initial weights as float32: a function of (seed, name) alone, so both frameworks start equal."""
+    return {
+        name: rng.normal(seed, "init", name, shape=param.shape, std=param.std)
+        if param.std
+        else np.full(param.shape, param.fill, dtype=np.float32)
+        for name, param in table(config).items()
+    }
+
+
+def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dict[str, np.ndarray | Quantised]:
+    """``arrays`` with ``size`` rows in embedding and head; new ones are the mean of the others (Hewitt 2021).
+
+    So a new token begins as likely as the average one, and moves no probability of the others.
+    """
+    made = dict(arrays)
+    for name in ("wte.weight", "lm_head.weight", "lm_head.bias"):
+        if name in made and made[name].shape[0] < size:
+            array = made[name]
+            array = array.dequantise() if isinstance(array, Quantised) else array
+            mean = array.mean(axis=0, dtype=np.float64).astype(np.float32)
+            made[name] = np.concatenate([array, np.broadcast_to(mean, (size - len(array), *array.shape[1:]))])
+    return made
+
+
+def as_classifier(
+    arrays: Mapping[str, np.ndarray | Quantised], config: ModelConfig, seed: int
+) -> dict[str, np.ndarray | Quantised]:
+    """``arrays`` of a language model or a classifier for ``config``, a classifier: a new ``score`` is drawn."""
+    made = {name: array for name, array in arrays.items() if not name.startswith("lm_head.")}
+    name, param = "score.weight", table(config)["score.weight"]
+    return made if name in made else made | {name: rng.normal(seed, "init", name, shape=param.shape, std=param.std)}
+
+
+def count(config: ModelConfig) -> int:
+    """The number of parameters."""
+    return sum(int(np.prod(param.shape)) for param in table(config).values())
+
+
+def check(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantised], where: str = "parameters"
+) -> None:
+    """Holds arrays against the names and shapes that are expected of them; all are float32, or quantised matrices.
+
+    Raises:
+        UserError: the first name that is missing or unknown, or the first other shape or dtype.
+    """
+    for name in arrays:
+        if name not in shapes:
+            raise UserError(f"{where}: unknown tensor {name}{nearest(name, shapes)}")
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise UserError(f"{where}: tensor {name} is missing; expected shape {shape}")
+        if tuple(arrays[name].shape) != tuple(shape):
+            raise UserError(f"{where}: tensor {name} has shape {tuple(arrays[name].shape)}; expected {tuple(shape)}")
+        array = arrays[name]
+        if isinstance(array, np.ndarray) and array.dtype != np.float32:
+            raise UserError(f"{where}: tensor {name} is {array.dtype}; expected float32")

@@ -1,0 +1,89 @@
+"""The gate that every training run passes: a plan before it allocates."""
+
+import dataclasses
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common.backend import Backend
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan import chips, machine
+from mlxgpt.common.plan import compute as plan_compute
+from mlxgpt.common.plan import memory as plan_memory
+from mlxgpt.common.plan import show as plan_show
+from mlxgpt.common.plan.memory import Memory
+
+FILE = "plan.json"
+
+
+def room(backend: Backend, device: Any) -> dict[str, int]:
+    """Bytes: ``total`` and ``free`` where arrays live, ``recommended`` by Metal (else 0), the ``limit`` of a run."""
+    found = {"total": machine.total(), "free": machine.free(), "recommended": 0}
+    found |= backend.engine.devices.capacity(device)
+    limit = min(found["free"], found["recommended"] or found["free"])
+    return {**found, "limit": limit}
+
+
+@dataclasses.dataclass
+class Gate:
+    """What was planned for a run; ``finish`` holds it against what happened."""
+
+    recipe: Recipe
+    backend: Backend
+    device: str
+    memory: Memory | None
+    seconds: float | None
+    before: int  # peak memory of the process before the run
+    began: float
+
+    def finish(self, run: Path, engine: Any) -> str:
+        """Predicted against measured, in a line and in the run's plan.json."""
+        spent = time.perf_counter() - self.began
+        memory = self.memory or plan_memory.plan(self.recipe, self.backend.footprint.footprint)
+        measured, how = engine.memory()["peak"], "arrays"
+        if (self.backend.name, self.device) == ("torch", "cpu"):
+            # the whole process's, which PyTorch's allocator makes more of than the tensors are
+            measured, how = max(0, measured - self.before), "resident"
+        made = {
+            "predicted_peak": memory.peak,
+            "components": memory.components,
+            "measured_peak": measured,
+            "measured": how,
+            "predicted_seconds": self.seconds,
+            "measured_seconds": spent,
+            "backend": self.backend.name,
+            "device": self.device,
+        }
+        (run / FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        more = " (resident, beside the framework itself)" if how == "resident" else ""
+        return f"memory: {plan_show.size(memory.peak)} predicted, {plan_show.size(measured)} measured{more}"
+
+
+def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
+    """Plans a run before it allocates anything.
+
+    Raises:
+        UserError: it needs more memory than there is, and ``args.force`` is not set; the line says what would fit.
+    """
+    device = backend.engine.devices.use(args.device)
+    described = backend.engine.devices.describe(device)["device"]
+    where, measure = room(backend, device), backend.footprint.footprint
+    memory = None
+    # shapes alone cost PyTorch seconds of imports: a run that is far from the limit is planned when it is done
+    if backend.name == "mlx" or plan_memory.at_most(recipe) > where["limit"] / 2:
+        memory = plan_memory.plan(recipe, measure)
+        if memory.whole > where["limit"] and not args.force:
+            settings = plan_memory.fitting(recipe, measure, where["limit"])
+            fits = " ".join(f"--set train.{key}={str(value).lower()}" for key, value in (settings or {}).items())
+            raise UserError(
+                f"memory: {plan_show.size(memory.whole)} predicted, {plan_show.size(where['limit'])} free: "
+                + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")
+                + "; --force runs it all the same"
+            )
+    chip = chips.here(described)
+    seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip) if chip else None
+    before = backend.engine.devices.memory(device)["peak"] if backend.name == "torch" else 0
+    return Gate(recipe, backend, described, memory, seconds, before, time.perf_counter())

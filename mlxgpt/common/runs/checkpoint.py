@@ -1,0 +1,366 @@
+"""Checkpoints of a run: complete and verified, or not there.
+
+    RUN/checkpoints/step-0000500/             a model folder (float32 weights, tokenizer files) or an adapter
+        training/optimizer.safetensors        m.NAME, v.NAME (float32, our names and layout), t (int64)
+        training/state.json                   the RunState below; files: sha256 of every other file; sha256: of itself
+    RUN/best  RUN/last                        relative links, or files of one line; hints only
+
+A checkpoint is written to a hidden sibling, fsynced and renamed, so a crash at any moment leaves whole ones only.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders import tensors
+from mlxgpt.common.batch import State
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import RunError, UserError
+
+FORMAT_VERSION = 1
+STATE = "training/state.json"
+OPTIMIZER = "training/optimizer.safetensors"
+WriteAdapter = Callable[[Path, dict[str, np.ndarray]], None]
+"""(folder to fill, what trained by name): writes an adapter."""
+_BLANK = "0" * 64  # stands in state.json for its own sha256 while that is computed
+_STEP = re.compile(r"step-(\d{7,})")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass
+class RunState:
+    """What a run knows beside its tensors. ``recipe`` is resolved; ``environment`` is the engine's description."""
+
+    seed: int
+    data: dict[str, str]  # name -> sha256 of every shard and of the tokenizer
+    recipe: dict[str, dict[str, Any]]
+    framework: str
+    environment: dict[str, str]
+    step: int = 0  # the last step that is over
+    t: int = 0  # applied updates
+    tokens: int = 0  # that passed through the model in training
+    best: dict[str, float] | None = None  # step and loss of the best validation, and what else it is best by
+    stale: int = 0  # validations since then
+    evaluated: int = 0  # step of the last validation
+
+
+def write(
+    run: Path,
+    snapshot: State,
+    config: ModelConfig,
+    tokenizer: Any,
+    state: RunState,
+    keep: int,
+    write_adapter: WriteAdapter | None = None,
+) -> tuple[Path, int]:
+    """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and drops what ``keep`` lets go.
+
+    ``write_adapter`` stands in for the writer of model folders where what trains is not a whole model.
+
+    Returns:
+        Its folder and its size in bytes.
+
+    Raises:
+        RunError: no space left, the system refuses to write, or a weight is not finite. Nothing half-written stays.
+    """
+    final = path_of(run, state.step)
+    arrays = {f"m.{name}": value for name, value in snapshot["m"].items()}
+    arrays |= {f"v.{name}": value for name, value in snapshot["v"].items()}
+    arrays["t"] = np.array(snapshot["t"], dtype=np.int64)
+    for name, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise RunError(f"{final}: not written: {name} of the optimizer is not finite")
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        final.parent.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        check_space(run, size_of(snapshot))
+        (temporary / "training").mkdir(parents=True)
+        if write_adapter:
+            write_adapter(temporary, snapshot["params"])
+        else:
+            model_folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
+        tensors.write_tensors(temporary / OPTIMIZER, arrays, {})
+        write_state(temporary, state)
+        _replace(temporary, final)
+        _point(run / "last", final)
+        if state.best and path_of(run, int(state.best["step"])).is_dir():
+            _point(run / "best", path_of(run, int(state.best["step"])))
+    except (OSError, UserError) as error:
+        reason = f"{error.strerror or error}" if isinstance(error, OSError) else str(error)
+        raise RunError(f"{final}: not written: {reason}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _retire(run, state, keep)
+    return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
+
+
+def size_of(snapshot: State) -> int:
+    """Bytes that a checkpoint of these arrays needs, with a margin for its small files."""
+    groups = snapshot["params"], snapshot["m"], snapshot["v"]
+    return sum(value.nbytes for group in groups for value in group.values()) + 4 * 2**20
+
+
+def check_space(place: Path, needed: int) -> None:
+    """Raises UserError unless the file system of ``place`` has ``needed`` bytes free."""
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        reason = f"{free / 2**20:.0f} MiB free, a checkpoint needs {needed / 2**20:.0f} MiB"
+        raise UserError(f"{place}: {os.strerror(errno.ENOSPC)}: {reason}")
+
+
+def path_of(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps that have a checkpoint folder, ascending; whether they hold is not looked at."""
+    names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+
+def sweep(run: Path) -> None:
+    """Removes what a killed process was writing. Only for the process that holds the run's lock."""
+    for leftover in sorted((run / "checkpoints").glob(".step-*")):
+        whole = leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old"))
+        if leftover.name.endswith(".old") and not whole.exists() and (leftover / STATE).is_file():
+            os.rename(leftover, whole)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*run.glob(".*.tmp"), *run.glob(".*.link")]:
+        leftover.unlink(missing_ok=True)
+
+
+def write_state(checkpoint: Path, state: RunState) -> None:
+    """state.json, last of all files: it holds the sums of the others, each of which is on disk by then."""
+    files = {}
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            files[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    content = {
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(state),
+        "files": files,
+        "sha256": _BLANK,
+    }
+    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    with tensors.atomic_write(checkpoint / STATE) as file:
+        file.write(text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode()))
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Renames a complete folder into place; one that is there, of an abandoned continuation, goes."""
+    for place in (temporary / "training", temporary):
+        _fsync(place)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        os.rename(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def _fsync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(link: Path, checkpoint: Path) -> None:
+    """Makes ``link`` name the checkpoint, at once; where links cannot be made, a file of one line does."""
+    target, temporary = (
+        f"checkpoints/{checkpoint.name}",
+        link.with_name(f".{link.name}.link"),
+    )
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target)
+    except OSError:
+        temporary.write_text(target + "\n", encoding="utf-8")
+    os.replace(temporary, link)
+
+
+def _retire(run: Path, state: RunState, keep: int) -> None:
+    """Removes all but the newest ``keep``, the best and the last; 0 keeps all. What cannot be removed stays."""
+    steps = [step for step in steps_of(run) if step <= state.step]
+    best = int(state.best["step"]) if state.best else -1
+    for step in steps[:-keep] if keep else []:
+        if step != best:
+            # hidden first, and not as what sweep() restores: a folder half removed must not look like a checkpoint
+            hidden = path_of(run, step).with_name(f".{path_of(run, step).name}.gone")
+            try:
+                os.rename(path_of(run, step), hidden)
+            except OSError:
+                continue
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def verify(checkpoint: Path) -> RunState:
+    """The state of a checkpoint of which every byte is as it was written.
+
+    Raises:
+        UserError: a file is missing, or its sha256 is not the one in state.json.
+    """
+    content = tensors.read_json(checkpoint / STATE)
+    expected = str(content.pop("sha256", None))
+    found = hashlib.sha256((checkpoint / STATE).read_bytes().replace(expected.encode(), _BLANK.encode())).hexdigest()
+    if found != expected:
+        raise UserError(f"{checkpoint / STATE}: damaged: sha256 {found[:12]}, expected {expected[:12]}")
+    version = content.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{checkpoint / STATE}: format_version {version}, expected {FORMAT_VERSION}")
+    for name, expected in content.pop("files").items():
+        try:
+            with open(checkpoint / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{checkpoint / name}: {error.strerror}") from None
+        if found != expected:
+            raise UserError(
+                f"{checkpoint / name}: damaged: sha256 {found[:12]}, expected {expected[:12]} by state.json"
+            )
+    return RunState(**content)
+
+
+def find_newest_valid(run: Path, say: Callable[[str], None] = print) -> tuple[Path, RunState] | None:
+    """The newest checkpoint whose sums hold, and its state; None where the run has none at all.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    steps, damage = steps_of(run), ""
+    for step in reversed(steps):
+        try:
+            return path_of(run, step), verify(path_of(run, step))
+        except UserError as error:
+            say(f"{error}; looking for an older checkpoint")
+            damage = str(error)
+    if steps:
+        raise UserError(f"{run}: every checkpoint is damaged; the oldest: {damage}")
+    return None
+
+
+def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
+    """Renames the damaged checkpoints after ``step``, so that the run that goes on from there does not meet them."""
+    for later in steps_of(run):
+        if later > step:
+            place = path_of(run, later)
+            aside = place.with_name(f"damaged-{place.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(place, aside)
+            say(f"{place}: damaged, renamed to {aside.name}")
+
+
+def read(checkpoint: Path, config: ModelConfig) -> State:
+    """The snapshot in a checkpoint that is a model folder: params, m and v by name, and t.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
+    return read_optimizer(checkpoint, model_folder.read_params(checkpoint, config))
+
+
+def read_optimizer(checkpoint: Path, trained: dict[str, np.ndarray]) -> State:
+    """The snapshot of ``trained`` weights and the optimizer's state in a checkpoint.
+
+    Raises:
+        UserError: a tensor is unexpected, or t is missing.
+    """
+    arrays = tensors.read_tensors(checkpoint / OPTIMIZER)
+    if "t" not in arrays:
+        raise UserError(f"{checkpoint / OPTIMIZER}: tensor t is missing")
+    t = int(arrays.pop("t"))
+    moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+    for name, array in arrays.items():
+        group, _, tensor = name.partition(".")
+        if group not in moments:
+            raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {name}")
+        moments[group][tensor] = array
+    return State(params=trained, m=moments["m"], v=moments["v"], t=t)
+
+
+def is_run(place: Path) -> bool:
+    """Whether a folder was made by ``train``."""
+    return (place / "recipe.toml").is_file() and (
+        (place / "checkpoints").is_dir() or (place / "metrics.jsonl").exists()
+    )
+
+
+def follow(run: Path, name: str) -> Path | None:
+    """The checkpoint that ``best`` or ``last`` names, if it is there."""
+    link = run / name
+    try:
+        target = Path(os.readlink(link)) if link.is_symlink() else Path(link.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = run / target
+    return found if _STEP.fullmatch(found.name) and is_model(found) else None
+
+
+def is_model(place: Path) -> bool:
+    """Whether a folder looks like a model, or an adapter."""
+    return (place / "config.json").is_file() or (place / "adapter_config.json").is_file()
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
+
+    It holds a model or an adapter. A hub id is looked up in the local cache of huggingface_hub first.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        if is_model(place):
+            return place
+        if not is_run(place):
+            raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
+        found = follow(place, "best") or follow(place, "last")
+        if found is None and steps_of(place):
+            found = path_of(place, steps_of(place)[-1])
+        if found is None:
+            raise UserError(f"{place}: this run has no checkpoint yet")
+        return found
+    if place.exists():
+        raise UserError(f"{place}: a file; expected a model folder, a run or a hub id")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{path}: no such folder")
+    return _from_hub(str(path))
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder; if it is a hub id: pip install huggingface_hub") from None
+    for local in (True, False):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local))
+        except Exception as error:
+            # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            continue
+        if is_model(found) and any(found.glob("*.safetensors")):
+            return found
+        reason = "no config.json with safetensors weights"
+    raise UserError(f"{name}: no such folder, and not to be had as a hub id: {reason}")

@@ -1,0 +1,178 @@
+"""The figures of a report by matplotlib: as SVG for the page and as PNG, from the same drawing.
+
+A curve of more points than pixels is drawn as the mean of each bin over a band from its least to its largest value.
+"""
+
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.runs.summary import Run
+
+COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
+"""By run, in the order given, and again from the start."""
+BINS = 600
+_SIZE = (5.4, 2.8)  # inches; small, so that letters stay readable on a phone
+_MIB = 2.0**20
+
+
+class Figure(NamedTuple):
+    """One drawing: a name for files, a title, what is in it, and the SVG element."""
+
+    name: str
+    title: str
+    note: str
+    svg: str
+
+
+class Curve(NamedTuple):
+    """A curve made drawable: bins' centres, means, least and largest values."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def coloured(runs: list[Run]) -> list[tuple[str, Run]]:
+    """Each run with its colour."""
+    return list(zip(itertools.cycle(COLOURS), runs, strict=False))
+
+
+def curve(x: np.ndarray, y: np.ndarray, bins: int = BINS) -> Curve:
+    """The finite points of (x, y) in at most ``bins`` bins of equal count."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) <= bins:
+        return Curve(x, y, y, y)
+    edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
+    counts = np.diff(np.append(edges, len(x)))
+    return Curve(
+        np.add.reduceat(x, edges) / counts,
+        np.add.reduceat(y, edges) / counts,
+        np.minimum.reduceat(y, edges),
+        np.maximum.reduceat(y, edges),
+    )
+
+
+def differences(first: Run, other: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that both runs have, and how far their training losses are apart there."""
+    steps, here, there = np.intersect1d(first.train["step"], other.train["step"], return_indices=True)
+    if not len(steps):
+        return steps, steps
+    return steps, np.abs(first.train["loss"][here] - other.train["loss"][there])
+
+
+def tokens_per_second(run: Run) -> np.ndarray:
+    """By line of the training columns; NaN where the step before is missing."""
+    tokens, seconds = run.train["tokens"], run.train["seconds"]
+    before = 0.0 if run.train["step"][:1] == [1.0] else np.nan
+    return np.diff(tokens, prepend=before) / np.where(seconds > 0, seconds, np.nan)
+
+
+def draw(runs: list[Run], export: Path | None = None) -> list[Figure]:
+    """Every figure that the runs have numbers for; with ``export`` also NAME.png there.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install 'mlxgpt[report]'") from None
+    matplotlib.use("Agg")
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "mlxgpt", "font.size": 10, "font.family": "sans-serif",
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+        "axes.edgecolor": "#999999", "lines.linewidth": 1.4, "legend.frameon": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a log scale with nothing on it, and the like
+        return list(_figures(runs, export))
+
+
+def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
+    from matplotlib.figure import Figure as Canvas
+
+    def figure(
+        name: str, title: str, note: str, panels: list[Callable[[Any], None]], ratios: tuple[int, ...] = (1,)
+    ) -> Figure:
+        height = _SIZE[1] * (1 + 0.6 * (len(panels) - 1))
+        canvas = Canvas(figsize=(_SIZE[0], height), layout="constrained")
+        axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+        for panel, ax in zip(panels, axes, strict=True):
+            panel(ax)
+        axes[-1].set_xlabel("step")
+        if export:
+            canvas.savefig(export / f"{name}.png", dpi=150)
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        svg = text.getvalue()
+        svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+        return Figure(name, title, note, _own_ids(svg, name))
+
+    panels, note = [lambda ax: _losses(ax, runs)], "lines: training; dots: validation"
+    if len(runs) > 1 and any(len(differences(runs[0], run)[0]) for run in runs[1:]):
+        panels.append(lambda ax: _differences(ax, runs))
+        note += f"; below: distance of the training loss from {runs[0].name}"
+    yield figure("loss", "Loss", note, panels, (5, 3)[: len(panels)])
+    yield figure("learning_rate", "Learning rate", "", [lambda ax: _lines(ax, runs, "lr")])
+    yield figure(
+        "gradient_norm", "Gradient norm", "before clipping", [lambda ax: _lines(ax, runs, "grad_norm", log=True)]
+    )
+    yield figure("tokens_per_second", "Tokens per second", "", [lambda ax: _lines(ax, runs, tokens_per_second, True)])
+    if any("memory" in run.train for run in runs):
+        scaled = [lambda ax: _lines(ax, runs, lambda run: run.train.get("memory", run.train["step"] * np.nan) / _MIB)]
+        yield figure("memory", "Memory", "MiB, peak since the start", scaled)
+
+
+def _own_ids(svg: str, name: str) -> str:
+    """The ids of an SVG made unique in the page, for references find the first of a name."""
+    for mark in ('id="', 'xlink:href="#', "url(#"):
+        svg = svg.replace(mark, f"{mark}{name}-")
+    return svg
+
+
+def _losses(ax: Any, runs: list[Run]) -> None:
+    for colour, run in coloured(runs):
+        line = curve(run.train["step"], run.train.get("loss", run.train["step"] * np.nan))
+        ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(line.x, line.mean, color=colour, label=run.name)
+        if len(run.val["step"]):
+            ax.plot(run.val["step"], run.val["loss"], "o", color=colour, markersize=4, markeredgecolor="white")
+    ax.set_ylabel("nats a token")
+    if any(len(run.train["step"]) for run in runs):
+        ax.legend(loc="upper right")
+
+
+def _differences(ax: Any, runs: list[Run]) -> None:
+    for colour, run in coloured(runs)[1:]:
+        steps, apart = differences(runs[0], run)
+        line = curve(steps, np.where(apart > 0, apart, np.nan))
+        ax.plot(line.x, line.high, color=colour)
+    ax.set_yscale("log")
+    ax.set_ylabel("|difference|")
+
+
+def _lines(
+    ax: Any, runs: list[Run], what: str | Callable[[Run], np.ndarray], from_zero: bool = False, log: bool = False
+) -> None:
+    for colour, run in coloured(runs):
+        if not len(run.train["step"]):
+            continue
+        values = run.train.get(what) if isinstance(what, str) else what(run)
+        if values is None:
+            continue
+        line = curve(run.train["step"], values)
+        ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(line.x, line.mean, color=colour)
+    if log and any((run.train.get(str(what), np.array([0.0])) > 0).any() for run in runs):
+        ax.set_yscale("log")
+    if from_zero:
+        ax.set_ylim(bottom=0)

@@ -1,0 +1,59 @@
+"""samples.jsonl: what the model wrote while it trained, a line a sample; resuming cuts it as it cuts metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxgpt.common.folders import tensors
+from mlxgpt.common.errors import RunError
+
+FILE = "samples.jsonl"
+
+
+class Sample(NamedTuple):
+    """One text and the step after which it was written."""
+
+    step: int
+    text: str
+
+
+def read(run: Path) -> list[Sample]:
+    """The samples of a run in their order; a line that is not one, such as half of one, is left out."""
+    found = []
+    try:
+        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int and isinstance(entry.get("text"), str):
+            found.append(Sample(entry["step"], entry["text"]))
+    return found
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(sample._asdict(), ensure_ascii=False) + "\n"
+
+
+def append(run: Path, step: int, text: str) -> None:
+    """Adds a sample.
+
+    Raises:
+        RunError: the system refuses to write.
+    """
+    try:
+        with open(run / FILE, "a", encoding="utf-8", errors="replace") as file:
+            file.write(_line(Sample(step, text)))
+    except OSError as error:
+        raise RunError(f"{run / FILE}: {error.strerror}") from None
+
+
+def cut(run: Path, step: int) -> None:
+    """Drops the samples that were written after ``step``: the run that goes on from there writes them again."""
+    if (run / FILE).exists():
+        kept = [sample for sample in read(run) if sample.step <= step]
+        with tensors.atomic_write(run / FILE) as file:
+            file.write("".join(map(_line, kept)).encode("utf-8", errors="replace"))

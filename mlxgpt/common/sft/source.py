@@ -1,0 +1,488 @@
+"""Rows to fine-tune on as the trainer's source of batches: read, rendered, tokenised, fitted and packed.
+
+``open`` is the way in. What it did to the rows it says, and SftSource.counts holds it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mlxgpt.common import rng
+from mlxgpt.common.batch import Batch
+from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft import duplicates as sft_duplicates
+from mlxgpt.common.sft import pack
+from mlxgpt.common.sft import rows as sft_rows
+from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.sft.pack import Example
+from mlxgpt.common.sft.rows import Row
+from mlxgpt.common.sft.template import Template
+from mlxgpt.common.tokenizers.load import Tokenizer, from_files
+
+_LONGEST = 2048  # tokens of a row where nothing is said
+_GROUP = 512  # rows tokenised at once
+
+
+@dataclass
+class Counts:
+    """What became of a split's rows; a classifier's have one target each."""
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0  # tokens that are targets
+    longest: int = 0
+    truncated: int = 0  # rows that lost the left of their prompt
+    cut: int = 0  # rows whose answer alone was too long, and lost its end
+    dropped: int = 0
+    lost: int = 0  # tokens
+
+
+@dataclass
+class Encoder:
+    """How a row becomes tokens; ``template`` is None where rows are plain text, ``labels`` where they have none."""
+
+    tune: TuneConfig
+    tokenizer: Tokenizer
+    template: Template | None
+    size: int  # tokens of a row at the most
+    labels: tuple[str, ...] = ()
+    label_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        named = sft_template.special_tokens(self.tokenizer).get("bos_token")
+        ids = self.tokenizer.encode(named) if named else []
+        self.bos_id = ids[0] if len(ids) == 1 else None
+
+    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
+        """The rows in tokens, none longer than ``size``.
+
+        Raises:
+            UserError: names the row that cannot be rendered, tokenised or fitted, or in which nothing is to be learned.
+        """
+        made: list[Example] = []
+        counts = Counts(rows=len(rows))
+        for start in range(0, len(rows), _GROUP):
+            group = rows[start : start + _GROUP]
+            if self.labels:
+                found = self._labelled(group, counts)
+            else:
+                found = [self._fitted(where, ids, mask, counts) for where, ids, mask in self._encoded(group)]
+            made += [example for example in found if example is not None]
+        counts.tokens = sum(map(len, made))
+        counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
+        counts.longest = max(map(len, made), default=0)
+        return made, counts
+
+    def _encoded(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(where, ids, mask) of each row, or of each answer of it where rows are unrolled."""
+        if self.template is None:
+            yield from self._plain(rows)
+            return
+        rows = [sft_rows.as_messages(row) for row in rows]
+        talks = [(row.where, row.messages, row.tools) for row in rows]
+        if self.tune.train_on_prompt:
+            texts = [self._whole(*talk) for talk in talks]
+            for row, ids in zip(rows, self._ids(rows, texts), strict=True):
+                yield row.where, ids, np.ones(len(ids), bool)
+            return
+        if self.tune.unroll:
+            talks = [
+                (where, messages[: k + 1], tools)
+                for where, messages, tools in talks
+                for k, message in enumerate(messages)
+                if message["role"] == "assistant"
+            ]
+        encoded = self.template.encode_turns(talks, last_only=self.tune.unroll)
+        for (where, _, _), one in zip(talks, encoded, strict=True):
+            yield where, one.ids, one.mask
+
+    def _whole(self, where: str, messages: sft_template.Messages, tools: sft_template.Messages) -> str:
+        assert self.template
+        try:
+            return self.template.render(messages, tools)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Text and the end-of-text token; a prompt's tokens are those that it has alone."""
+        eos = self.tokenizer.eos_id
+        wholes = self._ids(rows, [row.text + (row.answer or "") for row in rows])
+        prompts = self._ids(rows, [row.text if row.answer is not None else "" for row in rows])
+        for row, whole, prompt in zip(rows, wholes, prompts, strict=True):
+            if not np.array_equal(whole[: len(prompt)], prompt):
+                whole = self._joined(row, prompt)
+            if eos is not None and (not len(whole) or whole[-1] != eos):
+                whole = np.append(whole, np.int32(eos))
+            mask = np.ones(len(whole), bool)
+            if not self.tune.train_on_prompt:
+                mask[: len(prompt)] = False
+            yield row.where, whole, mask
+
+    def _joined(self, row: Row, prompt: np.ndarray) -> np.ndarray:
+        """A prompt's and its answer's tokens, where the text as a whole has one across both."""
+        (answer,) = self._ids([row], [row.answer or ""])
+        joined = np.concatenate([prompt, answer])
+        if self.tokenizer.decode(joined.tolist()) != row.text + (row.answer or ""):
+            raise UserError(
+                f"{row.where}: a token of this {self.tokenizer.kind} tokenizer spans prompt and answer: "
+                "expected the white space between them at the answer's beginning"
+            )
+        return joined
+
+    def _ids(self, rows: Sequence[Row], texts: list[str]) -> list[np.ndarray]:
+        try:
+            return [np.asarray(ids, np.int32) for ids in self.tokenizer.encode_batch(texts)]
+        except UserError:
+            for row, text in zip(rows, texts, strict=True):
+                try:
+                    self.tokenizer.encode(text)
+                except UserError as error:
+                    raise UserError(f"{row.where}: {error}") from None
+            raise
+
+    def _fitted(self, where: str, ids: np.ndarray, mask: np.ndarray, counts: Counts) -> Example | None:
+        """The row in at most ``size`` tokens and a target each; None where it is dropped."""
+        excess = len(ids) - (self.size + 1)
+        if excess > 0:
+            self._too_long(where, len(ids) - 1)
+            if self.tune.overflow == "drop":
+                counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids) - 1
+                return None
+            counts.lost += excess
+            ids, mask = self._cut(ids, mask, excess, counts)
+        weights = mask[1:].astype(np.float32)
+        if not weights.any():
+            raise UserError(f"{where}: all of its {len(ids)} tokens are masked: expected an answer to learn")
+        return Example(where, ids[:-1], ids[1:], weights)
+
+    def _too_long(self, where: str, length: int) -> None:
+        if self.tune.overflow == "refuse":
+            raise UserError(
+                f"{where}: {length} tokens: expected at most {self.size} "
+                "(tune.block_size; tune.overflow = truncate or drop takes longer rows)"
+            )
+
+    def _cut(self, ids: np.ndarray, mask: np.ndarray, excess: int, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+        """Without the left of what is before the last answer; an answer that lost its beginning is no target any more.
+
+        A token that marks the beginning of text stays. An answer that is still too long loses its end.
+        """
+        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+        keep = int(int(ids[0]) == self.bos_id and not mask[0])
+        spare = max(0, int(starts[-1]) - 1 - keep) if len(starts) else 0
+        left = min(excess, spare)
+        if left:
+            counts.truncated += 1
+            mask = mask.copy()
+            if mask[keep + left] and mask[keep + left - 1]:
+                following = np.flatnonzero(~mask[keep + left :])
+                mask[keep + left : keep + left + int(following[0])] = False
+            ids, mask = (np.concatenate([a[:keep], a[keep + left :]]) for a in (ids, mask))
+        if left < excess:
+            counts.cut += 1
+            ids, mask = ids[: self.size + 1], mask[: self.size + 1]
+        return ids, mask
+
+    def _labelled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
+        """Texts, of which the last token is asked for the label; longer ones lose their end."""
+        made: list[Example | None] = []
+        for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
+            if not len(ids):
+                raise UserError(f"{row.where}: no tokens: expected text")
+            if len(ids) > self.size:
+                self._too_long(row.where, len(ids))
+                if self.tune.overflow == "drop":
+                    counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids)
+                    continue
+                counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
+                ids = ids[: self.size]
+            if row.label not in self.labels:
+                raise UserError(
+                    f"{row.where}: label {row.label!r}: expected one of the training rows', {_some(self.labels)}"
+                )
+            targets, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
+            targets[-1] = self.labels.index(row.label)
+            weights[-1] = self.label_weights[targets[-1]]
+            made.append(Example(row.where, ids, targets, weights))
+        return made
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@dataclass
+class SftSource:
+    """batch.Source over rows.
+
+    A batch is ``batch_size`` bins of ``size`` tokens where rows are packed, else ``batch_size`` rows; none crosses the
+    end of an epoch, so an epoch's last one may be smaller. ``added``: tokens that the tokenizer was given.
+    """
+
+    train: TrainConfig
+    encoder: Encoder
+    packing: bool
+    size: int
+    examples: dict[str, list[Example]]
+    counts: dict[str, Counts]
+    digest: dict[str, str]
+    added: tuple[str, ...] = ()
+    duplicates: list[sft_duplicates.Pair] = field(default_factory=list)
+    _plans: dict[int, list[pack.Plan]] = field(default_factory=dict)
+    _steps: list[int] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, with what was added to it."""
+        return self.encoder.tokenizer
+
+    @property
+    def template(self) -> Template | None:
+        """The chat template that rows were rendered with."""
+        return self.encoder.template
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of classification: the labels in the order of their numbers."""
+        return self.encoder.labels
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of the first epoch."""
+        return len(self._plan(0))
+
+    def steps(self, epochs: float) -> int:
+        """Batches in so many epochs, at least one."""
+        whole, rest = int(epochs), epochs - int(epochs)
+        count = sum(len(self._plan(epoch)) for epoch in range(whole))
+        return max(1, count + round(rest * len(self._plan(whole)) if rest else 0))
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
+        epoch, place = 0, step - 1
+        while place >= self._count(epoch):
+            place -= self._count(epoch)
+            epoch += 1
+        return self._build("train", self._plan(epoch)[place])
+
+    def validation(self) -> Iterator[Batch]:
+        """The validation batches, the same each time: every row once, or ``eval_batches`` evenly spaced batches."""
+        yield from self.split("valid")
+
+    def split(self, name: str) -> Iterator[Batch]:
+        """The same of ``valid`` or ``test``; nothing where it has no rows."""
+        plans = self._batches(name, np.arange(len(self.examples[name])))
+        most = self.train.eval_batches
+        if 0 < most < len(plans):
+            plans = [plans[i * len(plans) // most] for i in range(most)]
+        for plan in plans:
+            yield self._build(name, plan)
+
+    def rows(self, split: str) -> list[Example]:
+        """A split's rows in tokens; Example.last_answer has what is asked and what is the answer."""
+        return self.examples[split]
+
+    @property
+    def real_share(self) -> float:
+        """The share of the first epoch's positions that hold a token of a row."""
+        rows, places = self.examples["train"], 0
+        for plan in self._plan(0):
+            longest = max(len(rows[row]) for (row, *_) in plan)
+            places += len(plan) * (self.size if self.packing else pack.bucket(longest, self.size))
+        return sum(map(len, rows)) / places
+
+    def describe(self) -> dict[str, object]:
+        """What the rows became, for --json and metrics."""
+        splits = {name: vars(counts) for name, counts in self.counts.items() if counts.rows}
+        share = self.counts["train"].trained / self.counts["train"].tokens
+        return {
+            "splits": splits,
+            "trained_share": share,
+            "real_share": self.real_share,
+            "packing": self.packing,
+            "row_tokens": self.size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "template": self.template.name if self.template else None,
+            "added_tokens": list(self.added),
+            "near_duplicates": [pair.as_dict() for pair in self.duplicates],
+            "labels": list(self.labels),
+        }
+
+    def _count(self, epoch: int) -> int:
+        while len(self._steps) <= epoch:
+            self._steps.append(len(self._plan(len(self._steps))))
+        return self._steps[epoch]
+
+    def _plan(self, epoch: int) -> list[pack.Plan]:
+        """The batches of an epoch; the last two plans are kept."""
+        if epoch not in self._plans:
+            seed, count = self.train.seed, len(self.examples["train"])
+            order = rng.permutation(seed, "sft rows", epoch, count=count)
+            made = self._batches("train", order, epoch)
+            for old in sorted(self._plans)[:-1]:
+                del self._plans[old]
+            self._plans[epoch] = made
+        return self._plans[epoch]
+
+    def _batches(self, split: str, order: np.ndarray, epoch: int | None = None) -> list[pack.Plan]:
+        """Batches of the rows in ``order``; an ``epoch`` has an order of its own."""
+        rows, lengths = self.train.batch_size, np.array([len(example) for example in self.examples[split]], np.int64)
+        if not len(order):
+            return []
+        if not self.packing:
+            plans = pack.padded_plan(lengths, order, rows)
+            return plans if epoch is None else pack.shuffled(plans, self.train.seed, epoch)
+        bins = pack.pack(lengths, order, self.size)
+        if epoch is not None:
+            bins = pack.shuffled(bins, self.train.seed, epoch)
+        return [bins[start : start + rows] for start in range(0, len(bins), rows)]
+
+    def _build(self, split: str, plan: pack.Plan) -> Batch:
+        build = pack.packed_batch if self.packing else pack.padded_batch
+        return build(self.examples[split], plan, self.size)
+
+
+def open(
+    tune: TuneConfig,
+    train: TrainConfig,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    say: Callable[[str], None] = print,
+    labels: Sequence[str] = (),
+) -> SftSource:
+    """The rows of ``tune.source`` as batches for a model of ``config``.
+
+    ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: ChatML's, where rows are conversations and it has
+    no template. ``labels``: of a classifier that is trained on; else they are those of the training rows, sorted.
+
+    Raises:
+        UserError: anything wrong with source, rows, template or window.
+    """
+    rows = sft_rows.open_rows(tune)
+    size = tune.block_size or min(config.block_size, _LONGEST)
+    if size > config.block_size:
+        raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
+    template, added = None, ()
+    if tune.task == "lm":
+        template, tokenizer, added = choose(tune, rows, tokenizer)
+    encoder = Encoder(tune, tokenizer, template, size)
+    if tune.task == "classify":
+        encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
+    examples, counts = {}, {}
+    for split, held in rows.splits.items():
+        examples[split], counts[split] = encoder.examples(held)
+    if not examples["train"]:
+        longest = f"all {counts['train'].dropped} training rows are longer than {size} tokens"
+        raise UserError(f"{tune.source}: {longest}: nothing is left to train on (tune.overflow = drop)")
+    if tune.packing:
+        size = min(size, _bin(tune.block_size, examples))
+    digest = rows.digest | {"tokenizer": tokenizer.digest}
+    duplicates = sft_duplicates.find(rows.splits["train"], rows.splits["valid"])
+    source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
+    source.digest["rows"] = pack.digest(examples["train"])
+    source.digest["valid rows"] = pack.digest(examples["valid"])
+    source.digest["order"] = pack.digest([], size, source._plan(0))
+    for line in [*rows.notes, *_lines(tune, source, rows)]:
+        say(line)
+    return source
+
+
+def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
+    """Tokens of a bin: what is asked for, else six average rows; at least the longest row, no more than all fill."""
+    lengths = [len(example) for example in examples["train"]]
+    longest = max(len(example) for held in examples.values() for example in held)
+    wanted = asked or 6 * sum(lengths) // len(lengths)
+    return -(-max(longest, min(wanted, sum(lengths))) // 8) * 8
+
+
+def choose(
+    tune: TuneConfig, rows: sft_rows.Rows, tokenizer: Tokenizer
+) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
+    """The template for the rows, the tokenizer with it, and the tokens that it was given for that."""
+    if rows.format == "text":
+        return None, tokenizer, ()
+    where = f"{tune.model}: chat template" if tune.model else "chat template"
+    own = sft_template.template_of(tokenizer, where, tune.date)
+    if tune.template == "auto" and (own or rows.format == "completion"):
+        return own, tokenizer, ()
+    if tune.template in ("auto", "chatml"):
+        known = tokenizer.encode("".join(sft_template.CHATML_TOKENS))
+        with_them = sft_template.extend(tokenizer)
+        added = () if len(known) == 2 and set(known) <= tokenizer.special else sft_template.CHATML_TOKENS
+        return sft_template.template_of(with_them, "ChatML", tune.date), with_them, added
+    path = Path(tune.template).expanduser()
+    if not path.is_file():
+        raise UserError(f"tune.template = {tune.template}: no such file: expected auto, chatml or a jinja file")
+    with_it = from_files(tokenizer.files | {"chat_template.jinja": path.read_bytes()}, path.parent)
+    return sft_template.template_of(with_it, str(path), tune.date), with_it, ()
+
+
+def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Labels in order (numbers as numbers), and the weight of each: 1, or inverse to its share and 1 on average."""
+    found = [row.label or "" for row in rows]
+    names = set(found)
+    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    labels = tuple(known) or tuple(sorted(names, key=int) if numbers else sorted(names))
+    if len(labels) < 2:
+        raise UserError(f"{tune.source}: one label, {found[0]!r}: expected at least two to tell apart")
+    if tune.class_weights == "none":
+        return labels, (1.0,) * len(labels)
+    for label in labels:
+        if label not in names:
+            raise UserError(f"{tune.source}: no training row has the label {label!r}, which tune.class_weights needs")
+    return labels, tuple(len(found) / (len(labels) * found.count(label)) for label in labels)
+
+
+def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator[str]:
+    """What is worth knowing before it trains."""
+    counts = source.counts
+    sizes = ", ".join(f"{counts[name].rows - counts[name].dropped:,} {name}" for name in counts if counts[name].rows)
+    train = counts["train"]
+    share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
+    if source.labels:
+        found = Counter(row.label for row in rows.splits["train"])
+        share = "labels " + _some([f"{label} ({found[label]:,})" for label in source.labels])
+    yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
+    longer = f"rows are longer than {source.encoder.size} tokens"
+    for name, count in counts.items():
+        if count.truncated:
+            yield f"{name}: {count.truncated:,} {longer}: what is asked loses its beginning"
+        if count.cut:
+            alone = "" if source.labels or rows.format == "text" else " in the answer alone"
+            yield f"{name}: {count.cut:,} {longer}{alone}: they lose their end"
+        if count.dropped:
+            yield f"{name}: {count.dropped:,} {longer}: dropped"
+    if source.duplicates:
+        first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
+        known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation rows have a training row like them"
+        yield f"near-duplicates: {known}: {first}"
+    if source.template:
+        added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
+        yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
+        yield from _unwritten(source.template, rows.splits["train"])
+    form = f"packed into rows of {source.size}" if source.packing else "padded by length"
+    share = f"{source.real_share:.1%} of the positions are tokens"
+    steps = source.steps_per_epoch
+    yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
+
+
+def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
+    """A line for ``tools`` and one for ``tool_calls`` where rows have them and the template leaves them out."""
+    given = next((row for row in rows if row.tools), None)
+    called = next((row for row in rows if any(message.get("tool_calls") for message in row.messages)), None)
+    for key, found in (("tools", given), ("tool_calls", called)):
+        if found is None:
+            continue
+        row = sft_rows.as_messages(found)
+        bare = [{name: value for name, value in message.items() if name != key} for message in row.messages]
+        try:
+            whole = template.render(row.messages, row.tools)
+            without = template.render(bare, () if key == "tools" else row.tools)
+        except UserError:
+            continue  # it cannot do without, or wants rows unrolled
+        if whole == without:
+            yield f"{row.where}: {key}: {template.name} does not write them: nothing of them is trained on"

@@ -1,0 +1,331 @@
+"""Chat templates and the tokens of an assistant's turns, found exactly or refused.
+
+A template is the tokenizer's own (jinja2, sandboxed, with what transformers gives it), or ChatML. A conversation is
+rendered and tokenised whole, so its ids are those of transformers' apply_chat_template. An assistant's turn begins
+where the generation prompt ends and goes on to the template's end-of-turn token, which is part of it. Both are taken
+only if the tokens prove them: what is before the turn must have, alone, the same ids that it has in the whole - that
+is what the model sees when it is asked. Templates that mark turns with {% generation %} tell the places themselves.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import numpy as np
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.load import Tokenizer, from_files, read_json
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # never characters: around what {% generation %} encloses
+_SAID = "2f6b51c8"  # an answer that no template changes
+_UNROLL = "tune.unroll = true makes a row of each answer with what precedes it"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+Messages = Sequence[dict[str, Any]]
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}: what it encloses, between _BEGIN and _END where the environment is to mark it."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
+
+    def _enclosed(self, caller: Any) -> str:
+        return f"{_BEGIN}{caller()}{_END}" if getattr(self.environment, "marks", False) else caller()
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(16)
+def _compile(source: str, marks: bool) -> jinja2.Template:
+    """The template, in the environment that transformers compiles it in."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.extend(marks=marks)
+    return environment.from_string(source)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens: ``mask`` is True where a token is an assistant's."""
+
+    ids: np.ndarray  # (n,) int32
+    mask: np.ndarray  # (n,) bool
+
+
+class Template:
+    """A chat template and the tokenizer that it goes with.
+
+    Args:
+        sources: jinja by name; ``tool_use`` is taken where a conversation has tools, else ``default``.
+        special: bos_token and its like, which templates write.
+        name: for messages.
+        date: the day that the template may write, as 2026-11-25; else it is today.
+
+    Raises:
+        UserError: no jinja, or what it raises.
+    """
+
+    def __init__(
+        self, sources: dict[str, str], tokenizer: Tokenizer, special: dict[str, str], name: str, date: str = ""
+    ) -> None:
+        self.sources, self.tokenizer, self.special, self.name = sources, tokenizer, special, name
+        self._day = datetime.fromisoformat(date) if date else None
+        for source in sources.values():
+            try:
+                _compile(source, False)
+            except jinja2.TemplateError as error:
+                raise UserError(f"{name}: not a template: {_said(error)}") from None
+        self.marked = any("generation" in _tags(source) for source in sources.values())
+        start = self.render([{"role": "user", "content": _SAID}])
+        asked = self.render([{"role": "user", "content": _SAID}], generation=True)
+        self._header = asked[len(start) :] if asked.startswith(start) else ""
+
+    @property
+    def end(self) -> str:
+        """The text of the end token."""
+        return self.tokenizer.decode([self.end_id])
+
+    def render(
+        self, messages: Messages, tools: Messages = (), generation: bool = False, marks: bool = False, **more: Any
+    ) -> str:
+        """The text of a conversation; ``generation`` adds what an answer begins with.
+
+        Raises:
+            UserError: what the template raises.
+        """
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        if name not in self.sources:
+            raise UserError(f"{self.name}: templates {', '.join(self.sources)}: expected one called default")
+        given = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
+        try:
+            return _compile(self.sources[name], marks).render(
+                **self.special, **given, add_generation_prompt=generation, strftime_now=self._now, **more
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+            raise UserError(f"{self.name}: {_said(error)}") from None
+
+    def _now(self, form: str) -> str:
+        return (self._day or datetime.now()).strftime(form)
+
+    def encode(self, messages: Messages, tools: Messages = (), generation: bool = False, **more: Any) -> list[int]:
+        """The ids of a conversation, as transformers' apply_chat_template gives them."""
+        return self.tokenizer.encode(self.render(messages, tools, generation, **more))
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that ends an assistant's turn: the first special one after an answer.
+
+        Raises:
+            UserError: there is none.
+        """
+        text = self.render([{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}])
+        tail = text[text.rfind(_SAID) + len(_SAID) :]
+        special = self.tokenizer.special
+        found = next((token for token in self.tokenizer.encode(tail) if token in special), None)
+        if found is None:
+            raise UserError(
+                f"{self.name}: after an answer comes {tail[:40]!r}: expected a special token, at which to stop"
+            )
+        return found
+
+    def encode_turns(
+        self, conversations: Sequence[tuple[str, Messages, Messages]], last_only: bool = False
+    ) -> list[Encoded]:
+        """Tokens and assistant masks of (where, messages, tools); ``last_only``: only the last turn is the assistant's.
+
+        Where template and answer would share a token, the tokens are cut there, as generation cuts them.
+
+        Raises:
+            UserError: names the row whose turns cannot be found exactly.
+        """
+        plans = [self._plan(where, messages, tools, last_only) for where, messages, tools in conversations]
+        texts = list(dict.fromkeys(text for plan in plans for text in plan))
+        encoded = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+        made = []
+        for (where, _, _), plan in zip(conversations, plans, strict=True):
+            cuts: list[int] = []
+            ids = [encoded[text] for text in plan]
+            while isinstance(found := self._masked(where, plan, ids), int):
+                if found in cuts:
+                    raise UserError(f"{where}: {self.name}: no token begins where an answer does: expected one")
+                cuts.append(found)
+                ids = [self._encode_cut(text, cuts) for text in plan]
+            as_whole = self.tokenizer.decode(encoded[plan[0]].tolist()) if cuts else ""
+            if cuts and self.tokenizer.decode(found.ids.tolist()) != as_whole:
+                raise UserError(
+                    f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
+                    "cannot cut there: expected no white space at the answer's beginning"
+                )
+            made.append(found)
+        return made
+
+    def _encode_cut(self, text: str, cuts: list[int]) -> np.ndarray:
+        """The ids of ``text`` in pieces that end at the characters ``cuts``."""
+        ends = sorted({cut for cut in cuts if cut < len(text)} | {len(text)})
+        return np.concatenate(
+            self.tokenizer.encode_batch([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
+        )
+
+    def _plan(self, where: str, messages: Messages, tools: Messages, last_only: bool) -> list[str]:
+        """The texts to encode: the whole, then for each turn what is before it, and all up to and with it."""
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        try:
+            if self.marked:
+                texts = self._marked_plan(self.render(messages, tools, marks=True))
+            else:
+                texts = [self.render(messages, tools)]
+                for k in turns:
+                    texts += [self.render(messages[:k], tools, generation=True), self.render(messages[: k + 1], tools)]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if len(texts) < 3:
+            raise UserError(f"{where}: {self.name} encloses nothing in {{% generation %}}: expected an answer")
+        if last_only:
+            texts = [texts[0], *texts[-2:]]
+        for before in texts[1::2]:
+            if not texts[0].startswith(before):
+                raise UserError(
+                    f"{where}: {self.name} writes what is before an answer otherwise once more follows, so the "
+                    f"assistant's tokens cannot be told: {_UNROLL}"
+                )
+        return texts
+
+    def _marked_plan(self, marked: str) -> list[str]:
+        """The same from marks, less the header that some templates enclose as well."""
+        text, texts = "", []
+        for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
+            if number % 2:
+                skip = len(self._header) if part.startswith(self._header) else 0
+                texts += [text + part[:skip], text + part]
+            text += part
+        return [text, *texts]
+
+    def _masked(self, where: str, texts: list[str], encoded: Sequence[np.ndarray]) -> Encoded | int:
+        """The tokens of the whole and which are the assistant's; or the character at which tokens must be cut."""
+        whole = np.asarray(encoded[0], np.int32)
+        mask = np.zeros(len(whole), bool)
+        for number in range(1, len(texts), 2):
+            before, upto = encoded[number], encoded[number + 1]
+            start = len(before)
+            if not np.array_equal(whole[:start], before):
+                return len(texts[number])
+            if self.marked and np.array_equal(whole[: len(upto)], upto):
+                upto = whole[: len(upto) + 1]  # the end token may follow the mark
+            ends = np.flatnonzero(upto[start:] == self.end_id)
+            if not len(ends):
+                raise UserError(f"{where}: {self.name}: an answer without {self.end}, which ends the others")
+            stop = start + int(ends[-1]) + 1
+            if not np.array_equal(whole[:stop], upto[:stop]):
+                raise UserError(
+                    f"{where}: {self.name} writes an answer otherwise once more follows (as Qwen3 drops its thinking), "
+                    f"so the assistant's tokens cannot be told: {_UNROLL}"
+                )
+            mask[start:stop] = True
+        return Encoded(whole, mask)
+
+
+def _said(error: Exception) -> str:
+    line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return " ".join(str(error).split())[:200] + line
+
+
+@functools.lru_cache(16)
+def _tags(source: str) -> set[str]:
+    """Names of the block tags in a template."""
+    tokens = list(_compile(source, False).environment.lex(source))
+    names = [
+        next((value for _, kind, value in tokens[n + 1 :] if kind != "whitespace"), "")
+        for n, (_, kind, _) in enumerate(tokens)
+        if kind == "block_begin"
+    ]
+    return set(names)
+
+
+def template_of(tokenizer: Tokenizer, where: str = "chat template", date: str = "") -> Template | None:
+    """The tokenizer's own template: chat_template.jinja, else tokenizer_config.json's; None where it has none."""
+    config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
+    found = config.get("chat_template")
+    if "chat_template.jinja" in tokenizer.files:
+        found = tokenizer.files["chat_template.jinja"].decode()
+    if not found:
+        return None
+    if isinstance(found, list) and all(isinstance(item, dict) and {"name", "template"} <= set(item) for item in found):
+        found = {item["name"]: item["template"] for item in found}
+    sources = {"default": found} if isinstance(found, str) else found
+    if not isinstance(sources, dict) or not all(isinstance(source, str) for source in sources.values()):
+        raise UserError(f"tokenizer_config.json: chat_template is a {type(found).__name__}: expected text")
+    return Template(sources, tokenizer, special_tokens(tokenizer), where, date)
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """bos_token and its like as the tokenizer's settings name them."""
+    made = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings = read_json(tokenizer.files, file, Path("."))
+        for name in _NAMES:
+            value = settings.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                made[name] = value
+    if "eos_token" not in made and tokenizer.eos_id is not None:
+        made["eos_token"] = tokenizer.decode([tokenizer.eos_id])
+    return made
+
+
+def extend(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with ChatML: its two tokens, with ids after the last where they are new, and its template.
+
+    ``<|im_end|>`` becomes the token at which generation stops. transformers reads the same ids and template.
+
+    Raises:
+        UserError: a SentencePiece tokenizer.model, which cannot take more tokens.
+    """
+    if "tokenizer.json" not in tokenizer.files:
+        raise UserError(
+            "ChatML needs two more tokens, which a tokenizer.model cannot take: expected a tokenizer.json "
+            "(transformers' AutoTokenizer ... save_pretrained writes one), or a tokenizer with a chat template"
+        )
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer.files["tokenizer.json"])
+    added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHATML_TOKENS]
+    backend.add_special_tokens(added)
+    config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
+    stale = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")  # the settings say it all
+    config = special_tokens(tokenizer) | config
+    config |= {"chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
+    files = {name: data for name, data in tokenizer.files.items() if name not in stale}
+    files |= {
+        "tokenizer.json": backend.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+    }
+    return from_files(files, Path("."))

@@ -1,0 +1,115 @@
+"""One token a character: a table lookup in numpy each way."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.load import sha256_of, write_files
+
+_SPLIT = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+
+
+def _tokenizer_json(characters: str) -> bytes:
+    """The tokenizer.json in which every character is a word; a character it lacks is an error there, too."""
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": _SPLIT,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unk>"},
+    }
+    return json.dumps(content, ensure_ascii=True, indent=1).encode()
+
+
+_CONFIG = json.dumps(
+    {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}, indent=1
+).encode()
+
+
+def characters_of(content: dict) -> str | None:
+    """The characters by id where ``content`` (a tokenizer.json) is one of ours; None for any other tokenizer."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type") != "WordLevel" or content.get("pre_tokenizer") != _SPLIT:
+        return None
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict) or not all(type(i) is int for i in vocabulary.values()):
+        return None
+    by_id = sorted(vocabulary.items(), key=lambda item: item[1])
+    plain = not content.get("added_tokens") and not content.get("normalizer")
+    if not plain or [i for _, i in by_id] != list(range(len(by_id))) or any(len(c) != 1 for c, _ in by_id):
+        return None
+    return "".join(c for c, _ in by_id)
+
+
+def train_characters(texts: Iterable[str]) -> "CharTokenizer":
+    """The tokenizer of the distinct characters of ``texts``, in code point order as nanoGPT numbers them."""
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    return CharTokenizer("".join(sorted(seen)))
+
+
+def _codes(text: str) -> np.ndarray:
+    """The code points of ``text``."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+class CharTokenizer:
+    """Ids are positions in ``characters``; there is no token between documents."""
+
+    kind = "char"
+    eos_id: int | None = None
+    special: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
+
+    def __init__(self, characters: str, files: dict[str, bytes] | None = None) -> None:
+        self.characters = characters
+        self.n_vocab = len(characters)
+        self.before: list[int] = []
+        self.digest = sha256_of(b"char", characters.encode())
+        self.files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
+        self._ids = np.full(0x110000, -1, np.int32)  # code point -> id
+        self._ids[_codes(characters)] = np.arange(len(characters), dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """The id of every character."""
+        return self._array(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32."""
+        return [self._array(text) for text in texts]
+
+    def _array(self, text: str) -> np.ndarray:
+        ids = self._ids.take(_codes(text))
+        if ids.size and ids.min() < 0:
+            position = int(np.argmax(ids < 0))
+            c = text[position]
+            raise UserError(
+                f"character {c!r} (U+{ord(c):04X}) at position {position}: expected one of the tokenizer's "
+                f"{self.n_vocab} characters {_shown(self.characters)}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters; an id outside the vocabulary becomes U+FFFD."""
+        characters, count = self.characters, self.n_vocab
+        return "".join(characters[i] if 0 <= i < count else "\ufffd" for i in ids)
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        write_files(folder, self.files)
+
+
+def _shown(characters: str, most: int = 40) -> str:
+    return repr(characters if len(characters) <= most else characters[:most])[1:-1] + (
+        " ..." if len(characters) > most else ""
+    )

@@ -1,0 +1,185 @@
+"""SentencePiece: a tokenizer.model as it is, and training of the BPE and unigram kinds with byte fallback.
+
+Trained here, a BPE stays a tokenizer.model, which transformers' LlamaTokenizer reads with the same ids. No class of
+transformers reads a unigram model so, so a unigram becomes a tokenizer.json run by `tokenizers`, with
+spaces as spaces, in which every text survives the round trip.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.hf import JsonTokenizer, made
+from mlxgpt.common.tokenizers.load import checked, read_json, sha256_of, write_files
+
+_SPACE = "\u2581"
+_SPECIAL = ("<unk>", "<s>", "</s>")
+_LLAMA = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": False,
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+class SentencePieceTokenizer:
+    """A tokenizer.model, run by sentencepiece. ``files`` are name -> bytes; ``where`` is the folder, for messages."""
+
+    ends: frozenset[int] = frozenset()
+
+    def __init__(self, files: dict[str, bytes], where: Path) -> None:
+        self.files = dict(files)
+        self.digest = sha256_of(b"tokenizer.model", files["tokenizer.model"])
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+            size = self._model.get_piece_size()
+            pieces: dict[str, int] = {self._model.id_to_piece(i): i for i in range(size)}
+        except UnicodeDecodeError:
+            raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
+        except RuntimeError as error:
+            raise UserError(
+                f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
+            ) from None
+        if not size:
+            raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
+        self.n_vocab = size
+        self.kind = "SentencePiece"
+        eos: int = self._model.eos_id()
+        config = read_json(files, "tokenizer_config.json", where)
+        named = config.get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        if isinstance(named, str):
+            eos = pieces.get(named, eos)
+        self.eos_id: int | None = eos if eos >= 0 else None
+        begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
+        self.before = [self._model.bos_id()] if begins else []
+        if not config and self._is_bpe():
+            self.files["tokenizer_config.json"] = self._settings()
+        self._controls = {
+            self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
+        }
+        self._names = {i: text for text, i in self._controls.items()}
+        self.special = frozenset(self._names)
+        found = "|".join(re.escape(text) for text in sorted(self._controls, key=len, reverse=True))
+        self._control = re.compile(f"({found})") if found else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; the text of a control token such as </s> gives that token."""
+        return self.encode_batch([checked(text)])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32."""
+        return [np.asarray(self._ids(text), dtype=np.int32) for text in texts]
+
+    def _ids(self, text: str) -> list[int]:
+        if self._control is None or not self._control.search(text):
+            return self._model.encode(text)
+        ids: list[int] = []
+        for part in self._control.split(text):
+            ids.extend([self._controls[part]] if part in self._controls else self._model.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; ids outside the vocabulary are left out, control tokens appear as their text."""
+        text, run = "", []
+        for i in (int(i) for i in ids):
+            if i in self._names:
+                text += (self._model.decode(run) if run else "") + self._names[i]
+                run = []
+            elif 0 <= i < self.n_vocab:
+                run.append(i)
+        return text + (self._model.decode(run) if run else "")
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that the tokenizer was loaded from; a lone BPE model gets LlamaTokenizer's settings.
+
+        A lone unigram model gets none: no class of transformers gives its ids, and a guess would be wrong silently.
+        """
+        write_files(folder, self.files)
+
+    def _is_bpe(self) -> bool:
+        """BPE scores are 0, -1, -2 ... in merge order; a unigram's are log probabilities."""
+        model = self._model
+        normal = [
+            i for i in range(self.n_vocab) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        ]
+        scores = [model.get_score(i) for i in normal[:64]]
+        return scores == [-float(rank) for rank in range(len(scores))]
+
+    def _settings(self) -> bytes:
+        """The settings with which LlamaTokenizer reads this model."""
+        model = self._model
+        names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        named = {name: model.id_to_piece(i) if i >= 0 else None for name, i in names.items()}
+        prefixed = model.encode("a", out_type=str)[0].startswith(_SPACE)
+        return json.dumps(_LLAMA | named | {"add_prefix_space": prefixed}, indent=1).encode()
+
+
+def train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer | JsonTokenizer:
+    """``sp-bpe`` or ``sp-unigram`` with byte fallback, no normalisation, ids 0 to 2 = <unk>, <s>, </s>.
+
+    Raises:
+        UserError: ``vocab_size`` below what bytes, special tokens and the texts' characters need.
+    """
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=writer,
+            vocab_size=vocab_size,
+            model_type="bpe" if kind == "sp-bpe" else "unigram",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            hard_vocab_limit=False,
+            max_sentence_length=_LONGEST,
+            num_threads=1,
+            minloglevel=3,
+        )
+    except UserError:
+        raise
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"tokenizer vocabulary of {vocab_size} for {kind}: sentencepiece refuses: {reason}") from None
+    model = writer.getvalue()
+    if kind == "sp-bpe":
+        settings = json.dumps(_LLAMA | {"add_prefix_space": False}, indent=1).encode()
+        return SentencePieceTokenizer({"tokenizer.model": model, "tokenizer_config.json": settings}, Path("."))
+    return _unigram(model)
+
+
+_LONGEST = 8192  # bytes of a line that the trainer looks at; it would drop longer ones
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines short enough for the trainer, which takes one sentence at a time."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _LONGEST // 4):
+                yield line[start : start + _LONGEST // 4]
+
+
+def _unigram(model: bytes) -> JsonTokenizer:
+    """The trained unigram as a tokenizer.json whose pieces hold plain spaces."""
+    processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+    count = processor.get_piece_size()
+    pieces = [(processor.id_to_piece(i).replace(_SPACE, " "), processor.get_score(i)) for i in range(count)]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(list(_SPECIAL))
+    return made(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})

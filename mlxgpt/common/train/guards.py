@@ -1,0 +1,106 @@
+"""What the loop refuses to go on with: numbers that are not finite, and tensors that do not train."""
+
+import hashlib
+import math
+
+import numpy as np
+
+from mlxgpt.common.batch import Batch, Engine, StepStats
+from mlxgpt.common.errors import RunError
+from mlxgpt.common.model.params import Param
+
+PATIENCE = 3  # steps in a row that are not finite
+
+
+def targets(batch: Batch) -> str:
+    """A line that says how much of a batch is asked for.
+
+    Raises:
+        RunError: nothing is.
+    """
+    asked, total = int(np.count_nonzero(batch.weights)), batch.weights.size
+    if not asked:
+        raise RunError(f"step 1: none of the {total:,} tokens of the batch is a target; expected some")
+    return f"step 1: {asked:,} of {total:,} tokens are targets ({asked / total:.1%})"
+
+
+def rows(batch: Batch, limit: int = 4) -> str:
+    """Where a batch's rows came from, for a message."""
+    more = f" and {len(batch.row_ids) - limit} more" if len(batch.row_ids) > limit else ""
+    return ", ".join(batch.row_ids[:limit]) + more if batch.row_ids else f"{len(batch.tokens)} rows"
+
+
+class Finite:
+    """Counts the steps in a row whose loss or gradient was not finite; the engine has skipped their updates."""
+
+    def __init__(self) -> None:
+        self.streak = 0
+
+    def check(self, step: int, stats: StepStats, batch: Batch) -> str:
+        """A message about a step that was skipped, or ''.
+
+        Raises:
+            RunError: it was the third in a row.
+        """
+        if stats.finite:
+            self.streak = 0
+            return ""
+        self.streak += 1
+        loss = stats.loss_sum / stats.weight
+        what = f"loss {loss:.4g}" if not math.isfinite(loss) else f"gradient norm {stats.grad_norm:.4g}"
+        message = f"step {step}: {what} is not finite; update skipped; rows: {rows(batch)}"
+        if self.streak == PATIENCE:
+            raise RunError(f"{message}; {PATIENCE} steps in a row")
+        return message
+
+
+class FirstUpdates:
+    """Watches the first two updates of a run: every trainable tensor must get a gradient and change.
+
+    A tensor whose gradient is zero by design at the start (zero_grad_at_init) may have none in the first one.
+    """
+
+    def __init__(self, engine: Engine, table: dict[str, Param]):
+        self._engine, self._table = engine, table
+        self._before = self._digests() if engine.t == 0 else {}
+
+    def _digests(self) -> dict[str, bytes]:
+        weights = self._engine.snapshot()["params"]
+        return {name: _digest(array) for name, array in weights.items()}
+
+    def check(self, stats: StepStats, rate: float) -> None:
+        """To be called after each applied update, which was at ``rate``.
+
+        Raises:
+            RunError: names the tensors that do not train.
+        """
+        update = self._engine.t
+        if update > 2:
+            return
+        zero = [n for n in stats.zero_grads if update > 1 or not self._table[n].zero_grad_at_init]
+        if zero:
+            raise RunError(f"{_some(zero)}: the gradient of update {update} is exactly zero: it would never train")
+        if update == 2 and self._before:
+            after = self._engine.snapshot()
+            weights, moments = after["params"], after["m"]
+            same = [name for name, digest in self._before.items() if _digest(weights[name]) == digest]
+            same = [name for name in same if _would_show(weights[name], moments[name], rate)]
+            if same:
+                raise RunError(f"{_some(same)}: not a bit has changed after two updates: it does not train")
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+
+
+def _would_show(weights: np.ndarray, moments: np.ndarray, rate: float) -> bool:
+    """Whether an update at ``rate`` changes bits: in a warm-up to 1e-6 none of a norm's 1.0 does.
+
+    Adam's first update is about the rate wherever there is a gradient. No moments at all: it was never updated.
+    """
+    moved = moments != 0
+    return not moved.any() or bool((rate > np.spacing(np.abs(weights)))[moved].any())
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"

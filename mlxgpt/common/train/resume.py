@@ -1,0 +1,138 @@
+"""What a resumed run may change, and what it says where its numbers will not be bit-equal; the rest is refused."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.runs.checkpoint import RunState
+from mlxgpt.common.train import schedule
+
+# Cadence, paths and memory. Data is held by its sums, so a path or the name of a tokenizer says nothing about it.
+ACCEPTED = {
+    "data.source", "data.tokenizer", "data.workers",
+    "train.micro_batch_size", "train.checkpoint_activations", "train.loss_chunk", "train.compile",
+    "train.deterministic",
+    "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
+    "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
+    "train.log_every", "train.tensorboard", "train.wandb", "tune.model", "tune.source", "tune.test",
+}  # fmt: skip
+# Of these, what reorders floating-point sums.
+ROUNDING = {
+    "train.micro_batch_size",
+    "train.checkpoint_activations",
+    "train.loss_chunk",
+    "train.compile",
+    "train.deterministic",
+}
+
+Sections = dict[str, dict[str, Any]]
+
+
+def check_run(run: Path) -> None:
+    """Refuses what is no run.
+
+    Raises:
+        UserError: says what the folder is instead.
+    """
+    if not run.is_dir():
+        raise UserError(
+            f"{run}: {'not a folder' if run.exists() else 'no such folder'}; expected a run of mlxgpt train or finetune"
+        )
+    if (run / checkpoint.STATE).is_file():
+        owner = run.resolve().parent.parent
+        raise UserError(f"{run}: a checkpoint; --resume takes the run it belongs to: {owner}")
+    if not checkpoint.is_run(run):
+        missing = "recipe.toml" if not (run / "recipe.toml").is_file() else "checkpoints"
+        raise UserError(f"{run}: not a run of mlxgpt train or finetune: {missing} is missing")
+
+
+def changes(before: Sections, after: Recipe) -> dict[str, tuple[Any, Any]]:
+    """section.key -> (before, after) of every field that differs."""
+    found = {}
+    for section, values in dataclasses.asdict(after).items():
+        for key, value in (values or {}).items():
+            old = (before.get(section) or {}).get(key)
+            if old != value:
+                found[f"{section}.{key}"] = (old, value)
+    return found
+
+
+def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Callable[[str], None]) -> list[str]:
+    """Holds the recipe that a run goes on with against the one that it was trained with up to ``step``.
+
+    Returns:
+        What is accepted and changes the numbers by rounding, in words.
+
+    Raises:
+        UserError: names the first key that may not change.
+    """
+    rounding = []
+    for key, (old, new) in changes(before, after).items():
+        if key == "train.steps":
+            _check_steps(run, after, int(old), step, say)
+        elif key not in ACCEPTED and not key.startswith("sample."):
+            raise UserError(
+                f"{run}: {key} was {old!r} and is {new!r}: a run goes on with the recipe it began with; "
+                f"--init-from {run} starts a new one from its weights"
+            )
+        else:
+            say(f"changed: {key} from {old!r} to {new!r}")
+        if key in ROUNDING:
+            rounding.append(f"{key} {old!r} -> {new!r}")
+    return rounding
+
+
+def _check_steps(run: Path, after: Recipe, old: int, step: int, say: Callable[[str], None]) -> None:
+    name, new = after.optim.schedule, after.train.steps
+    was = f"{run}: train.steps was {old} and is {new}"
+    if new < old:
+        raise UserError(f"{was}: expected no fewer; --stop-after {new} ends it sooner")
+    if name not in ("constant", "wsd"):
+        raise UserError(
+            f"{was}: a {name} schedule is a function of its length, only constant and wsd can be made longer; "
+            f"--init-from {run} starts a new run from its weights"
+        )
+    say(f"changed: train.steps from {old} to {new}")
+    if name == "wsd" and step > old - schedule.decay_steps(after.optim, old):
+        rates = schedule.rate(after.optim, step, old), schedule.rate(after.optim, step + 1, new)
+        say(f"the learning rate had begun to fall: it goes from {rates[0]:.3g} back to {rates[1]:.3g}")
+
+
+def check_data(run: Path, before: dict[str, str], after: dict[str, str]) -> None:
+    """Refuses other data than the run began with.
+
+    Raises:
+        UserError: names the first file whose sha256 differs.
+    """
+    for name in [*before, *after]:
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            raise UserError(
+                f"{run}: the data changed: {name} has sha256 {_short(new)}, the run began with {_short(old)}; "
+                "to take data to another machine, or another Python for pydocs: mlxgpt data export"
+            )
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}..." if digest else "(no such file)"
+
+
+def say_environment(
+    state: RunState, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]
+) -> None:
+    """One line where the run that goes on cannot be bit-equal to one that was not stopped."""
+    keys = dict.fromkeys([*state.environment, *environment])
+    differ = [
+        f"{key} {state.environment.get(key, '-')} -> {environment.get(key, '-')}"
+        for key in keys
+        if state.environment.get(key) != environment.get(key)
+    ]
+    if differ or rounding:
+        say(
+            f"another environment than at step {state.step} ({', '.join(differ + rounding)}): not bit-equal to an "
+            "uninterrupted run, but within 2e-5 of its losses (float32 on CPU)"
+        )
