@@ -32,8 +32,8 @@ WIDTH, WORDS = 512, 16000
 def training(package: str, steps: str, saves: str):
     """Steps of an engine as ``train`` does them, with ``saves`` saves on the way, the first of them in the middle."""
     from mlxgpt.common.batch import Batch
-    from mlxgpt.common.config import build
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
     from mlxgpt.common.runs import metrics
     from mlxgpt.common.runs.checkpoint import RunState
     from mlxgpt.common.train import loop
@@ -73,8 +73,8 @@ class Quiet:
 
 def arrays(layers: str) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     """A llama's config, weights and moments."""
-    from mlxgpt.common.config import build
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
 
     sizes = {"n_layer": int(layers), "n_head": 8, "n_embd": WIDTH, "vocab_size": WORDS, "block_size": 512}
     config = build({"model": {"family": "llama", **sizes}}).model

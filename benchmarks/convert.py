@@ -78,9 +78,9 @@ def make(place: str, family: str, megabytes: str) -> None:
     """A model of random weights of about that size, with a tokenizer that mlx-lm loads; to be called in a child."""
     import numpy as np
 
-    from mlxgpt.common.config import build
     from mlxgpt.common.folders import model_folder
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
     from mlxgpt.common.tokenizers.load import train_tokenizer
 
     wide = int(megabytes) >= 300

@@ -27,11 +27,11 @@ def prompt_of(count: str) -> list[int]:
 
 def write_folder(folder: Path) -> None:
     """The model that all contenders load."""
-    from mlxgpt.common import config
+    from mlxgpt.common import recipes
     from mlxgpt.common.folders.model_folder import write_model
     from mlxgpt.common.model import params
 
-    model = config.build({"model": {"family": "llama", **SIZES}}).model
+    model = recipes.build({"model": {"family": "llama", **SIZES}}).model
     write_model(folder, model, params.init_params(model, 0))
 
 

@@ -100,8 +100,8 @@ def step(framework: str, chunk: int, tokens: int) -> Callable[[], int]:
     import importlib
 
     from mlxgpt.common.batch import Batch
-    from mlxgpt.common.config import build
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
 
     model = dict(family="llama", n_layer=2, n_head=8, n_embd=WIDTH, block_size=ROW, vocab_size=WORDS)
     recipe = build({"model": model, "train": {"batch_size": tokens // ROW, "loss_chunk": chunk}})

@@ -51,11 +51,11 @@ def rows(count: int, vocabulary: int = SIZES["vocab_size"]) -> list[np.ndarray]:
 def write_folder(folder: Path, quantised: Path) -> None:
     """The model that all contenders load, and the same in mlx-lm's 4 bits."""
     from mlxgpt import cli
-    from mlxgpt.common import config
+    from mlxgpt.common import recipes
     from mlxgpt.common.folders.model_folder import write_model
     from mlxgpt.common.model import params
 
-    model = config.build({"model": {"family": "llama", **SIZES}}).model
+    model = recipes.build({"model": {"family": "llama", **SIZES}}).model
     write_model(folder, model, params.init_params(model, 0))
     sys.stdout, out = sys.stderr, sys.stdout
     code = cli.main(["convert", str(folder), str(quantised), "--to", "mlx-lm", "--bits", "4"])
@@ -67,9 +67,9 @@ def write_folder(folder: Path, quantised: Path) -> None:
 def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) -> Callable[[], int]:
     """mlxgpt or torch_ref: the engine on packed batches."""
     from mlxgpt.commands.finetune import Dequantised
-    from mlxgpt.common.config import build
     from mlxgpt.common.folders import model_folder as folders
     from mlxgpt.common.model import adapters
+    from mlxgpt.common.recipes import build
     from mlxgpt.common.sft import pack
 
     config = folders.read_config(folder)
@@ -301,11 +301,11 @@ def curves(steps: int) -> int:
     """Losses of MLX, torch_ref and PEFT from the same weights, adapters and rows; 1 where one is over its gate."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        from mlxgpt.common import config
+        from mlxgpt.common import recipes
         from mlxgpt.common.folders.model_folder import write_model
         from mlxgpt.common.model import params
 
-        model = config.build({"model": {"family": "llama", **CURVE}}).model
+        model = recipes.build({"model": {"family": "llama", **CURVE}}).model
         write_model(folder, model, params.init_params(model, 0))
         failed = False
         for method in ("lora", "dora", "full"):
@@ -339,9 +339,9 @@ def curve(package: str, folder: str, method: str, steps: int) -> list[float]:
     """The loss of each step, 8 rows a step, in which a token is mostly followed by one other."""
     import dataclasses
 
-    from mlxgpt.common.config import build
     from mlxgpt.common.folders import model_folder as folders
     from mlxgpt.common.model import adapters
+    from mlxgpt.common.recipes import build
     from mlxgpt.common.sft import pack
 
     config = folders.read_config(folder)

@@ -77,7 +77,7 @@ SETTINGS = [
 
 def draw(dice: random.Random) -> Setting:
     """A random setting that a small machine can measure."""
-    from mlxgpt.common.config import FAMILY_DEFAULTS
+    from mlxgpt.common.recipes import FAMILY_DEFAULTS
 
     family, heads = dice.choice(list(FAMILY_DEFAULTS)), dice.choice([1, 2, 4, 6, 8])
     kv = heads if family == "gpt_neox" else dice.choice([n for n in (1, 2, 4, 6, 8) if heads % n == 0])
@@ -102,7 +102,7 @@ def draw(dice: random.Random) -> Setting:
 
 def recipe_of(setting: Setting) -> Any:
     """The recipe of a setting."""
-    from mlxgpt.common.config import build
+    from mlxgpt.common.recipes import build
 
     return build(setting, "benchmark")
 

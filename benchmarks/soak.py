@@ -134,7 +134,7 @@ def segments(place: Path, minutes: float) -> dict[str, list[np.ndarray]]:
 def check(place: Path, found: dict[str, list[np.ndarray]]) -> list[str]:
     """What is wrong with the runs themselves: steps that are not all there, checkpoints that retention forgot."""
     from mlxgpt.commands import runs as runs_command
-    from mlxgpt.common.runs import checkpoint
+    from mlxgpt.common.folders import resolve
 
     wrong = []
     for backend, parts in found.items():
@@ -143,8 +143,8 @@ def check(place: Path, found: dict[str, list[np.ndarray]]) -> list[str]:
             wrong.append(f"{backend}: the steps of both segments are not 1 to {len(steps)}")
         damage, _ = runs_command.check(place / backend)
         wrong += damage
-        if len(checkpoint.steps_of(place / backend)) > 4:  # three, and the best
-            wrong.append(f"{backend}: {len(checkpoint.steps_of(place / backend))} checkpoints, expected at most 4")
+        if len(resolve.steps_of(place / backend)) > 4:  # three, and the best
+            wrong.append(f"{backend}: {len(resolve.steps_of(place / backend))} checkpoints, expected at most 4")
     return wrong
 
 

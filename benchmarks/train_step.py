@@ -32,8 +32,8 @@ def engine(package: str, name: str, compile: str = "auto"):
     import importlib
 
     from mlxgpt.common.batch import Batch
-    from mlxgpt.common.config import build
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
 
     size = SIZES[name]
     model = {key: size[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}

@@ -8,12 +8,11 @@ from convert.formats import placing
 from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import adapter_folder, peft_adapter
+from mlxgpt.common.folders import adapter_folder, peft_adapter, resolve
 from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.folders.tensors import read_json
 from mlxgpt.common.model import families
-from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.tokenizers import load as tokenizer
+from mlxgpt.common.tokenizers import protocol as tokenizer_protocol
 
 LAYOUTS = ("peft", "mlx-lm")
 PICKLED = "adapter_model.bin"
@@ -22,9 +21,9 @@ PICKLED = "adapter_model.bin"
 def is_adapter(src: Path | str) -> bool:
     """Whether SRC of ``convert`` is an adapter: its folder, or a run that trained one."""
     place = Path(src).expanduser()
-    if not place.is_dir() or not (checkpoint.is_model(place) or checkpoint.is_run(place)):
+    if not place.is_dir() or not (resolve.is_model(place) or resolve.is_run(place)):
         return False
-    return adapter_folder.is_adapter(checkpoint.resolve_model(place))
+    return adapter_folder.is_adapter(resolve.resolve_model(place))
 
 
 def convert(
@@ -42,7 +41,7 @@ def convert(
     Raises:
         UserError: the adapter is damaged or not of this model, the layout cannot hold it, or ``dst`` is there.
     """
-    place, dst = checkpoint.resolve_model(src), Path(dst).expanduser()
+    place, dst = resolve.resolve_model(src), Path(dst).expanduser()
     if to not in (None, *LAYOUTS):
         raise UserError(f"--to {to}: {place} is an adapter: expected {' or '.join(LAYOUTS)}; fuse makes a model of it")
     there = dst.exists() or dst.is_symlink()
@@ -57,7 +56,7 @@ def convert(
     with placing.workplace(dst, force) as made:
         made.mkdir()
         gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
-        tokenizer.write_files(made, tokenizer.read_files(place))
+        tokenizer_protocol.write_files(made, tokenizer_protocol.read_files(place))
         placing.put(made, dst, force)
     return adapter, [*adapter.notes, *gaps]
 

@@ -30,7 +30,7 @@ from mlxgpt.common.folders import model_folder
 from mlxgpt.common.folders.tensors import atomic_write, read_json
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.tokenizers.load import FILES
+from mlxgpt.common.tokenizers.protocol import FILES
 
 SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}

@@ -9,7 +9,8 @@ from convert.formats import llama2c_tokenizer
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.char import CharTokenizer
 from mlxgpt.common.tokenizers.hf import JsonTokenizer
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 1 << 26  # bytes of a meta.pkl; one of all characters of Unicode has 20 MB
 

@@ -17,7 +17,7 @@ from mlxgpt import noise
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.losses import cross_entropy
 from mlxgpt.model import Cache, Model, make_cache
 

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxgpt.commands import runs as runs_command
-from mlxgpt.common.config import build
-from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import params
-from mlxgpt.common.runs import checkpoint, metrics
+from mlxgpt.common.recipes import build
+from mlxgpt.common.runs import metrics
 from mlxgpt.common.tokenizers import load as tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 def weights(run: Path) -> dict[str, str]:
     """sha256 of the last checkpoint's tensors: a model's or an adapter's, and the optimizer's."""
-    found = sorted(checkpoint.path_of(run, STEPS).rglob("*.safetensors"))
+    found = sorted(resolve.path_of(run, STEPS).rglob("*.safetensors"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
@@ -146,7 +146,7 @@ def _stopped(
         while not done and counted["kills"] < kills + 50:
             done = not killed(arguments, place, draw.uniform(0.2, 1.0) * seconds)
             counted["kills"] += not done
-            begun = (run / "recipe.toml").exists() and (verb == "train" or checkpoint.steps_of(run))
+            begun = (run / "recipe.toml").exists() and (verb == "train" or resolve.steps_of(run))
             if not begun:
                 shutil.rmtree(run, ignore_errors=True)
                 counted["before there was anything to go on from"] += not done

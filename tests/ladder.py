@@ -26,9 +26,10 @@ import torch_ref.model
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
-from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, build
+from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
+from mlxgpt.common.recipes import build
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.train import schedule
 

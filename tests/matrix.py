@@ -16,9 +16,10 @@ import numpy as np
 from models import CASES, weights
 
 from convert import convert, open_model
-from mlxgpt.common.config import ModelConfig, build
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
+from mlxgpt.common.recipes import build
 
 
 class Format(NamedTuple):

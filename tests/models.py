@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.config import ModelConfig, build
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params
+from mlxgpt.common.recipes import build
 
 SIZES: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=80)
 NO_BIAS: dict[str, Any] = dict(qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)

@@ -17,7 +17,8 @@ import numpy as np
 from convert import convert
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.folders import model_folder, tensors
-from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 Arrays = dict[str, np.ndarray]
 Change = Callable[[Path], None]

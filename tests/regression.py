@@ -57,8 +57,8 @@ def a_step(package: str, **train: Any) -> tuple[Any, Callable[[], Any]]:
     import numpy as np
 
     from mlxgpt.common.batch import Batch
-    from mlxgpt.common.config import build
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
 
     model = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 32, "vocab_size": 512}
     recipe = build({"model": model, "train": {"batch_size": 4, **train}})
@@ -187,8 +187,9 @@ def system_bytes(work: Callable[[], Any]) -> dict[str, int]:
 
 def checkpoint() -> Figures:
     """A save: bytes written and read a byte of state, and flushes."""
-    from mlxgpt.common.config import build
+    from mlxgpt.common.folders import resolve
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
     from mlxgpt.common.runs import checkpoint
 
     config = build({"model": {"n_layer": 2, "n_head": 2, "n_embd": 256, "vocab_size": 512}}).model
@@ -199,7 +200,7 @@ def checkpoint() -> Figures:
     with tempfile.TemporaryDirectory() as folder, counted(os, "fsync") as flushes:
         run = Path(folder)
         moved = system_bytes(lambda: checkpoint.write(run, snapshot, config, None, state, 0))
-        place = checkpoint.path_of(run, 1)
+        place = resolve.path_of(run, 1)
         read = system_bytes(lambda: (checkpoint.verify(place), checkpoint.read(place, config)))
         found = {"checkpoint.size": sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) / (3 * size)}
     found["checkpoint.flushes"] = flushes[0]
@@ -215,9 +216,9 @@ def checkpoint() -> Figures:
 def conversion() -> Figures:
     """A Hugging Face folder into others: bytes read and written a byte of weights."""
     from convert.conversion import convert
-    from mlxgpt.common.config import build
     from mlxgpt.common.folders import model_folder
     from mlxgpt.common.model import params
+    from mlxgpt.common.recipes import build
 
     config = build({"model": {"family": "llama", "n_layer": 2, "n_head": 4, "n_embd": 256, "vocab_size": 4096}}).model
     found: Figures = {}

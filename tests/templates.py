@@ -6,7 +6,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 # Qwen2.5: a system prompt of its own, tool calls, and tool responses as a user's turn
 QWEN25 = """

@@ -26,7 +26,8 @@ from mlxgpt.common.folders import model_folder
 from mlxgpt.common.inference import conversation as conversations
 from mlxgpt.common.inference.conversation import Conversation
 from mlxgpt.common.sft import template as sft_template
-from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 GREEDY = SampleConfig(temperature=0.0, max_tokens=12)
 FORGETFUL = (  # as Qwen3: what was answered is written otherwise once more follows

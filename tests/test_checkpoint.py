@@ -17,7 +17,7 @@ import pytest
 from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.folders import tensors
+from mlxgpt.common.folders import resolve, tensors
 from mlxgpt.common.model import params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.runs.checkpoint import RunState
@@ -143,7 +143,7 @@ def test_the_damaged_ones_are_set_aside_for_the_run_that_goes_on(
     for step in (1, 2, 3):
         save(run, step)
     checkpoint.set_aside(run, 1, lambda text: None)
-    assert checkpoint.steps_of(run) == [1]
+    assert resolve.steps_of(run) == [1]
     assert (run / "checkpoints/damaged-step-0000003/config.json").is_file()
 
 
@@ -151,13 +151,13 @@ def test_newest_best_and_last_stay(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(1, 7):
         save(run, step, best=2 if step >= 2 else 0, keep=2)
-    assert checkpoint.steps_of(run) == [2, 5, 6]
-    assert checkpoint.follow(run, "best") == checkpoint.path_of(run, 2)
-    assert checkpoint.follow(run, "last") == checkpoint.path_of(run, 6)
+    assert resolve.steps_of(run) == [2, 5, 6]
+    assert resolve.follow(run, "best") == resolve.path_of(run, 2)
+    assert resolve.follow(run, "last") == resolve.path_of(run, 6)
     assert os.readlink(run / "best") == "checkpoints/step-0000002"
     for step in range(7, 10):
         save(run, step, best=8 if step >= 8 else 2, keep=0)
-    assert checkpoint.steps_of(run) == [2, 5, 6, 7, 8, 9]
+    assert resolve.steps_of(run) == [2, 5, 6, 7, 8, 9]
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
@@ -169,7 +169,7 @@ def test_where_links_cannot_be_made_a_file_of_one_line_is(tmp_path: Path, monkey
     run = tmp_path / "run"
     save(run, 3)
     assert (run / "last").read_text() == "checkpoints/step-0000003\n"
-    assert checkpoint.follow(run, "last") == checkpoint.path_of(run, 3)
+    assert resolve.follow(run, "last") == resolve.path_of(run, 3)
 
 
 def test_no_space_is_seen_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_no_space_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         save(run, 2)
     assert everything(run) == before
     assert checkpoint.find_newest_valid(run, pytest.fail) == (
-        checkpoint.path_of(run, 1),
+        resolve.path_of(run, 1),
         state(1),
     )
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_whose_removal_was_cut_short_does_not_come_back(
     save(run, 2, keep=1)
     monkeypatch.undo()
     checkpoint.sweep(run)
-    assert checkpoint.steps_of(run) == [2]
+    assert resolve.steps_of(run) == [2]
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -256,10 +256,10 @@ while True:
         child.wait()
         child.stdout.close()
         checkpoint.sweep(run)
-        steps = checkpoint.steps_of(run)
+        steps = resolve.steps_of(run)
         assert steps
         for step in steps:
-            assert checkpoint.verify(checkpoint.path_of(run, step)).step == step
+            assert checkpoint.verify(resolve.path_of(run, step)).step == step
         assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -290,24 +290,24 @@ def test_what_a_model_argument_means(tmp_path: Path) -> None:
         save(run, step, best=2 if step > 1 else 0)
     (run / "recipe.toml").write_text("")
     best = run / "checkpoints/step-0000002"
-    assert checkpoint.resolve_model(run) == best
-    assert checkpoint.resolve_model(best) == best
+    assert resolve.resolve_model(run) == best
+    assert resolve.resolve_model(best) == best
     (run / "best").unlink()
-    assert checkpoint.resolve_model(str(run)).name == "step-0000003"
+    assert resolve.resolve_model(str(run)).name == "step-0000003"
     os.remove(run / "last")
     (run / "last").symlink_to("checkpoints/step-0000099")
-    assert checkpoint.resolve_model(run).name == "step-0000003"
+    assert resolve.resolve_model(run).name == "step-0000003"
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoint yet"):
-        checkpoint.resolve_model(run)
+        resolve.resolve_model(run)
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="neither a model folder"):
-        checkpoint.resolve_model(tmp_path / "other")
+        resolve.resolve_model(tmp_path / "other")
     with pytest.raises(UserError, match="no such folder"):
-        checkpoint.resolve_model(tmp_path / "missing")
+        resolve.resolve_model(tmp_path / "missing")
     with pytest.raises(UserError, match="a file; expected a model folder"):
-        checkpoint.resolve_model(run / "recipe.toml")
+        resolve.resolve_model(run / "recipe.toml")
 
 
 def test_a_hub_id_is_taken_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,13 +322,13 @@ def test_a_hub_id_is_taken_from_the_local_cache(tmp_path: Path, monkeypatch: pyt
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.resolve_model("some/model").name == "step-0000001"
+    assert resolve.resolve_model("some/model").name == "step-0000001"
     assert asked == [("some/model", True)]
     with pytest.raises(
         UserError,
         match=r"some/absent: no such folder, and not to be had as a hub id: offline$",
     ):
-        checkpoint.resolve_model("some/absent")
+        resolve.resolve_model("some/absent")
     assert asked[1:] == [("some/absent", True), ("some/absent", False)]
 
 

@@ -24,7 +24,8 @@ from mlxgpt.common.folders import adapter_folder, model_folder
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BACKENDS = ["mlxgpt", "torch_ref"]
 FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi", "olmo2"]

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common import config
+from mlxgpt.common import config, recipes
 from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.data import fetch, shards
 from mlxgpt.common.data.token_source import open_data
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.load import load_tokenizer
 
@@ -219,9 +220,9 @@ def a_run(folder: Path, source: Path, digest: dict[str, str] | None, **settings:
     """What export needs of a run: its recipe, and the data digests of its newest checkpoint."""
     folder.mkdir()
     recipe = config.Recipe(data=DataConfig(source=str(source), **settings))
-    (folder / "recipe.toml").write_text(config.to_toml(recipe))
+    (folder / "recipe.toml").write_text(recipes.to_toml(recipe))
     if digest is not None:
-        state = checkpoint.path_of(folder, 5) / checkpoint.STATE
+        state = resolve.path_of(folder, 5) / checkpoint.STATE
         state.parent.mkdir(parents=True)
         state.write_text(json.dumps({"data": digest}))
     return folder

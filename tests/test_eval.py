@@ -24,7 +24,8 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.evaluate.score import evaluate
 from mlxgpt.common.evaluate.text import Text, open_text
 from mlxgpt.common.folders.model_folder import write_model
-from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.model import Model as MlxModel
 from torch_ref.model import Model as TorchModel
 

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 import torch_ref.model
 from mlxgpt.common import config as configs
+from mlxgpt.common import recipes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
 
@@ -91,10 +92,10 @@ def test_an_absent_key_means_what_transformers_takes_it_to_mean(family: str) -> 
     assert ours == families.config_from_hf(full)
 
 
-@pytest.mark.parametrize("family", configs.FAMILY_DEFAULTS)
+@pytest.mark.parametrize("family", recipes.FAMILY_DEFAULTS)
 def test_every_family_of_the_recipes_can_be_saved(family: str) -> None:
     families.check(tiny(family=family))
-    assert set(configs.FAMILY_DEFAULTS) == set(families.FAMILIES)
+    assert set(recipes.FAMILY_DEFAULTS) == set(families.FAMILIES)
 
 
 KNOWN = ", ".join(families.FAMILIES)

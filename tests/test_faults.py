@@ -21,7 +21,7 @@ from mlxgpt import cli
 from mlxgpt.commands import runs as runs_command
 from mlxgpt.commands import train as train_command
 from mlxgpt.common import backend
-from mlxgpt.common.folders import tensors
+from mlxgpt.common.folders import resolve, tensors
 from mlxgpt.common.runs import checkpoint
 
 Go = Callable[..., int]
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process = child(recipe, *words)
         said, _ = process.communicate()
         assert process.returncode == 0, said
-    assert checkpoint.steps_of(place / "run") == [5, 8]
+    assert resolve.steps_of(place / "run") == [5, 8]
     return place
 
 
@@ -122,7 +122,7 @@ FILES = (
 def test_a_flipped_bit_in_a_checkpoint_costs_that_checkpoint(
     go: Go, stopped: Path, capsys: pytest.CaptureFixture[str], name: str, share: float
 ) -> None:
-    place = checkpoint.path_of(stopped, STOP)
+    place = resolve.path_of(stopped, STOP)
     assert sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()) == sorted(FILES)
     flip(place / name, share)
     assert go("--resume", "run") == 0
@@ -143,7 +143,7 @@ def test_without_the_sums_a_flipped_bit_would_be_trained_on(
         )
 
     monkeypatch.setattr(checkpoint, "verify", believe)
-    flip(checkpoint.path_of(stopped, STOP) / "model.safetensors", 0.7)
+    flip(resolve.path_of(stopped, STOP) / "model.safetensors", 0.7)
     assert go("--resume", "run") == 0
     assert weights("run", 12) != weights("whole", 12)
 
@@ -171,7 +171,7 @@ def cut(file: Path) -> None:
 def test_a_file_of_a_checkpoint_cut_or_gone_costs_that_checkpoint(
     go: Go, stopped: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], object]
 ) -> None:
-    harm(checkpoint.path_of(stopped, STOP) / name)
+    harm(resolve.path_of(stopped, STOP) / name)
     assert go("--resume", "run") == 0
     assert "goes on from step 5" in capsys.readouterr().out
     assert weights("run", 12) == weights("whole", 12)
@@ -189,7 +189,7 @@ def by_an_empty_folder(place: Path) -> None:
 
 def by_an_older_one(place: Path) -> None:
     shutil.rmtree(place)
-    shutil.copytree(checkpoint.path_of(Path("run"), 5), place)
+    shutil.copytree(resolve.path_of(Path("run"), 5), place)
 
 
 def by_a_link_to_nowhere(place: Path) -> None:
@@ -199,7 +199,7 @@ def by_a_link_to_nowhere(place: Path) -> None:
 
 @pytest.mark.parametrize("harm", [by_a_file, by_an_empty_folder, by_an_older_one, by_a_link_to_nowhere])
 def test_a_checkpoint_replaced(go: Go, stopped: Path, harm: Callable[[Path], None]) -> None:
-    harm(checkpoint.path_of(stopped, STOP))
+    harm(resolve.path_of(stopped, STOP))
     assert go("--resume", "run") == 0
     assert weights("run", 12) == weights("whole", 12) and losses("run") == losses("whole")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.common.config import build, read_toml
-from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.folders import adapter_folder, model_folder, resolve
 from mlxgpt.common.model import params
+from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics
 from mlxgpt.common.tokenizers import load as tokenizer
 
@@ -75,7 +75,7 @@ def losses(run: str) -> np.ndarray:
 
 def last(run: str) -> Path:
     """The newest checkpoint."""
-    return checkpoint.path_of(Path(run), checkpoint.steps_of(Path(run))[-1])
+    return resolve.path_of(Path(run), resolve.steps_of(Path(run))[-1])
 
 
 def content(place: Path) -> dict[str, bytes]:
@@ -189,7 +189,7 @@ def test_answers_are_scored_the_best_kept_and_the_test_split_scored_at_the_end(
     out = capsys.readouterr().out
     assert "best validation chrf" in out and "test split at step" in out and "sample at step" in out
     best = int(state.best["step"])
-    assert checkpoint.resolve_model("scored") == checkpoint.path_of(Path("scored"), best)
+    assert resolve.resolve_model("scored") == resolve.path_of(Path("scored"), best)
     for backend in BACKENDS:
         assert cli.main(["eval", "--model", "scored", "--data", "split", "--json", "--backend", backend]) == 0
         found = json.loads(capsys.readouterr().out)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import mlxgpt.load as mlx_load
 import torch_ref.generate as torch_generate
 import torch_ref.load as torch_load
-from mlxgpt.common import config
+from mlxgpt.common import recipes
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders.model_folder import write_model
@@ -50,7 +50,7 @@ def cpu():
 def make_config(family: str, vocab: int = V, **more: object) -> ModelConfig:
     heads = {} if family == "gpt2" else {"n_kv_head": 2}
     sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=P, vocab_size=vocab)
-    return config.build({"model": {"family": family, **sizes, **heads, **more}}).model
+    return recipes.build({"model": {"family": family, **sizes, **heads, **more}}).model
 
 
 def make_weights(sizes: ModelConfig, scale: float = 6.0) -> dict[str, np.ndarray]:

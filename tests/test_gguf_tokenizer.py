@@ -19,7 +19,8 @@ from convert.formats.gguf.tokenizer import _LLAMA3, _QWEN2
 from convert.formats.opened import Options
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 TEXT = (
     "It was the best of times. def mean(xs):\n    return sum(xs) / len(xs)  # 3.14159 2024\n\tna\u00efve caf\u00e9, "

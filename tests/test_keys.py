@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from mlxgpt.common.config import SECTIONS
+from mlxgpt.common.recipes import SECTIONS
 from mlxgpt.common.train import resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/training.md"

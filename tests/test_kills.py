@@ -6,7 +6,7 @@ from pathlib import Path
 import kills
 import pytest
 
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.folders import resolve
 
 
 def test_a_few_kills_of_a_training(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_a_checkpoint_that_is_not_whole_would_be_seen(tmp_path: Path, monkeypatc
     def cutting(arguments: list[str], cwd: Path, after: float) -> bool:
         done = not honest(arguments, cwd, after)
         for run in cwd.glob("run-*"):
-            for step in checkpoint.steps_of(run)[-1:]:
-                weights = checkpoint.path_of(run, step) / "model.safetensors"
+            for step in resolve.steps_of(run)[-1:]:
+                weights = resolve.path_of(run, step) / "model.safetensors"
                 weights.write_bytes(weights.read_bytes()[:-4])
         return not done
 

@@ -9,8 +9,9 @@ import pytest
 import mlxgpt.device
 import torch_ref.engine
 from mlxgpt.common.batch import Batch
-from mlxgpt.common.config import Recipe, TrainConfig, build
+from mlxgpt.common.config import Recipe, TrainConfig
 from mlxgpt.common.model import params
+from mlxgpt.common.recipes import build
 from mlxgpt.engine import Engine
 
 CPU = mx.Device(mx.cpu)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxgpt.common.config import build
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.recipes import build
 from mlxgpt.common.sft import mlx_lm_yaml
 
 # mlx_lm/examples/lora_config.yaml of mlx-lm 0.32, shortened

@@ -19,10 +19,11 @@ from convert import convert, open_model
 from convert.formats.opened import Opened, Options
 from convert.formats.torch_files import nanogpt
 from mlxgpt import cli
-from mlxgpt.common.config import ModelConfig, build, read_toml
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.data import token_source
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
+from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import metrics
 from torch_ref.load import load
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import planning
 from mlxgpt import cli
-from mlxgpt.common.config import Recipe, build
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import chips, machine
@@ -19,6 +19,7 @@ from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan.memory import Footprint, Piece
+from mlxgpt.common.recipes import build
 
 GATE = planning.GATE
 TINY = [

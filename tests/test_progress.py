@@ -14,7 +14,8 @@ from rich.console import Console
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params
 from mlxgpt.common.plan import chips
-from mlxgpt.common.train.progress import Progress, duration, short, sparkline
+from mlxgpt.common.train.progress import Progress, sparkline
+from mlxgpt.common.units import duration, short
 
 
 def terminal(width: int = 100) -> Console:

@@ -8,9 +8,10 @@ import pytest
 
 from mlxgpt.commands import train as train_command
 from mlxgpt.common import recipes
-from mlxgpt.common.config import Recipe, build, read_toml, to_toml
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
+from mlxgpt.common.recipes import build, read_toml, to_toml
 from mlxgpt.common.train import schedule
 
 VOCABULARY = {"shakespeare-char-cpu": 65, "shakespeare-char": 65}

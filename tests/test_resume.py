@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxgpt.common.config import build, read_toml
-from mlxgpt.common.folders import tensors
+from mlxgpt.common.folders import resolve, tensors
+from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics
 
 BACKENDS = ("mlx", "torch")
@@ -52,7 +52,7 @@ def run_all(commands: list[list[str]], place: Path) -> str:
 
 def scale_second_moments(run: Path) -> None:
     """A mutation: second moments a thousandth too large, in a checkpoint whose sums hold."""
-    place = checkpoint.path_of(run, STOP)
+    place = resolve.path_of(run, STOP)
     state, config = checkpoint.verify(place), build(read_toml(run / "recipe.toml")).model
     snapshot = checkpoint.read(place, config)
     snapshot["v"] = {name: array * np.float32(1.001) for name, array in snapshot["v"].items()}
@@ -107,7 +107,7 @@ def losses(run: Path) -> np.ndarray:
 def test_the_same_framework_is_bit_equal(place: Path, case: str, backend: str) -> None:
     whole, resumed = place / f"{case}-{backend}", place / f"{case}-{backend}-{backend}"
     assert losses(resumed).tolist() == losses(whole).tolist()
-    ends = [checkpoint.path_of(run, STEPS) for run in (whole, resumed)]
+    ends = [resolve.path_of(run, STEPS) for run in (whole, resumed)]
     for name in ("model.safetensors", "training/optimizer.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
     assert checkpoint.verify(ends[0]) == checkpoint.verify(ends[1])
@@ -122,7 +122,7 @@ def test_the_other_framework_is_within_the_gate(place: Path, case: str, origin: 
     print(f"{case}: {origin} to {other}: {gap:.2e}, gate {GATE:.0e}")
     assert whole[0] - whole[-1] > 0.5
     assert 0 < gap <= GATE
-    end = checkpoint.verify(checkpoint.path_of(resumed, STEPS))
+    end = checkpoint.verify(resolve.path_of(resumed, STEPS))
     assert (end.framework, end.t, end.tokens) == (other, STEPS, STEPS * 8 * 24)
     assert [entry["framework"] for entry in json.loads((resumed / "environment.json").read_text())] == [origin, other]
 
@@ -137,7 +137,7 @@ def test_second_moments_a_thousandth_off_are_over_the_gate(place: Path, case: st
 
 def test_moments_are_saved_under_the_names_of_the_weights(place: Path) -> None:
     for case in CASES:
-        files = [checkpoint.path_of(place / f"{case}-{backend}", STEPS) / checkpoint.OPTIMIZER for backend in BACKENDS]
+        files = [resolve.path_of(place / f"{case}-{backend}", STEPS) / checkpoint.OPTIMIZER for backend in BACKENDS]
         mlx, torch = (tensors.read_tensors(file) for file in files)
         assert mlx.keys() == torch.keys() and mlx["t"] == torch["t"] == STEPS
         assert all(mlx[name].shape == torch[name].shape for name in mlx)

@@ -22,10 +22,11 @@ from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import params
-from mlxgpt.common.sft import pack
+from mlxgpt.common.sft import encode, pack
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.tokenizers.load import Tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BACKENDS = ["mlxgpt", "torch_ref"]
 WORDS = templates.TEXT.split()
@@ -488,12 +489,12 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_row_is_seen(name: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = MUTATIONS[name]
-    source = Path(sft_source.__file__).read_text()
+    source = Path(encode.__file__).read_text()
     assert source.count(old) == 1
     mutant = types.ModuleType("mutant")
     monkeypatch.setitem(sys.modules, "mutant", mutant)
-    exec(compile(source.replace(old, new), sft_source.__file__, "exec"), vars(mutant))
-    monkeypatch.setattr(sft_source, "open", mutant.open)
+    exec(compile(source.replace(old, new), encode.__file__, "exec"), vars(mutant))
+    monkeypatch.setattr(sft_source, "Encoder", mutant.Encoder)
     with pytest.raises(AssertionError):
         test_a_completion_without_a_template_is_prompt_answer_and_end("What is it?", tmp_path, tokenizer)
         test_an_answer_that_lost_its_beginning_is_no_target(tmp_path, tokenizer)

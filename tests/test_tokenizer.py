@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from mlxgpt.common.data.corpus import cut_before_space
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
 from mlxgpt.common.tokenizers.hf import JsonTokenizer
-from mlxgpt.common.tokenizers.load import (
-    KINDS,
-    StreamDecoder,
-    Tokenizer,
-    has_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer, cut_before_space
 
 PROSE = (
     "It was the best of times, it was the worst of times; it was the age of wisdom.\n\n"

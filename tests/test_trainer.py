@@ -20,6 +20,7 @@ from mlxgpt import cli
 from mlxgpt.commands import train as train_command
 from mlxgpt.common import backend
 from mlxgpt.common.batch import Batch
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint, metrics, samples
 from mlxgpt.common.train import guards, loop, session
 from mlxgpt.common.train.progress import Progress
@@ -55,7 +56,7 @@ def losses(run: str, split: str = "train") -> dict[int, float]:
 
 def weights(run: str, step: int) -> bytes:
     """The bytes of weights and moments after ``step``."""
-    place = checkpoint.path_of(Path(run), step)
+    place = resolve.path_of(Path(run), step)
     return b"".join((place / name).read_bytes() for name in ("model.safetensors", "training/optimizer.safetensors"))
 
 
@@ -76,7 +77,7 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(losses("run")) == list(range(1, 13))
     assert list(losses("run", "val")) == [4, 8, 12]
     assert losses("run")[12] < losses("run")[1]
-    end = checkpoint.verify(checkpoint.path_of(Path("run"), 12))
+    end = checkpoint.verify(resolve.path_of(Path("run"), 12))
     assert (end.t, end.tokens, end.evaluated) == (12, 12 * 4 * 8, 12)
     out = capsys.readouterr().out
     for part in ("32 of 32 tokens are targets (100.0%)", "first step: ", "first save: run/checkpoints/step-0000004"):
@@ -109,13 +110,13 @@ def test_the_loss_of_a_step_is_the_one_before_its_update(go: Go) -> None:
 def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(go: Go, stop: int) -> None:
     assert go("--out", "whole", "--set", "train.keep=0") == 0
     assert go("--out", "parts", "--set", "train.keep=0", "--stop-after", str(stop)) == 0
-    assert checkpoint.follow(Path("parts"), "last") == checkpoint.path_of(Path("parts"), stop)
+    assert resolve.follow(Path("parts"), "last") == resolve.path_of(Path("parts"), stop)
     assert max(losses("parts")) == stop
     assert go("--resume", "parts") == 0
     assert losses("parts") == losses("whole")
     assert losses("parts", "val") == losses("whole", "val")
     assert weights("parts", 12) == weights("whole", 12)
-    whole, parts = (checkpoint.verify(checkpoint.path_of(Path(run), 12)) for run in ("whole", "parts"))
+    whole, parts = (checkpoint.verify(resolve.path_of(Path(run), 12)) for run in ("whole", "parts"))
     assert whole == parts
 
 
@@ -205,8 +206,8 @@ def test_early_stopping_and_best(go: Go, monkeypatch: pytest.MonkeyPatch, capsys
     assert go("--out", "run", *settings) == 0
     assert "at step 6: 3 validations without a better loss" in capsys.readouterr().out
     assert losses("run", "val") == {1: 3.0, 2: 3.5, 3: 2.0, 4: 2.5, 5: 2.2, 6: 2.1}
-    assert checkpoint.steps_of(Path("run")) == [3, 6]
-    assert checkpoint.resolve_model("run").name == "step-0000003"
+    assert resolve.steps_of(Path("run")) == [3, 6]
+    assert resolve.resolve_model("run").name == "step-0000003"
     assert go("--resume", "run") == 0
     assert "nothing to do: stopped early at step 6" in capsys.readouterr().out
     # patience is counted across a stop
@@ -226,7 +227,7 @@ def test_steps_that_are_not_finite_are_skipped_and_said(
     for step in steps.split(","):
         assert f"step {step}: loss nan is not finite; update skipped; rows: train token" in out
     assert list(losses("whole")) == list(range(1, 13))
-    assert checkpoint.verify(checkpoint.path_of(Path("whole"), 12)).t == 12 - len(steps.split(","))
+    assert checkpoint.verify(resolve.path_of(Path("whole"), 12)).t == 12 - len(steps.split(","))
     assert go("--out", "parts", "--stop-after", "5") == 0
     assert go("--resume", "parts") == 0
     assert losses("parts") == losses("whole")
@@ -241,7 +242,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(
     assert error.count("\n") == 1 and "3 steps in a row" in error
     assert "the last good checkpoint is run/checkpoints/step-0000008" in error
     # none was saved while the numbers were bad, though step 10 was due
-    assert checkpoint.steps_of(Path("run"))[-1] == 8
+    assert resolve.steps_of(Path("run"))[-1] == 8
     monkeypatch.setenv("FAKE_NAN", "")
     assert go("--resume", "run") == 0
     assert list(losses("run")) == list(range(1, 13))
@@ -317,7 +318,7 @@ def test_a_save_that_fails_ends_the_run(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "step-0000008: not written: No space left on device" in error
     assert "the last good checkpoint is run/checkpoints/step-0000005" in error
-    assert checkpoint.steps_of(Path("run")) == [4, 5]
+    assert resolve.steps_of(Path("run")) == [4, 5]
     assert not list(Path("run/checkpoints").glob(".*"))
     monkeypatch.setattr(checkpoint.model_folder, "write_model", real)
     assert go("--resume", "run") == 0
@@ -498,11 +499,11 @@ def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
     assert go("--out", "first", "--set", "train.keep=0") == 0
     capsys.readouterr()
-    best = checkpoint.resolve_model("first")
+    best = resolve.resolve_model("first")
     assert go("--out", "second", "--init-from", "first", "--set", "model.n_layer=2", "--set", "train.keep=0") == 0
     out = capsys.readouterr().out
     assert f"model.n_layer: 1 from {best}, not the recipe's 2" in out
-    start_weights = checkpoint.path_of(Path("second"), 0) / "model.safetensors"
+    start_weights = resolve.path_of(Path("second"), 0) / "model.safetensors"
     assert start_weights.read_bytes() == (best / "model.safetensors").read_bytes()
     assert losses("second")[1] < losses("first")[1]
     segment = json.loads(Path("second/environment.json").read_text())[0]
@@ -601,7 +602,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(go: Go, number: int, cod
     step = max(losses("run"))
     assert 1 <= step < 12
     assert f"and saved at step {step}; goes on with: mlxgpt train --resume run" in rest.splitlines()[-1]
-    assert checkpoint.verify(checkpoint.path_of(Path("run"), step)).step == step
+    assert checkpoint.verify(resolve.path_of(Path("run"), step)).step == step
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole") and losses("run", "val") == losses("whole", "val")
     assert weights("run", 12) == weights("whole", 12)
@@ -621,7 +622,7 @@ def test_a_signal_in_a_validation_leaves_it_for_the_resumed_run(go: Go, monkeypa
         assert go("--out", f"run{where}") == 130
         monkeypatch.setattr(fake_run.Engine, "evaluate", real)
         assert where not in losses(f"run{where}", "val")
-        assert checkpoint.verify(checkpoint.path_of(Path(f"run{where}"), where)).evaluated < where
+        assert checkpoint.verify(resolve.path_of(Path(f"run{where}"), where)).evaluated < where
         assert go("--resume", f"run{where}") == 0
         assert losses(f"run{where}", "val") == losses(f"whole{where}", "val")
         assert list(losses(f"run{where}", "val")) == [4, 8, 12]

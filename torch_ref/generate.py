@@ -12,7 +12,7 @@ import torch
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from torch_ref import noise
 from torch_ref.losses import cross_entropy
 from torch_ref.model import Cache, Model, make_cache

@@ -16,7 +16,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.model.adapters import Target
-from mlxgpt.common.tokenizers.load import FILES
+from mlxgpt.common.tokenizers.protocol import FILES
 
 FORMAT = "adapter"
 

@@ -20,11 +20,12 @@ from convert.formats import llama2c_tokenizer
 from convert.formats.limits import check, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.stream import Output, plain
-from mlxgpt.common.config import FAMILY_DEFAULTS, ModelConfig
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import Entry, read_tensor
 from mlxgpt.common.model import params
-from mlxgpt.common.tokenizers.load import FILES
+from mlxgpt.common.recipes import FAMILY_DEFAULTS
+from mlxgpt.common.tokenizers.protocol import FILES
 
 KIND = "file"
 BESIDE = ".tokenizer.bin"

@@ -9,8 +9,7 @@ from types import ModuleType
 from convert.formats import adapter as adapter_format
 from convert.formats.opened import Opened
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import adapter_folder
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.folders import adapter_folder, resolve
 
 # what --to calls a format -> its module, in the order in which a model is held against them
 FORMATS = {
@@ -47,7 +46,7 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
     place = Path(path).expanduser()
     reader = _reader(place)
     if reader is None and not place.is_file():
-        place = checkpoint.resolve_model(path)
+        place = resolve.resolve_model(path)
         if adapter_folder.is_adapter(place):
             return adapter_format.read(place, open_model(adapter_folder.base_of(place)))
         reader = _reader(place)

@@ -13,8 +13,7 @@ from convert.verify.models import Side
 from convert.verify.processes import JUDGES
 from convert.verify.report import ON_FILES, RUNGS, Checked, Report
 from mlxgpt.common.backend import PACKAGES
-from mlxgpt.common.config import nearest
-from mlxgpt.common.errors import TensorError, UserError
+from mlxgpt.common.errors import TensorError, UserError, nearest
 
 
 def verify(

@@ -6,7 +6,7 @@ from typing import Any
 from convert.formats.opened import Opened
 from convert.verify.report import Checked, Report
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.tokenizers.load import read_json
+from mlxgpt.common.tokenizers.protocol import read_json
 
 # formats that have a place for token ids and tokenizer: there, one that is missing was lost
 CARRY = ("hf", "mlx-lm", "gguf")

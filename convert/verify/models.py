@@ -19,7 +19,7 @@ from convert.verify.processes import JUDGES, Plan, Runs
 from convert.verify.report import Checked, Report
 from mlxgpt.common.inference.probe import SCALES, spell
 from mlxgpt.common.model import families
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
 @dataclass(frozen=True)

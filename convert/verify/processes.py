@@ -18,7 +18,7 @@ from mlxgpt.common import rng
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 # as written -> the library, and the module that asks it in a process of its own
 JUDGES = {"transformers": ("transformers", "torch_ref.judge"), "mlx-lm": ("mlx_lm", "mlxgpt.judge")}

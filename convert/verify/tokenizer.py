@@ -7,7 +7,8 @@ from convert.formats.opened import Opened
 from convert.verify.config import CARRY, companion_json
 from convert.verify.report import Checked, Report
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import Tokenizer, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 TEXTS = (
     "Hello world", " leading space", "trailing space ", "double  space   triple", "tab\tand\nnewline", "\n\n\n", "\r\n",

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxgpt.common import backend as backends
-from mlxgpt.common.config import SampleConfig, nearest
-from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.folders.tensors import read_json, write_json
 from mlxgpt.common.inference.conversation import Answer, Conversation
 from mlxgpt.common.sft.template import Template, special_tokens, template_of
-from mlxgpt.common.tokenizers.load import Tokenizer, generation_ends
+from mlxgpt.common.tokenizers.load import generation_ends
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.signals import Signals
 
 QUOTES = '"""'

@@ -17,7 +17,7 @@ from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.sft.rows import Row
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BATCH = 4096  # tokens that pass through the model at once
 

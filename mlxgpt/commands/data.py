@@ -1,4 +1,4 @@
-"""The verbs ``data fetch|inspect|prepare|export`` and ``tokenizer train|inspect``; each returns its exit code."""
+"""The verbs ``data fetch|inspect|prepare|export``; each returns its exit code."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common import config
+from mlxgpt.common import errors, recipes
 from mlxgpt.common.config import DataConfig
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data import prepare as preparing
@@ -17,33 +17,20 @@ from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.fetch import fetch as fetch_corpus
 from mlxgpt.common.data.inspect import inspect_corpus, inspect_shards
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.tokenizers.load import KINDS, Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer
 
 
 def fetch(args: Namespace) -> int:
     """``data fetch NAME [--from FILE] [--out DIR]``."""
     if args.name not in CORPORA:
         known = ", ".join(f"{name} ({known.about})" for name, known in CORPORA.items())
-        raise UserError(f"unknown corpus {args.name!r}{config.nearest(args.name, CORPORA)}: one of {known}")
+        raise UserError(f"unknown corpus {args.name!r}{errors.nearest(args.name, CORPORA)}: one of {known}")
     folder = Path(args.out) if args.out else preparing.cache_folder() / "corpora"
     path = fetch_corpus(CORPORA[args.name], folder, Path(args.from_file) if args.from_file else None)
     print(f"train on it: mlxgpt train shakespeare-char-cpu --set data.source={path}")
     return 0
-
-
-def _tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at ``path``; a run's is its checkpoint's."""
-    place = Path(path)
-    return load_tokenizer(checkpoint.resolve_model(place) if place.is_dir() and checkpoint.is_run(place) else place)
-
-
-def _new(path: str) -> Path:
-    """``path``, which must not exist yet."""
-    place = Path(path)
-    if place.exists() or place.is_symlink():
-        raise UserError(f"{place}: exists already: name a new one or remove it")
-    return place
 
 
 def inspect(args: Namespace) -> int:
@@ -61,7 +48,7 @@ def inspect(args: Namespace) -> int:
             raise UserError(f"{args.source}: shards hold tokens already: --tokenizer says nothing about them")
         found = inspect_shards(Path(args.source))
     else:
-        tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
+        tokenizer = resolve.resolve_tokenizer(args.tokenizer) if args.tokenizer else None
         found = inspect_corpus(corpora.open_corpus(args.source, args.text_key), tokenizer, say)
     if args.json:
         print(json.dumps(found))
@@ -100,7 +87,7 @@ def _show(found: dict[str, Any]) -> None:
 
 def prepare(args: Namespace) -> int:
     """``data prepare SOURCE --out DIR``."""
-    out = _new(args.out)
+    out = resolve.new_path(args.out)
     data = DataConfig(
         source=args.source,
         text_key=args.text_key,
@@ -109,7 +96,7 @@ def prepare(args: Namespace) -> int:
         val_fraction=args.val_fraction,
         workers=args.workers or 0,
     )
-    tokenizer = None if data.tokenizer in KINDS else _tokenizer(data.tokenizer)
+    tokenizer = None if data.tokenizer in KINDS else resolve.resolve_tokenizer(data.tokenizer)
     preparing.prepare(corpora.open_corpus(data.source, data.text_key), data, out, tokenizer)
     print(f"train on it: mlxgpt train --set data.source={out}")
     return 0
@@ -117,12 +104,12 @@ def prepare(args: Namespace) -> int:
 
 def export(args: Namespace) -> int:
     """``data export RUN --out FILE.tar``: a run's shards, to be unpacked into the run on another machine."""
-    out, run = _new(args.out), Path(args.run)
+    out, run = resolve.new_path(args.out), Path(args.run)
     if out.suffix != ".tar":
         raise UserError(f"--out {out}: expected a name that ends in .tar")
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run: no recipe.toml in it")
-    data = config.build(config.read_toml(run / "recipe.toml"), str(run / "recipe.toml")).data
+    data = recipes.build(recipes.read_toml(run / "recipe.toml"), str(run / "recipe.toml")).data
     with tempfile.TemporaryDirectory() as temporary:
         _export(run, data, out, Path(temporary))
     print(f"on the other machine, where the run is RUN: tar -xf {out.name} -C RUN && mlxgpt train --resume RUN")
@@ -131,9 +118,9 @@ def export(args: Namespace) -> int:
 
 def _export(run: Path, data: DataConfig, out: Path, temporary: Path) -> None:
     files, digests = _files_of(run, data, temporary)
-    newest = checkpoint.steps_of(run)
+    newest = resolve.steps_of(run)
     if newest:
-        state = json.loads((checkpoint.path_of(run, newest[-1]) / checkpoint.STATE).read_text(encoding="utf-8"))
+        state = json.loads((resolve.path_of(run, newest[-1]) / checkpoint.STATE).read_text(encoding="utf-8"))
         for name, digest in digests.items():
             if state["data"].get(name) != digest:
                 raise UserError(f"{name} of {data.source}: sha256 {digest[:16]}...: not what {run} was trained on")
@@ -176,48 +163,3 @@ def _pack(files: dict[str, Path], out: Path) -> None:
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-
-
-def train_tokenizer(args: Namespace) -> int:
-    """``tokenizer train SOURCE --kind K --vocab-size N --out DIR``: learned from the whole source."""
-    out = _new(args.out)
-    corpus = corpora.open_corpus(args.source, args.text_key)
-    scanned = corpora.scan(corpus)
-    print(f"{corpus.name}: {scanned.documents:,} documents, {scanned.size:,} bytes")
-    tokenizer = preparing.train(corpus, scanned, args.kind, args.vocab_size, 0.0, print)
-    out.mkdir(parents=True)
-    tokenizer.save(out)
-    print(f"{out}: sha256 {tokenizer.digest[:16]}...; use it: --set data.tokenizer={out}")
-    return 0
-
-
-def inspect_tokenizer(args: Namespace) -> int:
-    """``tokenizer inspect PATH [--text TEXT] [--json]``."""
-    tokenizer = _tokenizer(args.path)
-    found: dict[str, Any] = {
-        "kind": tokenizer.kind,
-        "vocab_size": tokenizer.n_vocab,
-        "eos_id": tokenizer.eos_id,
-        "eos": None if tokenizer.eos_id is None else tokenizer.decode([tokenizer.eos_id]),
-        "sha256": tokenizer.digest,
-    }
-    if args.text is not None:
-        ids = tokenizer.encode(args.text)
-        found |= {
-            "text": args.text,
-            "ids": ids,
-            "pieces": [tokenizer.decode([i]) for i in ids],
-            "tokens": len(ids),
-            "bytes": len(args.text.encode()),
-            "round_trip": tokenizer.decode(ids) == args.text,
-        }
-    if args.json:
-        print(json.dumps(found))
-        return 0
-    eos = "none" if found["eos"] is None else f"{found['eos']} ({found['eos_id']})"
-    print(f"{tokenizer.kind}, {tokenizer.n_vocab:,} tokens, end of text: {eos}, sha256 {tokenizer.digest[:16]}...")
-    if args.text is not None:
-        print(" ".join(f"{piece!r}:{i}" for piece, i in zip(found["pieces"], found["ids"], strict=True)))
-        exact = "decodes to the same text" if found["round_trip"] else "DECODES TO ANOTHER TEXT"
-        print(f"{found['tokens']:,} tokens for {found['bytes']:,} bytes; {exact}")
-    return 0

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from mlxgpt.common import backend
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.runs import checkpoint, metrics
-from mlxgpt.common.train.progress import duration
+from mlxgpt.common.folders import resolve
+from mlxgpt.common.runs import metrics
+from mlxgpt.common.units import duration
 
 RECIPE = "pydocs"
 LEGS = ("mlx", "torch-resumed", "torch")
@@ -77,7 +78,7 @@ def demo(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     runs = {leg: Path(args.out) / leg for leg in (*LEGS, *TUNED)}
     for run in runs.values():
-        if run.exists() and not checkpoint.is_run(run):
+        if run.exists() and not resolve.is_run(run):
             raise UserError(f"{run}: exists and is not a run; expected a folder that the demo may replace")
     for name in backend.PACKAGES:
         backend.resolve(name)
@@ -240,7 +241,7 @@ def _branch(run: Path, branch: Path, step: int) -> None:
     """A copy of a run as it was at a checkpoint."""
     shutil.copytree(run, branch, symlinks=True)
     for place in (branch / "checkpoints").iterdir():
-        if place.name != checkpoint.path_of(run, step).name:
+        if place.name != resolve.path_of(run, step).name:
             shutil.rmtree(place)
     for hint in ("best", "last"):
         (branch / hint).unlink(missing_ok=True)

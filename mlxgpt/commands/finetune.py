@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.config import Recipe, apply_sets, read_toml
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.evaluate import answers as tune_answers
 from mlxgpt.common.evaluate import text_metrics
-from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.folders import adapter_folder, model_folder, resolve
 from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters, families, params
 from mlxgpt.common.model.affine import Quantised
 from mlxgpt.common.plan import gate as plan_gate
+from mlxgpt.common.recipes import apply_sets, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.sft import settings as sft_settings
 from mlxgpt.common.sft import source as sft_source
@@ -173,8 +174,8 @@ def _locate(recipe: Recipe) -> tuple[Path, Path | None]:
         UserError: one of them is not there, or both name an adapter.
     """
     assert recipe.tune
-    place = checkpoint.resolve_model(recipe.tune.model)
-    given = checkpoint.resolve_model(recipe.tune.adapter) if recipe.tune.adapter else None
+    place = resolve.resolve_model(recipe.tune.model)
+    given = resolve.resolve_model(recipe.tune.adapter) if recipe.tune.adapter else None
     if (place / "config.json").is_file():
         return place, given
     if given:

@@ -13,9 +13,9 @@ from typing import Any
 from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.config import Recipe, apply_sets, build, read_toml, to_toml
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import calibrate as plan_calibrate
@@ -25,7 +25,7 @@ from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.chips import Chip
 from mlxgpt.common.plan.gate import room
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.recipes import apply_sets, build, read_toml, to_toml
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 
 _CHAR_VOCABULARY = 128  # what a character tokenizer is taken to have, where the text was not looked at
@@ -80,7 +80,7 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
         sections["train"] = {**sections.get("train", {}), "steps": args.steps}
     recipe = build(sections, where)
     if args.model:
-        place = checkpoint.resolve_model(args.model)
+        place = resolve.resolve_model(args.model)
         return dataclasses.replace(recipe, model=model_folder.read_config(place)), []
     if recipe.model.vocab_size:
         return recipe, []

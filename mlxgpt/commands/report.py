@@ -20,7 +20,7 @@ from mlxgpt.common.folders import tensors
 from mlxgpt.common.runs import plots
 from mlxgpt.common.runs import summary as run_summary
 from mlxgpt.common.runs.summary import Run
-from mlxgpt.common.train.progress import duration, short
+from mlxgpt.common.units import duration, short
 
 REFRESH = 5
 """Seconds after which a watched page asks again."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
 from mlxgpt.common.runs import summary as run_summary
 
@@ -18,8 +19,8 @@ def list_command(args: Namespace) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one that holds runs")
-    places = [folder] if checkpoint.is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir())
-    found = [entry(place) for place in places if checkpoint.is_run(place)]
+    places = [folder] if resolve.is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [entry(place) for place in places if resolve.is_run(place)]
     found.sort(key=lambda line: -line["changed"])
     if args.json:
         print(json.dumps(found))
@@ -61,7 +62,7 @@ def entry(place: Path) -> dict[str, Any]:
 def check_command(args: Namespace) -> int:
     """Holds every file of every checkpoint, and metrics.jsonl, against what was written; 1 where something differs."""
     run = Path(args.run)
-    if not checkpoint.is_run(run):
+    if not resolve.is_run(run):
         raise UserError(f"{run}: not a run; expected the --out of a training")
     damage, checked = check(run)
     if args.json:
@@ -76,8 +77,8 @@ def check_command(args: Namespace) -> int:
 def check(run: Path) -> tuple[list[str], list[str]]:
     """What is damaged, a line each, and what was looked at."""
     damage, checked = [], []
-    for step in checkpoint.steps_of(run):
-        place = checkpoint.path_of(run, step)
+    for step in resolve.steps_of(run):
+        place = resolve.path_of(run, step)
         checked.append(place.name)
         try:
             state = checkpoint.verify(place)
@@ -92,7 +93,7 @@ def check(run: Path) -> tuple[list[str], list[str]]:
     for name in ("best", "last"):
         if (run / name).is_symlink() or (run / name).exists():
             checked.append(name)
-            if checkpoint.follow(run, name) is None:
+            if resolve.follow(run, name) is None:
                 damage.append(f"{run / name}: names no checkpoint that is there")
     return damage, checked
 

@@ -8,17 +8,19 @@ from typing import Any
 
 from mlxgpt.common import recipes
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.config import ModelConfig, Recipe, apply_sets, build, read_toml
+from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.data import token_source
 from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.prepare import cache_folder
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import families, params
 from mlxgpt.common.plan import gate as plan_gate
+from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import RunState
-from mlxgpt.common.tokenizers.load import KINDS, Tokenizer, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import resume, session
 
 
@@ -54,7 +56,7 @@ def _begin(args: Namespace) -> int:
     out = run_folder.unused(Path(args.out) if args.out else None, path.stem)
     session.check_settings(recipe, args)
     backend = session.open_backend(args)
-    origin = checkpoint.resolve_model(args.init_from) if args.init_from else None
+    origin = resolve.resolve_model(args.init_from) if args.init_from else None
     if args.moments and origin and not (origin / checkpoint.OPTIMIZER).is_file():
         raise UserError(f"--moments: {origin} has no {checkpoint.OPTIMIZER}")
     if origin:

@@ -1,9 +1,27 @@
-"""Where the shipped recipes lie: beside the package in a checkout, inside it when installed from a wheel."""
+"""Recipes: where the shipped ones lie, and how TOML and ``--set`` fill the dataclasses of config.py.
 
+A recipe has the sections ``[model] [data] [optim] [train] [sample]``; one that fine-tunes has ``[tune]`` and
+``[adapter]`` in place of ``[data]``. Their keys are the dataclasses' fields; ``--set section.key=value`` overrides one.
+A key that no dataclass has is an error that offers the nearest name.
+"""
+
+import dataclasses
+import json
+import tomllib
 from pathlib import Path
+from typing import Any
 
-from mlxgpt.common.config import nearest
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SampleConfig,
+    TrainConfig,
+    TuneConfig,
+)
+from mlxgpt.common.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -36,3 +54,175 @@ def find(recipe: str) -> Path:
     if recipe not in names():
         raise UserError(f"recipe {recipe!r}{nearest(recipe, names())}: expected a path or one of {', '.join(names())}")
     return folder() / f"{recipe}.toml"
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "tune": TuneConfig,
+    "adapter": AdapterConfig,
+}
+
+
+# What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
+_RMS: dict[str, Any] = dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False,
+                            qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)  # fmt: skip
+
+
+_GEMMA: dict[str, Any] = _RMS | dict(norm="rms1", norm_eps=1e-6, activation="gelu_tanh", embed_scale=True)
+
+
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": _RMS,
+    "mistral": _RMS,
+    "qwen2": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "qwen3": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qk_norm="head"),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | dict(placement="sandwich", window=4096, attn_softcap=50.0, final_softcap=30.0),
+    "gemma3_text": _GEMMA
+    | dict(placement="sandwich", qk_norm="head", window=512, rope_theta=1e6, rope_local_theta=1e4),
+    "gpt_neox": dict(placement="parallel2", activation="gelu", position="rope", qkv_by_head=True, tied=False),
+    "phi": dict(placement="parallel", position="rope", fused_qkv=False, tied=False, head_bias=True),
+    "phi3": _RMS | dict(fused_qkv=True, fused_mlp=True),
+    "olmo2": _RMS | dict(norm_eps=1e-6, placement="post", qk_norm="full", rope_theta=5e5),
+    "smollm3": _RMS | dict(norm_eps=1e-6, rope_theta=5e6),
+}
+
+
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}  # every n-th block has no window
+
+
+_NO_ROPE_EVERY = {"smollm3": 4}  # every n-th block has no rope
+
+
+_TURNED = {"gpt_neox": 0.25, "phi": 0.5}  # share of a head that rope turns
+
+
+def _implied(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` of [model] and what the family implies, also where that follows from the sizes."""
+    family = values.get("family", "gpt2")
+    made = FAMILY_DEFAULTS[family] | values
+    n_layer, n_head, n_embd, head_dim = (
+        made.get(name, ModelConfig.__dict__[name]) for name in ("n_layer", "n_head", "n_embd", "head_dim")
+    )
+    if family in _FULL_EVERY and made["window"]:
+        layers = tuple(n for n in range(n_layer) if (n + 1) % _FULL_EVERY[family])
+        made.setdefault("window_layers", layers)
+    if family in _NO_ROPE_EVERY:
+        made.setdefault("no_rope", tuple(range(_NO_ROPE_EVERY[family] - 1, n_layer, _NO_ROPE_EVERY[family])))
+    if family in _TURNED and n_head > 0:
+        size = head_dim or n_embd // n_head
+        made.setdefault("rotary_dim", max(2, 2 * round(_TURNED[family] * size / 2)))
+    return made
+
+
+def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
+    """``value`` as the field's type; int passes for float, and nothing else is bent."""
+    kind = type(field.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not kind:
+        raise UserError(f"{section}.{field.name} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
+    """A Recipe from plain dicts; unknown sections and keys are errors that offer the nearest name.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type, or one outside its range.
+    """
+    made = {}
+    for section, values in sections.items():
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
+        if values is None and section in ("tune", "adapter"):
+            continue  # of a recipe that pre-trains, as asdict gives it
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} = {values!r}: expected a section [{section}]")
+        fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+        for key in values:
+            if key not in fields:
+                raise UserError(f"{where}: unknown key {section}.{key}{nearest(key, fields)}")
+        if section == "model":
+            family = values.get("family", "gpt2")
+            if family not in FAMILY_DEFAULTS:
+                known = ", ".join(FAMILY_DEFAULTS)
+                raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
+        values = {key: _convert(section, fields[key], value) for key, value in values.items()}
+        made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))
+    return Recipe(**made)
+
+
+def parse_value(text: str) -> Any:
+    """The value of ``--set key=value``: TOML where it parses as one value, else a plain string."""
+    try:
+        parsed = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["v"] if len(parsed) == 1 else text
+
+
+def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str, dict[str, Any]]:
+    """``sections`` with each ``section.key=value`` of ``sets`` applied; the input stays as it is."""
+    result = {section: dict(values) for section, values in sections.items()}
+    for item in sets:
+        path, equals, text = item.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not equals or not dot:
+            raise UserError(f"--set {item}: expected section.key=value, such as train.steps=200")
+        if section not in SECTIONS:
+            raise UserError(f"--set {item}: unknown section {section!r}{nearest(section, SECTIONS)}")
+        names = [field.name for field in dataclasses.fields(SECTIONS[section])]
+        if key not in names:
+            raise UserError(f"--set {item}: unknown key {section}.{key}{nearest(key, names)}")
+        value = parse_value(text.strip())
+        wants_text = isinstance(next(f.default for f in dataclasses.fields(SECTIONS[section]) if f.name == key), str)
+        result.setdefault(section, {})[key] = text.strip() if wants_text and not isinstance(value, str) else value
+    return result
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The sections of a recipe file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every field written out, each with its meaning as a comment; ``build`` reads it back equal."""
+    lines = []
+    unread = ("tune", "adapter") if recipe.tune is None else ("data",)
+    for section, kind in SECTIONS.items():
+        if section in unread:
+            continue
+        lines.append(f"[{section}]")
+        for field in dataclasses.fields(kind):
+            value = _toml_value(getattr(getattr(recipe, section), field.name))
+            lines.append(f"{field.name} = {value}  # {field.metadata['help']}")
+        lines.append("")
+    return "\n".join(lines)

@@ -8,7 +8,6 @@ import codecs
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.protocol import _LAST_WORD_END
 
 PIECE = 1 << 20
 """Characters: a longer document is handled in pieces of at most this many."""
@@ -23,7 +23,6 @@ TEXT = (".txt", ".md", ".text", ".markdown", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 
 _BLOCK = 1 << 22  # bytes read at once
-_LAST_WORD_END = re.compile(r"[\s\S]*\S(?=[ \t\r\n])")
 
 
 @dataclass(frozen=True)
@@ -169,22 +168,6 @@ def _cut(pieces: Iterator[Piece], place: int) -> Iterator[tuple[str, Piece]]:
         if tail:
             start = piece.start + len(head)
             yield "val", Piece(tail, piece.name, first=start == place, last=False, start=start)
-
-
-def cut_before_space(text: str, size: int) -> list[str] | None:
-    """``text`` in pieces of at most ``size`` characters, cut between a visible character and white space.
-
-    GPT-2's expression always ends a word there, so the pieces' tokens are the text's. None where a piece has no such
-    place.
-    """
-    pieces, start = [], 0
-    while len(text) - start > size:
-        found = _LAST_WORD_END.match(text, start, start + size)
-        if found is None:
-            return None
-        pieces.append(found.group())
-        start = found.end()
-    return [*pieces, text[start:]]
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path]]:

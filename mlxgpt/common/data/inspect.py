@@ -14,8 +14,9 @@ import numpy as np
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.corpus import Corpus, Piece
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 LONGEST = 5
 SAMPLE = 64

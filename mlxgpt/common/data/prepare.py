@@ -25,8 +25,9 @@ from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data.corpus import Corpus, Piece, Scan
 from mlxgpt.common.data.shards import FORMAT, SHARD, ShardWriter, is_shards, write_index
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tokenizers.load import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer, train_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 Say = Callable[[str], None]
 

@@ -16,7 +16,8 @@ from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.shards import Tokens
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import KINDS, Tokenizer, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
 class TokenSource:

@@ -7,11 +7,11 @@ from pathlib import Path
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft import pack
+from mlxgpt.common.sft import encode, pack
 from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 ROWS = 8  # that pass through the model at once
 _SPLITS = {"train": "train", "val": "valid", "test": "test"}
@@ -50,7 +50,7 @@ def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCon
     template, spelled, added = sft_source.choose(tune, rows, tokenizer)
     if added:
         raise UserError(f"{path}: conversations, and this model's tokenizer has no chat template; tuning would add one")
-    examples, _ = sft_source.Encoder(tune, spelled, template, config.block_size).examples(held)
+    examples, _ = encode.Encoder(tune, spelled, template, config.block_size).examples(held)
     return _batches(examples, config.block_size)
 
 

@@ -9,7 +9,8 @@ from mlxgpt.common.data import shards
 from mlxgpt.common.data.corpus import open_corpus
 from mlxgpt.common.data.shards import Tokens
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.config import SECTIONS, AdapterConfig, ModelConfig, Recipe
+from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter
+from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.peft_adapter import by_suffix, suffixes, tidy, usual
 from mlxgpt.common.folders.tensors import read_header, read_json, read_tensor, write_json, write_tensors
 from mlxgpt.common.model import adapters, families, params
 from mlxgpt.common.model.adapters import Target
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.recipes import SECTIONS
 
 CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "mlx-lm")
@@ -378,7 +378,7 @@ def base_of(adapter: Path) -> Path:
     if not isinstance(name, str) or not name:
         raise UserError(f"{adapter}: an adapter that names no base: expected --model BASE --adapter {adapter}")
     try:
-        place = checkpoint.resolve_model(name)
+        place = resolve.resolve_model(name)
     except UserError as error:
         raise UserError(
             f"{adapter}: its base is gone: {error}; --model BASE --adapter {adapter} names another"

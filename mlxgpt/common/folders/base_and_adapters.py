@@ -5,8 +5,7 @@ from pathlib import Path
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import adapter_folder
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.folders import adapter_folder, resolve
 
 Given = str | Path | Sequence[tuple[str | Path, float]] | None
 """An adapter, or several with their weights."""
@@ -20,7 +19,7 @@ def find(model: str | Path, given: Given = None) -> tuple[Path, list[tuple[Path,
     Raises:
         UserError: there is no such model or adapter, or the base that an adapter names is gone.
     """
-    place = checkpoint.resolve_model(model)
+    place = resolve.resolve_model(model)
     listed = [(given, 1.0)] if isinstance(given, str | Path) else list(given or ())
     found = [(_adapter(path), weight) for path, weight in listed]
     if adapter_folder.is_adapter(place):
@@ -34,7 +33,7 @@ def _adapter(path: str | Path) -> Path:
     Raises:
         UserError: there is none, or it is a model.
     """
-    place = checkpoint.resolve_model(path)
+    place = resolve.resolve_model(path)
     if not (place / adapter_folder.CONFIG).is_file():
         raise UserError(f"{place}: a model, expected an adapter ({adapter_folder.CONFIG})")
     return place

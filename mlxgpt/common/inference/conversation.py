@@ -13,7 +13,7 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.inference import generation
 from mlxgpt.common.sft.template import Template
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 RESERVE = 0.25  # of the context, at the most, that is kept free for an answer
 

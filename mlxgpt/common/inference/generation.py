@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tokenizers.load import StreamDecoder, Tokenizer
+from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer
 
 CONTEXT = 16  # tokens of the prompt that the decoder is shown
 

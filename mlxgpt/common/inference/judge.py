@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.config import ModelConfig, build
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import read_json
 from mlxgpt.common.inference import probe
 from mlxgpt.common.inference.probe import Request
+from mlxgpt.common.recipes import build
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 Forward = Callable[[float, float], Arrays]

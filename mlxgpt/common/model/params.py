@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.config import ModelConfig, nearest
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.model.affine import Quantised
 
 

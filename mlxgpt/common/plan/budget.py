@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxgpt.common.config import ModelConfig, Recipe, build, to_toml
+from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
 from mlxgpt.common.plan import chips
@@ -18,6 +18,7 @@ from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan.chips import Chip
 from mlxgpt.common.plan.memory import Measure
+from mlxgpt.common.recipes import build, to_toml
 
 
 class Law(NamedTuple):

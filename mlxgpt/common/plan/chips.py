@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxgpt.common.config import ModelConfig, nearest
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.model import params
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan.budget import BESIROGLU, HOFFMANN
-from mlxgpt.common.train.progress import duration
+from mlxgpt.common.units import duration
 
 Rows = list[tuple[str, str]]
 

@@ -8,6 +8,7 @@
 A checkpoint is written to a hidden sibling, fsynced and renamed, so a crash at any moment leaves whole ones only.
 """
 
+from mlxgpt.common.folders.resolve import path_of, steps_of
 import dataclasses
 import errno
 import hashlib
@@ -34,9 +35,6 @@ OPTIMIZER = "training/optimizer.safetensors"
 WriteAdapter = Callable[[Path, dict[str, np.ndarray]], None]
 """(folder to fill, what trained by name): writes an adapter."""
 _BLANK = "0" * 64  # stands in state.json for its own sha256 while that is computed
-_STEP = re.compile(r"step-(\d{7,})")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass
@@ -121,15 +119,8 @@ def check_space(place: Path, needed: int) -> None:
         raise UserError(f"{place}: {os.strerror(errno.ENOSPC)}: {reason}")
 
 
-def path_of(run: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
-    return run / "checkpoints" / f"step-{step:07d}"
 
 
-def steps_of(run: Path) -> list[int]:
-    """The steps that have a checkpoint folder, ascending; whether they hold is not looked at."""
-    names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
-    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
 def sweep(run: Path) -> None:
@@ -298,69 +289,11 @@ def read_optimizer(checkpoint: Path, trained: dict[str, np.ndarray]) -> State:
     return State(params=trained, m=moments["m"], v=moments["v"], t=t)
 
 
-def is_run(place: Path) -> bool:
-    """Whether a folder was made by ``train``."""
-    return (place / "recipe.toml").is_file() and (
-        (place / "checkpoints").is_dir() or (place / "metrics.jsonl").exists()
-    )
 
 
-def follow(run: Path, name: str) -> Path | None:
-    """The checkpoint that ``best`` or ``last`` names, if it is there."""
-    link = run / name
-    try:
-        target = Path(os.readlink(link)) if link.is_symlink() else Path(link.read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        return None
-    found = run / target
-    return found if _STEP.fullmatch(found.name) and is_model(found) else None
 
 
-def is_model(place: Path) -> bool:
-    """Whether a folder looks like a model, or an adapter."""
-    return (place / "config.json").is_file() or (place / "adapter_config.json").is_file()
 
 
-def resolve_model(path: str | Path) -> Path:
-    """The folder that ``--model`` means: of a run its best, else last; a checkpoint or plain folder; a hub id.
-
-    It holds a model or an adapter. A hub id is looked up in the local cache of huggingface_hub first.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        if is_model(place):
-            return place
-        if not is_run(place):
-            raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
-        found = follow(place, "best") or follow(place, "last")
-        if found is None and steps_of(place):
-            found = path_of(place, steps_of(place)[-1])
-        if found is None:
-            raise UserError(f"{place}: this run has no checkpoint yet")
-        return found
-    if place.exists():
-        raise UserError(f"{place}: a file; expected a model folder, a run or a hub id")
-    if not _HUB_ID.fullmatch(str(path)):
-        raise UserError(f"{path}: no such folder")
-    return _from_hub(str(path))
 
 
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{name}: no such folder; if it is a hub id: pip install huggingface_hub") from None
-    for local in (True, False):
-        try:
-            found = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local))
-        except Exception as error:
-            # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            continue
-        if is_model(found) and any(found.glob("*.safetensors")):
-            return found
-        reason = "no config.json with safetensors weights"
-    raise UserError(f"{name}: no such folder, and not to be had as a hub id: {reason}")

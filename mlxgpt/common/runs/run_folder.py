@@ -18,9 +18,11 @@ import numpy as np
 
 import mlxgpt
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.plan import chips
 from mlxgpt.common.folders import tensors
-from mlxgpt.common.config import Recipe, to_toml
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.recipes import to_toml
 from mlxgpt.common.errors import UserError
 
 ENVIRONMENT = "environment.json"
@@ -37,7 +39,7 @@ def unused(out: Path | None, name: str) -> Path:
         while out.exists():
             out, number = Path("runs") / f"{name}-{number}", number + 1
     elif out.exists() or out.is_symlink():
-        hint = f"; --resume {out} goes on with it" if checkpoint.is_run(out) else ""
+        hint = f"; --resume {out} goes on with it" if resolve.is_run(out) else ""
         raise UserError(f"{out}: exists; expected a folder that does not{hint}")
     parent = existing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

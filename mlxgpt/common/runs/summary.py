@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import metrics
 from mlxgpt.common.model import params
 from mlxgpt.common.runs import run_folder
 from mlxgpt.common.folders import tensors
-from mlxgpt.common.config import build, read_toml
+from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.runs.samples import Sample
 from mlxgpt.common.runs.samples import read as read_samples
@@ -84,7 +85,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: ``path`` is no run, or a line of metrics.jsonl other than the last is damaged.
     """
-    if not checkpoint.is_run(path):
+    if not resolve.is_run(path):
         raise UserError(f"{path}: not a run (recipe.toml, metrics.jsonl); expected the --out of a training")
     lines = list(metrics.read(path / metrics.FILE)) if (path / metrics.FILE).exists() else []
     train = [line for line in lines if line.get("split") == "train"]
@@ -103,7 +104,7 @@ def read_run(path: Path) -> Run:
         state=_state(path),
         plan=_plan(path),
         samples=read_samples(path),
-        checkpoints=checkpoint.steps_of(path),
+        checkpoints=resolve.steps_of(path),
         size=sum(file.stat().st_size for file in files),
         changed=newest.stat().st_mtime,
     )
@@ -125,9 +126,9 @@ def _number(value: Any) -> bool:
 
 def _state(run: Path) -> dict[str, Any]:
     """What the newest checkpoint that can be read says; its sums are not looked at here."""
-    for step in reversed(checkpoint.steps_of(run)):
+    for step in reversed(resolve.steps_of(run)):
         try:
-            return tensors.read_json(checkpoint.path_of(run, step) / checkpoint.STATE)
+            return tensors.read_json(resolve.path_of(run, step) / checkpoint.STATE)
         except UserError:
             continue
     return {}

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from mlxgpt.common import config
+from mlxgpt.common import recipes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.sft import source as sft_source
@@ -27,11 +27,11 @@ def inspect_rows(args: Namespace) -> int:
     tokenizer = load_last([place, *(each for each, _ in adapters)])
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
-    sections = config.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
+    sections = recipes.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
     other = next((name for name in sections if name not in ("tune", "train")), None)
     if other:
         raise UserError(f"--set {other}: expected a key of tune or train")
-    recipe = config.build(sections)
+    recipe = recipes.build(sections)
     assert recipe.tune
     notes: list[str] = []
     say = notes.append if args.json else print

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from mlxgpt.common.config import nearest
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import UserError, nearest
 
 # of mlx_lm/lora.py, mlx-lm 0.32.2
 DEFAULTS: dict[str, Any] = {

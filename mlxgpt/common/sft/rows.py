@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common.config import TuneConfig, nearest
+from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.data.corpus import decoded, open_parquet, parse_json
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -18,201 +18,14 @@ from mlxgpt.common.sft import duplicates as sft_duplicates
 from mlxgpt.common.sft import pack
 from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.sft.template import Template
-from mlxgpt.common.tokenizers.load import Tokenizer, from_files
+from mlxgpt.common.tokenizers.load import from_files
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 2048  # tokens of a row where nothing is said
-_GROUP = 512  # rows tokenised at once
-
-
-@dataclass
-class Counts:
-    """What became of a split's rows; a classifier's have one target each."""
-
-    rows: int = 0
-    tokens: int = 0
-    trained: int = 0  # tokens that are targets
-    longest: int = 0
-    truncated: int = 0  # rows that lost the left of their prompt
-    cut: int = 0  # rows whose answer alone was too long, and lost its end
-    dropped: int = 0
-    lost: int = 0  # tokens
-
-
-@dataclass
-class Encoder:
-    """How a row becomes tokens; ``template`` is None where rows are plain text, ``labels`` where they have none."""
-
-    tune: TuneConfig
-    tokenizer: Tokenizer
-    template: Template | None
-    size: int  # tokens of a row at the most
-    labels: tuple[str, ...] = ()
-    label_weights: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        named = sft_template.special_tokens(self.tokenizer).get("bos_token")
-        ids = self.tokenizer.encode(named) if named else []
-        self.bos_id = ids[0] if len(ids) == 1 else None
-
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
-        """The rows in tokens, none longer than ``size``.
-
-        Raises:
-            UserError: names the row that cannot be rendered, tokenised or fitted, or in which nothing is to be learned.
-        """
-        made: list[Example] = []
-        counts = Counts(rows=len(rows))
-        for start in range(0, len(rows), _GROUP):
-            group = rows[start : start + _GROUP]
-            if self.labels:
-                found = self._labelled(group, counts)
-            else:
-                found = [self._fitted(where, ids, mask, counts) for where, ids, mask in self._encoded(group)]
-            made += [example for example in found if example is not None]
-        counts.tokens = sum(map(len, made))
-        counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
-        counts.longest = max(map(len, made), default=0)
-        return made, counts
-
-    def _encoded(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(where, ids, mask) of each row, or of each answer of it where rows are unrolled."""
-        if self.template is None:
-            yield from self._plain(rows)
-            return
-        rows = [sft_rows.as_messages(row) for row in rows]
-        talks = [(row.where, row.messages, row.tools) for row in rows]
-        if self.tune.train_on_prompt:
-            texts = [self._whole(*talk) for talk in talks]
-            for row, ids in zip(rows, self._ids(rows, texts), strict=True):
-                yield row.where, ids, np.ones(len(ids), bool)
-            return
-        if self.tune.unroll:
-            talks = [
-                (where, messages[: k + 1], tools)
-                for where, messages, tools in talks
-                for k, message in enumerate(messages)
-                if message["role"] == "assistant"
-            ]
-        encoded = self.template.encode_turns(talks, last_only=self.tune.unroll)
-        for (where, _, _), one in zip(talks, encoded, strict=True):
-            yield where, one.ids, one.mask
-
-    def _whole(self, where: str, messages: sft_template.Messages, tools: sft_template.Messages) -> str:
-        assert self.template
-        try:
-            return self.template.render(messages, tools)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-    def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Text and the end-of-text token; a prompt's tokens are those that it has alone."""
-        eos = self.tokenizer.eos_id
-        wholes = self._ids(rows, [row.text + (row.answer or "") for row in rows])
-        prompts = self._ids(rows, [row.text if row.answer is not None else "" for row in rows])
-        for row, whole, prompt in zip(rows, wholes, prompts, strict=True):
-            if not np.array_equal(whole[: len(prompt)], prompt):
-                whole = self._joined(row, prompt)
-            if eos is not None and (not len(whole) or whole[-1] != eos):
-                whole = np.append(whole, np.int32(eos))
-            mask = np.ones(len(whole), bool)
-            if not self.tune.train_on_prompt:
-                mask[: len(prompt)] = False
-            yield row.where, whole, mask
-
-    def _joined(self, row: Row, prompt: np.ndarray) -> np.ndarray:
-        """A prompt's and its answer's tokens, where the text as a whole has one across both."""
-        (answer,) = self._ids([row], [row.answer or ""])
-        joined = np.concatenate([prompt, answer])
-        if self.tokenizer.decode(joined.tolist()) != row.text + (row.answer or ""):
-            raise UserError(
-                f"{row.where}: a token of this {self.tokenizer.kind} tokenizer spans prompt and answer: "
-                "expected the white space between them at the answer's beginning"
-            )
-        return joined
-
-    def _ids(self, rows: Sequence[Row], texts: list[str]) -> list[np.ndarray]:
-        try:
-            return [np.asarray(ids, np.int32) for ids in self.tokenizer.encode_batch(texts)]
-        except UserError:
-            for row, text in zip(rows, texts, strict=True):
-                try:
-                    self.tokenizer.encode(text)
-                except UserError as error:
-                    raise UserError(f"{row.where}: {error}") from None
-            raise
-
-    def _fitted(self, where: str, ids: np.ndarray, mask: np.ndarray, counts: Counts) -> Example | None:
-        """The row in at most ``size`` tokens and a target each; None where it is dropped."""
-        excess = len(ids) - (self.size + 1)
-        if excess > 0:
-            self._too_long(where, len(ids) - 1)
-            if self.tune.overflow == "drop":
-                counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids) - 1
-                return None
-            counts.lost += excess
-            ids, mask = self._cut(ids, mask, excess, counts)
-        weights = mask[1:].astype(np.float32)
-        if not weights.any():
-            raise UserError(f"{where}: all of its {len(ids)} tokens are masked: expected an answer to learn")
-        return Example(where, ids[:-1], ids[1:], weights)
-
-    def _too_long(self, where: str, length: int) -> None:
-        if self.tune.overflow == "refuse":
-            raise UserError(
-                f"{where}: {length} tokens: expected at most {self.size} "
-                "(tune.block_size; tune.overflow = truncate or drop takes longer rows)"
-            )
-
-    def _cut(self, ids: np.ndarray, mask: np.ndarray, excess: int, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """Without the left of what is before the last answer; an answer that lost its beginning is no target any more.
-
-        A token that marks the beginning of text stays. An answer that is still too long loses its end.
-        """
-        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
-        keep = int(int(ids[0]) == self.bos_id and not mask[0])
-        spare = max(0, int(starts[-1]) - 1 - keep) if len(starts) else 0
-        left = min(excess, spare)
-        if left:
-            counts.truncated += 1
-            mask = mask.copy()
-            if mask[keep + left] and mask[keep + left - 1]:
-                following = np.flatnonzero(~mask[keep + left :])
-                mask[keep + left : keep + left + int(following[0])] = False
-            ids, mask = (np.concatenate([a[:keep], a[keep + left :]]) for a in (ids, mask))
-        if left < excess:
-            counts.cut += 1
-            ids, mask = ids[: self.size + 1], mask[: self.size + 1]
-        return ids, mask
-
-    def _labelled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
-        """Texts, of which the last token is asked for the label; longer ones lose their end."""
-        made: list[Example | None] = []
-        for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
-            if not len(ids):
-                raise UserError(f"{row.where}: no tokens: expected text")
-            if len(ids) > self.size:
-                self._too_long(row.where, len(ids))
-                if self.tune.overflow == "drop":
-                    counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids)
-                    continue
-                counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
-                ids = ids[: self.size]
-            if row.label not in self.labels:
-                raise UserError(
-                    f"{row.where}: label {row.label!r}: expected one of the training rows', {_some(self.labels)}"
-                )
-            targets, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
-            targets[-1] = self.labels.index(row.label)
-            weights[-1] = self.label_weights[targets[-1]]
-            made.append(Example(row.where, ids, targets, weights))
-        return made
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass
@@ -445,7 +258,7 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
     if source.labels:
         found = Counter(row.label for row in rows.splits["train"])
-        share = "labels " + _some([f"{label} ({found[label]:,})" for label in source.labels])
+        share = "labels " + shortened([f"{label} ({found[label]:,})" for label in source.labels])
     yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
     longer = f"rows are longer than {source.encoder.size} tokens"
     for name, count in counts.items():

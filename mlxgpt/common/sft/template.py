@@ -22,7 +22,8 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import Tokenizer, from_files, read_json
+from mlxgpt.common.tokenizers.load import from_files
+from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.load import sha256_of, write_files
+from mlxgpt.common.tokenizers.protocol import sha256_of, write_files
 
 _SPLIT = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 

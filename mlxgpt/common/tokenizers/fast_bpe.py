@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from mlxgpt.common.data.corpus import cut_before_space
+from mlxgpt.common.tokenizers.protocol import cut_before_space
 
 # GPT-2's expression, with the possessive quantifiers that keep it linear.
 _GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

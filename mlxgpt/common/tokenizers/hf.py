@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
-from mlxgpt.common.tokenizers.load import EOS_NAMES, checked, read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
 
 EOS = "<|endoftext|>"
 _MAX_ID = 1 << 22  # `tokenizers` counts through all ids, also those that no token has

@@ -18,7 +18,8 @@ from typing import IO
 import numpy as np
 
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.tokenizers.load import Tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _FAILED = 0xFFFFFFFF
 

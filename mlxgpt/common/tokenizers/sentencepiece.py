@@ -19,7 +19,7 @@ from tokenizers import decoders, models
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.hf import JsonTokenizer, made
-from mlxgpt.common.tokenizers.load import checked, read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.protocol import checked, read_json, sha256_of, write_files
 
 _SPACE = "\u2581"
 _SPECIAL = ("<unk>", "<s>", "</s>")

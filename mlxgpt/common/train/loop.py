@@ -16,14 +16,16 @@ from typing import Any
 from mlxgpt.common.batch import Engine, Source
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import RunError
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters
 from mlxgpt.common.runs import checkpoint, samples
 from mlxgpt.common.runs.checkpoint import RunState
 from mlxgpt.common.runs.metrics import Metrics
 from mlxgpt.common.train import guards, schedule
-from mlxgpt.common.train.progress import Progress, duration
+from mlxgpt.common.train.progress import Progress
 from mlxgpt.common.train.saver import Writer
 from mlxgpt.common.train.signals import Signals
+from mlxgpt.common.units import duration
 
 
 @dataclass
@@ -209,7 +211,7 @@ def _verdict(job: Job, seconds: float) -> str:
     if state.best:
         name = judged_by(job.recipe)
         parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
-    model = checkpoint.resolve_model(job.run)
+    model = resolve.resolve_model(job.run)
     trial = f"classify --model {job.run} --text" if job.recipe.model.labels else f"generate --model {job.run} --prompt"
     return "; ".join([*parts, f"model: {model}", f"try: mlxgpt {trial} TEXT"])
 
@@ -219,7 +221,7 @@ class Saver:
 
     def __init__(self, job: Job):
         self._job, self._writer = job, Writer(job.recipe.train.background)
-        there = checkpoint.path_of(job.run, job.state.step).is_dir()
+        there = resolve.path_of(job.run, job.state.step).is_dir()
         self._saved = dataclasses.replace(job.state) if there else None
         self._written: list[str] = []
         self._announced = False
@@ -236,7 +238,7 @@ class Saver:
         except Exception as other:
             failure = other
         if isinstance(error, RunError):
-            good = checkpoint.follow(self._job.run, "last")
+            good = resolve.follow(self._job.run, "last")
             where = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
             also = "" if failure is None or failure is error else f" ({failure})"
             raise RunError(f"{error}; the run stops; {where}{also}") from None

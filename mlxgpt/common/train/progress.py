@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mlxgpt.common.units import duration, short
+
 _SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _HISTORY = 256  # points that the sparkline's losses are kept as
 _INTERVAL = 0.25  # seconds between pictures, at least
@@ -33,21 +35,6 @@ def sparkline(values: list[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
-
-
-def duration(seconds: float) -> str:
-    """``0:07``, ``12:34`` or ``1:02:03``; days run on as hours."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def short(number: float) -> str:
-    """``950``, ``23.4k`` or ``1.2M``."""
-    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
-        if number < limit:
-            return f"{number * 1e3 / limit:.3g}{unit}" if number < limit * 0.9995 else f"1{'kMG'[len(unit)]}"
-    return f"{number / 1e9:.3g}G"
 
 
 class Progress:

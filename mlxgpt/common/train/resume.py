@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.runs.checkpoint import RunState
 from mlxgpt.common.train import schedule
@@ -45,7 +46,7 @@ def check_run(run: Path) -> None:
     if (run / checkpoint.STATE).is_file():
         owner = run.resolve().parent.parent
         raise UserError(f"{run}: a checkpoint; --resume takes the run it belongs to: {owner}")
-    if not checkpoint.is_run(run):
+    if not resolve.is_run(run):
         missing = "recipe.toml" if not (run / "recipe.toml").is_file() else "checkpoints"
         raise UserError(f"{run}: not a run of mlxgpt train or finetune: {missing} is missing")
 

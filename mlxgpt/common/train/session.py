@@ -9,14 +9,16 @@ from typing import Any
 from mlxgpt.common import backend as backends
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.batch import Source, State
-from mlxgpt.common.config import Recipe, build
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import chips
 from mlxgpt.common.plan.gate import Gate
+from mlxgpt.common.recipes import build
 from mlxgpt.common.runs import checkpoint, metrics, run_folder, samples
 from mlxgpt.common.runs.checkpoint import RunState
-from mlxgpt.common.tokenizers.load import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import loop, resume, schedule
 from mlxgpt.common.train.progress import Progress
 
@@ -55,7 +57,7 @@ def find(
     step = found[1].step if found else 0
     rounding = resume.check_recipe(run, before, recipe, step, print)
     if found and (why := loop.finished(recipe, found[1])):
-        print(f"{run}: nothing to do: {why}; model: {checkpoint.resolve_model(run)}")
+        print(f"{run}: nothing to do: {why}; model: {resolve.resolve_model(run)}")
         return None
     if args.stop_after and args.stop_after <= step:
         raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")

@@ -1,0 +1,16 @@
+"""Numbers as people read them."""
+
+
+def duration(seconds: float) -> str:
+    """``0:07``, ``12:34`` or ``1:02:03``; days run on as hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def short(number: float) -> str:
+    """``950``, ``23.4k`` or ``1.2M``."""
+    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
+        if number < limit:
+            return f"{number * 1e3 / limit:.3g}{unit}" if number < limit * 0.9995 else f"1{'kMG'[len(unit)]}"
+    return f"{number / 1e9:.3g}G"
