@@ -33,6 +33,8 @@ def allowed(path: Path, module: str) -> bool:
         return True
     if path.parts[:2] == ("mlxgpt", "common"):
         return module.startswith("mlxgpt.common.") or module == "mlxgpt"
+    if path.parts[:2] == ("mlxgpt", "commands"):
+        return module.startswith(("mlxgpt.common.", "mlxgpt.cli")) or module == "mlxgpt.__version__"
     if path.parts[0] == "mlxgpt":
         return root in ("mlxgpt", "mlx")
     if module.startswith("mlxgpt.common."):
@@ -55,6 +57,80 @@ def test_an_import_inside_a_function_is_seen() -> None:
     assert not allowed(Path("mlxgpt/common/data/token_source.py"), "mlx.core")
     assert not allowed(Path("mlxgpt/common/data/token_source.py"), "mlxgpt.model")
     assert not allowed(Path("torch_ref/model.py"), "mlxgpt.blas")
+    assert not allowed(Path("mlxgpt/commands/train.py"), "mlxgpt.model")
+
+
+# What mlxgpt/common consists of, and convert, from the bottom up: a place imports from itself and from those before it.
+COMMON = (
+    "errors", "units", "rng", "config", "batch", "model", "recipes", "backend", "tokenizers", "data", "folders", "plan",
+    "runs", "train", "sft", "inference", "evaluate",
+)  # fmt: skip
+ORDER = {
+    "mlxgpt.common": COMMON,
+    "convert": ("formats", "verify", "given_tokenizer", "conversion", "fuse", "adapters", "commands"),
+    "convert.formats": ("opened", "stream", "", "gguf", "torch_files", "adapter", "registry"),
+}
+
+
+def arrows(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of ``sources`` that it imports, also inside functions."""
+    found: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        names = [name for name in imported(source) if name != module]
+        # `from a import b` is the module a.b, or the name b of the module a
+        found[module] = {n if n in sources else n.rpartition(".")[0] for n in names} & sources.keys() - {module}
+    return found
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Every way round, once for each module that closes it."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for other in sorted(arrows[module]):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in sorted(arrows):
+        visit(module, [])
+    return found
+
+
+def upward(arrows: dict[str, set[str]], package: str, order: tuple[str, ...]) -> list[str]:
+    """Imports inside ``package`` from a place to a later one; a place that is not named stands where "" does."""
+
+    def rank(module: str) -> int:
+        place = module.removeprefix(f"{package}.").split(".")[0]
+        assert place in order or "" in order, f"{package}.{place} has no place in ORDER"
+        return order.index(place if place in order else "")
+
+    inside = {module for module in arrows if module.startswith(f"{package}.")}
+    return [f"{one} imports {two}" for one in inside for two in arrows[one] & inside if rank(two) > rank(one)]
+
+
+SOURCES = {
+    ".".join(path.with_suffix("").parts): (ROOT / path).read_text() for path in FILES if path.name != "__init__.py"
+}
+
+
+def test_no_circles() -> None:
+    assert circles(arrows(SOURCES)) == []
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_lower_packages_do_not_import_higher_ones(package: str) -> None:
+    assert upward(arrows(SOURCES), package, ORDER[package]) == []
+
+
+def test_an_import_upward_and_a_circle_are_seen() -> None:
+    more = "def f():\n    from mlxgpt.common.train import loop\n"
+    broken = arrows(SOURCES | {"mlxgpt.common.runs.metrics": SOURCES["mlxgpt.common.runs.metrics"] + more})
+    assert "mlxgpt.common.runs.metrics imports mlxgpt.common.train.loop" in upward(broken, "mlxgpt.common", COMMON)
+    assert any("mlxgpt.common.runs.metrics" in one and "mlxgpt.common.train.loop" in one for one in circles(broken))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("mlxgpt/*.py")), ids=lambda path: path.name)
@@ -70,7 +146,7 @@ def test_a_package_imports_without_the_other_framework(package: str, other: str)
         ".".join(path.with_suffix("").parts)
         for path in FILES
         if path.stem not in ("__init__", "__main__")
-        and (path.parts[0] == package or path.parts[:2] == ("mlxgpt", "common"))
+        and (path.parts[0] == package or path.parts[:2] in (("mlxgpt", "common"), ("mlxgpt", "commands")))
     ]
     code = f"import importlib, sys; sys.modules[{other!r}] = None\nfor name in {modules}: importlib.import_module(name)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-import mlxgpt
+from mlxgpt import __version__
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.runs import plots
@@ -96,7 +96,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
         figures=figures,
         tables=tables,
         refresh=refresh,
-        version=mlxgpt.__version__,
+        version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
