@@ -41,14 +41,16 @@ class ModelConfig:
     family: str = _field(
         "gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/model/family_table.py"
     )
-    n_layer: int = _field(4, "blocks")
+    n_layer: int = _field(4, "transformer blocks")
     n_head: int = _field(4, "query heads")
     n_kv_head: int = _field(0, "key and value heads; 0 = n_head")
-    n_embd: int = _field(128, "width")
-    head_dim: int = _field(0, "width of a head; 0 = n_embd / n_head")
-    n_hidden: int = _field(0, "width of the MLP; 0 = 4 n_embd, gated: 8/3 n_embd rounded up to 64")
+    n_embd: int = _field(128, "embedding size")
+    head_dim: int = _field(0, "dimensions of a head; 0 = n_embd / n_head")
+    n_hidden: int = _field(
+        0, "hidden size of the MLP; 0 = 4 n_embd, or 8/3 n_embd rounded up to a multiple of 64 if gated"
+    )
     block_size: int = _field(256, "longest context, tokens")
-    vocab_size: int = _field(0, "rows of the embedding; 0 = the tokenizer's size")
+    vocab_size: int = _field(0, "vocabulary entries; 0 = as many as the tokenizer has")
     norm: str = _field("layer", "layer (LayerNorm), rms (RMSNorm) or rms1 (RMSNorm that scales by 1 + weight)")
     norm_eps: float = _field(1e-5, "epsilon inside the norm's square root")
     placement: str = _field(
@@ -61,18 +63,18 @@ class ModelConfig:
     rope_theta: float = _field(10000.0, "base of the rotary frequencies")
     rope_local_theta: float = _field(0.0, "the same in layers with a window; 0 = rope_theta")
     rope_scaling: str = _field("none", "none, linear (all frequencies / rope_factor) or llama3 (the low ones only)")
-    rope_factor: float = _field(1.0, "linear, llama3: what frequencies are divided by")
+    rope_factor: float = _field(1.0, "linear, llama3: frequencies are divided by this")
     rope_low: float = _field(1.0, "llama3: low_freq_factor")
     rope_high: float = _field(4.0, "llama3: high_freq_factor")
     rope_original: int = _field(8192, "llama3: original_max_position_embeddings")
-    rotary_dim: int = _field(0, "leading part of a head that rope turns; 0 = head_dim")
+    rotary_dim: int = _field(0, "leading dimensions of a head that rope rotates; 0 = head_dim")
     no_rope: tuple = _field((), "blocks that do not use rope")
-    window: int = _field(0, "a token sees this many tokens, itself included; 0 = all")
-    window_layers: tuple = _field((), "blocks that have the window; empty = all")
+    window: int = _field(0, "sliding window: tokens that a token attends to, itself included; 0 = all")
+    window_layers: tuple = _field((), "blocks with the sliding window; empty = all")
     qk_norm: str = _field(
         "none", "RMSNorm on queries and keys before rope: none, head (over head_dim) or full (all heads at once)"
     )
-    attn_scale: float = _field(0.0, "what attention scores are multiplied by; 0 = 1 / sqrt(head_dim)")
+    attn_scale: float = _field(0.0, "multiplier of attention scores; 0 = 1 / sqrt(head_dim)")
     attn_softcap: float = _field(0.0, "attention scores become cap * tanh(score / cap); 0 = off")
     final_softcap: float = _field(0.0, "the same for logits")
     embed_scale: bool = _field(False, "embeddings times sqrt(n_embd)")
@@ -84,7 +86,7 @@ class ModelConfig:
     norm_bias: bool = _field(True, "biases in LayerNorm")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
-    labels: tuple = _field((), "of a classifier, in the order of its head's rows; empty = a language model")
+    labels: tuple = _field((), "labels of a classifier, in the order of its outputs; empty = a language model")
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -146,12 +148,14 @@ class DataConfig:
     """Where tokens come from and how they are cut into batches."""
 
     source: str = _field("pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder, shards, a flat .bin")
-    text_key: str = _field("text", "key or column that holds a document in .jsonl and .parquet")
-    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or the path of one")
-    vocab_size: int = _field(2048, "size of a tokenizer trained here; char ignores it")
-    val_fraction: float = _field(0.1, "share of documents, by hash, that validates; a lone one is cut")
-    sampling: str = _field("random", "random (windows with replacement) or epoch (a permutation an epoch)")
-    workers: int = _field(0, "processes that prepare the corpus; 0 = one a core")
+    text_key: str = _field("text", "key or column with the document in .jsonl and .parquet")
+    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or the path of a tokenizer")
+    vocab_size: int = _field(2048, "vocabulary size of a tokenizer trained here; char ignores it")
+    val_fraction: float = _field(
+        0.1, "share of documents, chosen by hash, used for validation; a single document is split"
+    )
+    sampling: str = _field("random", "random (windows with replacement) or epoch (a new permutation each epoch)")
+    workers: int = _field(0, "processes that tokenize the corpus; 0 = one per core")
 
     def __post_init__(self) -> None:
         _one_of("data", self, "sampling", "random", "epoch")
@@ -164,18 +168,18 @@ class DataConfig:
 class OptimConfig:
     """The update rule and its schedule. Decay acts on matrices only; eps lies outside the square root."""
 
-    name: str = _field("adamw", "adamw, or muon for the blocks' matrices with adamw for the rest")
+    name: str = _field("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest")
     lr: float = _field(1e-3, "peak learning rate")
-    min_lr: float = _field(1e-4, "learning rate at the last step; constant ignores it")
+    min_lr: float = _field(1e-4, "learning rate at the last step; unused by a constant schedule")
     beta1: float = _field(0.9, "decay of the first moment")
     beta2: float = _field(0.99, "decay of the second moment")
     eps: float = _field(1e-8, "added to the root of the second moment")
-    weight_decay: float = _field(0.1, "decoupled decay, times the learning rate; matrices only")
-    clip: float = _field(1.0, "largest global gradient norm; 0 = no clipping")
+    weight_decay: float = _field(0.1, "decoupled weight decay, times the learning rate; matrices only")
+    clip: float = _field(1.0, "maximum global gradient norm; 0 = no clipping")
     schedule: str = _field("cosine", "cosine, linear, constant or wsd (warmup-stable-decay)")
-    warmup: int = _field(100, "steps of linear warm-up")
-    decay_fraction: float = _field(0.2, "wsd: share of the steps, at the end, in which the rate falls")
-    muon_lr: float = _field(0.02, "muon: peak learning rate of the matrices, same schedule shape")
+    warmup: int = _field(100, "steps of linear warmup")
+    decay_fraction: float = _field(0.2, "wsd: share of the steps, at the end, in which the learning rate decays")
+    muon_lr: float = _field(0.02, "muon: peak learning rate of the matrices; the same schedule")
     muon_momentum: float = _field(0.95, "muon: Nesterov momentum")
 
     def __post_init__(self) -> None:
@@ -193,32 +197,32 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop: length, batch, precision, regularisation, and when to look and to save."""
+    """The training loop: length, batch, precision, regularization, validation and checkpoints."""
 
-    steps: int = _field(1000, "updates; the length of the schedule")
-    batch_size: int = _field(16, "rows of the global batch: one update")
-    micro_batch_size: int = _field(0, "rows that pass through the model at once; 0 = batch_size")
-    seed: int = _field(1337, "initial weights, batches and dropout are functions of it")
-    dropout: float = _field(0.0, "on embeddings, attention weights and both residual branches")
-    label_smoothing: float = _field(0.0, "share of the target's probability spread over the vocabulary")
-    z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps the logits' scale in check")
+    steps: int = _field(1000, "optimizer updates; also the length of the schedule")
+    batch_size: int = _field(16, "sequences in a batch, that is, in one update")
+    micro_batch_size: int = _field(0, "sequences that pass through the model at once; 0 = batch_size")
+    seed: int = _field(1337, "determines initial weights, batches and dropout")
+    dropout: float = _field(0.0, "dropout on embeddings, attention weights and both residual branches")
+    label_smoothing: float = _field(0.0, "probability taken from the target and spread over the vocabulary")
+    z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps logits from growing")
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
-    checkpoint_activations: bool = _field(False, "recompute blocks in the backward pass: less memory, more time")
-    loss_chunk: int = _field(1024, "words in a chunk of head and loss, if the vocabulary has more; 0 = whole logits")
+    checkpoint_activations: bool = _field(False, "activation checkpointing: recompute blocks in the backward pass")
+    loss_chunk: int = _field(1024, "vocabulary entries per chunk of head and loss; 0 = whole logits")
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
-    deterministic: bool = _field(False, "the same bits every time on a GPU too, where that costs speed")
-    memory_limit: int = _field(0, "MiB that arrays may take before the framework frees and waits; 0 = its own default")
-    cache_limit: int = _field(0, "MLX: MiB of freed memory kept for reuse at the most; 0 = its own default")
-    clear_cache: int = _field(0, "MiB of kept memory above which it is given back after a step; 0 = never")
-    wired_limit: int = _field(0, "Metal: MiB that may be wired; 0 = never touched (raising it can take a Mac down)")
+    deterministic: bool = _field(False, "bit-equal results on a GPU too, at a cost in speed")
+    memory_limit: int = _field(0, "MiB of arrays above which the framework waits for memory; 0 = its default")
+    cache_limit: int = _field(0, "MLX: maximum MiB of freed memory kept for reuse; 0 = its default")
+    clear_cache: int = _field(0, "MiB of kept memory above which it is released after a step; 0 = never")
+    wired_limit: int = _field(0, "Metal: MiB that may be wired; 0 = untouched (raising it can crash a Mac)")
     eval_every: int = _field(250, "steps between validations; 0 = never")
-    eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, each token once")
+    eval_batches: int = _field(0, "validation batches, evenly spaced; 0 = the whole split, every token once")
     sample_every: int = _field(0, "steps between printed samples; 0 = only at the end")
     save_every: int = _field(500, "steps between checkpoints; 0 = only at the end")
-    keep: int = _field(2, "newest checkpoints kept beside best and last; 0 = all")
-    background: bool = _field(True, "write checkpoints on a second thread")
-    early_stop: int = _field(0, "validations without a better loss after which to stop; 0 = never")
-    log_every: int = _field(10, "steps between printed lines where there is no terminal")
+    keep: int = _field(2, "newest checkpoints to keep, in addition to best and last; 0 = all")
+    background: bool = _field(True, "write checkpoints on a background thread")
+    early_stop: int = _field(0, "stop after this many validations without improvement; 0 = never")
+    log_every: int = _field(10, "steps between printed lines if there is no terminal")
     tensorboard: bool = _field(False, "also write TensorBoard events (extra: tensorboard)")
     wandb: str = _field("", "W&B project to log to (extra: wandb); empty = off")
 
@@ -240,14 +244,14 @@ class TrainConfig:
 class SampleConfig:
     """How the next token is drawn; common/inference/sampling.py is the specification."""
 
-    prompt: str = _field("\n", "text that samples start from")
-    max_tokens: int = _field(100, "new tokens at the most")
-    temperature: float = _field(0.8, "divides the logits; 0 = greedy")
-    top_k: int = _field(0, "keep the k likeliest tokens; 0 = all")
-    top_p: float = _field(1.0, "keep the likeliest tokens that hold this probability; 1 = all")
-    min_p: float = _field(0.0, "keep tokens at least this share as likely as the likeliest; 0 = all")
-    repetition_penalty: float = _field(1.0, "divides positive, multiplies negative logits of tokens seen; 1 = off")
-    seed: int = _field(0, "the noise is a function of it")
+    prompt: str = _field("\n", "prompt of the samples")
+    max_tokens: int = _field(100, "maximum number of new tokens")
+    temperature: float = _field(0.8, "divides the logits; 0 = greedy decoding")
+    top_k: int = _field(0, "keep the k most likely tokens; 0 = all")
+    top_p: float = _field(1.0, "keep the most likely tokens whose probabilities add up to this; 1 = all")
+    min_p: float = _field(0.0, "keep tokens with at least this share of the highest probability; 0 = all")
+    repetition_penalty: float = _field(1.0, "divides positive and multiplies negative logits of seen tokens; 1 = off")
+    seed: int = _field(0, "determines the noise")
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "temperature", "top_k", "seed"):
@@ -261,38 +265,40 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Fine-tuning: rows of data, how they become tokens, and what is asked of the model."""
+    """Fine-tuning: the examples, how they become tokens, and the task."""
 
-    model: str = _field("", "what is tuned: a run, a checkpoint, a model folder or a hub id")
-    adapter: str = _field("", "an adapter of that model, to be trained on")
+    model: str = _field("", "base model: a run, a checkpoint, a model folder or a hub id")
+    adapter: str = _field("", "adapter of that model to continue training")
     source: str = _field(
         "", "pydocs-qa, a folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet"
     )
-    task: str = _field("lm", "lm (answers) or classify (labels)")
-    format: str = _field("auto", "of a row: auto (by its keys), text, completion, chat, alpaca or sharegpt")
-    text_key: str = _field("text", "key of a text row, or of the text to classify")
-    prompt_key: str = _field("prompt", "completion: key of what is asked")
-    completion_key: str = _field("completion", "completion: key of what is answered")
+    task: str = _field("lm", "lm (train on answers) or classify (train on labels)")
+    format: str = _field("auto", "format of an example: auto (by its keys), text, completion, chat, alpaca or sharegpt")
+    text_key: str = _field("text", "text, classify: key of the text")
+    prompt_key: str = _field("prompt", "completion: key of the prompt")
+    completion_key: str = _field("completion", "completion: key of the answer")
     messages_key: str = _field("messages", "chat: key of the list of messages")
     label_key: str = _field("label", "classify: key of the label")
     template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
-    train_on_prompt: bool = _field(False, "loss on every token, not only on the assistant's")
-    unroll: bool = _field(False, "a row of each answer, with what precedes it: for templates that rewrite history")
-    date: str = _field("", "day that templates may write, such as 2026-11-25; empty = the day the run began")
-    block_size: int = _field(0, "tokens of a row at the most; 0 = the model's context, at most 2048")
-    overflow: str = _field("truncate", "longer rows: truncate (the prompt, from its left), drop or refuse")
+    train_on_prompt: bool = _field(False, "train on all tokens, not only on those of the assistant")
+    unroll: bool = _field(False, "one example per answer, with its history: for templates that rewrite history")
+    date: str = _field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
+    block_size: int = _field(0, "maximum tokens of an example; 0 = the model's context, at most 2048")
+    overflow: str = _field("truncate", "longer examples: truncate (the prompt, from the left), drop or refuse")
     packing: bool = _field(
-        True, "several rows side by side in one, each seeing itself alone; false = padding by length"
+        True, "pack several examples into a sequence, each attending only to itself; false = padding"
     )
-    val_fraction: float = _field(0.1, "share of rows, by hash, that validates where the source has no such split")
-    epochs: float = _field(3.0, "passes over the rows, where train.steps is not given")
+    val_fraction: float = _field(
+        0.1, "share of examples, chosen by hash, for validation if the source has no such split"
+    )
+    epochs: float = _field(3.0, "passes over the examples, if train.steps is not given")
     neftune: float = _field(0.0, "alpha of NEFTune's uniform noise on embeddings; 0 = off")
-    class_weights: str = _field("none", "classify: none, or balanced (inverse to a label's share)")
-    metrics: tuple = _field((), "answers generated and scored at validation: exact, bleu, chrf, rouge_l")
-    metric_rows: int = _field(50, "rows that are answered for them; 0 = all")
-    test: bool = _field(True, "at the end, score the test split where the source has one")
+    class_weights: str = _field("none", "classify: none, or balanced (inversely proportional to label frequency)")
+    metrics: tuple = _field((), "metrics of answers generated at validation: exact, bleu, chrf, rouge_l")
+    metric_rows: int = _field(50, "examples answered for these metrics; 0 = all")
+    test: bool = _field(True, "score the test split, if there is one, at the end")
     keep_best: str = _field(
-        "loss", "what the best checkpoint is best by: loss, one of tune.metrics, accuracy, macro_f1"
+        "loss", "metric that selects the best checkpoint: loss, one of tune.metrics, accuracy, macro_f1"
     )
 
     def __post_init__(self) -> None:
@@ -300,7 +306,7 @@ class TuneConfig:
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
-        if not self.date:  # a run that goes on tomorrow renders the same rows
+        if not self.date:  # a run resumed tomorrow renders the same examples
             object.__setattr__(self, "date", datetime.date.today().isoformat())
         _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
         fits = not (self.unroll and self.train_on_prompt)
@@ -325,21 +331,21 @@ class AdapterConfig:
     """What trains in fine-tuning. Patterns name modules as the family's files do (q_proj) or as we do (attn.c_attn)."""
 
     method: str = _field("lora", "lora, dora, or full (every weight)")
-    rank: int = _field(8, "rank of an update")
-    alpha: float = _field(16.0, "an update is multiplied by alpha / rank")
-    rslora: bool = _field(False, "by alpha / sqrt(rank) instead")
-    dropout: float = _field(0.0, "on what an update reads")
-    targets: tuple = _field(("all-linear",), "modules that get one: all-linear, ends of names, or regular expressions")
+    rank: int = _field(8, "rank of the update")
+    alpha: float = _field(16.0, "the update is scaled by alpha / rank")
+    rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead")
+    dropout: float = _field(0.0, "dropout on the input of the update")
+    targets: tuple = _field(("all-linear",), "target modules: all-linear, suffixes of names, or regular expressions")
     layers: int = _field(0, "only the last n blocks; 0 = all")
-    ranks: tuple = _field((), "other ranks, as 'pattern=rank'; the last that matches counts")
-    alphas: tuple = _field((), "other alphas, as 'pattern=alpha'")
-    init: str = _field("default", "default (B = 0) or pissa (the largest singular values train)")
-    train: tuple = _field((), "modules trained whole beside them: names of embedding, head or norms")
-    bias: str = _field("none", "biases that train: none, adapted (those of the targets) or all")
-    b_lr: float = _field(1.0, "LoRA+: learning rate of B over that of A")
-    bits: int = _field(0, "quantise the frozen matrices: 4 or 8 bits; 0 = as the model has them")
-    group_size: int = _field(64, "inputs that share a scale")
-    dequantise: str = _field("auto", "a quantised base: auto (once, on a CPU, where memory allows) or never")
+    ranks: tuple = _field((), "ranks of single modules, as 'pattern=rank'; the last match applies")
+    alphas: tuple = _field((), "alphas of single modules, as 'pattern=alpha'")
+    init: str = _field("default", "default (B = 0) or pissa (train the largest singular values)")
+    train: tuple = _field((), "modules trained in full as well: embedding, head or norms")
+    bias: str = _field("none", "trainable biases: none, adapted (those of the targets) or all")
+    b_lr: float = _field(1.0, "LoRA+: learning rate of B divided by that of A")
+    bits: int = _field(0, "quantize the frozen matrices to 4 or 8 bits; 0 = leave them as they are")
+    group_size: int = _field(64, "weights that share a scale")
+    dequantise: str = _field("auto", "dequantize a quantized base: auto (once, on a CPU, if memory allows) or never")
 
     def __post_init__(self) -> None:
         _one_of("adapter", self, "method", "lora", "dora", "full")
