@@ -32,12 +32,7 @@ from torch_ref.model import Model as TorchModel
 TEXT = "caf\u00e9 \u65e5\u672c \U0001f600 the cat sat on the mat, the end. " * 12
 
 
-@pytest.fixture(autouse=True)
-def cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("cpu")
 
 
 def quiet(progress: str) -> None:

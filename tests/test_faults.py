@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fake_run
 import pytest
-from test_trainer import child, losses, tree, weights
+from fake_train import child, losses, tree, weights
 
 from mlxgpt import cli
 from mlxgpt.commands import runs as runs_command
