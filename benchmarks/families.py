@@ -3,7 +3,8 @@
     python -m benchmarks.families [--only NAME] [--write]
 
 A figure is the largest difference, relative to the reference's largest value, in float32 on the CPU. The measurements
-are the tests' own (tests/ladder.py, tests/arriving.py). --write puts the tables into docs/formats.md.
+are the tests' own (tests/ladder.py, tests/arriving.py). --write puts them and the list of families
+into docs/formats.md.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parity import machine
+from mlxgpt.common.model.family.table import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 START, END = "<!-- benchmarks.families -->", "<!-- end of benchmarks.families -->"
+LIST, LIST_END = "<!-- families -->", "<!-- end of families -->"
 TOKENS = 64
 OUT = ("written here", "x1: MLX", "torch", "x8: MLX", "torch", "gradients x1: MLX", "torch", "x8: MLX", "torch",
        "widest of its gate", "tensors in transformers")  # fmt: skip
@@ -34,6 +37,18 @@ def line(cells: Any) -> str:
 
 def head(cells: tuple[str, ...]) -> list[str]:
     return [line(cells), f"|{'---|' * len(cells)}"]
+
+
+def listed() -> str:
+    """The table of the families, from their rows."""
+    return "\n".join([*head(("`model_type`", "what it has of its own")),
+                      *(line((name, row.about)) for name, row in FAMILIES.items())])  # fmt: skip
+
+
+def replaced(page: str, start: str, text: str, end: str) -> str:
+    """``page`` with ``text`` between its two marks."""
+    before, after = page.split(start)[0], page.split(end)[1]
+    return f"{before}{start}\n{text}\n{end}{after}"
 
 
 def leaving(case: str, config: Any, ladder: Any, place: Path) -> tuple[list[str], bool]:
@@ -101,9 +116,8 @@ def main() -> int:
         figures = [f"{arrived.mlx:.1e}", f"{arrived.torch:.1e}", f"{arrived.gate:.1e}"]
         add(line([case, *figures, f"{count} equal, 0 missing, 0 unexpected"]))
     if args.write and not args.only:
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page.split(START)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+        page = replaced(PAGE.read_text(encoding="utf-8"), LIST, listed(), LIST_END)
+        PAGE.write_text(replaced(page, START, "\n".join(lines), END), encoding="utf-8")
     print(f"\n{failed} over the gate" if failed else "\nevery figure is within its gate")
     return int(failed > 0)
 

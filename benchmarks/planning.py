@@ -77,9 +77,9 @@ SETTINGS = [
 
 def draw(dice: random.Random) -> Setting:
     """A random setting that a small machine can measure."""
-    from mlxgpt.common.recipes import FAMILY_DEFAULTS
+    from mlxgpt.common.model.family.table import FAMILIES
 
-    family, heads = dice.choice(list(FAMILY_DEFAULTS)), dice.choice([1, 2, 4, 6, 8])
+    family, heads = dice.choice(list(FAMILIES)), dice.choice([1, 2, 4, 6, 8])
     kv = heads if family == "gpt_neox" else dice.choice([n for n in (1, 2, 4, 6, 8) if heads % n == 0])
     width, length = heads * dice.choice([16, 32, 64]), dice.choice([32, 64, 128, 256, 512, 1024, 2048])
     rows = dice.choice([1, 2, 3, 4, 8, 16])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from transformers.activations import ACT2FN
 
 import torch_ref.model
 from mlxgpt.common import config as configs
-from mlxgpt.common import recipes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
 
@@ -92,10 +92,18 @@ def test_an_absent_key_means_what_transformers_takes_it_to_mean(family: str) -> 
     assert ours == families.config_from_hf(full)
 
 
-@pytest.mark.parametrize("family", recipes.FAMILY_DEFAULTS)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_of_the_recipes_can_be_saved(family: str) -> None:
     families.check(tiny(family=family))
-    assert set(recipes.FAMILY_DEFAULTS) == set(families.FAMILIES)
+
+
+def test_the_pages_list_every_family() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs/formats.md").read_text(encoding="utf-8")
+    rows = "\n".join(f"| {name} | {row.about} |" for name, row in families.FAMILIES.items())
+    assert f"|---|---|\n{rows}\n<!-- end of families -->" in page, "python -m benchmarks.families --write"
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert [name for name in families.FAMILIES if name.removesuffix("_text") not in readme] == []
 
 
 KNOWN = ", ".join(families.FAMILIES)

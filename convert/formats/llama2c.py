@@ -23,8 +23,7 @@ from convert.formats.stream import Output, plain
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import Entry, read_tensor
-from mlxgpt.common.model import params
-from mlxgpt.common.recipes import FAMILY_DEFAULTS
+from mlxgpt.common.model import families, params
 from mlxgpt.common.tokenizers.protocol import FILES
 
 KIND = "file"
@@ -117,7 +116,7 @@ def _config(
     """The one kind of model that run.c runs."""
     sizes: dict[str, Any] = dict(n_layer=layers, n_head=heads, n_kv_head=kv_heads, n_embd=dim, n_hidden=hidden)
     sizes |= dict(vocab_size=vocab, block_size=length, tied=tied)
-    return ModelConfig(family="llama", **FAMILY_DEFAULTS["llama"], **sizes)
+    return ModelConfig(family="llama", **families.FAMILIES["llama"].implied, **sizes)
 
 
 def _shape(config: ModelConfig, name: str) -> tuple[int, ...]:

@@ -38,9 +38,7 @@ class ModelConfig:
     ``family`` names the Hugging Face architecture that the model is saved as; families.py fills the choices it implies.
     """
 
-    family: str = _field(
-        "gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/model/family_table.py"
-    )
+    family: str = _field("gpt2", "architecture on disk: gpt2, llama, qwen3, gemma2 and others of common/model/family")
     n_layer: int = _field(4, "transformer blocks")
     n_head: int = _field(4, "query heads")
     n_kv_head: int = _field(0, "key and value heads; 0 = n_head")

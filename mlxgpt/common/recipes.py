@@ -22,6 +22,7 @@ from mlxgpt.common.config import (
     TuneConfig,
 )
 from mlxgpt.common.errors import UserError, nearest
+from mlxgpt.common.model.family.table import FAMILIES
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -67,57 +68,14 @@ SECTIONS: dict[str, type] = {
 }
 
 
-# What an architecture implies about the choices of ModelConfig; a recipe may set any of them all the same.
-_RMS: dict[str, Any] = dict(norm="rms", activation="silu", gated=True, position="rope", fused_qkv=False,
-                            qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)  # fmt: skip
-
-
-_GEMMA: dict[str, Any] = _RMS | dict(norm="rms1", norm_eps=1e-6, activation="gelu_tanh", embed_scale=True)
-
-
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "llama": _RMS,
-    "mistral": _RMS,
-    "qwen2": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
-    "qwen3": _RMS | dict(norm_eps=1e-6, rope_theta=1e6, qk_norm="head"),
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA | dict(placement="sandwich", window=4096, attn_softcap=50.0, final_softcap=30.0),
-    "gemma3_text": _GEMMA
-    | dict(placement="sandwich", qk_norm="head", window=512, rope_theta=1e6, rope_local_theta=1e4),
-    "gpt_neox": dict(placement="parallel2", activation="gelu", position="rope", qkv_by_head=True, tied=False),
-    "phi": dict(placement="parallel", position="rope", fused_qkv=False, tied=False, head_bias=True),
-    "phi3": _RMS | dict(fused_qkv=True, fused_mlp=True),
-    "olmo2": _RMS | dict(norm_eps=1e-6, placement="post", qk_norm="full", rope_theta=5e5),
-    "smollm3": _RMS | dict(norm_eps=1e-6, rope_theta=5e6),
-}
-
-
-_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}  # every n-th block has no window
-
-
-_NO_ROPE_EVERY = {"smollm3": 4}  # every n-th block has no rope
-
-
-_TURNED = {"gpt_neox": 0.25, "phi": 0.5}  # share of a head that rope turns
-
-
 def _implied(values: dict[str, Any]) -> dict[str, Any]:
     """``values`` of [model] and what the family implies, also where that follows from the sizes."""
-    family = values.get("family", "gpt2")
-    made = FAMILY_DEFAULTS[family] | values
-    n_layer, n_head, n_embd, head_dim = (
-        made.get(name, ModelConfig.__dict__[name]) for name in ("n_layer", "n_head", "n_embd", "head_dim")
+    row = FAMILIES[values.get("family", "gpt2")]
+    made = row.implied | values
+    n_layer, n_head, n_embd, head_dim, window = (
+        made.get(name, ModelConfig.__dict__[name]) for name in ("n_layer", "n_head", "n_embd", "head_dim", "window")
     )
-    if family in _FULL_EVERY and made["window"]:
-        layers = tuple(n for n in range(n_layer) if (n + 1) % _FULL_EVERY[family])
-        made.setdefault("window_layers", layers)
-    if family in _NO_ROPE_EVERY:
-        made.setdefault("no_rope", tuple(range(_NO_ROPE_EVERY[family] - 1, n_layer, _NO_ROPE_EVERY[family])))
-    if family in _TURNED and n_head > 0:
-        size = head_dim or n_embd // n_head
-        made.setdefault("rotary_dim", max(2, 2 * round(_TURNED[family] * size / 2)))
-    return made
+    return row.implied_by(n_layer, n_head, head_dim or n_embd // max(n_head, 1), window) | made
 
 
 def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
@@ -152,8 +110,8 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
                 raise UserError(f"{where}: unknown key {section}.{key}{nearest(key, fields)}")
         if section == "model":
             family = values.get("family", "gpt2")
-            if family not in FAMILY_DEFAULTS:
-                known = ", ".join(FAMILY_DEFAULTS)
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
                 raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
         values = {key: _convert(section, fields[key], value) for key, value in values.items()}
         made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))

@@ -1,4 +1,4 @@
-"""What GGUF calls our tensors and fields: the tables of llama.cpp's architectures, for both directions.
+"""What GGUF calls our tensors and fields, in both directions, from the ``Gguf`` of each row of the table of families.
 
 An architecture's graph is fixed in llama.cpp; the keys only size it. ``metadata`` writes the keys, ``config_from``
 reads any file's, ``deviations`` says where llama.cpp computes something else than our config, or cannot load it.
@@ -7,7 +7,6 @@ Read from llama.cpp's conversion/*.py, src/models/*.cpp and gguf-py's constants.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,35 +16,12 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import parse_json
 from mlxgpt.common.model import families, rotary
+from mlxgpt.common.model.family.row import Family, Gguf
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arch:
-    """One architecture of llama.cpp."""
-
-    family: str
-    permuted: bool = False  # q and k rows lie in pairs, as its rope turns them there
-    activation: str = "silu"
-    part: bool = False  # rope.dimension_count may be less than a head
-    windows: str = "none"  # none; all: every block; keys: sliding_window and its pattern
-    pattern: int = 0  # every n-th block sees everything, where the pattern is not there
-
-
-ARCHS = {
-    "llama": Arch(family="llama", permuted=True, windows="all"),
-    "qwen2": Arch(family="qwen2"),
-    "qwen3": Arch(family="qwen3"),
-    "gemma": Arch(family="gemma", activation="gelu_tanh"),
-    "gemma2": Arch(family="gemma2", activation="gelu_tanh", windows="keys", pattern=2),
-    "gemma3": Arch(family="gemma3_text", activation="gelu_tanh", windows="keys", pattern=6),
-    "gptneox": Arch(family="gpt_neox", activation="gelu_tanh", part=True),
-    "gpt2": Arch(family="gpt2", activation="gelu_tanh"),
-    "phi2": Arch(family="phi", activation="gelu_tanh", part=True),
-    "phi3": Arch(family="phi3", part=True, windows="all"),
-    "olmo2": Arch(family="olmo2"),
-    "smollm3": Arch(family="smollm3", permuted=True),
-}
-_OF_FAMILY = {arch.family: name for name, arch in ARCHS.items()} | {"mistral": "llama"}
+# architecture -> the families that run with it; the first is what a file of it is read as, if it fits
+ARCHS: dict[str, list[str]] = {}
+for _name, _row in families.FAMILIES.items():
+    ARCHS.setdefault(_row.gguf.arch, []).append(_name)
 
 _MODULES = {
     "wte": "token_embd",
@@ -68,7 +44,6 @@ _MODULES = {
     "ln_f": "output_norm",
     "lm_head": "output",
 }
-_POST = {"h.{n}.ln_1": "blk.{n}.post_attention_norm", "h.{n}.ln_2": "blk.{n}.post_ffw_norm"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 # keys behind the architecture's name -> our field; there in every file that llama.cpp loads
@@ -93,12 +68,11 @@ _NEUTRAL = {
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 0.0,
 }
-_LARGEST = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B, whose scores llama.cpp divides by sqrt(n_embd / n_head)
 
 
 def arch_of(config: ModelConfig) -> str:
     """The architecture that llama.cpp runs this family with."""
-    return _OF_FAMILY[config.family]
+    return families.family_of(config).gguf.arch
 
 
 def name_of(config: ModelConfig, name: str) -> str:
@@ -106,7 +80,7 @@ def name_of(config: ModelConfig, name: str) -> str:
     module, _, leaf = name.rpartition(".")
     block = re.match(r"h\.(\d+)\.", module)
     pattern = module.replace(block[0], "h.{n}.", 1) if block else module
-    modules = _MODULES | _POST if config.placement == "post" else _MODULES
+    modules = _MODULES | families.family_of(config).gguf.modules
     return f"{modules[pattern].replace('{n}', block[1] if block else '')}.{leaf}"
 
 
@@ -116,7 +90,7 @@ def heads_of(config: ModelConfig, name: str) -> tuple[int, ...] | None:
     (heads, 2, head_dim / 2): the halves of a head, which rope turns against each other, lie in pairs there.
     (1, heads, 3, head_dim): q, k, v of a head follow each other here, all q, all k, all v there. None: no difference.
     """
-    if ARCHS[arch_of(config)].permuted and ".attn." in name:
+    if families.family_of(config).gguf.permuted and ".attn." in name:
         for part, heads in (("q_proj", config.n_head), ("k_proj", config.n_kv_head)):
             if f".{part}." in name:
                 return (heads, 2, config.head_dim // 2)
@@ -143,7 +117,7 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
 
 def metadata(config: ModelConfig) -> dict[str, Value]:
     """The architecture's own keys."""
-    arch = arch_of(config)
+    row = families.family_of(config)
     made = {key: Value("u32", getattr(config, ours)) for key, ours in _SIZES.items()}
     made["vocab_size"] = Value("u32", config.vocab_size)
     made["attention.head_count_kv"] = Value("u32", config.n_kv_head)
@@ -157,15 +131,15 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     if config.rope_scaling == "linear":
         made["rope.scaling.type"] = Value("str", "linear")
         made["rope.scaling.factor"] = Value("f32", config.rope_factor)
-    if arch == "gptneox":
+    if row.parallel_key:
         made["use_parallel_residual"] = Value("bool", config.placement == "parallel2")
     made |= {key: Value("f32", getattr(config, ours)) for key, ours in _SOFTCAPS.items() if getattr(config, ours)}
-    if arch == "phi3" or config.window:
+    if row.gguf.needs_window or config.window:
         made["attention.sliding_window"] = Value("u32", config.window)
-    if arch == "gemma2" or (config.window and ARCHS[arch].windows != "all"):
+    if row.gguf.window or (config.window and row.gguf.windows != "all"):
         pattern = [n in config.window_layers for n in range(config.n_layer)]
         made["attention.sliding_window_pattern"] = Value("bool[]", pattern)
-    return {f"{arch}.{key}": value for key, value in made.items()}
+    return {f"{row.gguf.arch}.{key}": value for key, value in made.items()}
 
 
 def _eps_key(rms: bool) -> str:
@@ -174,38 +148,39 @@ def _eps_key(rms: bool) -> str:
 
 def deviations(config: ModelConfig) -> list[str]:
     """What llama.cpp does otherwise with the file of this model, a line each to print."""
-    family, arch = config.family, arch_of(config)
+    row = families.family_of(config)
+    does, arch = row.gguf, row.gguf.arch
     found = []
-    does = ARCHS[arch].activation
-    if config.activation != does:
-        found.append(f"llama.cpp computes {does} in {arch}, this model has {config.activation}")
-    if config.window and config.window < config.block_size and ARCHS[arch].windows != "keys":
+    if config.activation != does.activation:
+        found.append(f"llama.cpp computes {does.activation} in {arch}, this model has {config.activation}")
+    if config.window and config.window < config.block_size and does.windows != "keys":
         found.append(f"llama.cpp sees everything in {arch}, this model has a window of {config.window} tokens")
-    if config.rope_scaling == "llama3" and arch != "llama":
+    if config.rope_scaling == "llama3" and not does.factors:
         found.append(f"llama.cpp ignores {ROPE_FACTORS} in {arch}, this model has llama3 rope scaling")
-    if config.attn_scale and config.attn_scale != _default_scale(arch, config.n_layer, config.n_embd, config.n_head):
+    if config.attn_scale and config.attn_scale != _default_scale(does, config.n_layer, config.n_embd, config.n_head):
         found.append(f"llama.cpp knows no other scale of attention scores in {arch}, this model has one")
-    if arch == "gemma2" and not (config.attn_softcap and config.final_softcap):
-        found.append("llama.cpp caps scores and logits in gemma2, this model does not")
-    if arch == "smollm3" and config.no_rope != tuple(range(3, config.n_layer, 4)):
-        found.append("llama.cpp leaves rope out in every 4th layer of smollm3, this model in others")
-    if arch in ("gemma", "gemma2") and not config.tied:
-        found.append(f"llama.cpp cannot load {arch} with an untied head")
-    if arch in ("gptneox", "olmo2") and config.tied:
-        found.append(f"llama.cpp cannot load {arch} with a tied head")
-    if arch not in ("llama", "gpt2", "gptneox", "phi2") and (
-        config.out_bias or config.mlp_bias or (config.qkv_bias and arch != "qwen2")
-    ):
-        found.append(f"llama.cpp may not load {arch} with these biases, which {family} seldom has")
-    whole = arch in ("gptneox", "gpt2", "phi2", "phi3", "olmo2") and config.head_dim * config.n_head != config.n_embd
-    if whole:
+    if does.capped and not (config.attn_softcap and config.final_softcap):
+        found.append(f"llama.cpp caps scores and logits in {arch}, this model does not")
+    every = row.no_rope_every
+    if every and config.no_rope != _no_rope(row, config.n_layer):
+        found.append(f"llama.cpp leaves rope out in every {every}th layer of {arch}, this model in others")
+    if does.head and does.head != ("tied" if config.tied else "untied"):
+        found.append(f"llama.cpp cannot load {arch} with {'an untied' if does.head == 'tied' else 'a tied'} head")
+    if any(getattr(config, name) for name in ("qkv_bias", "out_bias", "mlp_bias") if name not in does.biases):
+        found.append(f"llama.cpp may not load {arch} with these biases, which {config.family} seldom has")
+    if does.whole_heads and config.head_dim * config.n_head != config.n_embd:
         found.append(f"llama.cpp cannot load {arch} with head_dim = {config.head_dim}, only n_embd / n_head")
     return found
 
 
-def _default_scale(arch: str, n_layer: int, n_embd: int, n_head: int) -> float:
+def _default_scale(does: Gguf, n_layer: int, n_embd: int, n_head: int) -> float:
     """attn_scale as llama.cpp takes it; 0 is 1 / sqrt(head_dim)."""
-    return (n_embd // n_head) ** -0.5 if _LARGEST.get(arch) == n_layer else 0.0
+    return (n_embd // n_head) ** -0.5 if does.largest == n_layer else 0.0
+
+
+def _no_rope(row: Family, n_layer: int) -> tuple[int, ...]:
+    """The blocks that llama.cpp leaves rope out of."""
+    return tuple(range(row.no_rope_every - 1, n_layer, row.no_rope_every)) if row.no_rope_every else ()
 
 
 class Keys:
@@ -243,7 +218,7 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
     arch = values.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHS:
         raise UserError(f"{where}: general.architecture = {_shown(arch)}: expected one of {', '.join(ARCHS)}")
-    keys, choice, notes = Keys(where, values, arch), ARCHS[arch], []
+    keys, row, notes = Keys(where, values, arch), families.FAMILIES[ARCHS[arch][0]], []
     for key, neutral in _NEUTRAL.items():
         found = values.get(f"{arch}.{key}", neutral)
         if isinstance(found, np.ndarray) or found != neutral:
@@ -256,21 +231,20 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor token_embd.weight is missing")
     sizes["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    made: dict[str, Any] = {**families.FAMILIES[choice.family].fixed, **sizes}
+    made: dict[str, Any] = {**row.fixed, **sizes}
     made["n_kv_head"] = keys.get("attention.head_count_kv", int, sizes["n_head"])
     made["tied"] = "output.weight" not in tensors
     made["norm_eps"] = keys.get(_eps_key(made["norm"] != "layer"), float)
-    made["activation"] = choice.activation
-    if arch == "gptneox":
-        made["activation"] = "gelu"
-        made["placement"] = "parallel2" if keys.get("use_parallel_residual", bool, True) else "pre"
+    made["activation"] = row.gguf.assumed or row.gguf.activation
+    if row.gguf.assumed:
         notes.append(f"{where}: GGUF does not say which GELU: taken as erf, as GPT-NeoX has it (llama.cpp: tanh)")
-    made |= _biases(tensors) | _rope(keys, choice, tensors, sizes) | _attention(keys, choice, sizes)
-    if arch == "smollm3":
-        made["no_rope"] = tuple(range(3, sizes["n_layer"], 4))
-    family = "mistral" if arch == "llama" and made["window"] else choice.family
+    if row.parallel_key:
+        made["placement"] = "parallel2" if keys.get("use_parallel_residual", bool, True) else "pre"
+    made |= _biases(tensors) | _rope(keys, row, sizes) | _attention(keys, row, sizes)
+    if row.no_rope_every:
+        made["no_rope"] = _no_rope(row, sizes["n_layer"])
     try:
-        config = ModelConfig(family=family, **made)
+        config = ModelConfig(family=_fitting(arch, made), **made)
         families.check(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -279,6 +253,14 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         found = list(factors.shape)
         raise UserError(f"{where}: {ROPE_FACTORS} has shape {found}, expected [{config.rotary_dim // 2}]")
     return config, notes
+
+
+def _fitting(arch: str, made: Mapping[str, Any]) -> str:
+    """The first family of the architecture that fixes nothing else than what was read; else the first."""
+    for name in ARCHS[arch]:
+        if all(made.get(field, value) == value for field, value in families.FAMILIES[name].fixed.items()):
+            return name
+    return ARCHS[arch][0]
 
 
 def _biases(tensors: Mapping[str, Stored]) -> dict[str, bool]:
@@ -292,7 +274,7 @@ def _biases(tensors: Mapping[str, Stored]) -> dict[str, bool]:
     }
 
 
-def _rope(keys: Keys, choice: Arch, tensors: Mapping[str, Stored], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _rope(keys: Keys, row: Family, sizes: Mapping[str, int]) -> dict[str, Any]:
     head_dim = keys.get("attention.key_length", int, 0)
     turned = keys.get("rope.dimension_count", int, 0)
     if not head_dim:  # llama.cpp takes it so, whatever rope turns
@@ -300,14 +282,14 @@ def _rope(keys: Keys, choice: Arch, tensors: Mapping[str, Stored], sizes: Mappin
     if keys.get("attention.value_length", int, head_dim) != head_dim:
         raise UserError(f"{keys.where}: {keys.arch}.attention.value_length differs from the key's: not supported")
     made: dict[str, Any] = {"head_dim": head_dim}
-    if choice.family == "gpt2":
+    if row.rope is None:
         return made
-    if not choice.part and turned not in (0, head_dim):
+    if row.rope.part is None and turned not in (0, head_dim):
         raise UserError(f"{keys.where}: {keys.arch}.rope.dimension_count = {turned}: expected {head_dim}, a whole head")
     made["rotary_dim"] = turned or head_dim
     made["rope_theta"] = keys.get("rope.freq_base", float, 10000.0)
-    if choice.family == "gemma3_text":
-        made["rope_local_theta"] = keys.get("rope.freq_base_swa", float, 10000.0)
+    if row.rope.local:
+        made["rope_local_theta"] = keys.get("rope.freq_base_swa", float, row.rope.local)
     kind = keys.get("rope.scaling.type", str, "none")
     factor = keys.get("rope.scaling.factor", float, keys.get("rope.scale_linear", float, 1.0))
     if kind not in ("none", "linear"):
@@ -317,25 +299,23 @@ def _rope(keys: Keys, choice: Arch, tensors: Mapping[str, Stored], sizes: Mappin
     return made
 
 
-def _attention(keys: Keys, choice: Arch, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _attention(keys: Keys, row: Family, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Soft caps, the scale of scores, and windows."""
     n_layer, arch = sizes["n_layer"], keys.arch
     made: dict[str, Any] = {"window": 0, "window_layers": ()}
-    if arch in ("gemma2", "gemma3"):
-        made["final_softcap"] = keys.get("final_logit_softcapping", float, 30.0 if arch == "gemma2" else 0.0)
-        made["attn_scale"] = _default_scale(arch, n_layer, sizes["n_embd"], sizes["n_head"])
-    if arch == "gemma2":
-        made["attn_softcap"] = keys.get("attn_logit_softcapping", float, 50.0)
-    window = keys.get("attention.sliding_window", int, 4096 if arch == "gemma2" else 0)
+    made |= {ours: keys.get(key, float, row.absent[ours]) for key, ours in _SOFTCAPS.items() if ours not in row.fixed}
+    if row.scale_key:
+        made["attn_scale"] = _default_scale(row.gguf, n_layer, sizes["n_embd"], sizes["n_head"])
+    window = keys.get("attention.sliding_window", int, row.gguf.window)
     if not window:
         return made
-    if arch in ("gpt2", "gptneox", "gemma", "olmo2", "phi2"):
+    if row.windows is None and row.gguf.windows == "none":
         raise UserError(f"{keys.where}: {arch}.attention.sliding_window = {window} is not supported: expected 0")
-    pattern = keys.values.get(f"{arch}.attention.sliding_window_pattern", choice.pattern)
+    pattern = keys.values.get(f"{arch}.attention.sliding_window_pattern", row.windows.every if row.windows else 0)
     if isinstance(pattern, int) and type(pattern) is not bool:
-        if choice.windows == "none":  # llama.cpp has no windows here, whatever the key says
+        if row.gguf.windows == "none":  # llama.cpp has no windows here, whatever the key says
             return made
-        pattern = [choice.windows == "all" or not pattern or (n + 1) % pattern != 0 for n in range(n_layer)]
+        pattern = [row.gguf.windows == "all" or not pattern or (n + 1) % pattern != 0 for n in range(n_layer)]
     flags = pattern.tolist() if isinstance(pattern, np.ndarray) else pattern
     if not isinstance(flags, list) or len(flags) != n_layer or any(flag not in (0, 1) for flag in flags):
         expected = f"a number or {n_layer} booleans"

@@ -11,6 +11,7 @@ def names(config: ModelConfig) -> dict[str, str]:
 
 def of(family: str, foreign: str) -> str:
     """The module tensor's name, from the one in the family's files."""
-    if family == "gpt_neox":
-        foreign = foreign.replace("gpt_neox.layers.", "model.h.").replace("gpt_neox.", "model.")
-    return foreign if family not in ("gpt2", "gpt_neox") or foreign.startswith("model.") else f"model.{foreign}"
+    for start, other in families.FAMILIES[family].mlx_lm.names:
+        if foreign.startswith(start) and not foreign.startswith(other):
+            return other + foreign.removeprefix(start)
+    return foreign

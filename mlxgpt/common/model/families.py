@@ -1,6 +1,6 @@
 """Our names and choices <-> each architecture's names in a Hugging Face folder, from one table; the reverse is derived.
 
-``family_table.py`` says which class transformers reads a family with, how modules and config fields are called there,
+The rows of ``family/`` say which class transformers reads a family with, what it calls modules and config fields,
 which of our choices it fixes, and what a config.json must not ask for. ``params.py`` says which tensors a model has;
 this file only renames them. What is not in the table is refused by name, never approximated.
 """
@@ -13,8 +13,9 @@ from typing import Any
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
+from mlxgpt.common.model.family.row import BIASES, Family
+from mlxgpt.common.model.family.table import FAMILIES
 from mlxgpt.common.model.family_config import read_layers, read_rope, typed, write_layers, write_rope
-from mlxgpt.common.model.family_table import BIASES, FAMILIES, Family
 from mlxgpt.common.model.mlx_lm_differences import mlx_lm_deviations
 
 __all__ = [

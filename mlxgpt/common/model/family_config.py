@@ -11,7 +11,7 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model.family_table import Family, Rope, Windows
+from mlxgpt.common.model.family.row import Family, Rope, Windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # key of a rope table -> our field, by rope type
@@ -133,7 +133,7 @@ def read_layers(where: str, family: Family, values: Mapping[str, Any], n_layer: 
     """no_rope, window and window_layers."""
     made: dict[str, Any] = {}
     if "no_rope" not in family.fixed:
-        made["no_rope"] = _no_rope(where, values, n_layer)
+        made["no_rope"] = _no_rope(where, values, n_layer, family.no_rope_every)
     types = values.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layer:
@@ -164,10 +164,10 @@ def read_layers(where: str, family: Family, values: Mapping[str, Any], n_layer: 
     return made | {"window": window if layers else 0, "window_layers": layers}
 
 
-def _no_rope(where: str, values: Mapping[str, Any], n_layer: int) -> tuple[int, ...]:
+def _no_rope(where: str, values: Mapping[str, Any], n_layer: int, absent: int) -> tuple[int, ...]:
     turns = values.get("no_rope_layers")
     if turns is None:
-        every = values.get("no_rope_layer_interval", 4)
+        every = values.get("no_rope_layer_interval", absent)
         if type(every) is not int or every < 1:
             raise UserError(f"{where}: no_rope_layer_interval = {every!r}: expected a positive number")
         return tuple(range(every - 1, n_layer, every))
