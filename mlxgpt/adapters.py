@@ -16,18 +16,19 @@ from mlxgpt import noise
 from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model.adapters import Target
-from mlxgpt.model import Dropout, Embedding, Linear, Model, gather
+from mlxgpt.layers import Array, Dropout, Embedding, Linear, gather
+from mlxgpt.model import Model
 
 
 @dataclass(frozen=True)
-class Update:
+class LowRankUpdate:
     """How a module computes with the tensors of its update, which are its attributes."""
 
     scale: float
     site: int  # of Dropout.adapter_keys, its own
-    squares: mx.array | None  # dora: the squared norms of the rows of W, which is frozen
+    squares: Array | None  # dora: the squared norms of the rows of W, which is frozen
 
-    def linear(self, module: Linear, x: mx.array, drop: Dropout | None) -> mx.array:
+    def linear(self, module: Linear, x: Array, drop: Dropout | None) -> Array:
         """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
         given, bias = self.dropped(x, drop), module.bias if "bias" in module else None
         z = low_rank(given, module.lora_a, module.lora_b, self.scale)
@@ -40,11 +41,11 @@ class Update:
         y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
         return y if bias is None else y + bias.astype(x.dtype)
 
-    def rows(self, module: Embedding, index: mx.array) -> mx.array:
+    def rows(self, module: Embedding, index: Array) -> Array:
         """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
         y = module.rows(index)
 
-        def changed(a: mx.array, b: mx.array) -> mx.array:
+        def changed(a: Array, b: Array) -> Array:
             rows: Any = gather(a.T, index) if module._deterministic else a.T[index]
             return (rows @ b.T) * self.scale
 
@@ -56,7 +57,7 @@ class Update:
         norm = mx.stop_gradient(mx.sqrt(mx.square(y.astype(mx.float32)).sum(axis=-1)))
         return (module.magnitude[index] / norm)[..., None].astype(y.dtype) * y
 
-    def head(self, module: Embedding, x: mx.array) -> mx.array:
+    def head(self, module: Embedding, x: Array) -> Array:
         """x (W + scale A^T B^T)^T; dora: its rows at their magnitude."""
         turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
         y = module.times(x) + low_rank(x, turned[0], turned[1], self.scale)
@@ -64,7 +65,7 @@ class Update:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).astype(x.dtype)
 
-    def low(self, module: Any, x: mx.array, drop: Dropout | None) -> tuple[mx.array, mx.array]:
+    def low(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
         """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
         if isinstance(module, Embedding):
             turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
@@ -78,7 +79,7 @@ class Update:
             )
         return u * self.scale, b
 
-    def dropped(self, x: mx.array, drop: Dropout | None) -> mx.array:
+    def dropped(self, x: Array, drop: Dropout | None) -> Array:
         """What the update reads of x."""
         if not (drop and drop.adapter_rate):
             return x
@@ -87,11 +88,11 @@ class Update:
     def gain(
         self,
         module: Linear | Embedding,
-        a: mx.array,
-        b: mx.array,
-        start_a: mx.array | None = None,
-        start_b: mx.array | None = None,
-    ) -> mx.array:
+        a: Array,
+        b: Array,
+        start_a: Array | None = None,
+        start_b: Array | None = None,
+    ) -> Array:
         """magnitude / norms of the rows of the changed matrix; no gradient flows through the norms.
 
         |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T, so that nothing of the matrix's size is made.
@@ -105,7 +106,7 @@ class Update:
         return module.magnitude / mx.sqrt(self.squares + 2 * self.scale * cross + self.scale**2 * own)
 
 
-def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+def low_rank(x: Array, a: Array, b: Array, scale: float) -> Array:
     """scale B A x, in x's dtype; x (..., n_in) to (..., n_out).
 
     Where a gradient goes on through x, it waits for those of A and B: MLX would put them off to the end of the backward
@@ -113,14 +114,14 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     """
 
     @mx.custom_function
-    def run(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    def run(x: Array, a: Array, b: Array) -> tuple[Array, Array]:
         h = (x @ a.T) * scale
         return h @ b.T, h
 
     @run.vjp
     def run_vjp(
-        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
+        primals: tuple[Array, Array, Array], cotangents: tuple[Array, ...], outputs: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
         (x, a, b), c, h = primals, cotangents[0], outputs[1]
         back = (c @ b) * scale
         grad_a = back.reshape(-1, a.shape[0]).T @ x.reshape(-1, x.shape[-1])
@@ -131,7 +132,7 @@ def low_rank(x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     return made[0]
 
 
-def start(module: Any) -> tuple[mx.array, ...]:
+def start(module: Any) -> tuple[Array, ...]:
     """What the update of a module started from, (A0, B0), where that is taken off."""
     return (module.start_a, module.start_b) if "start_a" in module else ()
 
@@ -146,7 +147,7 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
         if f"{path}.magnitude" in params:
             squares = mx.square(module.matrix().astype(mx.float32)).sum(axis=-1)
             mx.eval(squares)
-        module.adapter = Update(target.scale, site, squares)
+        module.adapter = LowRankUpdate(target.scale, site, squares)
 
 
 def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:

@@ -22,7 +22,8 @@ from mlxgpt.common.model import adapters as adaption
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantised
-from mlxgpt.model import Dropout, Model
+from mlxgpt.layers import Array, Dropout
+from mlxgpt.model import Model
 from mlxgpt.noise import SITES
 
 
@@ -82,10 +83,10 @@ class Engine:
         self.model.update(tree_unflatten([(name, mx.array(params[name])) for name in self.table]))
         self._settle()
 
-    def _weights(self) -> dict[str, mx.array]:
+    def _weights(self) -> dict[str, Array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
-    def _settle(self, *more: mx.array) -> None:
+    def _settle(self, *more: Array) -> None:
         """Computes what is pending: MLX is lazy."""
         mx.eval(self.model.parameters(), self.m, self.v, *more)
 
@@ -94,7 +95,7 @@ class Engine:
         extra = (None if field is None else mx.array(field) for field in (batch.positions, batch.segments))
         return losses.Arrays(tokens, targets, weights, *extra)
 
-    def _keys(self, step: int) -> mx.array:
+    def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
         recipe, layers = self.recipe, range(self.recipe.model.n_layer)
         sites: list[tuple[object, ...]] = [("dropout", step, "embedding")]
@@ -104,7 +105,7 @@ class Engine:
         keys = [rng.key32(recipe.train.seed, *site) if rates[str(site[0])] else 0 for site in sites]
         return mx.array(np.array(keys, dtype=np.uint32))
 
-    def _drop(self, keys: mx.array, first_row: mx.array) -> Dropout | None:
+    def _drop(self, keys: Array, first_row: Array) -> Dropout | None:
         """What is random in a step."""
         rate = self.recipe.train.dropout
         if not (rate or self.neftune or self.adapter_dropout):
@@ -113,20 +114,20 @@ class Engine:
         adapter = (self.adapter_dropout, keys[sites + 1 :])
         return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
-    def _objective(self, batch: losses.Arrays, keys: mx.array, first_row: mx.array) -> tuple[mx.array, mx.array]:
+    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
         terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms
 
     def _gradients(
-        self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, total: dict[str, mx.array] | None = None
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+        self, batch: losses.Arrays, keys: Array, first_row: Array, total: dict[str, Array] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         """Row losses of a micro-batch, and its gradients added to ``total``."""
         (_, terms), grads = self._loss_and_grad(batch, keys, first_row)
         flat = dict(tree_flatten(grads))
         return terms, flat if total is None else {name: g + total[name] for name, g in flat.items()}
 
-    def _update(self, terms: mx.array, grads: dict[str, mx.array], scalars: mx.array) -> tuple[mx.array, mx.array]:
+    def _update(self, terms: Array, grads: dict[str, Array], scalars: Array) -> tuple[Array, Array]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm.
 
         ``scalars`` holds 1 / weight, then what optim.scalars lists.
@@ -151,13 +152,11 @@ class Engine:
         self.model.update(tree_unflatten(list(new.items())))
         return norm, squares
 
-    def _step(
-        self, batch: losses.Arrays, keys: mx.array, first_row: mx.array, scalars: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def _step(self, batch: losses.Arrays, keys: Array, first_row: Array, scalars: Array) -> tuple[Array, Array, Array]:
         terms, grads = self._gradients(batch, keys, first_row)
         return terms, *self._update(terms, grads, scalars)
 
-    def _evaluate(self, batch: losses.Arrays) -> list[mx.array]:
+    def _evaluate(self, batch: losses.Arrays) -> list[Array]:
         """The plain loss's terms, and of a classifier its answers (B, T)."""
         if not self.recipe.model.labels:
             return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
@@ -198,7 +197,7 @@ class Engine:
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
 
-        def copy(group: dict[str, mx.array]) -> dict[str, np.ndarray]:
+        def copy(group: dict[str, Array]) -> dict[str, np.ndarray]:
             return {name: np.array(group[name]) for name in self.table if name in group}
 
         return State(params=copy(self._weights()), m=copy(self.m), v=copy(self.v), t=self.t)

@@ -11,16 +11,18 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 
+from mlxgpt.layers import Array
+
 TILE = 64  # queries whose weights exist at a time; 128 costs an eighth more CPU time, at a width of 512
 MANY = 1 << 14  # elements below which the kernels' overhead is all that counts
 
 
-def helps(x: mx.array) -> bool:
+def helps(x: Array) -> bool:
     """Whether this file is faster than the backend's own functions on x."""
     return x.size >= MANY and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
 
 
-def exp(x: mx.array) -> mx.array:
+def exp(x: Array) -> Array:
     """e^x for x up to 88, within 1.2e-7 of it; below -87 it is e^-87. MLX's own is 8 times slower on the CPU."""
     if mx.default_device() == mx.Device(mx.gpu):
         return mx.exp(x)
@@ -34,42 +36,42 @@ def exp(x: mx.array) -> mx.array:
     return mx.view(mx.view(p, mx.int32) + mx.left_shift(mx.view(t, mx.int32), 23), mx.float32)
 
 
-def logistic(x: mx.array) -> mx.array:
+def logistic(x: Array) -> Array:
     """1 / (1 + e^-x)."""
     return 1 / (1 + exp(mx.minimum(-x, 87.0)))
 
 
 @mx.custom_function
-def sigmoid(x: mx.array) -> mx.array:
+def sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x)."""
     return logistic(x)
 
 
 @sigmoid.vjp
-def _sigmoid_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+def _sigmoid_vjp(x: Array, cotangent: Array, _: Array) -> Array:
     s = logistic(x)
     return cotangent * s * (1 - s)
 
 
 @mx.custom_function
-def silu_times(x: mx.array, y: mx.array) -> mx.array:
+def silu_times(x: Array, y: Array) -> Array:
     """x / (1 + e^-x) y."""
     return x * logistic(x) * y
 
 
 @silu_times.vjp
-def _silu_times_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+def _silu_times_vjp(primals: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
     x, y = primals
     s = logistic(x)
     return cotangent * y * (s * (1 + x * (1 - s))), cotangent * (x * s)
 
 
-def exp_or_zero(x: mx.array) -> mx.array:
+def exp_or_zero(x: Array) -> Array:
     """e^x, and 0 below e^-80: what is masked is nothing."""
     return mx.where(x < -80.0, 0.0, exp(x))
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: float) -> mx.array:
+def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     """softmax(scale q k^T) v, which keeps no weights for the gradient (Dao et al. 2022); shapes as attend has them.
 
     One tile of queries of one row after the other, so that no more than its weights exist at a time, and none of keys
@@ -80,14 +82,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: floa
     q, k, v = q.reshape(B, K, H // K, T, D), k[:, :, None], v[:, :, None]
     tiles = [(n, start, min(start + TILE, T)) for n in range(B) for start in range(0, T, TILE)]
 
-    def scores(q: mx.array, k: mx.array, mask: mx.array, n: int, stop: int) -> mx.array:
+    def scores(q: Array, k: Array, mask: Array, n: int, stop: int) -> Array:
         """Of a tile of queries, scaled, and the keys that it may look at, (K, H / K, t, s)."""
         t, s = q.shape[-2], k.shape[-2]
         seen = mask if mask.ndim == 2 else mask[n, 0]
         return mx.where(seen[stop - t : stop, :s], q @ k.swapaxes(-1, -2), -1e30)
 
     @mx.custom_function
-    def run(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    def run(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
         made, sizes, done = [], [], []
         for n, start, stop in tiles:
             s = S - T + stop
@@ -101,8 +103,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: floa
 
     @run.vjp
     def run_vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
-    ) -> tuple[mx.array, ...]:
+        primals: tuple[Array, ...], cotangents: tuple[Array, Array], outputs: tuple[Array, Array]
+    ) -> tuple[Array, ...]:
         (q, k, v, mask), c, (y, lse) = primals, cotangents[0], outputs
         delta, done, by_q = (c * y).sum(axis=-1, keepdims=True), [], []
         by_k, by_v = ([mx.zeros((K, 1, S, D))] * B for _ in range(2))
@@ -125,17 +127,17 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, scale: floa
     return made[0].reshape(B, H, T, D)
 
 
-def rows(x: mx.array) -> mx.array:
+def rows(x: Array) -> Array:
     """(K, G, t, n) as (K, 1, G t, n)."""
     return x.reshape(x.shape[0], 1, -1, x.shape[-1])
 
 
-def joined(tiles: list[mx.array], batch: int) -> mx.array:
+def joined(tiles: list[Array], batch: int) -> Array:
     """Tiles (K, G, t, n), those of one row of the batch after those of another, as (B, K, G, T, n)."""
     each = len(tiles) // batch
     return mx.stack([mx.concatenate(tiles[at : at + each], axis=-2) for at in range(0, len(tiles), each)])
 
 
-def after(done: list[mx.array], x: mx.array) -> mx.array:
+def after(done: list[Array], x: Array) -> Array:
     """x, but not before ``done``."""
     return mx.depends([x], done)[0] if done else x

@@ -18,6 +18,7 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
 from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.layers import Array
 from mlxgpt.losses import cross_entropy
 from mlxgpt.model import Cache, Model, make_cache
 
@@ -40,7 +41,7 @@ def prepare(model: Model) -> None:
                 model.load_weights([(name, columns.T)], strict=False)
 
 
-def gumbel(keys: mx.array, size: int) -> mx.array:
+def gumbel(keys: Array, size: int) -> Array:
     """Gumbel noise (B, V) float32 under the keys (B,) uint32."""
     elements = mx.arange(size, dtype=mx.uint32)
     bits = noise.mix(elements[None, :] ^ noise.mix(keys)[:, None]) >> 1
@@ -48,17 +49,17 @@ def gumbel(keys: mx.array, size: int) -> mx.array:
     return -mx.log(-mx.log1p(-v))
 
 
-def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+def penalize(logits: Array, seen: Array, penalty: float) -> Array:
     """Repetition penalty where ``seen`` (B, V) bool."""
     return mx.where(seen, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def drop(logits: mx.array, lowest: mx.array) -> mx.array:
+def drop(logits: Array, lowest: Array) -> Array:
     """``logits`` (B, V) with -inf below ``lowest`` (B, 1)."""
     return mx.where(logits < lowest, -math.inf, logits)
 
 
-def keep(logits: mx.array, sample: SampleConfig) -> mx.array:
+def keep(logits: Array, sample: SampleConfig) -> Array:
     """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
     if 0 < sample.top_k < logits.shape[-1]:
         lowest = mx.topk(logits, sample.top_k, axis=-1).min(axis=-1, keepdims=True)
@@ -76,7 +77,7 @@ def keep(logits: mx.array, sample: SampleConfig) -> mx.array:
     return logits
 
 
-def sample_tokens(logits: mx.array, seen: mx.array | None, keys: mx.array, sample: SampleConfig) -> mx.array:
+def sample_tokens(logits: Array, seen: Array | None, keys: Array, sample: SampleConfig) -> Array:
     """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
     finite = mx.isfinite(logits).all(axis=-1)
     if seen is not None:
@@ -104,14 +105,14 @@ def decode(
     if sample.repetition_penalty != 1:
         seen = mx.array(generation.seen(rows, n_vocab))
 
-    def forward(tokens: mx.array) -> mx.array:
+    def forward(tokens: Array) -> Array:
         positions = None
         if pad is not None:
             positions = mx.arange(cache[0].offset, cache[0].offset + tokens.shape[1])
             positions = mx.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
         return model(tokens, positions, pad=pad, cache=cache, last_only=True)[:, -1, :n_vocab]
 
-    def draw(logits: mx.array, step: int) -> mx.array:
+    def draw(logits: Array, step: int) -> Array:
         nonlocal seen
         keys = mx.array(sampling.step_keys(sample.seed, [row.copy for row in rows], step))
         drawn = sample_tokens(logits, seen, keys, sample)

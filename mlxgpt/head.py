@@ -21,6 +21,7 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 
 from mlxgpt import fast, quant
+from mlxgpt.layers import Array
 
 
 class Options(NamedTuple):
@@ -44,15 +45,15 @@ class Options(NamedTuple):
 class Sweep(NamedTuple):
     """What one pass over the vocabulary leaves."""
 
-    losses: mx.array  # (N,)
-    gradient: mx.array  # (N, C) d loss / d h; without needs: zeros
-    lse: mx.array  # (N, 1)
-    slope: mx.array  # (N, 1) k_y
-    kept: list[mx.array]  # a chunk each: (N, n) exp(z - top) k
-    tops: list[mx.array]  # a chunk each: (N, 1)
+    losses: Array  # (N,)
+    gradient: Array  # (N, C) d loss / d h; without needs: zeros
+    lse: Array  # (N, 1)
+    slope: Array  # (N, 1) k_y
+    kept: list[Array]  # a chunk each: (N, n) exp(z - top) k
+    tops: list[Array]  # a chunk each: (N, 1)
 
 
-def logits(hidden: mx.array, weight: mx.array, bias: mx.array | None = None, soft_cap: float = 0.0) -> mx.array:
+def logits(hidden: Array, weight: Array, bias: Array | None = None, soft_cap: float = 0.0) -> Array:
     """z (..., V) in float32 of hidden states (..., C), weight (V, C) and bias (V,)."""
     z = (hidden @ weight.astype(hidden.dtype).T).astype(mx.float32)
     if bias is not None:
@@ -60,7 +61,7 @@ def logits(hidden: mx.array, weight: mx.array, bias: mx.array | None = None, sof
     return soft_cap * mx.tanh(z / soft_cap) if soft_cap else z
 
 
-def rows(weight: list[mx.array], at: "slice | mx.array", o: Options) -> mx.array:
+def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
     """Rows of a head whose columns lie in several arrays; where it is quantised, the first three are one of them."""
     parts = [each[at] for each in weight]
     if o.bits:
@@ -68,17 +69,17 @@ def rows(weight: list[mx.array], at: "slice | mx.array", o: Options) -> mx.array
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
-def curve(z: mx.array, o: Options) -> mx.array:
+def curve(z: Array, o: Options) -> Array:
     """k of capped logits."""
     return 1 - mx.square(z / o.soft_cap)
 
 
-def after(done: list[mx.array], *arrays: mx.array) -> list[mx.array]:
+def after(done: list[Array], *arrays: Array) -> list[Array]:
     """The arrays, but not before ``done``: chunk follows chunk, and buffers are used again."""
     return mx.depends(list(arrays), done)
 
 
-def sweep(hidden: mx.array, weight: list[mx.array], targets: mx.array, bias: mx.array | None, o: Options) -> Sweep:
+def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None, o: Options) -> Sweep:
     """The pass: hidden (N, C), weight (V, C) as ``rows`` takes it, targets (N,), bias (V,) or None."""
     (N, C), V = hidden.shape, weight[0].shape[0]
     h, y = hidden, targets[:, None]
@@ -133,14 +134,14 @@ def keeps(o: Options) -> bool:
 
 
 def weight_gradient(
-    hidden: mx.array,
-    weight: list[mx.array],
-    targets: mx.array,
-    bias: mx.array | None,
-    cotangents: mx.array,
+    hidden: Array,
+    weight: list[Array],
+    targets: Array,
+    bias: Array | None,
+    cotangents: Array,
     done: Sweep,
     o: Options,
-) -> tuple[mx.array, mx.array | None]:
+) -> tuple[Array, Array | None]:
     """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
     V = weight[0].shape[0]
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
@@ -173,13 +174,13 @@ def weight_gradient(
 
 
 def token_losses(
-    hidden: mx.array,
-    weight: "mx.array | Sequence[mx.array]",
-    targets: mx.array,
+    hidden: Array,
+    weight: "Array | Sequence[Array]",
+    targets: Array,
     o: Options,
-    bias: mx.array | None = None,
-    low: tuple[mx.array, mx.array] | None = None,
-) -> mx.array:
+    bias: Array | None = None,
+    low: tuple[Array, Array] | None = None,
+) -> Array:
     """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
 
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
@@ -189,7 +190,7 @@ def token_losses(
         low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
     assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")
-    shape, blocks = targets.shape, [weight] if isinstance(weight, mx.array) else list(weight)
+    shape, blocks = targets.shape, [weight] if isinstance(weight, Array) else list(weight)
     if low is not None:
         hidden, blocks = mx.concatenate([hidden, low[0]], axis=-1), [*blocks, low[1]]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -198,7 +199,7 @@ def token_losses(
     own = len(blocks)
 
     @mx.custom_function
-    def run(h: mx.array, y: mx.array, *more: mx.array) -> tuple:
+    def run(h: Array, y: Array, *more: Array) -> tuple:
         return tuple(sweep(h, list(more[:own]), y, more[own] if more[own:] else None, o))
 
     @run.vjp

@@ -9,20 +9,21 @@ import mlx.core as mx
 
 from mlxgpt import head
 from mlxgpt.common.config import TrainConfig
-from mlxgpt.model import Dropout, Model
+from mlxgpt.layers import Array, Dropout
+from mlxgpt.model import Model
 
 
 class Arrays(NamedTuple):
     """A batch on the device; see common/batch.py."""
 
-    tokens: mx.array  # (B, T) int32
-    targets: mx.array  # (B, T) int32
-    weights: mx.array  # (B, T) float32
-    positions: mx.array | None
-    segments: mx.array | None
+    tokens: Array  # (B, T) int32
+    targets: Array  # (B, T) int32
+    weights: Array  # (B, T) float32
+    positions: Array | None
+    segments: Array | None
 
 
-def cross_entropy(logits: mx.array, targets: mx.array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> mx.array:
+def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
     """Loss (...) of float32 logits (..., V) against targets (...).
 
     (1 - s) nll + s mean over V of -log p (Szegedy et al. 2016), plus z logsumexp^2 (Chowdhery et al. 2022, PaLM).
@@ -37,7 +38,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, label_smoothing: float = 
     return loss
 
 
-def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False) -> mx.array:
+def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False) -> Array:
     """Next-token losses (B, T); ``plain`` leaves out what only training adds, gradients included."""
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
@@ -63,12 +64,12 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
 
 
-def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
     """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
     return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
 
 
-def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> mx.array:
+def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
     """A classifier's logits (B, T, n), from what each token has seen."""
     recompute = config.checkpoint_activations
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)

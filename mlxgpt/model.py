@@ -4,7 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -17,115 +17,7 @@ from mlxgpt import fast, noise
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
-
-if TYPE_CHECKING:
-    from mlxgpt.adapters import Update
-
-
-class Dropout(NamedTuple):
-    """What the dropout and the noise of one forward pass are a function of; a rate of 0 is off."""
-
-    rate: float
-    keys: mx.array  # (1 + 3 n_layer,) uint32, a key a site
-    first_row: mx.array  # () uint32, index of row 0 in the global batch
-    neftune: float  # alpha of the noise on embeddings
-    neftune_key: mx.array  # () uint32
-    adapter_rate: float
-    adapter_keys: mx.array  # (adapted matrices,) uint32
-
-
-class Matrix(nn.Module):
-    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
-
-    bits = group_size = 0
-    adapter: "Update | None" = None
-    lora_a: mx.array
-    lora_b: mx.array
-    magnitude: mx.array
-    start_a: mx.array
-    start_b: mx.array
-
-    def __init__(self, n_out: int, n_in: int):
-        super().__init__()
-        self.weight = mx.zeros((n_out, n_in))
-
-    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x W^T + bias, in x's dtype."""
-        weight = self.weight.astype(x.dtype)
-        return x @ weight.T if bias is None else mx.addmm(bias.astype(x.dtype), x, weight.T)
-
-    def stored(self) -> list[mx.array]:
-        """The weight, or a quantised one's words, scales and biases."""
-        return [self.weight]
-
-    def matrix(self) -> mx.array:
-        """W."""
-        return self.weight
-
-
-class Linear(Matrix):
-    """y = x W^T + b in x's dtype."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool):
-        super().__init__(n_out, n_in)
-        if bias:
-            self.bias = mx.zeros((n_out,))
-
-    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
-        if self.adapter is not None:
-            return self.adapter.linear(self, x, drop)
-        return self.times(x, self.bias if "bias" in self else None)
-
-
-@mx.custom_function
-def gather(weight: mx.array, index: mx.array) -> mx.array:
-    """weight[index], whose gradient is a matrix product: a GPU's scatter adds in whatever order its threads arrive."""
-    return weight[index]
-
-
-@gather.vjp
-def _gather_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    weight, index = primals
-    one_hot = (index.reshape(-1, 1) == mx.arange(weight.shape[0])).astype(cotangent.dtype)
-    return one_hot.T @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
-
-
-class Embedding(Matrix):
-    """Rows of W (n_rows, C)."""
-
-    def __init__(self, n_rows: int, n_embd: int, deterministic: bool):
-        super().__init__(n_rows, n_embd)
-        self._deterministic = deterministic
-
-    def __call__(self, index: mx.array) -> mx.array:
-        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
-
-    def rows(self, index: mx.array) -> mx.array:
-        """W[index]."""
-        return cast(mx.array, gather(self.weight, index)) if self._deterministic else self.weight[index]
-
-    def head(self, x: mx.array) -> mx.array:
-        """x W^T: what a tied head makes of x."""
-        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
-
-
-class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
-
-    def __init__(self, size: int, config: ModelConfig, bias: bool):
-        super().__init__()
-        self._kind, self._eps = config.norm, config.norm_eps
-        self.weight = mx.zeros((size,))
-        if bias:
-            self.bias = mx.zeros((size,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self._kind == "rms1":  # Gemma scales before it rounds
-            return mx.fast.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self._eps).astype(x.dtype)
-        weight = self.weight.astype(x.dtype)
-        if self._kind == "rms":
-            return mx.fast.rms_norm(x, weight, self._eps)
-        return mx.fast.layer_norm(x, weight, self.bias.astype(x.dtype) if "bias" in self else None, self._eps)
+from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm
 
 
 class Cache:
@@ -136,7 +28,7 @@ class Cache:
         self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
         self.offset = 0
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
         start, self.offset = self.offset, self.offset + k.shape[2]
         assert self.offset <= self.keys.shape[2]
@@ -150,7 +42,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None =
     return [Cache(batch, length, model.config, dtype or model.dtype) for _ in model.h]
 
 
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d/2)."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
@@ -160,17 +52,17 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def attend(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    mask: mx.array | str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | str | None,
     drop: Dropout | None,
     scale: float,
     softcap: float,
-) -> mx.array:
+) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if not (drop and drop.rate) and not softcap:
-        if isinstance(mask, mx.array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
+        if isinstance(mask, Array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
             return fast.attention(q, k, v, mask, scale)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     assert not isinstance(mask, str)
@@ -209,12 +101,12 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: mx.array,
-        mask: mx.array | str | None,
-        rope: tuple[mx.array, mx.array] | None,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None,
         cache: Cache | None,
         drop: Dropout | None,
-    ) -> mx.array:
+    ) -> Array:
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
@@ -238,11 +130,11 @@ class Attention(nn.Module):
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 
-def activate(x: mx.array, kind: str) -> mx.array:
+def activate(x: Array, kind: str) -> Array:
     """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
     if kind == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u), which MLX's CPU backend computes in half the time
         sigmoid = fast.sigmoid if fast.helps(x) else mx.sigmoid
-        return x * cast(mx.array, sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        return x * cast(Array, sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)))
     if kind == "gelu":
         return nn.gelu(x)
     assert kind == "silu"
@@ -263,7 +155,7 @@ class MLP(nn.Module):
             self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
 
-    def __call__(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
+    def __call__(self, x: Array, drop: Dropout | None = None) -> Array:
         if self._config.fused_mlp:
             gate, x = mx.split(self.c_gate_fc(x, drop), 2, axis=-1)
         elif self._config.gated:
@@ -271,7 +163,7 @@ class MLP(nn.Module):
         else:
             return self.c_proj(activate(self.c_fc(x, drop), self._config.activation), drop)
         if self._config.activation == "silu" and fast.helps(x):
-            return self.c_proj(cast(mx.array, fast.silu_times(gate, x)), drop)
+            return self.c_proj(cast(Array, fast.silu_times(gate, x)), drop)
         return self.c_proj(activate(gate, self._config.activation) * x, drop)
 
 
@@ -294,12 +186,12 @@ class Block(nn.Module):
 
     def __call__(
         self,
-        x: mx.array,
-        mask: mx.array | str | None,
-        rope: tuple[mx.array, mx.array] | None = None,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None = None,
         cache: Cache | None = None,
         drop: Dropout | None = None,
-    ) -> mx.array:
+    ) -> Array:
         """(B, T, C) -> (B, T, C). pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J; parallel2: GPT-NeoX."""
         place = self._placement
         y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
@@ -364,8 +256,8 @@ class Model(nn.Module):
         return found
 
     def mask(
-        self, T: int, S: int, segments: mx.array | None, pad: mx.array | None, window: int = 0, fused: bool = True
-    ) -> mx.array | str | None:
+        self, T: int, S: int, segments: Array | None, pad: Array | None, window: int = 0, fused: bool = True
+    ) -> Array | str | None:
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
@@ -386,21 +278,21 @@ class Model(nn.Module):
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
 
-    def rope(self, positions: mx.array, local: bool) -> tuple[mx.array, mx.array]:
+    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
         cos, sin = (table[positions].astype(self._dtype) for table in self._rope[local])
         return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
 
     def hidden(
         self,
-        tokens: mx.array,
-        positions: mx.array | None = None,
-        segments: mx.array | None = None,
-        pad: mx.array | None = None,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        pad: Array | None = None,
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
-    ) -> mx.array:
+    ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
         T = tokens.shape[1]
         start = cache[0].offset if cache else 0
@@ -435,7 +327,7 @@ class Model(nn.Module):
             x = run(x, masks[local], rope, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
-    def head(self, x: mx.array, drop: Dropout | None = None) -> mx.array:
+    def head(self, x: Array, drop: Dropout | None = None) -> Array:
         """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
         if self._config.tied:
@@ -447,13 +339,13 @@ class Model(nn.Module):
 
     def __call__(
         self,
-        tokens: mx.array,
-        positions: mx.array | None = None,
-        segments: mx.array | None = None,
-        pad: mx.array | None = None,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        pad: Array | None = None,
         cache: list[Cache] | None = None,
         last_only: bool = False,
-    ) -> mx.array:
+    ) -> Array:
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:

@@ -9,17 +9,19 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 
+from mlxgpt.layers import Array
+
 SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
 
 
-def mix(x: mx.array) -> mx.array:
+def mix(x: Array) -> Array:
     """lowbias32 on every element; uint32 in and out."""
     x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return x ^ (x >> 16)
 
 
-def bits(key: mx.array, first_row: mx.array, shape: tuple[int, ...]) -> mx.array:
+def bits(key: Array, first_row: Array, shape: tuple[int, ...]) -> Array:
     """24 random bits an element, uint32 of ``shape``; axis 0 counts rows from ``first_row``; uint32 scalars."""
     rows = mix(mx.arange(shape[0], dtype=mx.uint32) + first_row + key)
     size = 1
@@ -29,13 +31,13 @@ def bits(key: mx.array, first_row: mx.array, shape: tuple[int, ...]) -> mx.array
     return (mix(elements[None, :] ^ rows[:, None]) >> 8).reshape(shape)
 
 
-def dropout(x: mx.array, rate: float, key: mx.array, first_row: mx.array) -> mx.array:
+def dropout(x: Array, rate: float, key: Array, first_row: Array) -> Array:
     """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     keep = bits(key, first_row, x.shape) >= mx.array(int(rate * 2**24), mx.uint32)
     return mx.where(keep, x * (1 / (1 - rate)), mx.array(0, x.dtype))
 
 
-def neftune(x: mx.array, alpha: float, key: mx.array, first_row: mx.array, segments: mx.array | None) -> mx.array:
+def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Array | None) -> Array:
     """Embeddings x (B, T, C) plus alpha / sqrt(L C) times noise from [-1, 1) (Jain et al. 2023, NEFTune).
 
     L is the number of tokens of the segment that a token is in, T where a row is one segment.

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlxgpt.common.config import OptimConfig
 from mlxgpt.common.model.params import Param
+from mlxgpt.layers import Array
 
 
 def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:
@@ -36,8 +37,8 @@ def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
 
 
 def adamw(
-    p: mx.array, g: mx.array, m: mx.array, v: mx.array, s: mx.array, param: Param, config: OptimConfig
-) -> tuple[mx.array, mx.array, mx.array]:
+    p: Array, g: Array, m: Array, v: Array, s: Array, param: Param, config: OptimConfig
+) -> tuple[Array, Array, Array]:
     """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars()."""
     m = m + (1 - config.beta1) * (g - m)
     v = config.beta2 * v + (1 - config.beta2) * g * g
@@ -46,7 +47,7 @@ def adamw(
     return p - rate * m / (mx.sqrt(v) * s[1] + config.eps), m, v
 
 
-def orthogonalise(g: mx.array) -> mx.array:
+def orthogonalise(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
@@ -58,7 +59,7 @@ def orthogonalise(g: mx.array) -> mx.array:
     return x.T if tall else x
 
 
-def muon(p: mx.array, g: mx.array, m: mx.array, s: mx.array, config: OptimConfig) -> tuple[mx.array, mx.array]:
+def muon(p: Array, g: Array, m: Array, s: Array, config: OptimConfig) -> tuple[Array, Array]:
     """Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay; p, m."""
     m = m + (1 - config.muon_momentum) * (g - m)
     u = orthogonalise(g + config.muon_momentum * (m - g))

@@ -16,6 +16,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference import probe as probing
 from mlxgpt.common.inference.probe import KEPT, Request
 from mlxgpt.generate import generate
+from mlxgpt.layers import Array
 from mlxgpt.load import load
 from mlxgpt.losses import Arrays, lm
 from mlxgpt.model import Block, Model
@@ -29,7 +30,7 @@ class Watched(nn.Module):
         self.block = block
         self._given = self._gave = mx.zeros(())
 
-    def __call__(self, x: mx.array, *rest: object) -> mx.array:
+    def __call__(self, x: Array, *rest: object) -> Array:
         self._given = x
         self._gave = self.block(x, *rest)  # type: ignore[arg-type]
         return self._gave
@@ -42,7 +43,7 @@ def multiply(model: Model, scale: float, before: float) -> None:
     model.update(tree_unflatten([(name, weights[name] * factor) for name, factor in grown.items()]))
 
 
-def activations(model: Model, tokens: mx.array) -> Iterator[tuple[str, np.ndarray]]:
+def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
     blocks = list(model.h)
     watched = [Watched(block) for block in blocks]
@@ -56,7 +57,7 @@ def activations(model: Model, tokens: mx.array) -> Iterator[tuple[str, np.ndarra
     yield "hidden.ln_f", np.array(last[0, -KEPT:])
 
 
-def gradients(model: Model, tokens: mx.array, targets: mx.array) -> Iterator[tuple[str, np.ndarray]]:
+def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:
     """The mean loss's gradient of every parameter."""
     arrays = Arrays(tokens, targets, mx.ones(tokens.shape), None, None)
     mean = nn.value_and_grad(model, lambda: lm(model, arrays, TrainConfig()).mean())

@@ -12,7 +12,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxgpt.common.model.affine import Quantised
-from mlxgpt.model import Embedding, Linear, Matrix, Model
+from mlxgpt.layers import Array, Embedding, Linear, Matrix
+from mlxgpt.model import Model
 
 FEW = 8  # rows of x below which the CPU's quantised product beats making the matrix
 
@@ -25,16 +26,16 @@ class Words(Matrix):
         self.bits, self.group_size = matrix.bits, matrix.group_size
         self.words, self.scales, self.biases = parts(matrix)
 
-    def times(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+    def times(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
         y = product(self.bits, self.group_size)(x, *self.stored())
         return y if bias is None else y + bias.astype(x.dtype)
 
-    def stored(self) -> list[mx.array]:
+    def stored(self) -> list[Array]:
         """Words, scales and biases."""
         return [self.words, self.scales, self.biases]
 
-    def matrix(self) -> mx.array:
+    def matrix(self) -> Array:
         """W."""
         return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
 
@@ -42,7 +43,7 @@ class Words(Matrix):
 class QuantisedLinear(Words, Linear):
     """y = x W^T + b."""
 
-    def __init__(self, matrix: Quantised, bias: mx.array | None):
+    def __init__(self, matrix: Quantised, bias: Array | None):
         super().__init__(matrix)
         if bias is not None:
             self.bias = bias
@@ -55,12 +56,12 @@ class QuantisedEmbedding(Words, Embedding):
         super().__init__(matrix)
         self._deterministic = False
 
-    def rows(self, index: mx.array) -> mx.array:
+    def rows(self, index: Array) -> Array:
         """W[index]."""
         return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantised) -> list[mx.array]:
+def parts(matrix: Quantised) -> list[Array]:
     """Words, scales and biases on the device, scales and biases in the dtype that they have."""
     made = [mx.array(matrix.words)]
     for array in (matrix.scales, matrix.biases):
@@ -69,7 +70,7 @@ def parts(matrix: Quantised) -> list[mx.array]:
     return made
 
 
-def dequantise(words: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+def dequantise(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
     """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
@@ -83,14 +84,14 @@ def product(bits: int, group_size: int) -> Any:
     """
 
     @mx.custom_function
-    def times(x: mx.array, words: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    def times(x: Array, words: Array, scales: Array, biases: Array) -> Array:
         if mx.default_device() == mx.Device(mx.gpu) or x.size // x.shape[-1] < FEW:
             scales, biases = scales.astype(x.dtype), biases.astype(x.dtype)
             return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=group_size, bits=bits)
         return x @ dequantise(words, scales, biases, bits, group_size).astype(x.dtype).T
 
     @times.vjp
-    def times_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def times_vjp(primals: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
         x, words, scales, biases = primals
         still = mx.zeros_like(words), mx.zeros_like(scales), mx.zeros_like(biases)
         if mx.default_device() == mx.Device(mx.gpu):

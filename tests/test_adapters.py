@@ -282,13 +282,13 @@ def test_the_first_updates_move_everything_that_trains(choice: str) -> None:
 
 
 def unscaled(patch: pytest.MonkeyPatch) -> None:
-    plain = torch_ref.adapters.Update
-    patch.setattr(torch_ref.adapters, "Update", lambda scale, *rest: plain(1.0, *rest))
+    plain = torch_ref.adapters.LowRankUpdate
+    patch.setattr(torch_ref.adapters, "LowRankUpdate", lambda scale, *rest: plain(1.0, *rest))
 
 
 def alpha_over_root(patch: pytest.MonkeyPatch) -> None:
-    plain = torch_ref.adapters.Update
-    patch.setattr(torch_ref.adapters, "Update", lambda scale, *rest: plain(scale * 2, *rest))
+    plain = torch_ref.adapters.LowRankUpdate
+    patch.setattr(torch_ref.adapters, "LowRankUpdate", lambda scale, *rest: plain(scale * 2, *rest))
 
 
 def norm_not_detached(patch: pytest.MonkeyPatch) -> None:
@@ -311,8 +311,8 @@ def dropout_that_does_not_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def dropout_of_another_site(patch: pytest.MonkeyPatch) -> None:
-    plain = torch_ref.adapters.Update
-    patch.setattr(torch_ref.adapters, "Update", lambda scale, site, *rest: plain(scale, max(site - 1, 0), *rest))
+    plain = torch_ref.adapters.LowRankUpdate
+    patch.setattr(torch_ref.adapters, "LowRankUpdate", lambda scale, site, *rest: plain(scale, max(site - 1, 0), *rest))
 
 
 def start_left_in(patch: pytest.MonkeyPatch) -> None:

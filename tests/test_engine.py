@@ -85,7 +85,7 @@ def test_deterministic_training_learns_the_same(backend):
 def test_deterministic_embedding_gradient_is_a_product():
     import mlx.core as mx
 
-    from mlxgpt.model import gather
+    from mlxgpt.layers import gather
 
     weight, index = mx.random.normal((7, 5)), mx.array([[1, 1, 6], [0, 1, 6]])
     cotangent = mx.random.normal((2, 3, 5))

@@ -15,18 +15,19 @@ from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model.adapters import Target
 from torch_ref import noise
-from torch_ref.model import Dropout, Embedding, Linear, Model
+from torch_ref.layers import Array, Dropout, Embedding, Linear
+from torch_ref.model import Model
 
 
 @dataclass(frozen=True)
-class Update:
+class LowRankUpdate:
     """How a module computes with the tensors of its update, which are its attributes."""
 
     scale: float
     site: int  # of Dropout.adapter_keys, its own
-    squares: torch.Tensor | None  # dora: the squared norms of the rows of W, which is frozen
+    squares: Array | None  # dora: the squared norms of the rows of W, which is frozen
 
-    def linear(self, module: Linear, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+    def linear(self, module: Linear, x: Array, drop: Dropout | None) -> Array:
         """W x + b + scale B A x; dora: g (W x + scale B A x) + b with g = magnitude / norm."""
         given, bias = self.dropped(x, drop), module.bias
         z = low_rank(given, module.lora_a, module.lora_b, self.scale)
@@ -39,11 +40,11 @@ class Update:
         y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
         return y if bias is None else y + bias.to(x.dtype)
 
-    def rows(self, module: Embedding, index: torch.Tensor) -> torch.Tensor:
+    def rows(self, module: Embedding, index: Array) -> Array:
         """Rows of W + scale A^T B^T; dora: at their magnitude. Nothing is dropped: ids are not."""
         y = module.rows(index)
 
-        def changed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        def changed(a: Array, b: Array) -> Array:
             return (F.embedding(index, a.T) @ b.T) * self.scale
 
         y = y + changed(module.lora_a, module.lora_b).to(y.dtype)
@@ -54,7 +55,7 @@ class Update:
         norm = y.detach().to(torch.promote_types(y.dtype, torch.float32)).square().sum(dim=-1).sqrt()
         return (module.magnitude[index] / norm)[..., None].to(y.dtype) * y
 
-    def head(self, module: Embedding, x: torch.Tensor) -> torch.Tensor:
+    def head(self, module: Embedding, x: Array) -> Array:
         """x (W + scale A^T B^T)^T; dora: its rows at their magnitude."""
         turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
         y = module.times(x) + low_rank(x, turned[0], turned[1], self.scale)
@@ -62,7 +63,7 @@ class Update:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).to(x.dtype)
 
-    def low(self, module: Any, x: torch.Tensor, drop: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def low(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
         """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
         if isinstance(module, Embedding):
             turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
@@ -73,7 +74,7 @@ class Update:
             u, b = torch.cat([u, -(x @ turned[2].to(x.dtype).T)], dim=-1), torch.cat([b, turned[3]], dim=-1)
         return u * self.scale, b
 
-    def dropped(self, x: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+    def dropped(self, x: Array, drop: Dropout | None) -> Array:
         """What the update reads of x."""
         if not (drop and drop.adapter_rate):
             return x
@@ -82,11 +83,11 @@ class Update:
     def gain(
         self,
         module: Linear | Embedding,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        start_a: torch.Tensor | None = None,
-        start_b: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        a: Array,
+        b: Array,
+        start_a: Array | None = None,
+        start_b: Array | None = None,
+    ) -> Array:
         """magnitude / norms of the rows of the changed matrix; no gradient flows through the norms.
 
         |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T, so that nothing of the matrix's size is made.
@@ -100,12 +101,12 @@ class Update:
         return module.magnitude / (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
 
 
-def low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def low_rank(x: Array, a: Array, b: Array, scale: float) -> Array:
     """scale B A x, in x's dtype."""
     return ((x @ a.to(x.dtype).T) * scale) @ b.to(x.dtype).T
 
 
-def start(module: Any) -> tuple[torch.Tensor, ...]:
+def start(module: Any) -> tuple[Array, ...]:
     """What the update of a module started from, (A0, B0), where that is taken off."""
     return (module.start_a, module.start_b) if hasattr(module, "start_a") else ()
 
@@ -122,7 +123,7 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
                 )
         if f"{path}.magnitude" in params:
             squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
-        module.adapter = Update(target.scale, site, squares)
+        module.adapter = LowRankUpdate(target.scale, site, squares)
 
 
 def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:

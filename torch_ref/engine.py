@@ -16,7 +16,8 @@ from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantised
 from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
-from torch_ref.model import Dropout, Model
+from torch_ref.layers import Array, Dropout
+from torch_ref.model import Model
 from torch_ref.noise import SITES
 
 
@@ -74,7 +75,7 @@ class Engine:
         for name in self.table:
             self.weights[name].copy_(torch.from_numpy(params[name]))
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+    def _tensor(self, array: np.ndarray) -> Array:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _arrays(self, batch: Batch) -> losses.Arrays:
@@ -82,7 +83,7 @@ class Engine:
         extra = (None if field is None else self._tensor(field) for field in (batch.positions, batch.segments))
         return losses.Arrays(tokens, targets, weights, *extra)
 
-    def _keys(self, step: int) -> torch.Tensor:
+    def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
         recipe, layers = self.recipe, range(self.recipe.model.n_layer)
         sites: list[tuple[object, ...]] = [("dropout", step, "embedding")]
@@ -92,7 +93,7 @@ class Engine:
         keys = [rng.key32(recipe.train.seed, *site) if rates[str(site[0])] else 0 for site in sites]
         return self._tensor(np.array(keys, dtype=np.uint32).view(np.int32))
 
-    def _drop(self, keys: torch.Tensor, first_row: torch.Tensor) -> Dropout | None:
+    def _drop(self, keys: Array, first_row: Array) -> Dropout | None:
         """What is random in a step."""
         rate = self.recipe.train.dropout
         if not (rate or self.neftune or self.adapter_dropout):
@@ -101,21 +102,19 @@ class Engine:
         adapter = (self.adapter_dropout, keys[sites + 1 :])
         return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
-    def _objective(
-        self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array]:
         """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
         terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
         return terms.sum(), terms.detach()
 
-    def _gradients(self, batch: losses.Arrays, keys: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
+    def _gradients(self, batch: losses.Arrays, keys: Array, first_row: Array) -> Array:
         """Row losses of a micro-batch; its gradients are added to the tensors' own."""
         loss, terms = self._run_objective(batch, keys, first_row)
         loss.backward()
         return terms
 
     @torch.no_grad()
-    def _update(self, terms: torch.Tensor, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
+    def _update(self, terms: Array, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared."""
         config = self.recipe.optim
         grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
@@ -135,7 +134,7 @@ class Engine:
         return norm, squares
 
     @torch.no_grad()
-    def _evaluate(self, batch: losses.Arrays) -> list[torch.Tensor]:
+    def _evaluate(self, batch: losses.Arrays) -> list[Array]:
         """The plain loss's terms, and of a classifier its answers (B, T)."""
         if not self.recipe.model.labels:
             return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
@@ -169,7 +168,7 @@ class Engine:
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
 
-        def copy(group: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        def copy(group: Mapping[str, Array]) -> dict[str, np.ndarray]:
             return {name: group[name].detach().cpu().numpy().copy() for name in self.table if name in group}
 
         return State(params=copy(self.weights), m=copy(self.m), v=copy(self.v), t=self.t)

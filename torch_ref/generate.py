@@ -14,6 +14,7 @@ from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from torch_ref import noise
+from torch_ref.layers import Array
 from torch_ref.losses import cross_entropy
 from torch_ref.model import Cache, Model, make_cache
 
@@ -32,7 +33,7 @@ def prepare(model: Model) -> None:
                 weight.data = weight.data.T.contiguous().T
 
 
-def gumbel(keys: torch.Tensor, size: int) -> torch.Tensor:
+def gumbel(keys: Array, size: int) -> Array:
     """Gumbel noise (B, V) float32 under the keys (B,) int32."""
     elements = torch.arange(size, dtype=torch.int32, device=keys.device)
     bits = (noise.mix(elements[None, :] ^ noise.mix(keys)[:, None]) >> 1) & 0x7FFFFFFF
@@ -40,17 +41,17 @@ def gumbel(keys: torch.Tensor, size: int) -> torch.Tensor:
     return -torch.log(-torch.log1p(-v))
 
 
-def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalize(logits: Array, seen: Array, penalty: float) -> Array:
     """Repetition penalty where ``seen`` (B, V) bool."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def drop(logits: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+def drop(logits: Array, lowest: Array) -> Array:
     """``logits`` (B, V) with -inf below ``lowest`` (B, 1)."""
     return torch.where(logits < lowest, -math.inf, logits)
 
 
-def keep(logits: torch.Tensor, sample: SampleConfig) -> torch.Tensor:
+def keep(logits: Array, sample: SampleConfig) -> Array:
     """``logits`` (B, V) with -inf wherever top-k, top-p or min-p drops the token; at least one stays."""
     if 0 < sample.top_k < logits.shape[-1]:
         lowest = torch.topk(logits, sample.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
@@ -68,9 +69,7 @@ def keep(logits: torch.Tensor, sample: SampleConfig) -> torch.Tensor:
     return logits
 
 
-def sample_tokens(
-    logits: torch.Tensor, seen: torch.Tensor | None, keys: torch.Tensor, sample: SampleConfig
-) -> torch.Tensor:
+def sample_tokens(logits: Array, seen: Array | None, keys: Array, sample: SampleConfig) -> Array:
     """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
     finite = torch.isfinite(logits).all(dim=-1)
     if seen is not None:
@@ -100,14 +99,14 @@ def decode(
     if sample.repetition_penalty != 1:
         seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
 
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
+    def forward(tokens: Array) -> Array:
         positions = None
         if pad is not None:
             positions = torch.arange(cache[0].offset, cache[0].offset + tokens.shape[1], device=device)
             positions = torch.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
         return model(tokens, positions, pad=pad, cache=cache, last_only=True)[:, -1, :n_vocab]
 
-    def draw(logits: torch.Tensor, step: int) -> torch.Tensor:
+    def draw(logits: Array, step: int) -> Array:
         nonlocal seen
         keys = sampling.step_keys(sample.seed, [row.copy for row in rows], step)
         drawn = sample_tokens(logits, seen, torch.tensor(keys.view(np.int32), device=device), sample)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_ref import quant
+from torch_ref.layers import Array
 
 
 class Options(NamedTuple):
@@ -41,17 +42,15 @@ class Options(NamedTuple):
 class Sweep(NamedTuple):
     """What one pass over the vocabulary leaves."""
 
-    losses: torch.Tensor  # (N,)
-    gradient: torch.Tensor  # (N, C) d loss / d h; without needs: zeros
-    lse: torch.Tensor  # (N, 1)
-    slope: torch.Tensor  # (N, 1) k_y
-    kept: list[torch.Tensor]  # a chunk each: (N, n) exp(z - top) k
-    tops: list[torch.Tensor]  # a chunk each: (N, 1)
+    losses: Array  # (N,)
+    gradient: Array  # (N, C) d loss / d h; without needs: zeros
+    lse: Array  # (N, 1)
+    slope: Array  # (N, 1) k_y
+    kept: list[Array]  # a chunk each: (N, n) exp(z - top) k
+    tops: list[Array]  # a chunk each: (N, 1)
 
 
-def logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, soft_cap: float = 0.0
-) -> torch.Tensor:
+def logits(hidden: Array, weight: Array, bias: Array | None = None, soft_cap: float = 0.0) -> Array:
     """z (..., V) in float32 (float64 of float64) of hidden states (..., C), weight (V, C) and bias (V,)."""
     z = hidden @ weight.to(hidden.dtype).T
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -60,7 +59,7 @@ def logits(
     return soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
 
 
-def rows(weight: list[torch.Tensor], at: "slice | torch.Tensor", o: Options) -> torch.Tensor:
+def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
     """Rows of a head whose columns lie in several arrays; where it is quantised, the first three are one of them."""
     parts = [each[at] for each in weight]
     if o.bits:
@@ -68,14 +67,12 @@ def rows(weight: list[torch.Tensor], at: "slice | torch.Tensor", o: Options) -> 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def curve(z: torch.Tensor, o: Options) -> torch.Tensor:
+def curve(z: Array, o: Options) -> Array:
     """k of capped logits."""
     return 1 - torch.square(z / o.soft_cap)
 
 
-def sweep(
-    hidden: torch.Tensor, weight: list[torch.Tensor], targets: torch.Tensor, bias: torch.Tensor | None, o: Options
-) -> Sweep:
+def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None, o: Options) -> Sweep:
     """The pass: hidden (N, C), weight (V, C) as ``rows`` takes it, targets (N,), bias (V,) or None."""
     (N, C), V = hidden.shape, weight[0].shape[0]
     h, y = hidden, targets[:, None]
@@ -130,14 +127,14 @@ def keeps(o: Options) -> bool:
 
 
 def weight_gradient(
-    hidden: torch.Tensor,
-    weight: list[torch.Tensor],
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    cotangents: torch.Tensor,
+    hidden: Array,
+    weight: list[Array],
+    targets: Array,
+    bias: Array | None,
+    cotangents: Array,
     done: Sweep,
     o: Options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Array, Array | None]:
     """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
     V = weight[0].shape[0]
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
@@ -172,16 +169,14 @@ class Losses(torch.autograd.Function):
     """The sweep, and its gradients by any cotangents."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: torch.Tensor, y: torch.Tensor, b: torch.Tensor | None, o: Options, *w: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, h: Array, y: Array, b: Array | None, o: Options, *w: Array) -> Array:
         done = sweep(h, list(w), y, b, o)
         ctx.save_for_backward(h, y, b, done.gradient, done.lse, done.slope, *w, *done.kept, *done.tops)
         ctx.options, ctx.own = o, len(w)
         return done.losses
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple:
+    def backward(ctx: Any, *cotangents: Array) -> tuple:
         h, y, b, gradient, lse, slope, *rest = ctx.saved_tensors
         o, own, c = ctx.options, ctx.own, cotangents[0][:, None]
         grad_h = (c * gradient).to(h.dtype)
@@ -196,13 +191,13 @@ class Losses(torch.autograd.Function):
 
 
 def token_losses(
-    hidden: torch.Tensor,
-    weight: "torch.Tensor | Sequence[torch.Tensor]",
-    targets: torch.Tensor,
+    hidden: Array,
+    weight: "Array | Sequence[Array]",
+    targets: Array,
     o: Options,
-    bias: torch.Tensor | None = None,
-    low: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
+    bias: Array | None = None,
+    low: tuple[Array, Array] | None = None,
+) -> Array:
     """Losses (...) in float32 of hidden states (..., C) with the head weight (V, C), bias (V,), and targets (...) < V.
 
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
@@ -212,7 +207,7 @@ def token_losses(
         low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
     assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")
-    shape, blocks = targets.shape, [weight] if isinstance(weight, torch.Tensor) else list(weight)
+    shape, blocks = targets.shape, [weight] if isinstance(weight, Array) else list(weight)
     if low is not None:
         hidden, blocks = torch.cat([hidden, low[0]], dim=-1), [*blocks, low[1]]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()

@@ -7,22 +7,21 @@ import torch.nn.functional as F
 
 from mlxgpt.common.config import TrainConfig
 from torch_ref import head
-from torch_ref.model import Dropout, Model
+from torch_ref.layers import Array, Dropout
+from torch_ref.model import Model
 
 
 class Arrays(NamedTuple):
     """A batch on the device; see common/batch.py."""
 
-    tokens: torch.Tensor  # (B, T) int32
-    targets: torch.Tensor  # (B, T) int32
-    weights: torch.Tensor  # (B, T) float32
-    positions: torch.Tensor | None
-    segments: torch.Tensor | None
+    tokens: Array  # (B, T) int32
+    targets: Array  # (B, T) int32
+    weights: Array  # (B, T) float32
+    positions: Array | None
+    segments: Array | None
 
 
-def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> torch.Tensor:
+def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
     """Loss (...) of float32 logits (..., V) against targets (...).
 
     (1 - s) nll + s mean over V of -log p (Szegedy et al. 2016), plus z logsumexp^2 (Chowdhery et al. 2022, PaLM).
@@ -36,9 +35,7 @@ def cross_entropy(
     return loss
 
 
-def lm(
-    model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False
-) -> torch.Tensor:
+def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False) -> Array:
     """Next-token losses (B, T); ``plain`` leaves out what only training adds, gradients included."""
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
@@ -60,12 +57,12 @@ def lm(
     return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
 
 
-def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> torch.Tensor:
+def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
     """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
     return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
 
 
-def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> torch.Tensor:
+def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
     """A classifier's logits (B, T, n), from what each token has seen."""
     recompute = config.checkpoint_activations
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)

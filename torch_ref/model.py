@@ -5,7 +5,7 @@ D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,96 +16,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
 from torch_ref import noise
-
-if TYPE_CHECKING:
-    from torch_ref.adapters import Update
-
-
-class Dropout(NamedTuple):
-    """What the dropout and the noise of one forward pass are a function of; a rate of 0 is off."""
-
-    rate: float
-    keys: torch.Tensor  # (1 + 3 n_layer,) int32, a key a site
-    first_row: torch.Tensor  # () int32, index of row 0 in the global batch
-    neftune: float  # alpha of the noise on embeddings
-    neftune_key: torch.Tensor  # () int32
-    adapter_rate: float
-    adapter_keys: torch.Tensor  # (adapted matrices,) int32
-
-
-class Matrix(nn.Module):
-    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
-
-    bits = group_size = 0
-    adapter: "Update | None" = None
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    magnitude: torch.Tensor
-    start_a: torch.Tensor
-    start_b: torch.Tensor
-
-    def __init__(self, n_out: int, n_in: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros((n_out, n_in)))
-
-    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x W^T + bias, in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def stored(self) -> list[torch.Tensor]:
-        """The weight, or a quantised one's words, scales and biases."""
-        return [self.weight]
-
-    def matrix(self) -> torch.Tensor:
-        """W."""
-        return self.weight
-
-
-class Linear(Matrix):
-    """y = x W^T + b in x's dtype."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool):
-        super().__init__(n_out, n_in)
-        self.bias = nn.Parameter(torch.zeros((n_out,))) if bias else None
-
-    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
-        if self.adapter is not None:
-            return self.adapter.linear(self, x, drop)
-        return self.times(x, self.bias)
-
-
-class Embedding(Matrix):
-    """Rows of W (n_rows, C)."""
-
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        return self.rows(index) if self.adapter is None else self.adapter.rows(self, index)
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """W[index]."""
-        return F.embedding(index, self.weight)
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: what a tied head makes of x."""
-        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
-
-
-class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
-
-    def __init__(self, size: int, config: ModelConfig, bias: bool):
-        super().__init__()
-        self._kind, self._eps = config.norm, config.norm_eps
-        self.weight = nn.Parameter(torch.zeros((size,)))
-        self.bias = nn.Parameter(torch.zeros((size,))) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self._kind == "rms1":  # Gemma scales before it rounds
-            return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self._eps).to(x.dtype)
-        weight = self.weight.to(x.dtype)
-        if self._kind == "rms":
-            return F.rms_norm(x.to(wide), weight.shape, None, self._eps).to(x.dtype) * weight
-        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self._eps)
+from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm
 
 
 class Cache:
@@ -116,7 +27,7 @@ class Cache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.offset = 0
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
         start, self.offset = self.offset, self.offset + k.shape[2]
         assert self.offset <= self.keys.shape[2]
@@ -131,7 +42,7 @@ def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | Non
     return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d/2)."""
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
@@ -141,14 +52,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | str | None,
     drop: Dropout | None,
     scale: float,
     softcap: float,
-) -> torch.Tensor:
+) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if not (drop and drop.rate) and not softcap:
         causal = isinstance(mask, str)
@@ -197,12 +108,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        mask: torch.Tensor | str | None,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None,
         cache: Cache | None,
         drop: Dropout | None,
-    ) -> torch.Tensor:
+    ) -> Array:
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
@@ -226,7 +137,7 @@ class Attention(nn.Module):
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 
-def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+def activate(x: Array, kind: str) -> Array:
     """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
@@ -250,7 +161,7 @@ class MLP(nn.Module):
             self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
 
-    def forward(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
+    def forward(self, x: Array, drop: Dropout | None = None) -> Array:
         if self._config.fused_mlp:
             gate, x = self.c_gate_fc(x, drop).chunk(2, dim=-1)
         elif self._config.gated:
@@ -279,12 +190,12 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        mask: torch.Tensor | str | None,
-        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None = None,
         cache: Cache | None = None,
         drop: Dropout | None = None,
-    ) -> torch.Tensor:
+    ) -> Array:
         """(B, T, C) -> (B, T, C). pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J; parallel2: GPT-NeoX."""
         place = self._placement
         y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
@@ -315,10 +226,10 @@ class Model(nn.Module):
         dtype: what the blocks compute in; weights may be kept in another.
     """
 
-    _cos: torch.Tensor
-    _sin: torch.Tensor
-    _cos_local: torch.Tensor
-    _sin_local: torch.Tensor
+    _cos: Array
+    _sin: Array
+    _cos_local: Array
+    _sin_local: Array
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -359,11 +270,11 @@ class Model(nn.Module):
         self,
         T: int,
         S: int,
-        segments: torch.Tensor | None,
-        pad: torch.Tensor | None,
+        segments: Array | None,
+        pad: Array | None,
         window: int = 0,
         fused: bool = True,
-    ) -> torch.Tensor | str | None:
+    ) -> Array | str | None:
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
@@ -387,7 +298,7 @@ class Model(nn.Module):
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
 
-    def rope(self, positions: torch.Tensor, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
         tables = (self._cos_local, self._sin_local) if local else (self._cos, self._sin)
         cos, sin = (table[positions].to(self._dtype) for table in tables)
@@ -395,14 +306,14 @@ class Model(nn.Module):
 
     def hidden(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
-        pad: torch.Tensor | None = None,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        pad: Array | None = None,
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
-    ) -> torch.Tensor:
+    ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
         T = tokens.shape[1]
         start = cache[0].offset if cache else 0
@@ -437,7 +348,7 @@ class Model(nn.Module):
             x = run(x, masks[local], rope, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
-    def head(self, x: torch.Tensor, drop: Dropout | None = None) -> torch.Tensor:
+    def head(self, x: Array, drop: Dropout | None = None) -> Array:
         """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         cap = self._config.final_softcap
         if self._config.tied:
@@ -449,13 +360,13 @@ class Model(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
-        pad: torch.Tensor | None = None,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        pad: Array | None = None,
         cache: list[Cache] | None = None,
         last_only: bool = False,
-    ) -> torch.Tensor:
+    ) -> Array:
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:

@@ -7,17 +7,19 @@ torch has no uint32 arithmetic, so int32 stands for it: it wraps alike, and a ma
 
 import torch
 
+from torch_ref.layers import Array
+
 SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
 
 
-def mix(x: torch.Tensor) -> torch.Tensor:
+def mix(x: Array) -> Array:
     """lowbias32 on every element; int32 in and out."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def bits(key: torch.Tensor, first_row: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def bits(key: Array, first_row: Array, shape: tuple[int, ...]) -> Array:
     """24 random bits an element, int32 of ``shape``; axis 0 counts rows from ``first_row``; int32 scalars."""
     rows = mix(torch.arange(shape[0], dtype=torch.int32, device=key.device) + first_row + key)
     size = 1
@@ -27,15 +29,13 @@ def bits(key: torch.Tensor, first_row: torch.Tensor, shape: tuple[int, ...]) -> 
     return ((mix(elements[None, :] ^ rows[:, None]) >> 8) & 0xFFFFFF).reshape(shape)
 
 
-def dropout(x: torch.Tensor, rate: float, key: torch.Tensor, first_row: torch.Tensor) -> torch.Tensor:
+def dropout(x: Array, rate: float, key: Array, first_row: Array) -> Array:
     """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     keep = bits(key, first_row, x.shape) >= int(rate * 2**24)
     return torch.where(keep, x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def neftune(
-    x: torch.Tensor, alpha: float, key: torch.Tensor, first_row: torch.Tensor, segments: torch.Tensor | None
-) -> torch.Tensor:
+def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Array | None) -> Array:
     """Embeddings x (B, T, C) plus alpha / sqrt(L C) times noise from [-1, 1) (Jain et al. 2023, NEFTune).
 
     L is the number of tokens of the segment that a token is in, T where a row is one segment.

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
-
 from mlxgpt.common.config import OptimConfig
 from mlxgpt.common.model.params import Param
+from torch_ref.layers import Array
 
 
 def uses_muon(name: str, param: Param, config: OptimConfig) -> bool:
@@ -33,10 +32,10 @@ def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
 
 
 def adamw(
-    p: torch.Tensor,
-    g: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
     s: list[float],
     param: Param,
     config: OptimConfig,
@@ -50,7 +49,7 @@ def adamw(
     p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-rate)
 
 
-def orthogonalise(g: torch.Tensor) -> torch.Tensor:
+def orthogonalise(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
@@ -62,7 +61,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
     return x.T if tall else x
 
 
-def muon(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, s: list[float], config: OptimConfig) -> None:
+def muon(p: Array, g: Array, m: Array, s: list[float], config: OptimConfig) -> None:
     """Muon, in place: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay."""
     m.lerp_(g, 1 - config.muon_momentum)
     u = orthogonalise(g + config.muon_momentum * (m - g))

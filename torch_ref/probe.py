@@ -11,6 +11,7 @@ from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.inference import probe as probing
 from mlxgpt.common.inference.probe import KEPT, Request
 from torch_ref.generate import generate
+from torch_ref.layers import Array
 from torch_ref.load import load
 from torch_ref.losses import Arrays, lm
 from torch_ref.model import Block, Model
@@ -24,7 +25,7 @@ class Watched(nn.Module):
         self.block = block
         self._given = self._gave = torch.zeros(())
 
-    def forward(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+    def forward(self, x: Array, *rest: object) -> Array:
         self._given = x
         self._gave = self.block(x, *rest)
         return self._gave
@@ -40,7 +41,7 @@ def multiply(model: Model, scale: float, before: float) -> None:
 
 
 @torch.no_grad()
-def activations(model: Model, tokens: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
+def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
     blocks = model.h
     watched = [Watched(block) for block in blocks]  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def activations(model: Model, tokens: torch.Tensor) -> Iterator[tuple[str, np.nd
     yield "hidden.ln_f", last[0, -KEPT:].cpu().numpy()
 
 
-def gradients(model: Model, tokens: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
+def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:
     """The mean loss's gradient of every parameter."""
     arrays = Arrays(tokens, targets, torch.ones(tokens.shape, device=tokens.device), None, None)
     weights = dict(model.named_parameters())

@@ -8,15 +8,16 @@ import torch
 import torch.nn as nn
 
 from mlxgpt.common.model.affine import Quantised
-from torch_ref.model import Embedding, Linear, Matrix, Model
+from torch_ref.layers import Array, Embedding, Linear, Matrix
+from torch_ref.model import Model
 
 
 class Words(Matrix):
     """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
-    words: torch.Tensor
-    scales: torch.Tensor
-    biases: torch.Tensor
+    words: Array
+    scales: Array
+    biases: Array
 
     def __init__(self, matrix: Quantised):
         nn.Module.__init__(self)
@@ -24,16 +25,16 @@ class Words(Matrix):
         for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
             self.register_buffer(name, part)
 
-    def times(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
         y = Product.apply(x, *self.stored(), self.bits, self.group_size)
         return y if bias is None else y + bias.to(x.dtype)
 
-    def stored(self) -> list[torch.Tensor]:
+    def stored(self) -> list[Array]:
         """Words, scales and biases."""
         return [self.words, self.scales, self.biases]
 
-    def matrix(self) -> torch.Tensor:
+    def matrix(self) -> Array:
         """W."""
         return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
 
@@ -49,12 +50,12 @@ class QuantisedLinear(Words, Linear):
 class QuantisedEmbedding(Words, Embedding):
     """Rows of W."""
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
+    def rows(self, index: Array) -> Array:
         """W[index]."""
         return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantised) -> list[torch.Tensor]:
+def parts(matrix: Quantised) -> list[Array]:
     """Words (as int32), scales and biases, scales and biases in the dtype that they have."""
     made = [torch.from_numpy(np.ascontiguousarray(matrix.words).view(np.int32))]
     for array in (matrix.scales, matrix.biases):
@@ -63,9 +64,7 @@ def parts(matrix: Quantised) -> list[torch.Tensor]:
     return made
 
 
-def dequantise(
-    words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, group_size: int
-) -> torch.Tensor:
+def dequantise(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
     """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
     packed = words.contiguous().view(torch.uint8)
     levels = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
@@ -81,13 +80,13 @@ class Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *matrix: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: Array, *matrix: Any) -> Array:
         ctx.save_for_backward(*matrix[:3])
         ctx.rest = matrix[3:]
         return x @ dequantise(*matrix).to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
         cotangent = cotangents[0]
         grad = cotangent @ dequantise(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype)
         return grad, None, None, None, None, None
