@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def training(package: str, steps: str, saves: str):
     from mlxgpt.common.recipes import build
     from mlxgpt.common.runs import metrics
     from mlxgpt.common.runs.checkpoint import RunState
-    from mlxgpt.common.train import loop
+    from mlxgpt.common.train.job import Job
+    from mlxgpt.common.train.pretrain import Pretraining
+    from mlxgpt.common.train.saver import Saver
 
     size, count = SIZES["tiny"], int(steps)
     model = {key: size[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
@@ -47,10 +50,12 @@ def training(package: str, steps: str, saves: str):
     holder = tempfile.TemporaryDirectory(dir=".")
     state, run = RunState(0, {}, {}, package, {}), Path(holder.name)
     unused: Any = None
-    job = loop.Job(run, recipe, engine, unused, None, state, metrics.Metrics(run, []), Quiet())  # type: ignore[arg-type]
+    kind = Pretraining(Namespace())
+    kind.recipe, kind.tokenizer = recipe, None
+    job = Job(run, kind, unused, engine, state, metrics.Metrics(run, []), Quiet())  # type: ignore[arg-type]
 
     def steps_and_saves() -> int:
-        saver = loop.Saver(job)
+        saver = Saver(job)
         for step in range(1, count + 1):
             engine.train_step(engine.t + 1, [batch], 1e-3)
             state.step += 1

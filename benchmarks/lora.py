@@ -66,11 +66,11 @@ def write_folder(folder: Path, quantised: Path) -> None:
 
 def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) -> Callable[[], int]:
     """mlxgpt or torch_ref: the engine on packed batches."""
-    from mlxgpt.commands.finetune import Dequantised
     from mlxgpt.common.folders import model_folder as folders
     from mlxgpt.common.model import adapters
     from mlxgpt.common.recipes import build
     from mlxgpt.common.sft import pack
+    from mlxgpt.common.sft.weights import Dequantised
 
     config = folders.read_config(folder)
     weights = folders.read_params(folder, config)

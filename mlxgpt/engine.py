@@ -17,11 +17,11 @@ from mlxgpt import device as devices
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.evaluate import confusion
 from mlxgpt.common.model import adapters as adaption
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.sft import confusion
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
 from mlxgpt.noise import SITES

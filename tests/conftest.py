@@ -16,8 +16,8 @@ import pytest
 from fake_train import Go
 
 from mlxgpt import cli
-from mlxgpt.commands import train as train_command
 from mlxgpt.common import backend
+from mlxgpt.common.train import pretrain
 
 # a shell that runs the suite in the background ignores Ctrl-C, and so would every child that a test interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +37,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
+    monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text(fake_run.RECIPE)
 

@@ -200,11 +200,11 @@ def footprint(recipe: Any, rows: int, length: int, micro_batches: int) -> Footpr
 def main(argv: list[str]) -> int:
     """``mlxgpt train`` with the fake framework; errors as the command line prints them."""
     from mlxgpt import cli
-    from mlxgpt.commands import train as train_command
     from mlxgpt.common import backend
+    from mlxgpt.common.train import pretrain
 
     backend.load = load_backend  # type: ignore[assignment]
-    train_command.token_source.open_data = open_data  # type: ignore[assignment]
+    pretrain.token_source.open_data = open_data  # type: ignore[assignment]
     backend.resolve = lambda name: "fake"
     return cli.main(["train", *argv])
 

@@ -106,13 +106,13 @@ def test_damage_to_any_file_is_found_and_named_and_the_older_checkpoint_taken(tm
             middle = len(whole) // 2
             file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
         said: list[str] = []
-        found = checkpoint.find_newest_valid(run, said.append)
+        found = checkpoint.newest_valid(run, said.append)
         assert found and found[1].step == 1, file
         assert len(said) == 1 and file.name in said[0] and "\n" not in said[0]
         if damage == "flip" and file.name != "state.json":
             assert "damaged: sha256" in said[0]
         file.write_bytes(whole)
-    assert checkpoint.find_newest_valid(run, pytest.fail) == (place, state(2))
+    assert checkpoint.newest_valid(run, pytest.fail) == (place, state(2))
 
 
 def test_every_byte_of_the_state_counts(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_a_run_of_damaged_checkpoints_is_refused_and_one_of_none_is_not(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert checkpoint.find_newest_valid(run, pytest.fail) is None
+    assert checkpoint.newest_valid(run, pytest.fail) is None
     (save(run, 1) / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoint.find_newest_valid(run, lambda text: None)
+        checkpoint.newest_valid(run, lambda text: None)
 
 
 def test_the_damaged_ones_are_set_aside_for_the_run_that_goes_on(
@@ -199,7 +199,7 @@ def test_no_space_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunError, match="step-0000002: not written: .*No space left on device"):
         save(run, 2)
     assert everything(run) == before
-    assert checkpoint.find_newest_valid(run, pytest.fail) == (
+    assert checkpoint.newest_valid(run, pytest.fail) == (
         resolve.path_of(run, 1),
         state(1),
     )

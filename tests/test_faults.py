@@ -19,10 +19,10 @@ from fake_train import child, losses, tree, weights
 
 from mlxgpt import cli
 from mlxgpt.commands import runs as runs_command
-from mlxgpt.commands import train as train_command
 from mlxgpt.common import backend
 from mlxgpt.common.folders import resolve, tensors
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train import pretrain
 
 Go = Callable[..., int]
 STOP = 8
@@ -47,7 +47,7 @@ def go(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in a folder that holds both runs."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
+    monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     shutil.copytree(made, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")
     return lambda *words: cli.main(["train", *([] if "--resume" in words else ["./recipe.toml"]), *words])
@@ -127,7 +127,7 @@ def test_a_flipped_bit_in_a_checkpoint_costs_that_checkpoint(
     flip(place / name, share)
     assert go("--resume", "run") == 0
     said = capsys.readouterr().out
-    assert f"{place / name}: " in said and "goes on from step 5" in said
+    assert f"{place / name}: " in said and "resumes from step 5" in said
     assert weights("run", 12) == weights("whole", 12) and losses("run") == losses("whole")
 
 
@@ -173,7 +173,7 @@ def test_a_file_of_a_checkpoint_cut_or_gone_costs_that_checkpoint(
 ) -> None:
     harm(resolve.path_of(stopped, STOP) / name)
     assert go("--resume", "run") == 0
-    assert "goes on from step 5" in capsys.readouterr().out
+    assert "resumes from step 5" in capsys.readouterr().out
     assert weights("run", 12) == weights("whole", 12)
 
 
@@ -280,7 +280,7 @@ def test_a_disk_that_is_full_anywhere_ends_the_run_and_costs_nothing(
         code = go("--resume", "run")
     error = capsys.readouterr().err
     assert code in (1, 2) and error.count("\n") == 1 and "File too large" in error
-    assert checkpoint.find_newest_valid(Path("run"), pytest.fail)
+    assert checkpoint.newest_valid(Path("run"), pytest.fail)
     goes_on(go)
 
 

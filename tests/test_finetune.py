@@ -155,7 +155,7 @@ def test_another_base_or_other_rows_are_not_resumed(at: Path, capsys: pytest.Cap
         (["--data", "other.jsonl"], "the data changed"),
         (["--set", "adapter.rank=4"], "adapter.rank was 8 and is 4"),
         (["--set", "tune.block_size=32"], "tune.block_size was 0 and is 32"),
-        (["--method", "dora"], "--method dora: a resumed run goes on as it began"),
+        (["--method", "dora"], "--method dora: not with --resume: a resumed run keeps its"),
     ):
         assert cli.main(["finetune", "--resume", "moved", "--device", "cpu", *words]) == 2, words
         assert message in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_labels_are_learned(at: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert 0 <= line["accuracy"] <= 1 and 0 <= line["macro_f1"] <= 1
     out = capsys.readouterr().out
     assert "best validation macro_f1" in out and "try: mlxgpt classify --model labels-mlx --text TEXT" in out
-    assert f"what validates at step {line['step']}:\nlabel " in out
+    assert f"validation split at step {line['step']}:\nlabel " in out
 
 
 def test_few_rows_work_and_one_says_so(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mlxgpt.commands import train as train_command
 from mlxgpt.common import recipes
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
 from mlxgpt.common.recipes import build, read_toml, to_toml
-from mlxgpt.common.train import schedule
+from mlxgpt.common.train import pretrain, schedule
 
 VOCABULARY = {"shakespeare-char-cpu": 65, "shakespeare-char": 65}
 PARAMETERS = {
@@ -69,11 +68,11 @@ def test_a_corpus_that_was_fetched_is_found_by_its_name(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     sections = read_toml(recipes.find("shakespeare-char-cpu"))
     with pytest.raises(UserError, match="not fetched yet: mlxgpt data fetch tinyshakespeare"):
-        train_command._recipe(sections, None, "x")
+        pretrain.recipe_of(sections, None, "x")
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/tinyshakespeare.txt").write_text("text")
-    assert train_command._recipe(sections, None, "x").data.source == str(tmp_path / "corpora/tinyshakespeare.txt")
+    assert pretrain.recipe_of(sections, None, "x").data.source == str(tmp_path / "corpora/tinyshakespeare.txt")
     Path("mine.txt").write_text("text")
     sections["data"]["source"] = "mine.txt"
-    assert train_command._recipe(sections, 7, "x").data.source == str(tmp_path / "mine.txt")
-    assert train_command._recipe(sections, 7, "x").train.steps == 7
+    assert pretrain.recipe_of(sections, 7, "x").data.source == str(tmp_path / "mine.txt")
+    assert pretrain.recipe_of(sections, 7, "x").train.steps == 7

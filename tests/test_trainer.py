@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 from fake_train import Go, losses
 
-from mlxgpt.commands import train as train_command
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint, metrics, samples
-from mlxgpt.common.train import guards, loop, session
+from mlxgpt.common.train import guards, loop, pretrain, session
+from mlxgpt.common.train.job import Job
 from mlxgpt.common.train.progress import Progress
 
 
@@ -49,8 +50,8 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_loss_of_a_step_is_the_one_before_its_update(go: Go) -> None:
     assert go("--out", "run") == 0
     source = fake_run.Source(1337, 4, 8)
-    recipe = train_command.build(train_command.read_toml(Path("run/recipe.toml")))
-    engine = fake_run.Engine(recipe, train_command.params.init_params(recipe.model, 1337))
+    recipe = pretrain.build(pretrain.read_toml(Path("run/recipe.toml")))
+    engine = fake_run.Engine(recipe, pretrain.params.init_params(recipe.model, 1337))
     sums = engine.evaluate(source.batch(1))
     assert losses("run")[1] == sums["loss"] / sums["weight"]
 
@@ -139,7 +140,7 @@ def test_a_tensor_without_a_gradient_is_an_error_that_names_it(
 
 
 def test_a_gradient_that_is_zero_by_design_may_be_so_once() -> None:
-    param = train_command.params.Param((2,), zero_grad_at_init=True)
+    param = pretrain.params.Param((2,), zero_grad_at_init=True)
     engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: {"params": {"a": np.full(2, engine.t, np.float32)}})
     watch = guards.FirstUpdates(engine, {"a": param})  # type: ignore[arg-type]
     stats = guards.StepStats(1.0, 1.0, 1.0, True, zero_grads=("a",))
@@ -157,7 +158,7 @@ def test_an_update_too_small_to_show_is_not_taken_for_none(rate: float, moment: 
     """A norm's 1.0 keeps its bits in a long warm-up to 1e-6."""
     state = {"params": {"a": np.ones(2, np.float32)}, "m": {"a": np.full(2, moment, np.float32)}}
     engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: state)
-    watch = guards.FirstUpdates(engine, {"a": train_command.params.Param((2,))})  # type: ignore[arg-type]
+    watch = guards.FirstUpdates(engine, {"a": pretrain.params.Param((2,))})  # type: ignore[arg-type]
     engine.t = 2
     with pytest.raises(guards.RunError, match="a: not a bit") if accused else contextlib.nullcontext():
         watch.check(guards.StepStats(1.0, 1.0, 1.0, True), rate)
@@ -243,8 +244,8 @@ def test_no_space_for_a_checkpoint_is_seen_before_the_folder_is_made(
         (["--resume", "missing"], "missing: no such folder"),
         (["--resume", "taken"], "taken: not a run of mlxgpt train or finetune: recipe.toml is missing"),
         (["--resume", "recipe.toml"], "recipe.toml: not a folder"),
-        (["--resume", "taken", "--out", "x"], "--out x: a resumed run stays where it is"),
-        (["--resume", "taken", "--init-from", "x"], "--init-from x: a resumed run"),
+        (["--resume", "taken", "--out", "x"], "--out x: not with --resume: a resumed run keeps its folder"),
+        (["--resume", "taken", "--init-from", "x"], "--init-from x: not with --resume: a resumed run"),
     ],
 )
 def test_wrong_usage_is_one_line_and_changes_nothing(
@@ -272,12 +273,12 @@ def test_names_that_are_taken_are_counted_on(go: Go) -> None:
 
 def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     """Host time of the loop with nothing in it: rate, metrics, display, guards. 16 us on an idle core."""
-    recipe = train_command.build(train_command.read_toml(Path("recipe.toml")))
+    recipe = pretrain.build(pretrain.read_toml(Path("recipe.toml")))
     source = fake_run.Source(1337, 4, 8)
-    recipe = train_command._resolve(recipe, source, fake_run.Tokenizer())  # type: ignore[arg-type]
-    settings = train_command.dataclasses.replace(recipe.train, steps=5000, eval_every=0, save_every=0, log_every=1000)
-    recipe = train_command.dataclasses.replace(recipe, train=settings)
-    engine = fake_run.Engine(recipe, train_command.params.init_params(recipe.model, 1))
+    recipe = pretrain.with_vocabulary(recipe, source.vocab_size)
+    settings = pretrain.dataclasses.replace(recipe.train, steps=5000, eval_every=0, save_every=0, log_every=1000)
+    recipe = pretrain.dataclasses.replace(recipe, train=settings)
+    engine = fake_run.Engine(recipe, pretrain.params.init_params(recipe.model, 1))
     batch, real = source.batch(1), engine.train_step
 
     def train_step(step: int, batches: list[Batch], lr: float) -> Any:
@@ -290,11 +291,12 @@ def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     run = Path("run")
     (run / "checkpoints").mkdir(parents=True)
     Path("recipe.toml").rename(run / "recipe.toml")
-    state = session.fresh(recipe, source.digest, engine.describe())
+    kind = pretrain.Pretraining(Namespace())
+    kind.recipe, kind.source, kind.tokenizer = recipe, source, fake_run.Tokenizer()  # type: ignore[assignment]
+    state = session.first_state(kind, engine.describe())
     with metrics_of(run) as lines, Progress("x", 5000, log_every=1000) as display:
         began = time.thread_time()
-        job = loop.Job(run, recipe, engine, source, fake_run.Tokenizer(), state, lines, display)
-        assert loop.train(job) == 0
+        assert loop.train(Job(run, kind, fake_run.load_backend("fake"), engine, state, lines, display)) == 0
         spent = time.thread_time() - began
     assert spent / 5000 < 100e-6
 

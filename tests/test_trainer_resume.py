@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from fake_train import Go, losses, tree, weights
 
-from mlxgpt.commands import train as train_command
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train import pretrain
 
 
 @pytest.mark.parametrize("stop", range(1, 12))
@@ -34,17 +34,17 @@ def test_each_piece_of_the_state_matters(go: Go, monkeypatch: pytest.MonkeyPatch
     """The comparison above must be able to fail: leave out one piece and the curve differs."""
     assert go("--out", "whole") == 0
     assert go("--out", "parts", "--stop-after", "7") == 0
-    real = checkpoint.read
+    real = checkpoint.read_optimizer
 
-    def forgetful(place: Path, config: Any) -> Any:
-        snapshot: Any = real(place, config)
+    def forgetful(place: Path, trained: Any) -> Any:
+        snapshot: Any = real(place, trained)
         if what in ("m", "v"):
             snapshot[what] = {name: np.zeros_like(array) for name, array in snapshot[what].items()}
         if what == "t":
             snapshot["t"] = 1
         return snapshot
 
-    monkeypatch.setattr(checkpoint, "read", forgetful)
+    monkeypatch.setattr(checkpoint, "read_optimizer", forgetful)
     if what == "seed":
         monkeypatch.setattr(fake_run.Source, "batch", lambda self, step: self._batch(np.arange(4) * 7 + step))
     if what == "step":
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(go: Go, capsys: 
     capsys.readouterr()
     assert go("--resume", "parts") == 0
     out = capsys.readouterr().out
-    assert "step-0000006/model.safetensors: damaged: sha256" in out and "goes on from step 5" in out
+    assert "step-0000006/model.safetensors: damaged: sha256" in out and "resumes from step 5" in out
     assert losses("parts") == losses("whole") and weights("parts", 12) == weights("whole", 12)
     assert Path("parts/checkpoints/damaged-step-0000006").is_dir()
 
@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_before_its_first_save_starts_again(go: Go, capsys
 
 
 def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(pretrain, "has_tokenizer", lambda place: False)
     assert go("--out", "first", "--set", "train.keep=0") == 0
     capsys.readouterr()
     best = resolve.resolve_model("first")
@@ -212,20 +212,20 @@ def test_a_run_from_given_weights(go: Go, monkeypatch: pytest.MonkeyPatch, capsy
     shutil.rmtree("second/checkpoints")
     (Path("second") / "checkpoints").mkdir()
     assert go("--resume", "second") == 2
-    assert "from first, were saved" in capsys.readouterr().err
+    assert "stopped before its first weights were saved" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_its_moments(
     go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(pretrain, "has_tokenizer", lambda place: False)
     assert go("--out", "whole") == 0
     assert go("--out", "first", "--stop-after", "5") == 0
     given = "first/checkpoints/step-0000005"
     capsys.readouterr()
     assert go("--out", "second", "--init-from", given, "--moments", "--set", "optim.beta2=0.95") == 0
     out = capsys.readouterr().out
-    assert "goes on after step 5 with its optimizer's moments, 5 updates" in out
+    assert "starts after step 5 with its optimizer's moments, 5 updates" in out
     assert f"optim.beta2 = 0.95, where {given} was trained with 0.99" in out
     assert go("--out", "third", "--init-from", given, "--moments", "--stop-after", "5") == 0
     capsys.readouterr()
@@ -258,7 +258,7 @@ def test_a_tokenizer_that_is_gone_is_taken_from_the_checkpoint(
     Path("words").unlink()
     asked, real = [], fake_run.open_data
     monkeypatch.setattr(
-        train_command.token_source, "open_data", lambda data, *rest: asked.append(data.tokenizer) or real(data, *rest)
+        pretrain.token_source, "open_data", lambda data, *rest: asked.append(data.tokenizer) or real(data, *rest)
     )
     assert go("--resume", "run") == 0
     assert asked == [str(Path("run/checkpoints/step-0000005").resolve())]
@@ -271,11 +271,11 @@ def test_weights_of_another_vocabulary_are_refused(
     assert go("--out", "first") == 0
     monkeypatch.setattr(fake_run, "VOCABULARY", 20)
     monkeypatch.setattr(fake_run.Source, "vocab_size", 20)
-    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: False)
+    monkeypatch.setattr(pretrain, "has_tokenizer", lambda place: False)
     assert go("--out", "second", "--init-from", "first") == 2
     assert "vocabulary of 13, the data's has 20" in capsys.readouterr().err
-    monkeypatch.setattr(train_command, "has_tokenizer", lambda place: True)
-    monkeypatch.setattr(train_command, "load_tokenizer", lambda place: fake_run.SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr(pretrain, "has_tokenizer", lambda place: True)
+    monkeypatch.setattr(pretrain, "load_tokenizer", lambda place: fake_run.SimpleNamespace(digest="0" * 64))
     assert go("--out", "second", "--init-from", "first") == 2
     assert "its tokenizer has sha256 000000000000..." in capsys.readouterr().err
     assert not Path("second").exists()

@@ -30,7 +30,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(go: Go, number: int, cod
     process.stdout.close()
     step = max(losses("run"))
     assert 1 <= step < 12
-    assert f"and saved at step {step}; goes on with: mlxgpt train --resume run" in rest.splitlines()[-1]
+    assert f"and saved at step {step}; resume with: mlxgpt train --resume run" in rest.splitlines()[-1]
     assert checkpoint.verify(resolve.path_of(Path("run"), step)).step == step
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole") and losses("run", "val") == losses("whole", "val")

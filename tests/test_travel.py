@@ -19,7 +19,6 @@ import convert.conversion
 import convert.formats.hf
 from convert import convert as convert_model
 from mlxgpt import cli
-from mlxgpt.commands import train as train_command
 from mlxgpt.common import backend
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError
@@ -27,6 +26,7 @@ from mlxgpt.common.folders import model_folder, tensors
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.load import train_tokenizer
+from mlxgpt.common.train import pretrain
 
 CARD = "---\nlicense: mit\ntags:\n- stories\nbase_model: someone/base\n---\n# Card\n"
 GENERATION = {"temperature": 0.7, "eos_token_id": [0, 3], "do_sample": True}
@@ -98,7 +98,7 @@ def test_a_run_warns_once_of_its_checkpoints(
 ) -> None:
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
     monkeypatch.setattr(backend, "resolve", lambda name: "fake")
-    monkeypatch.setattr(train_command.token_source, "open_data", fake_run.open_data)
+    monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text(fake_run.RECIPE)
     for out, family, activation, times in (("a", "gpt2", "gelu", 1), ("b", "gpt2", "gelu_tanh", 0)):

@@ -9,11 +9,11 @@ import torch
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.evaluate import confusion
 from mlxgpt.common.model import adapters as adaption
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.sft import confusion
 from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout

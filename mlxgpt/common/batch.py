@@ -6,7 +6,7 @@ B rows, T tokens a row.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -100,6 +100,9 @@ class Engine(Protocol):
 
     t: int
     """Applied updates."""
+
+    model: Any
+    """The framework's model, for generation."""
 
     unused_limits: list[str]
     """A line for each memory setting of the recipe that has no effect on this device."""

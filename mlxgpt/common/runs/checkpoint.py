@@ -32,8 +32,8 @@ from mlxgpt.common.errors import RunError, UserError
 FORMAT_VERSION = 1
 STATE = "training/state.json"
 OPTIMIZER = "training/optimizer.safetensors"
-WriteAdapter = Callable[[Path, dict[str, np.ndarray]], None]
-"""(folder to fill, what trained by name): writes an adapter."""
+WriteWeights = Callable[[Path, dict[str, np.ndarray]], None]
+"""(folder to fill, what trained by name): writes a model or an adapter."""
 _BLANK = "0" * 64  # stands in state.json for its own sha256 while that is computed
 
 
@@ -54,6 +54,10 @@ class RunState:
     evaluated: int = 0  # step of the last validation
 
 
+Checkpoint = tuple[Path, RunState]
+"""A checkpoint's folder and its verified state."""
+
+
 def write(
     run: Path,
     snapshot: State,
@@ -61,11 +65,11 @@ def write(
     tokenizer: Any,
     state: RunState,
     keep: int,
-    write_adapter: WriteAdapter | None = None,
+    write_weights: WriteWeights | None = None,
 ) -> tuple[Path, int]:
     """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and drops what ``keep`` lets go.
 
-    ``write_adapter`` stands in for the writer of model folders where what trains is not a whole model.
+    ``write_weights`` fills the folder; by default with a model of ``config`` and ``tokenizer``.
 
     Returns:
         Its folder and its size in bytes.
@@ -86,8 +90,8 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         check_space(run, size_of(snapshot))
         (temporary / "training").mkdir(parents=True)
-        if write_adapter:
-            write_adapter(temporary, snapshot["params"])
+        if write_weights:
+            write_weights(temporary, snapshot["params"])
         else:
             model_folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
         tensors.write_tensors(temporary / OPTIMIZER, arrays, {})
@@ -232,7 +236,7 @@ def verify(checkpoint: Path) -> RunState:
     return RunState(**content)
 
 
-def find_newest_valid(run: Path, say: Callable[[str], None] = print) -> tuple[Path, RunState] | None:
+def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint whose sums hold, and its state; None where the run has none at all.
 
     Raises:

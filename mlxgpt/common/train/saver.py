@@ -1,7 +1,15 @@
-"""Saves beside the loop: one second thread, whose failure is not lost."""
+"""Checkpoints beside the loop: a second thread writes them, and its failure is not lost."""
 
+import dataclasses
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
+
+from mlxgpt.common.errors import RunError
+from mlxgpt.common.folders import resolve
+from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train.job import Job
 
 
 class Writer:
@@ -12,23 +20,23 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Starts ``job`` when the one before is done."""
+    def submit(self, save: Callable[[], None]) -> None:
+        """Starts ``save`` when the one before is done."""
         self.wait()
         if not self._background:
-            job()
+            save()
             return
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run(self, save: Callable[[], None]) -> None:
         try:
-            job()
+            save()
         except BaseException as error:
             self._error = error
 
     def check(self) -> None:
-        """Raises what the save that has ended raised; never waits."""
+        """Raises what a save that has ended raised; never waits."""
         if self._thread and not self._thread.is_alive():
             self.wait()
 
@@ -40,3 +48,67 @@ class Writer:
         if self._error:
             error, self._error = self._error, None
             raise error
+
+
+class Saver:
+    """Saves a job's checkpoints. On every way out it waits for the save that is in flight."""
+
+    def __init__(self, job: Job):
+        self._job, self._writer = job, Writer(job.recipe.train.background)
+        there = resolve.path_of(job.run, job.state.step).is_dir()
+        self._saved = dataclasses.replace(job.state) if there else None
+        self._written: list[str] = []
+        self._announced = False
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            return
+        failure = None
+        try:
+            self._writer.wait()
+        except Exception as other:
+            failure = other
+        if isinstance(error, RunError):
+            good = resolve.follow(self._job.run, "last")
+            where = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
+            also = "" if failure is None or failure is error else f" ({failure})"
+            raise RunError(f"{error}; the run stops; {where}{also}") from None
+
+    def save(self) -> None:
+        """Copies the state on this thread and writes it on the other, unless this very state is saved already."""
+        job = self._job
+        if self._saved == job.state:
+            return
+        self._writer.wait()
+        snapshot, state, recipe = job.engine.snapshot(), dataclasses.replace(job.state), job.recipe
+        self._saved = state
+
+        def write() -> None:
+            start = time.perf_counter()
+            job.metrics.sync()
+            place, size = checkpoint.write(
+                job.run, snapshot, recipe.model, None, state, recipe.train.keep, job.kind.write_weights
+            )
+            seconds = time.perf_counter() - start
+            self._written.append(f"first save: {place}, {size / 2**20:.1f} MiB in {seconds:.2f} s")
+
+        self._writer.submit(write)
+        self._announce()
+
+    def check(self) -> None:
+        """Says that the first save is done; raises what a save raised."""
+        self._writer.check()
+        self._announce()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._writer.wait()
+        self._announce()
+
+    def _announce(self) -> None:
+        if self._written and not self._announced:
+            self._announced = True
+            self._job.progress.say(self._written[0])

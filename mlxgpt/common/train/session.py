@@ -1,30 +1,115 @@
-"""What the verbs train and finetune share: checks before a run, and the loop with its files and display around it."""
+"""Begins or resumes a run of any kind: everything that can be wrong is found before a folder is made or a run touched.
+
+A kind (job.Kind) says what is particular to it; the order of the steps is here, once.
+"""
 
 import contextlib
 import dataclasses
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.batch import Source, State
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan.gate import Gate
-from mlxgpt.common.recipes import build
+from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics, run_folder, samples
-from mlxgpt.common.runs.checkpoint import RunState
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.train import loop, resume, schedule
+from mlxgpt.common.train.job import Job, Kind
 from mlxgpt.common.train.progress import Progress
+from mlxgpt.common.units import duration
+
+
+def run(kind: Kind) -> int:
+    """Begins a run, or resumes the one of --resume.
+
+    Returns:
+        0, or 130 and 143 after a signal.
+
+    Raises:
+        UserError: wrong usage or input; nothing was written.
+        RunError: the run broke.
+    """
+    return _resume(kind) if kind.args.resume else _begin(kind)
+
+
+def _begin(kind: Kind) -> int:
+    """A new run."""
+    args = kind.args
+    out = run_folder.unused(*kind.read_settings())
+    kind.open_model()
+    backend = _open_backend(args)
+    kind.open_source()
+    recipe = kind.recipe
+    check_settings(recipe, args)
+    checkpoint.check_space(run_folder.existing(out), _checkpoint_bytes(recipe))
+    gate = plan_gate.gate(recipe, backend, args)
+    engine = backend.engine.Engine(recipe, kind.weights(None), device=args.device)
+    environment = engine.describe()
+    state = first_state(kind, environment)
+    kind.set_first_state(engine, state)
+    run_folder.make(out)
+    with run_folder.locked(out):
+        run_folder.begin(out, recipe, environment | {"data": kind.describe_source()}, kind.init_from, state.step)
+        return _train(kind, out, backend, engine, gate, state)
+
+
+def _resume(kind: Kind) -> int:
+    """A run that was stopped, from its newest valid checkpoint."""
+    args, out = kind.args, Path(kind.args.resume)
+    for name in kind.begin_only:
+        if value := getattr(args, name):
+            flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise UserError(f"{flag}: not with --resume: a resumed run keeps its folder, its settings and its weights")
+    resume.check_run(out)
+    with run_folder.locked(out):
+        stored = read_toml(out / "recipe.toml")
+        verb = "finetune" if "tune" in stored else "train"
+        if verb != kind.verb:
+            raise UserError(f"{out}: a run of mlxgpt {verb}: mlxgpt {verb} --resume {out} resumes it")
+        kind.read_stored(out, stored)
+        newest = checkpoint.newest_valid(out)
+        before = build(newest[1].recipe if newest else stored, str(out / "recipe.toml"))
+        step = newest[1].step if newest else 0
+        rounding = resume.check_recipe(out, dataclasses.asdict(before), kind.recipe, step, print)
+        if newest and (why := loop.finished(kind.recipe, newest[1])):
+            print(f"{out}: nothing to do: {why}; model: {resolve.resolve_model(out)}")
+            return 0
+        if args.stop_after and args.stop_after <= step:
+            raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
+        check_settings(kind.recipe, args)
+        if newest is None and not kind.seeded:
+            again = f" with --init-from {kind.init_from}" if kind.init_from else ""
+            raise UserError(
+                f"{out}: no checkpoint: it was stopped before its first weights were saved; "
+                f"remove it and start again{again}"
+            )
+        backend = _open_backend(args)
+        kind.reopen_source(out, newest)
+        if newest:
+            resume.check_data(out, newest[1].data, kind.digests())
+        gate = plan_gate.gate(kind.recipe, backend, args)
+        if newest:
+            engine = _restored_engine(kind, backend, newest[0])
+            state = _restored_state(kind, out, newest, engine.describe(), rounding)
+        else:
+            print(f"{out}: no checkpoint yet: starts from step 1")
+            engine = backend.engine.Engine(kind.recipe, kind.weights(None), device=args.device)
+            state = first_state(kind, engine.describe())
+        _rewind(kind, out, engine.describe(), state.step)
+        return _train(kind, out, backend, engine, gate, state)
 
 
 def check_settings(recipe: Recipe, args: Namespace) -> None:
-    """What can be judged without data and framework."""
+    """Refuses what can be judged without data and framework."""
     steps = recipe.train.steps
     if args.stop_after and args.stop_after > steps:
         raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
@@ -32,100 +117,99 @@ def check_settings(recipe: Recipe, args: Namespace) -> None:
     schedule.check(recipe.optim, steps)
 
 
-def open_backend(args: Namespace) -> Backend:
-    """The framework's modules, its device chosen: what is not there is said before the data is prepared."""
+def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
+    """The state before step 1."""
+    recipe = kind.recipe
+    return RunState(
+        recipe.train.seed, kind.digests(), dataclasses.asdict(recipe), environment["framework"], environment
+    )
+
+
+def _open_backend(args: Namespace) -> Backend:
+    """The framework's modules, its device chosen: what is missing is said before the data is prepared."""
     backend = backends.load(args.backend)
     backend.engine.devices.use(args.device)
     return backend
 
 
-def fresh(recipe: Recipe, digests: dict[str, str], environment: dict[str, str]) -> RunState:
-    """The state before step 1."""
-    return RunState(recipe.train.seed, digests, dataclasses.asdict(recipe), environment["framework"], environment)
+def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
+    """The engine with the weights and the optimizer's state of the checkpoint ``place``."""
+    weights = kind.weights(place)
+    trained = {name: weights[name] for name in adapters.trainable(kind.recipe)}
+    engine = backend.engine.Engine(kind.recipe, weights, device=kind.args.device)
+    engine.load_state(checkpoint.read_optimizer(place, trained))
+    return engine
 
 
-def find(
-    args: Namespace, run: Path, recipe: Recipe, stored: dict[str, Any]
-) -> tuple[tuple[Path, RunState] | None, list[str]] | None:
-    """The newest checkpoint of a stopped run and what of the changed recipe rounds otherwise; None: it is finished.
-
-    Raises:
-        UserError: the recipe changes what may not change, or there is nothing to do up to --stop-after.
-    """
-    found = checkpoint.find_newest_valid(run)
-    before = dataclasses.asdict(build(found[1].recipe if found else stored, str(run / "recipe.toml")))
-    step = found[1].step if found else 0
-    rounding = resume.check_recipe(run, before, recipe, step, print)
-    if found and (why := loop.finished(recipe, found[1])):
-        print(f"{run}: nothing to do: {why}; model: {resolve.resolve_model(run)}")
-        return None
-    if args.stop_after and args.stop_after <= step:
-        raise UserError(f"--stop-after {args.stop_after}: the run is at step {step} already; expected a later one")
-    check_settings(recipe, args)
-    return found, rounding
-
-
-def go_on(
-    run: Path, found: tuple[Path, RunState], snapshot: State, recipe: Recipe, engine: Any, rounding: list[str]
+def _restored_state(
+    kind: Kind, out: Path, newest: Checkpoint, environment: dict[str, str], rounding: list[str]
 ) -> RunState:
-    """Gives the engine what a checkpoint holds; returns the state that the run goes on from."""
-    place, state = found
-    engine.load_state(snapshot)
-    environment = engine.describe()
+    """The state that the run resumes from; damaged checkpoints after it are renamed."""
+    place, state = newest
     resume.say_environment(state, environment, rounding, print)
-    print(f"{run}: goes on from step {state.step} ({place.name}, written by {state.framework})")
-    checkpoint.set_aside(run, state.step, print)
+    print(f"{out}: resumes from step {state.step} ({place.name}, written by {state.framework})")
+    checkpoint.set_aside(out, state.step, print)
     return dataclasses.replace(
-        state, recipe=dataclasses.asdict(recipe), framework=environment["framework"], environment=environment
+        state, recipe=dataclasses.asdict(kind.recipe), framework=environment["framework"], environment=environment
     )
 
 
-def clear(run: Path, recipe: Recipe, environment: dict[str, Any], step: int) -> None:
+def _rewind(kind: Kind, out: Path, environment: dict[str, Any], step: int) -> None:
     """Makes a stopped run as it was after ``step``, and notes that a segment begins."""
-    checkpoint.check_space(run, space(recipe))
-    checkpoint.sweep(run)
+    checkpoint.check_space(out, _checkpoint_bytes(kind.recipe))
+    checkpoint.sweep(out)
     # a run that took moments along has no lines of the steps before it
-    if (metrics.cut(run / metrics.FILE, step) or run_folder.first_step(run)) != step:
-        print(f"{run / metrics.FILE}: the lines up to step {step} are not all there any more")
-    samples.cut(run, step)
-    run_folder.note(run, recipe, environment, step)
+    if (metrics.cut(out / metrics.FILE, step) or run_folder.first_step(out)) != step:
+        print(f"{out / metrics.FILE}: the lines up to step {step} are not all there any more")
+    samples.cut(out, step)
+    run_folder.note(out, kind.recipe, environment | {"data": kind.describe_source()}, step)
 
 
-def space(recipe: Recipe) -> int:
-    """Bytes that a checkpoint takes: what trains and two moments of it, and small files."""
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of a checkpoint: what trains and two moments of it, and small files."""
     return 12 * adapters.count(recipe) + 4 * 2**20
 
 
-def run(
-    args: Namespace,
-    gate: Gate,
-    run: Path,
-    recipe: Recipe,
-    engine: Any,
-    source: Source,
-    tokenizer: Tokenizer | None,
-    state: RunState,
-    **more: Any,
-) -> int:
-    """The loop, with its files and its display around it; ``more`` are fields of trainer.Job."""
-    environment = engine.describe()
+def _train(kind: Kind, out: Path, backend: Backend, engine: Any, gate: Gate, state: RunState) -> int:
+    """The loop, with its files and its display around it."""
+    recipe, environment = kind.recipe, engine.describe()
     names = (environment[key] for key in ("framework", "version", "device"))
-    total = params.count(recipe.model)
-    own = adapters.count(recipe)
+    total, own = params.count(recipe.model), adapters.count(recipe)
     size = f"{total:,} parameters" if own == total else f"{own:,} parameters train beside {total:,}"
-    print(f"{run}: {size}, {recipe.train.steps:,} steps; {' '.join(names)}")
+    print(f"{out}: {size}, {recipe.train.steps:,} steps; {' '.join(names)}")
     for line in [*engine.unused_limits, engine.note]:
         if line:
             print(line)
     # a frozen weight has no gradient of its own: 4 FLOPs a token, not 6
     flops = chips.training_flops(recipe.model) * (1 if own == total else 2 / 3)
     display = Progress(
-        run.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
+        out.name, recipe.train.steps, state.step, recipe.train.log_every, flops,
         chips.peak_flops(environment["device"]), engine.memory,
     )  # fmt: skip
     sinks = metrics.open_sinks(
-        run, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
+        out, recipe.train.tensorboard, recipe.train.wandb, dataclasses.asdict(recipe), state.step
     )
-    with run_folder.awake(), contextlib.closing(metrics.Metrics(run, sinks)) as lines, display:
-        more |= {"stop_after": args.stop_after or 0, "outcome": lambda: gate.finish(run, engine)}
-        return loop.train(loop.Job(run, recipe, engine, source, tokenizer, state, lines, display, **more))
+    with run_folder.awake(), contextlib.closing(metrics.Metrics(out, sinks)) as lines, display:
+        job = Job(out, kind, backend, engine, state, lines, display, kind.args.stop_after or 0)
+        began = time.perf_counter()
+        code = loop.train(job)
+        display.say(gate.finish(out, engine))
+        display.say(_last_line(job, code, time.perf_counter() - began))
+        return code
+
+
+def _last_line(job: Job, code: int, seconds: float) -> str:
+    """How good the model is, where it is and what to do with it; or why the run stopped and how to resume it."""
+    state, recipe, run = job.state, job.recipe, job.run
+    why = loop.finished(recipe, state)
+    if not why:
+        reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[code]
+        return f"stopped {reason} and saved at step {state.step}; resume with: mlxgpt {job.kind.verb} --resume {run}"
+    parts = [f"done in {duration(seconds)}"]
+    if state.step < recipe.train.steps:
+        parts[0] += f", {why}"
+    if state.best:
+        name = loop.selection_metric(recipe)
+        parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
+    trial = f"classify --model {run} --text" if recipe.model.labels else f"generate --model {run} --prompt"
+    return "; ".join([*parts, f"model: {resolve.resolve_model(run)}", f"try: mlxgpt {trial} TEXT"])

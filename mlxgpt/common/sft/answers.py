@@ -1,31 +1,30 @@
-"""Rows that were held out, answered by the model while it is tuned: what is shown, scored, and tested at the end."""
+"""Answers of the model that is being fine-tuned: a sample, scores on held-out examples, and the test at the end."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.evaluate import confusion, text_metrics
+from mlxgpt.common.sft import confusion, text_metrics
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.train.loop import Job
+from mlxgpt.common.train.job import Job
 
 ROWS = 8  # answered at once
 
 
 class Answers:
-    """Asks the engine's model; greedy where answers are scored."""
+    """Asks a job's model; greedy where answers are scored."""
 
-    def __init__(self, backend: Backend, engine: Any, recipe: Recipe, source: SftSource):
-        assert recipe.tune
-        self._backend, self._engine, self._source = backend, engine, source
-        self._tune, self._sample = recipe.tune, recipe.sample
+    def __init__(self, job: Job, source: SftSource):
+        assert job.recipe.tune
+        self._job, self._source = job, source
+        self._tune, self._sample = job.recipe.tune, job.recipe.sample
         self._stop = [source.template.end] if source.template else []
 
     def sample(self) -> str:
-        """A question and what the model answers to it: sample.prompt, else the first row that validates."""
+        """A question and the model's answer: sample.prompt, else the first validation example."""
         tokenizer, prompt = self._source.tokenizer, _question(self._sample.prompt, self._source)
         try:
             result = self._generate([prompt], self._sample)[0]
@@ -33,11 +32,8 @@ class Answers:
             return f"(none: {error})"
         return f"{tokenizer.decode(prompt)}{result}"
 
-    def score(self, sums: dict[str, float]) -> dict[str, float]:
-        """Of a classifier what the sums of a validation tell; else tune.metrics over the first rows that validate."""
-        return self._scored("valid", sums)
-
-    def _scored(self, split: str, sums: dict[str, float]) -> dict[str, float]:
+    def score(self, split: str, sums: dict[str, float]) -> dict[str, float]:
+        """Of a classifier what the engine's ``sums`` tell; else tune.metrics over the split's first examples."""
         if self._source.labels:
             return confusion.figures(sums, len(self._source.labels))
         rows = self._source.rows(split)
@@ -57,8 +53,8 @@ class Answers:
         return made
 
     def _generate(self, prompts: list[list[int]], settings: Any) -> list[str]:
-        generate = self._backend.generate.generate
-        found = generate(self._engine.model, self._source.tokenizer, prompts, settings, self._stop)
+        generate = self._job.backend.generate.generate
+        found = generate(self._job.engine.model, self._source.tokenizer, prompts, settings, self._stop)
         return [result.text for result in found]
 
     def _reference(self, row: Example) -> str:
@@ -67,28 +63,28 @@ class Answers:
         ids = row.last_answer[1].tolist()
         return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.special else ids)
 
-    def finish(self, job: Job) -> None:
-        """Scores the test split with the weights as they are; labels: shows the confusion on what validates first."""
-        labels, tune = self._source.labels, job.recipe.tune
+    def finish(self) -> None:
+        """Scores the test split with the weights as they are; of a classifier also shows the validation confusion."""
+        job, labels = self._job, self._source.labels
         if labels and self._source.rows("valid"):
-            lines = confusion.lines(self._sums("valid", job), labels)
-            job.progress.say("\n".join([f"what validates at step {job.state.step}:", *lines]))
-        if tune and tune.test and self._source.rows("test"):
-            self._test(job)
+            lines = confusion.lines(self._sums("valid"), labels)
+            job.progress.say("\n".join([f"validation split at step {job.state.step}:", *lines]))
+        if self._tune.test and self._source.rows("test"):
+            self._test()
 
-    def _sums(self, split: str, job: Job) -> dict[str, float]:
+    def _sums(self, split: str) -> dict[str, float]:
         """What the engine adds up over a whole split."""
         total: dict[str, float] = {}
         for batch in self._source.split(split):
-            for part in batch.split(job.recipe.train.micro_batch_size):
-                for name, value in self._engine.evaluate(part).items():
+            for part in batch.split(self._job.recipe.train.micro_batch_size):
+                for name, value in self._job.engine.evaluate(part).items():
                     total[name] = total.get(name, 0.0) + value
         return total
 
-    def _test(self, job: Job) -> None:
+    def _test(self) -> None:
         """The test split, in metrics.jsonl and on screen."""
-        total = self._sums("test", job)
-        found = {"loss": total["loss"] / total["weight"]} | self._scored("test", total)
+        job, total = self._job, self._sums("test")
+        found = {"loss": total["loss"] / total["weight"]} | self.score("test", total)
         job.metrics.write(step=job.state.step, split="test", **found, targets=round(total["weight"]))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         job.progress.say(f"test split at step {job.state.step}: {shown}")

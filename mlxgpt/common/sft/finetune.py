@@ -1,0 +1,171 @@
+"""Fine-tuning as a kind of training: an adapter or a whole model, on examples."""
+
+import dataclasses
+import functools
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.model import adapters, families
+from mlxgpt.common.recipes import apply_sets
+from mlxgpt.common.runs.checkpoint import Checkpoint
+from mlxgpt.common.sft import answers, settings, text_metrics
+from mlxgpt.common.sft import source as sft_source
+from mlxgpt.common.sft import weights as sft_weights
+from mlxgpt.common.sft.answers import Answers
+from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.train.job import Job, Kind, Weights
+
+_BASE = "base model"  # among the digests
+
+
+class Finetuning(Kind):
+    """See job.Kind. ``args``: those of the verb finetune (mlxgpt/arguments.py)."""
+
+    verb = "finetune"
+    begin_only = ("out", "adapter", "config", "method", "task", "epochs", "train_on_prompt")
+    source: SftSource
+    _base: Path  # the base model's folder
+    _adapter: Adapter | None = None  # the one that a new run trains on
+    _frozen: Weights  # of the adapter, what does not train: PiSSA's start
+
+    def __init__(self, args: Namespace):
+        self.args = args
+
+    @property
+    def _whole(self) -> bool:
+        """Whether every weight trains, not an adapter."""
+        assert self.recipe.adapter
+        return self.recipe.adapter.method == "full"
+
+    def read_settings(self) -> tuple[Path | None, str]:
+        """The shipped recipe with --config, flags and --set."""
+        self._chosen = settings.gather(self.args)
+        self.recipe = settings.recipe(self._chosen.sections, self._chosen.where)
+        assert self.recipe.tune and self.recipe.adapter
+        name = f"{Path(self.recipe.tune.model).name}-{self.recipe.adapter.method}"
+        return Path(self._chosen.out) if self._chosen.out else None, name
+
+    def open_model(self) -> None:
+        """The base model, and the adapter that is trained on."""
+        chosen, recipe = self._chosen, self.recipe
+        assert recipe.tune
+        text_metrics.check(recipe.tune.metrics)
+        self._base, given = sft_weights.locate(recipe)
+        config = model_folder.read_config(self._base)
+        recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
+        self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
+        assert self.recipe.adapter
+        adapters.targets(config, self.recipe.adapter)  # what matches nothing is refused before examples are read
+        for note in chosen.notes:
+            print(f"{chosen.where}: {note}")
+
+    def open_source(self) -> None:
+        """The examples; steps, labels and new tokens follow from them."""
+        self._open_examples(load_tokenizer(self._base), self.recipe.model, self.recipe.model.labels)
+        recipe = answers.check(settings.with_length(self.recipe, self._chosen, self.source), self.source)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, labels=self.source.labels))
+        self.recipe = _with_new_tokens(recipe, self.source)
+        if not self._whole:
+            for line in adapter_folder.limits(self.recipe):
+                print(line)
+
+    def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
+        """The run's recipe with --set; --model and --data say where base and examples are now."""
+        flags = {"tune.model": self.args.model, "tune.source": self.args.data, "train.steps": self.args.steps}
+        sets = [f"{key}={value}" for key, value in flags.items() if value is not None]
+        self.recipe = settings.recipe(apply_sets(stored, sets + self.args.set), str(run / "recipe.toml"))
+
+    def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
+        """The examples, and the base model, which must be the one that the run began on."""
+        assert newest
+        place, state = newest
+        self._base = place if self._whole else sft_weights.locate(self.recipe)[0]
+        config = self.recipe.model if self._whole else model_folder.read_config(self._base)
+        self._open_examples(load_tokenizer(self._base), config, self.recipe.model.labels)
+        before, after = state.data.get(_BASE), self.digests().get(_BASE)
+        if before != after:
+            raise UserError(
+                f"{self._base}: sha256 {after}: the run began on a model with {before}; --model names another place"
+            )
+
+    def _open_examples(self, tokenizer: Any, config: ModelConfig, labels: tuple[str, ...]) -> None:
+        assert self.recipe.tune
+        self.source = sft_source.open(self.recipe.tune, self.recipe.train, tokenizer, config, print, labels)
+
+    @property
+    def seeded(self) -> bool:
+        """Never: they come from the base model."""
+        return False
+
+    def weights(self, place: Path | None) -> Weights:
+        """The base model's, and those of the adapter."""
+        base = sft_weights.base_weights(self._base, self.recipe)
+        adapter = self._adapter
+        if place and not self._whole:
+            adapter = adapter_folder.read(place, self._base, self.recipe.model)
+        own = sft_weights.adapter_weights(self.recipe, base, adapter)
+        self._frozen = {name: array for name, array in own.items() if name.rpartition(".")[2].startswith("start_")}
+        return base | own
+
+    @functools.cached_property
+    def _base_sha256(self) -> str:
+        return adapter_folder.base_sha256(self._base)
+
+    def digests(self) -> dict[str, str]:
+        """The examples, their order and packing, and the weights that stay."""
+        return self.source.digest if self._whole else self.source.digest | {_BASE: self._base_sha256}
+
+    def describe_source(self) -> dict[str, Any]:
+        """Counts of examples and tokens."""
+        return self.source.describe()
+
+    def write_weights(self, place: Path, trained: dict[str, np.ndarray]) -> None:
+        """A model folder where every weight trains, else an adapter; with the tokenizer where tokens were added."""
+        recipe, tokenizer = self.recipe, self.source.tokenizer
+        assert recipe.tune
+        if self._whole:
+            model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer)
+            return
+        hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
+        own = tokenizer if self.source.added else None
+        adapter_folder.write(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id)
+
+    def sample(self, job: Job) -> str | None:
+        """A question and the model's answer."""
+        assert self.recipe.tune
+        wanted = self.recipe.sample.max_tokens and self.recipe.tune.task == "lm"
+        return Answers(job, self.source).sample() if wanted else None
+
+    def score(self, job: Job, total: dict[str, float]) -> dict[str, float]:
+        """Accuracy and macro F1 of a classifier; else tune.metrics of answers to the first validation examples."""
+        job.progress.status("answering")
+        return Answers(job, self.source).score("valid", total)
+
+    def finish(self, job: Job) -> None:
+        """The test split, and a classifier's confusion."""
+        Answers(job, self.source).finish()
+
+
+def _with_new_tokens(recipe: Recipe, source: SftSource) -> Recipe:
+    """The recipe for a tokenizer that was given more tokens: embedding and head grow, and train whole."""
+    assert recipe.adapter
+    if not source.added:
+        return recipe
+    old, model, adapter = recipe.model.vocab_size, recipe.model, recipe.adapter
+    if source.tokenizer.n_vocab > old:
+        model = dataclasses.replace(model, vocab_size=source.tokenizer.n_vocab)
+        families.config_to_hf(model)
+        print(f"embedding: {old:,} rows become {model.vocab_size:,}; the new ones start as the mean of the others")
+    if adapter.method != "full":
+        names = ("wte",) if model.tied else ("wte", "lm_head")
+        adapter = dataclasses.replace(adapter, train=tuple(dict.fromkeys([*adapter.train, *names])))
+        print(f"{' and '.join(names)} train whole, for the new tokens")
+    return dataclasses.replace(recipe, model=model, adapter=adapter)

@@ -1,0 +1,100 @@
+"""The weights that fine-tuning starts from: a base model's, resized or with a score head, and an adapter's."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import adapter_folder, model_folder, resolve
+from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.sft.settings import Chosen
+from mlxgpt.common.train.job import Weights
+
+
+def locate(recipe: Recipe) -> tuple[Path, Path | None]:
+    """(the model's folder, the adapter to train on): --model may itself be an adapter, whose base is then the model.
+
+    Raises:
+        UserError: one of them is not there, or both name an adapter.
+    """
+    assert recipe.tune
+    place = resolve.resolve_model(recipe.tune.model)
+    given = resolve.resolve_model(recipe.tune.adapter) if recipe.tune.adapter else None
+    if (place / "config.json").is_file():
+        return place, given
+    if given:
+        raise UserError(f"--model {place}: an adapter, as is --adapter {given}: expected the model that they change")
+    return adapter_folder.base_of(place), place
+
+
+def with_adapter(
+    recipe: Recipe, chosen: Chosen, base: Path, given: Path | None, force: bool
+) -> tuple[Recipe, Adapter | None]:
+    """The recipe with the settings of the adapter that is trained on, and that adapter.
+
+    Raises:
+        UserError: it is for another model, or a setting asks for another shape than it has.
+    """
+    assert recipe.tune and recipe.adapter
+    if given is None:
+        return recipe, None
+    adapter = adapter_folder.read(given, base, recipe.model, force)
+    for note in adapter.notes:
+        print(note)
+    settings = dataclasses.replace(
+        adapter_folder.to_config(adapter, recipe.model),
+        dropout=recipe.adapter.dropout,
+        b_lr=recipe.adapter.b_lr,
+        bits=recipe.adapter.bits,
+        group_size=recipe.adapter.group_size,
+    )
+    for key, value in chosen.written.get("adapter", {}).items():
+        own = getattr(settings, key)
+        if value != own and not (isinstance(value, list) and tuple(value) == own):
+            raise UserError(f"adapter.{key} = {value!r}: {given} has {own!r}, and it is trained on as it is")
+    print(f"{given}: trained on: {adapter.method}, {len(adapter.targets)} matrices")
+    tune = dataclasses.replace(recipe.tune, adapter=str(given))
+    return dataclasses.replace(recipe, adapter=settings, tune=tune), adapter
+
+
+def base_weights(base: Path, recipe: Recipe) -> Weights:
+    """The model's weights as the engine takes them: float32 where they train, resized for new tokens or labels."""
+    weights: Weights = dict(model_folder.read_stored(base, model_folder.read_config(base)))
+    for name in adapters.trainable(recipe):
+        if isinstance(weights.get(name), Quantised):
+            weights[name] = weights[name].dequantise()
+            print(f"{name}: trains, so it is dequantised")
+    weights = params.resize_vocab(weights, recipe.model.vocab_size)
+    return params.as_classifier(weights, recipe.model, recipe.train.seed) if recipe.model.labels else weights
+
+
+def adapter_weights(recipe: Recipe, base: Weights, adapter: Adapter | None) -> Weights:
+    """The adapter's tensors: those of ``adapter``, else freshly initialized; none with method full."""
+    assert recipe.adapter
+    if adapter is not None:
+        return dict(adapter.params)
+    if recipe.adapter.method == "full":
+        return {}
+    return dict(adapters.init(recipe, Dequantised(base)))
+
+
+class Dequantised(Mapping[str, np.ndarray]):
+    """Weights by name; a quantised one is dequantised when it is asked for."""
+
+    def __init__(self, weights: Weights):
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        found = self._weights[name]
+        return found.dequantise() if isinstance(found, Quantised) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -1,0 +1,122 @@
+"""What a kind of training supplies (Kind), and what the loop works with (Job)."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from mlxgpt.common.backend import Backend
+from mlxgpt.common.batch import Engine, Source
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
+from mlxgpt.common.runs.metrics import Metrics
+from mlxgpt.common.train.progress import Progress
+
+Weights = dict[str, Any]
+"""Canonical name -> float32 array, or affine.Quantised for a frozen matrix."""
+
+
+class Kind(Protocol):
+    """A kind of training: pretrain.Pretraining, sft.finetune.Finetuning.
+
+    ``session.run`` calls the methods of a new or a resumed run in the order in which they stand here, then the loop
+    calls the last group. Each may raise UserError; before ``weights`` returns, nothing has been written.
+    """
+
+    verb: ClassVar[str]
+    """The command that begins a run of this kind and resumes it."""
+    begin_only: ClassVar[tuple[str, ...]]
+    """Arguments that a resumed run refuses."""
+    args: Namespace
+    recipe: Recipe
+    """Set by ``read_settings`` or ``read_stored``, completed by the methods after them."""
+    source: Source
+    """Set by ``open_source`` or ``reopen_source``."""
+    init_from: str | None = None
+    """What environment.json names as the origin of the first weights."""
+
+    # A new run.
+
+    def read_settings(self) -> tuple[Path | None, str]:
+        """Sets ``recipe`` from the arguments and the files that they name.
+
+        Returns:
+            The run folder that was asked for, and what to call the run where none was.
+        """
+        ...
+
+    def open_model(self) -> None:
+        """Puts the model that training starts from, if there is one, into the recipe; runs before any data is read."""
+
+    def open_source(self) -> None:
+        """Sets ``source``, and completes the recipe with what follows from the data."""
+        ...
+
+    # A resumed run.
+
+    def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
+        """Sets ``recipe`` from the run's recipe.toml and the arguments."""
+        ...
+
+    def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
+        """Sets ``source`` for a run that resumes from ``newest``, or from step 1 where it has no checkpoint."""
+        ...
+
+    # Both.
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed alone makes the first weights again; if not, they are saved before step 1."""
+        ...
+
+    def weights(self, place: Path | None) -> Weights:
+        """All weights as the engine takes them: of the checkpoint ``place``, or those that a new run starts from."""
+        ...
+
+    def set_first_state(self, engine: Engine, state: RunState) -> None:
+        """Gives a new run what it starts from beside its weights."""
+
+    def digests(self) -> dict[str, str]:
+        """Name -> sha256 of what must be the same when the run is resumed."""
+        return self.source.digest
+
+    def describe_source(self) -> dict[str, Any]:
+        """What environment.json says about the data."""
+        ...
+
+    # The loop.
+
+    def write_weights(self, place: Path, trained: dict[str, np.ndarray]) -> None:
+        """Writes the model or adapter of a checkpoint into the folder ``place``."""
+        ...
+
+    def sample(self, job: "Job") -> str | None:
+        """Text that the model writes now; None where no samples are wanted."""
+
+    def score(self, job: "Job", total: dict[str, float]) -> dict[str, float]:
+        """More metrics of a validation, whose engine sums are ``total``."""
+        return {}
+
+    def finish(self, job: "Job") -> None:
+        """What is measured once, after the last step."""
+
+
+@dataclass
+class Job:
+    """All that the loop works with. ``state`` is where it starts from."""
+
+    run: Path
+    kind: Kind
+    backend: Backend
+    engine: Engine
+    state: RunState
+    metrics: Metrics
+    progress: Progress
+    stop_after: int = 0  # 0: at the end of the schedule
+
+    @property
+    def recipe(self) -> Recipe:
+        """The kind's, resolved."""
+        return self.kind.recipe

@@ -1,0 +1,259 @@
+"""Pre-training as a kind of training: from a recipe, on a corpus, from fresh weights or those of a model."""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxgpt.common import recipes
+from mlxgpt.common.batch import Engine
+from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.data import token_source
+from mlxgpt.common.data.fetch import CORPORA
+from mlxgpt.common.data.prepare import cache_folder
+from mlxgpt.common.data.token_source import TokenSource
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.folders import model_folder, resolve
+from mlxgpt.common.model import families, params
+from mlxgpt.common.recipes import apply_sets, build, read_toml
+from mlxgpt.common.runs import checkpoint, run_folder
+from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.train import session
+from mlxgpt.common.train.job import Job, Kind, Weights
+
+Sections = dict[str, dict[str, Any]]
+
+
+class Pretraining(Kind):
+    """See job.Kind. ``args``: those of the verb train (mlxgpt/arguments.py)."""
+
+    verb = "train"
+    begin_only = ("out", "init_from")
+    source: TokenSource
+    tokenizer: Tokenizer | None
+    _origin: Path | None = None  # the model of --init-from
+
+    def __init__(self, args: Namespace):
+        self.args = args
+
+    def read_settings(self) -> tuple[Path | None, str]:
+        """The recipe of RECIPE, --set and --steps."""
+        path = recipes.find(self.args.recipe or "pydocs")
+        self._written = apply_sets(read_toml(path), self.args.set)
+        self.recipe = recipe_of(self._written, self.args.steps, str(path))
+        session.check_settings(self.recipe, self.args)  # the steps are known: before data is prepared
+        return Path(self.args.out) if self.args.out else None, path.stem
+
+    def open_model(self) -> None:
+        """The model of --init-from."""
+        self.init_from = self.args.init_from
+        if not self.init_from:
+            return
+        self._origin = resolve.resolve_model(self.init_from)
+        if self.args.moments and not (self._origin / checkpoint.OPTIMIZER).is_file():
+            raise UserError(f"--moments: {self._origin} has no {checkpoint.OPTIMIZER}")
+        self.recipe = _with_model_of(self._origin, self.recipe, self._written.get("model", {}))
+
+    def open_source(self) -> None:
+        """The corpus, tokenized; the vocabulary's size follows from it."""
+        self._open_data()
+        if self._origin:
+            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source.vocab_size)
+        self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
+        _check_sample(self.recipe, self.tokenizer)
+
+    def read_stored(self, run: Path, stored: Sections) -> None:
+        """The run's recipe, or the one of RECIPE, with --set and --steps."""
+        segments = run_folder.segments(run)
+        self.init_from = segments[0].get("init_from") if segments else None
+        written = read_toml(recipes.find(self.args.recipe)) if self.args.recipe else stored
+        recipe = recipe_of(apply_sets(written, self.args.set), self.args.steps, str(run / "recipe.toml"))
+        if not recipe.model.vocab_size:
+            vocab_size = stored.get("model", {}).get("vocab_size", 0)
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
+        self.recipe = recipe
+
+    def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
+        """The corpus; the run's own copy of shards or tokenizer stands in for one that is gone."""
+        self.recipe = _with_own_tokenizer(self.recipe, newest[0] if newest else None)
+        self._open_data(run)
+        _check_sample(self.recipe, self.tokenizer)
+
+    def _open_data(self, run: Path | None = None) -> None:
+        recipe = self.recipe
+        self.source, self.tokenizer = token_source.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
+
+    @property
+    def seeded(self) -> bool:
+        """Not where --init-from gave the first weights."""
+        return not self.init_from
+
+    def weights(self, place: Path | None) -> Weights:
+        """Of a checkpoint, of --init-from, or drawn from the seed."""
+        if place or self._origin:
+            return dict(model_folder.read_params(place or self._origin, self.recipe.model))  # type: ignore[arg-type]
+        return dict(params.init_params(self.recipe.model, self.recipe.train.seed))
+
+    def set_first_state(self, engine: Engine, state: RunState) -> None:
+        """With --moments the optimizer's state of --init-from."""
+        if self._origin and self.args.moments:
+            _take_moments(self._origin, self.recipe, engine, state)
+        elif self._origin and (self._origin / checkpoint.OPTIMIZER).is_file():
+            print(f"{self._origin}: its optimizer's moments are left out; --moments takes them along")
+        if differences := families.mlx_lm_deviations(self.recipe.model):
+            print(f"the checkpoints in mlx-lm: {'; '.join(differences)}")
+
+    def describe_source(self) -> dict[str, Any]:
+        """Tokens of each split."""
+        return self.source.statistics
+
+    def write_weights(self, place: Path, trained: dict[str, np.ndarray]) -> None:
+        """A model folder."""
+        model_folder.write_model(place, self.recipe.model, trained, tokenizer=self.tokenizer)
+
+    def sample(self, job: Job) -> str | None:
+        """What follows sample.prompt; token ids where there is no tokenizer."""
+        generate, settings = job.backend.generate, self.recipe.sample
+        if not settings.max_tokens:
+            return None
+        try:
+            if self.tokenizer is not None:
+                return generate.sample_text(job.engine.model, self.tokenizer, settings)
+            return " ".join(map(str, generate.generate(job.engine.model, None, [[0]], settings)[0].tokens))
+        except RunError as error:
+            return f"(none: {error})"
+
+
+def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
+    """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move.
+
+    Raises:
+        UserError: a section of fine-tuning, an unknown key, a wrong value, or a corpus that was not fetched.
+    """
+    for section in ("tune", "adapter"):
+        if section in sections:
+            raise UserError(f"{where}: [{section}]: of mlxgpt finetune, which takes it with --config; expected [data]")
+    if steps:
+        sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
+    recipe = build(sections, where)
+    paths = {"source": _corpus(recipe.data.source), "tokenizer": recipe.data.tokenizer}
+    absolute = {
+        key: str(Path(value).expanduser().resolve())
+        for key, value in paths.items()
+        if value not in ("pydocs", *KINDS) and Path(value).expanduser().exists()
+    }
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
+
+
+def with_vocabulary(recipe: Recipe, needed: int) -> Recipe:
+    """The recipe with a vocabulary of at least the ``needed`` entries.
+
+    Raises:
+        UserError: model.vocab_size is smaller, or no Hugging Face architecture can hold the model.
+    """
+    model = recipe.model
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=needed)
+    elif model.vocab_size < needed:
+        raise UserError(f"model.vocab_size = {model.vocab_size}: expected 0 or at least the tokenizer's {needed}")
+    elif model.vocab_size > needed:
+        print(f"model.vocab_size = {model.vocab_size}: the tokenizer has {needed}, the other entries stay unused")
+    families.config_to_hf(model)
+    return dataclasses.replace(recipe, model=model)
+
+
+def _corpus(source: str) -> str:
+    """The source, or where ``data fetch`` put the corpus of that name."""
+    if source not in CORPORA or Path(source).exists():
+        return source
+    fetched = cache_folder() / "corpora" / CORPORA[source].file
+    if not fetched.is_file():
+        raise UserError(
+            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: "
+            "--set data.source=FILE"
+        )
+    return str(fetched)
+
+
+def _with_own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
+    """The recipe with the checkpoint's copy of a tokenizer that is gone; the data's checksums judge it."""
+    path = recipe.data.tokenizer
+    if place is None or path in KINDS or Path(path).exists() or not has_tokenizer(place):
+        return recipe
+    print(f"data.tokenizer: {path} is gone; {place} has it")
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(place.resolve())))
+
+
+def _with_model_of(origin: Path, recipe: Recipe, written: dict[str, Any]) -> Recipe:
+    """The recipe with the model of ``origin``, and with its tokenizer where the recipe would train a new one."""
+    model = model_folder.read_config(origin)
+    for key, value in written.items():
+        taken = getattr(model, key)
+        # 0 asks for what follows from the rest
+        if value != taken and value != 0:
+            print(f"model.{key}: {taken!r} from {origin}, not the recipe's {value!r}")
+    changed: dict[str, Any] = {"model": model}
+    if recipe.data.tokenizer in KINDS and has_tokenizer(origin):
+        changed["data"] = dataclasses.replace(recipe.data, tokenizer=str(origin.resolve()))
+        print(f"data.tokenizer: the one of {origin}, not a new {recipe.data.tokenizer}")
+    return dataclasses.replace(recipe, **changed)
+
+
+def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState) -> None:
+    """Puts the optimizer's state of ``origin`` into engine and ``state``: the run begins after its step.
+
+    Raises:
+        UserError: it is damaged, of another optimizer, or of a step that the recipe's schedule does not have.
+    """
+    snapshot = checkpoint.read(origin, recipe.model)
+    there = checkpoint.verify(origin) if (origin / checkpoint.STATE).is_file() else None
+    state.step = state.evaluated = there.step if there else snapshot["t"]
+    if state.step >= recipe.train.steps:
+        raise UserError(f"train.steps = {recipe.train.steps}: {origin} is after step {state.step}; expected more")
+    engine.load_state(snapshot)
+    state.t, state.tokens = snapshot["t"], there.tokens if there else 0
+    before = there.recipe.get("optim", {}) if there else {}
+    for key in ("beta1", "beta2", "eps", "weight_decay"):
+        if before.get(key, getattr(recipe.optim, key)) != getattr(recipe.optim, key):
+            print(f"optim.{key} = {getattr(recipe.optim, key)}, where {origin} was trained with {before[key]}")
+    print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
+
+
+def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, size: int) -> None:
+    """Weights mean nothing under another tokenizer.
+
+    Raises:
+        UserError: the data's tokenizer is not the one of the weights, or has more tokens.
+    """
+    if tokenizer and has_tokenizer(origin):
+        digest = load_tokenizer(origin).digest
+        if digest != tokenizer.digest:
+            raise UserError(
+                f"--init-from {origin}: its tokenizer has sha256 {digest[:12]}..., "
+                f"the data's {tokenizer.digest[:12]}...: expected the same vocabulary"
+            )
+    if size > model.vocab_size:
+        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {size}")
+
+
+def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    """Refuses a prompt that cannot be sampled from before the run starts.
+
+    Raises:
+        UserError: the tokenizer cannot spell it, or it is longer than the context.
+    """
+    if not recipe.sample.max_tokens or tokenizer is None:
+        return
+    where = f"sample.prompt = {recipe.sample.prompt!r}"
+    try:
+        count = len(tokenizer.encode(recipe.sample.prompt))
+    except UserError as error:
+        raise UserError(f"{where}: {error}; set another, or sample.max_tokens=0") from None
+    if count == 0 and tokenizer.eos_id is None:
+        raise UserError(f"{where}: expected at least one token")
+    if count > recipe.model.block_size:
+        raise UserError(f"{where}: {count} tokens; expected at most model.block_size = {recipe.model.block_size}")
