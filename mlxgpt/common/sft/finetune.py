@@ -26,7 +26,7 @@ from mlxgpt.common.train.job import Job, Kind, Weights
 _BASE = "base model"  # among the digests
 
 
-class Finetuning(Kind):
+class Finetuning(Kind[SftSource]):
     """See job.Kind. ``args``: those of the verb finetune (mlxgpt/arguments.py)."""
 
     verb = "finetune"

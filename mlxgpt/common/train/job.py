@@ -3,7 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,10 @@ Weights = dict[str, Any]
 """Canonical name -> float32 array, or affine.Quantised for a frozen matrix."""
 
 
-class Kind(Protocol):
+S = TypeVar("S", bound=Source)
+
+
+class Kind(Protocol[S]):
     """A kind of training: pretrain.Pretraining, sft.finetune.Finetuning.
 
     ``session.run`` calls the methods of a new or a resumed run in the order in which they stand here, then the loop
@@ -32,7 +35,7 @@ class Kind(Protocol):
     args: Namespace
     recipe: Recipe
     """Set by ``read_settings`` or ``read_stored``, completed by the methods after them."""
-    source: Source
+    source: S
     """Set by ``open_source`` or ``reopen_source``."""
     init_from: str | None = None
     """What environment.json names as the origin of the first weights."""
@@ -108,7 +111,7 @@ class Job:
     """All that the loop works with. ``state`` is where it starts from."""
 
     run: Path
-    kind: Kind
+    kind: Kind[Any]
     backend: Backend
     engine: Engine
     state: RunState

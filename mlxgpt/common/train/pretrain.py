@@ -28,7 +28,7 @@ from mlxgpt.common.train.job import Job, Kind, Weights
 Sections = dict[str, dict[str, Any]]
 
 
-class Pretraining(Kind):
+class Pretraining(Kind[TokenSource]):
     """See job.Kind. ``args``: those of the verb train (mlxgpt/arguments.py)."""
 
     verb = "train"
