@@ -227,11 +227,12 @@ def test_a_lock_that_a_dead_process_left_is_no_lock(go: Go, stopped: Path, holde
 
 
 def test_two_that_start_at_once_are_one(go: Go, stopped: Path) -> None:
-    processes = [child("--resume", "run", FAKE_DELAY="0.05") for _ in range(3)]
-    codes = sorted(process.wait() for process in processes)
+    processes = [child("--resume", "run", FAKE_DELAY="0.2") for _ in range(3)]
+    codes = [process.wait() for process in processes]
     said = "".join(process.communicate()[0] for process in processes)
-    assert codes == [0, 2, 2], said
-    assert said.count("in use by process") == 2
+    # on a busy machine one may start only after the first has ended
+    assert said.count("in use by process") == codes.count(2) and said.count("nothing to do") == codes.count(0) - 1, said
+    assert said.count("resumes from step") == 1 and set(codes) == {0, 2}, said
     assert weights("run", 12) == weights("whole", 12) and losses("run") == losses("whole")
 
 
