@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.formats import placing
+from convert.formats import output
 from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import adapter_folder, peft_adapter, resolve
 from mlxgpt.common.folders.adapter_folder import Adapter
-from mlxgpt.common.folders.tensors import read_json
 from mlxgpt.common.model import families
 from mlxgpt.common.tokenizers import protocol as tokenizer_protocol
 
@@ -53,11 +53,11 @@ def convert(
     pickled = _pickled(place / PICKLED) if (place / PICKLED).is_file() else None
     adapter = adapter_folder.read(place, None, _config(base), pickled=pickled)
     config = adapter_folder.grown(_config(base), adapter)
-    with placing.workplace(dst, force) as made:
+    with output.workplace(dst, force) as made:
         made.mkdir()
         gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
         tokenizer_protocol.write_files(made, tokenizer_protocol.read_files(place))
-        placing.put(made, dst, force)
+        output.put(made, dst, force)
     return adapter, [*adapter.notes, *gaps]
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert.formats import placing, stream
+from convert.formats import output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.registry import format_of, open_model
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import atomic_write, read_json
 from mlxgpt.common.folders import model_folder
-from mlxgpt.common.folders.tensors import atomic_write, read_json
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.protocol import FILES
@@ -114,7 +114,7 @@ def convert_opened(
     if dst.exists() and dst.is_dir() != (writer.KIND == "folder"):
         raise UserError(f"{dst}: --force replaces a {writer.KIND} with a {to} model, and this is none")
     if hasattr(writer, "BESIDE"):
-        placing.check(dst.with_suffix(writer.BESIDE), force)
+        output.check_free(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
     elif opened.path.is_file() and not set(opened.companions) & set(FILES):
@@ -122,7 +122,7 @@ def convert_opened(
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
-    with _as_user_errors(dst), placing.workplace(dst, force) as place, _Digests(opened, made) as sources:
+    with _as_user_errors(dst), output.workplace(dst, force) as place, _Digests(opened, made) as sources:
         notes = [*opened.notes, *writer.write(guarded, place, made)]
         notes += [f"{name}: {n} values are not finite (NaN or Inf)" for name, n in made.bad.items()]
         hashes = _result_digests(place, made) if made.hash else {}
@@ -162,7 +162,7 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
         raise UserError(f"{dst.parent}: no such folder")
-    placing.check(dst, force)
+    output.check_free(dst, force)
     if dst.is_dir() and not dst.is_symlink() and not (dst / "config.json").is_file() and any(dst.iterdir()):
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
@@ -179,7 +179,7 @@ def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) 
     """Gives the result its name; what stands beside an earlier one goes before that, and is never untrue."""
     for path in beside:
         path.unlink(missing_ok=True)
-    placing.put(place, dst, force)
+    output.put(place, dst, force)
     for path, data in beside.items():
         if data is not None:
             with atomic_write(path) as file:
@@ -332,7 +332,7 @@ def _provenance(
 def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
     """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
     values = read_json(place / "config.json")
-    placing.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
+    output.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
     if opened.moments and opened.moments.state and (place / "training").is_dir():
         names = {each.name for each in dataclasses.fields(checkpoint.RunState)}
         state = {name: value for name, value in opened.moments.state.items() if name in names}

@@ -151,7 +151,7 @@ def seed_configs(place: Path) -> Path:
 
 
 def read_configs(path: Path) -> None:
-    from mlxgpt.common.folders.tensors import read_json
+    from mlxgpt.common.files import read_json
     from mlxgpt.common.model.families import config_from_hf, config_to_hf
 
     for file in changed(path):

@@ -16,6 +16,7 @@ import numpy as np
 
 from convert import convert
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import model_folder, tensors
 from mlxgpt.common.tokenizers.load import train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -71,9 +72,9 @@ def pair(base: str, place: Path, words: Tokenizer) -> tuple[Path, Path]:
         max_shard=100_000 if base == "mistral" else 10**9,
     )  # fmt: skip
     if carries:
-        settings = tensors.read_json(place / "made" / "tokenizer_config.json")
+        settings = read_json(place / "made" / "tokenizer_config.json")
         template = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
-        tensors.write_json(place / "made" / "tokenizer_config.json", settings | template)
+        write_json(place / "made" / "tokenizer_config.json", settings | template)
     source = place / "made" if form == "hf" else convert(place / "made", place / _FILES.get(form, "source"), form).path
     return source, convert(source, place / "converted").path
 
@@ -146,7 +147,7 @@ def config(**changes: Any) -> Change:
     """Sets keys of config.json, also in rope_parameters; None takes a key away."""
 
     def run(place: Path) -> None:
-        values = tensors.read_json(place / "config.json")
+        values = read_json(place / "config.json")
         before = json.dumps(values)
         inner = [values, *(values.get("rope_parameters") or {}).values(), values.get("rope_parameters")]
         for table in [each for each in inner if isinstance(each, dict)]:
@@ -156,7 +157,7 @@ def config(**changes: Any) -> Change:
                 else:
                     table[key] = changes[key]
         assert json.dumps(values) != before
-        tensors.write_json(place / "config.json", values)
+        write_json(place / "config.json", values)
 
     return run
 
@@ -168,28 +169,28 @@ def untie(place: Path) -> None:
 
 def unscaled(place: Path) -> None:
     """rope scaling dropped, in both spellings."""
-    values = tensors.read_json(place / "config.json")
+    values = read_json(place / "config.json")
     theta = values["rope_parameters"]["rope_theta"]
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_scaling": None}
-    tensors.write_json(place / "config.json", values | plain)
+    write_json(place / "config.json", values | plain)
 
 
 def default_theta(place: Path) -> None:
     """rope_theta dropped, in both spellings: readers then take 10000."""
-    values = tensors.read_json(place / "config.json")
+    values = read_json(place / "config.json")
     del values["rope_theta"], values["rope_parameters"]["rope_theta"]
-    tensors.write_json(place / "config.json", values)
+    write_json(place / "config.json", values)
 
 
 def tokens(change: Callable[[dict[str, Any]], None], file: str = "tokenizer.json") -> Change:
     """Edits a JSON file of the tokenizer, or generation_config.json."""
 
     def run(place: Path) -> None:
-        values = tensors.read_json(place / file)
+        values = read_json(place / file)
         before = json.dumps(values)
         change(values)
         assert json.dumps(values) != before
-        tensors.write_json(place / file, values)
+        write_json(place / file, values)
 
     return run
 
@@ -204,9 +205,9 @@ def move_special(values: dict[str, Any]) -> None:
 
 def forget_ends(place: Path) -> None:
     for file in ("config.json", "generation_config.json"):
-        values = tensors.read_json(place / file)
+        values = read_json(place / file)
         del values["eos_token_id"]
-        tensors.write_json(place / file, values)
+        write_json(place / file, values)
 
 
 _UP = "model.layers.1.mlp.up_proj.weight"

@@ -17,6 +17,7 @@ import pytest
 from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import resolve, tensors
 from mlxgpt.common.model import params
 from mlxgpt.common.runs import checkpoint
@@ -84,7 +85,7 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
             assert read[group][name].tobytes() == array.tobytes(), name
     stored = tensors.read_tensors(place / "training/optimizer.safetensors")
     assert set(stored) == {"t"} | {f"{group}.{name}" for group in "mv" for name in written["m"]}
-    assert set(tensors.read_json(place / checkpoint.STATE)["files"]) == {
+    assert set(read_json(place / checkpoint.STATE)["files"]) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training/optimizer.safetensors"
     }  # fmt: skip
 

@@ -20,7 +20,8 @@ from fake_train import child, losses, tree, weights
 from mlxgpt import cli
 from mlxgpt.commands import runs as runs_command
 from mlxgpt.common import backend
-from mlxgpt.common.folders import resolve, tensors
+from mlxgpt.common.files import read_json
+from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.train import pretrain
 
@@ -137,7 +138,7 @@ def test_without_the_sums_a_flipped_bit_would_be_trained_on(
     """The mutation: what the tests above hold against the undisturbed run does differ."""
 
     def believe(place: Path) -> checkpoint.RunState:
-        content = tensors.read_json(place / checkpoint.STATE)
+        content = read_json(place / checkpoint.STATE)
         return checkpoint.RunState(
             **{k: v for k, v in content.items() if k not in ("sha256", "format_version", "files")}
         )

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import tensors
 
 
@@ -29,7 +30,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors.write_tensors(path, {"a": np.ones(3)})
     before = path.read_bytes()
-    with pytest.raises(RuntimeError), tensors.atomic_write(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

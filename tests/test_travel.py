@@ -185,7 +185,7 @@ def test_verify_keeps_nothing_of_a_writer_that_is_broken(
 
 
 def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from convert.formats.placing import workplace
+    from convert.formats.output import workplace
 
     model_folder.write_model(tmp_path / "a", CASES["llama"], weights(CASES["llama"]))
     with workplace(tmp_path / "b", False) as place:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import placing, stream
+from convert.formats import output, stream
 from convert.formats.opened import Moments, Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import model_folder
-from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header, read_json, read_tensor
+from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header, read_tensor
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 
@@ -235,7 +236,7 @@ def write_folder(
     place.mkdir()
     write_parts(place, parts, metadata, index, options, params.count(families.on_disk(opened.config)))
     write_companions(opened, place, values)
-    placing.write_json(place / "config.json", values)
+    output.write_json(place / "config.json", values)
     if not opened.moments:
         return []
     if metadata is not None:
@@ -259,7 +260,7 @@ def write_companions(opened: Opened, place: Path, values: Mapping[str, Any]) -> 
         (place / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     if "generation_config.json" not in opened.companions:
         tokens = {key: values[key] for key in _IDS if values[key] is not None}
-        placing.write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
+        output.write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)
 
 
 def write_parts(
@@ -270,17 +271,19 @@ def write_parts(
     files = model_folder.shards({name: part.size for name, part in by_first.items()}, options.max_shard)
     for file, names in files.items():
         # what is of several tensors is aligned in itself and keeps the next one so
-        group = sorted((by_first[name] for name in names), key=lambda part: (len(part.specs) == 1, -_width(part)))
+        group = sorted((by_first[name] for name in names), key=_place)
         stream.write_safetensors(place, file, group, metadata, options)
     if len(files) == 1 and not index:
         return
     weight_map = {name: file for file, names in files.items() for first in names for name in by_first[first].specs}
     total = {"total_parameters": count, "total_size": sum(part.size for part in parts)}
-    placing.write_json(place / model_folder.INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    output.write_json(place / model_folder.INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _width(part: stream.Part) -> int:
-    return next(iter(part.specs.values()))[0].itemsize
+def _place(part: stream.Part) -> tuple[bool, int, str]:
+    """Orders the parts of a file: wide types first, then by name, as the safetensors library writes them."""
+    name, (dtype, _) = next(iter(part.specs.items()))
+    return len(part.specs) == 1, -dtype.itemsize, name
 
 
 def write_moments(opened: Opened, place: Path, options: Options) -> None:
@@ -294,4 +297,4 @@ def write_moments(opened: Opened, place: Path, options: Options) -> None:
     ]
     clock = np.array(opened.moments.t, dtype=np.int64)
     first = stream.Part({"t": (clock.dtype, ())}, lambda out: out.write(clock))
-    stream.write_safetensors(place, checkpoint.OPTIMIZER, [first, *parts], {}, options)
+    stream.write_safetensors(place, checkpoint.OPTIMIZER, [first, *sorted(parts, key=_place)], {}, options)

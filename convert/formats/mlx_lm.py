@@ -12,8 +12,9 @@ import numpy as np
 from convert.formats import hf, stream
 from convert.formats.opened import Opened, Options, Packed, Tensor
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder
-from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header, read_json
+from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header
 from mlxgpt.common.model import affine, families, params
 
 KIND = "folder"

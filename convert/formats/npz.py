@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import hf, placing, stream
+from convert.formats import hf, output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.errors import TensorError, UserError
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names
-from mlxgpt.common.folders.tensors import DTYPES, Entry, read_json
+from mlxgpt.common.folders.tensors import DTYPES, Entry
 from mlxgpt.common.model import families, params
 
 KIND = "folder"
@@ -142,7 +143,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 _write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
-    placing.write_json(place / "config.json", values)
+    output.write_json(place / "config.json", values)
     notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert.verify.report import Report
 from convert.verify.text import Section, sections, verdict
-from mlxgpt.common.folders.tensors import atomic_write
+from mlxgpt.common.files import atomic_write
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --good: #197a3d; --bad: #c02626; }

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.formats.opened import Opened
-from mlxgpt.common.folders.tensors import DTYPES, Entry, read_json, read_tensor
+from mlxgpt.common.files import read_json
+from mlxgpt.common.folders.tensors import DTYPES, Entry, read_tensor
 from mlxgpt.common.model import affine, params
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError, nearest
+from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import base_and_adapters
-from mlxgpt.common.folders.tensors import read_json, write_json
 from mlxgpt.common.inference.conversation import Answer, Conversation
 from mlxgpt.common.sft.template import Template, special_tokens, template_of
 from mlxgpt.common.tokenizers.load import generation_ends

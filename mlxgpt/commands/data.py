@@ -1,7 +1,6 @@
 """The verbs ``data fetch|inspect|prepare|export``; each returns its exit code."""
 
 import json
-import os
 import tarfile
 import tempfile
 from argparse import Namespace
@@ -17,6 +16,7 @@ from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.fetch import fetch as fetch_corpus
 from mlxgpt.common.data.inspect import inspect_corpus, inspect_shards
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import put
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer
@@ -158,8 +158,6 @@ def _pack(files: dict[str, Path], out: Path) -> None:
                 entry.size, entry.mode = path.stat().st_size, 0o644
                 with open(path, "rb") as file:
                     tar.addfile(entry, file)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(out)
+        put(part, out)
     finally:
         part.unlink(missing_ok=True)

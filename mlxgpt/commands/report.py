@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxgpt import __version__
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import tensors
+from mlxgpt.common.files import atomic_write
 from mlxgpt.common.runs import plots
 from mlxgpt.common.runs import summary as run_summary
 from mlxgpt.common.runs.summary import Run
@@ -51,7 +51,7 @@ def report_command(args: Namespace) -> int:
         for run in runs:
             write_csv(run, export)
     page = render(runs, export=export)
-    with tensors.atomic_write(out) as file:
+    with atomic_write(out) as file:
         file.write(page.encode())
     print(f"{out}: {len(page) / 2**20:.1f} MiB, {len(runs)} run{'s' * (len(runs) > 1)}")
     if export:

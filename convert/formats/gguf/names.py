@@ -14,7 +14,7 @@ import numpy as np
 from convert.formats.gguf.file import Stored, Value
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders.tensors import parse_json
+from mlxgpt.common.files import parse_json
 from mlxgpt.common.model import families, rotary
 from mlxgpt.common.model.family.row import Family, Gguf
 

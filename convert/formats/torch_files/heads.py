@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders.tensors import read_json
+from mlxgpt.common.files import read_json
 
 # (n_layer, n_embd) -> n_head of the four that GPT-2 was published in
 _PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}

@@ -1,7 +1,6 @@
 """Known corpora from their public address, or from a copy, held against a sha256; a broken download is continued."""
 
 import hashlib
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import put
 
 
 class Known(NamedTuple):
@@ -67,9 +67,7 @@ def fetch(known: Known, folder: Path, from_file: Path | None = None, say: Callab
         part.unlink()
         where = from_file or known.url
         raise UserError(f"{where}: {size} bytes, sha256 {found}: expected {known.size} bytes, sha256 {known.sha256}")
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(final)
+    put(part, final)
     say(f"{final}: {size:,} bytes, sha256 {found[:16]}... as expected")
     return final
 

@@ -25,6 +25,7 @@ from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data.corpus import Corpus, Piece, Scan
 from mlxgpt.common.data.shards import FORMAT, SHARD, ShardWriter, is_shards, write_index
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import put
 from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer, train_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -79,14 +80,12 @@ def prepare(corpus: Corpus, data: DataConfig, folder: Path, tokenizer: Tokenizer
     try:
         temporary.mkdir()
         _fill(temporary, corpus, data, tokenizer, say)
-        _sync(temporary)
         try:
-            temporary.rename(folder)
+            put(temporary, folder, replace=False)
         except OSError:
             if not is_shards(folder):
                 raise
             say(f"{folder} was made by another process meanwhile: using that")
-        _sync(folder.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -107,14 +106,6 @@ def _sweep(folder: Path) -> None:
                 os.kill(int(left.name.removeprefix(start)), 0)
             except ProcessLookupError:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(folder: Path, corpus: Corpus, data: DataConfig, tokenizer: Tokenizer | None, say: Say) -> None:

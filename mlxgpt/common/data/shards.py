@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import sync
 
 FORMAT = 1
 SHARD = 1 << 26
@@ -57,10 +58,9 @@ class ShardWriter:
         """Makes the open shard durable and notes its checksum."""
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         file = f"{self._name}-{len(self.shards):05}.bin"
+        sync(self._folder / file)
         self.shards.append({"file": file, "tokens": self._held, "sha256": self._hash.hexdigest()})
         self._file, self._hash, self._held = None, hashlib.sha256(), 0
 
@@ -79,10 +79,9 @@ def _sealed(index: dict[str, Any]) -> str:
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """index.json with its own checksum, on disk when this returns."""
-    with open(folder / "index.json", "w", encoding="utf-8") as file:
-        json.dump(index | {"sha256": _sealed(index)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / "index.json"
+    path.write_text(json.dumps(index | {"sha256": _sealed(index)}, indent=1), encoding="utf-8")
+    sync(path)
 
 
 def is_shards(folder: Path) -> bool:

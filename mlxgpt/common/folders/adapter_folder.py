@@ -22,9 +22,10 @@ import numpy as np
 
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.peft_adapter import by_suffix, suffixes, tidy, usual
-from mlxgpt.common.folders.tensors import read_header, read_json, read_tensor, write_json, write_tensors
+from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
 from mlxgpt.common.model import adapters, families, params
 from mlxgpt.common.model.adapters import Target
 from mlxgpt.common.recipes import SECTIONS

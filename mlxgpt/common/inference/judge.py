@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders.tensors import read_json
+from mlxgpt.common.files import read_json
 from mlxgpt.common.inference import probe
 from mlxgpt.common.inference.probe import Request
 from mlxgpt.common.recipes import build

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common.folders import model_folder
+from mlxgpt.common.files import atomic_write, json_bytes, put, read_json, sync
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
@@ -96,7 +97,8 @@ def write(
             model_folder.write_model(temporary, config, snapshot["params"], tokenizer=tokenizer)
         tensors.write_tensors(temporary / OPTIMIZER, arrays, {})
         write_state(temporary, state)
-        _replace(temporary, final)
+        sync(temporary / "training")
+        put(temporary, final)
         _point(run / "last", final)
         if state.best and path_of(run, int(state.best["step"])).is_dir():
             _point(run / "best", path_of(run, int(state.best["step"])))
@@ -143,8 +145,8 @@ def write_state(checkpoint: Path, state: RunState) -> None:
     """state.json, last of all files: it holds the sums of the others, each of which is on disk by then."""
     files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        sync(file)
         with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
             files[file.relative_to(checkpoint).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
     content = {
         "format_version": FORMAT_VERSION,
@@ -152,32 +154,9 @@ def write_state(checkpoint: Path, state: RunState) -> None:
         "files": files,
         "sha256": _BLANK,
     }
-    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    with tensors.atomic_write(checkpoint / STATE) as file:
+    text = json_bytes(content)
+    with atomic_write(checkpoint / STATE) as file:
         file.write(text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode()))
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    """Renames a complete folder into place; one that is there, of an abandoned continuation, goes."""
-    for place in (temporary / "training", temporary):
-        _fsync(place)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(temporary, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(temporary, final)
-    _fsync(final.parent)
-
-
-def _fsync(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point(link: Path, checkpoint: Path) -> None:
@@ -215,7 +194,7 @@ def verify(checkpoint: Path) -> RunState:
     Raises:
         UserError: a file is missing, or its sha256 is not the one in state.json.
     """
-    content = tensors.read_json(checkpoint / STATE)
+    content = read_json(checkpoint / STATE)
     expected = str(content.pop("sha256", None))
     found = hashlib.sha256((checkpoint / STATE).read_bytes().replace(expected.encode(), _BLANK.encode())).hexdigest()
     if found != expected:
@@ -290,14 +269,6 @@ def read_optimizer(checkpoint: Path, trained: dict[str, np.ndarray]) -> State:
         if group not in moments:
             raise UserError(f"{checkpoint / OPTIMIZER}: unexpected tensor {name}")
         moments[group][tensor] = array
-    return State(params=trained, m=moments["m"], v=moments["v"], t=t)
-
-
-
-
-
-
-
-
-
-
+    # a file has them by name
+    m, v = ({name: own[name] for name in [*trained, *own] if name in own} for own in moments.values())
+    return State(params=trained, m=m, v=v, t=t)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.errors import RunError, UserError
 
@@ -65,7 +66,7 @@ def cut(path: Path, step: int) -> int:
         # what is damaged after the step would go anyway
         if not kept or kept[-1]["step"] < step:
             raise
-    with tensors.atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(map(_line, kept)).encode())
     return kept[-1]["step"] if kept else 0
 

@@ -20,6 +20,7 @@ import mlxgpt
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.plan import chips
+from mlxgpt.common.files import atomic_write, write_json
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.recipes import to_toml
@@ -118,7 +119,7 @@ def begin(out: Path, recipe: Recipe, environment: dict[str, Any], init_from: str
 
 def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init_from: str | None = None) -> None:
     """Writes recipe.toml, and this segment's entry in environment.json."""
-    with tensors.atomic_write(run / "recipe.toml") as file:
+    with atomic_write(run / "recipe.toml") as file:
         file.write(to_toml(recipe).encode())
     segment = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,7 +134,7 @@ def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init
         "init_from": init_from,
         "command": sys.argv[1:],
     }
-    tensors.write_json(run / ENVIRONMENT, [*segments(run), segment])
+    write_json(run / ENVIRONMENT, [*segments(run), segment])
 
 
 def segments(run: Path) -> list[dict[str, Any]]:

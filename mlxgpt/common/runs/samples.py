@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.errors import RunError
 
@@ -55,5 +56,5 @@ def cut(run: Path, step: int) -> None:
     """Drops the samples that were written after ``step``: the run that goes on from there writes them again."""
     if (run / FILE).exists():
         kept = [sample for sample in read(run) if sample.step <= step]
-        with tensors.atomic_write(run / FILE) as file:
+        with atomic_write(run / FILE) as file:
             file.write("".join(map(_line, kept)).encode("utf-8", errors="replace"))

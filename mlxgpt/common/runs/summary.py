@@ -16,6 +16,7 @@ from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import metrics
 from mlxgpt.common.model import params
 from mlxgpt.common.runs import run_folder
+from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import tensors
 from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.errors import UserError
@@ -128,7 +129,7 @@ def _state(run: Path) -> dict[str, Any]:
     """What the newest checkpoint that can be read says; its sums are not looked at here."""
     for step in reversed(resolve.steps_of(run)):
         try:
-            return tensors.read_json(resolve.path_of(run, step) / checkpoint.STATE)
+            return read_json(resolve.path_of(run, step) / checkpoint.STATE)
         except UserError:
             continue
     return {}
@@ -137,7 +138,7 @@ def _state(run: Path) -> dict[str, Any]:
 def _plan(run: Path) -> dict[str, Any]:
     """What ``train`` predicted of the run and measured at its end; one that cannot be read counts as none."""
     try:
-        return tensors.read_json(run / "plan.json")
+        return read_json(run / "plan.json")
     except UserError:
         return {}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlxgpt.common.data import pydocs
 from mlxgpt.common.data.prepare import cache_folder
-from mlxgpt.common.folders import tensors
+from mlxgpt.common.files import atomic_write
 
 NAME = "pydocs-qa"
 LONGEST = 240  # characters of an answer; longer first paragraphs explain rather than say
@@ -39,6 +39,6 @@ def file() -> Path:
     place = cache_folder() / f"{NAME}-{platform.python_version()}-{digest}" / f"{NAME}.jsonl"
     if not place.is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tensors.atomic_write(place) as opened:
+        with atomic_write(place) as opened:
             opened.write(content)
     return place
