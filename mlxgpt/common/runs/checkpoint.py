@@ -8,13 +8,10 @@
 A checkpoint is written to a hidden sibling, fsynced and renamed, so a crash at any moment leaves whole ones only.
 """
 
-from mlxgpt.common.folders.resolve import path_of, steps_of
 import dataclasses
 import errno
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.folders import model_folder
-from mlxgpt.common.files import atomic_write, json_bytes, put, read_json, sync
-from mlxgpt.common.folders import tensors
 from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import atomic_write, json_bytes, put, read_json, sync
+from mlxgpt.common.folders import model_folder, tensors
+from mlxgpt.common.folders.resolve import path_of, steps_of
 
 FORMAT_VERSION = 1
 STATE = "training/state.json"
@@ -123,10 +120,6 @@ def check_space(place: Path, needed: int) -> None:
     if free < needed:
         reason = f"{free / 2**20:.0f} MiB free, a checkpoint needs {needed / 2**20:.0f} MiB"
         raise UserError(f"{place}: {os.strerror(errno.ENOSPC)}: {reason}")
-
-
-
-
 
 
 def sweep(run: Path) -> None:

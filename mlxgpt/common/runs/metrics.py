@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlxgpt.common.files import atomic_write
-from mlxgpt.common.folders import tensors
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.files import atomic_write
 
 FILE = "metrics.jsonl"
 

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import atomic_write, write_json
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.plan import chips
-from mlxgpt.common.files import atomic_write, write_json
-from mlxgpt.common.folders import tensors
-from mlxgpt.common.config import Recipe
 from mlxgpt.common.recipes import to_toml
-from mlxgpt.common.errors import UserError
 
 ENVIRONMENT = "environment.json"
 

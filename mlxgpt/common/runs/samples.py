@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxgpt.common.files import atomic_write
-from mlxgpt.common.folders import tensors
 from mlxgpt.common.errors import RunError
+from mlxgpt.common.files import atomic_write
 
 FILE = "samples.jsonl"
 

@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.folders import resolve
-from mlxgpt.common.runs import metrics
-from mlxgpt.common.model import params
-from mlxgpt.common.runs import run_folder
-from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import tensors
-from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.files import read_json
+from mlxgpt.common.folders import resolve
+from mlxgpt.common.model import params
+from mlxgpt.common.recipes import build, read_toml
+from mlxgpt.common.runs import checkpoint, metrics, run_folder
 from mlxgpt.common.runs.samples import Sample
 from mlxgpt.common.runs.samples import read as read_samples
 
