@@ -77,9 +77,9 @@ def describe() -> str:
     library = blas.describe()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{datetime.date.today()}, {platform.system()} {platform.machine()}, {chips.name()}, {os.cpu_count()} cores, "
-        f"{memory:.0f} GiB; BLAS of MLX: {library['name']} {library['core']}; Python {platform.python_version()}; "
-        + ", ".join(installed(package) for package in PACKAGES)
+        f"{datetime.date.today()}, {platform.system()} {platform.machine()}, {chips.chip_name()}, "
+        f"{os.cpu_count()} cores, {memory:.0f} GiB; BLAS of MLX: {library['name']} {library['core']}; "
+        f"Python {platform.python_version()}; " + ", ".join(installed(package) for package in PACKAGES)
     )
 
 

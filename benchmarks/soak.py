@@ -141,7 +141,7 @@ def check(place: Path, found: dict[str, list[np.ndarray]]) -> list[str]:
         steps = np.concatenate([part[:, 0] for part in parts]).astype(int)
         if steps.tolist() != list(range(1, len(steps) + 1)):
             wrong.append(f"{backend}: the steps of both segments are not 1 to {len(steps)}")
-        damage, _ = runs_command.check(place / backend)
+        damage, _ = runs_command.find_damage(place / backend)
         wrong += damage
         if len(resolve.steps_of(place / backend)) > 4:  # three, and the best
             wrong.append(f"{backend}: {len(resolve.steps_of(place / backend))} checkpoints, expected at most 4")

@@ -350,19 +350,20 @@ VERBS = {
         "classify -m runs/spam -t 'You have won a prize'",
         "classify -m models/small --adapter runs/spam -f test.csv --json",
     )),
-    "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.commands.data:fetch", _data_fetch, (
+    "data fetch": Verb("download a known corpus, by its sha256", "mlxgpt.commands.data:fetch_command", _data_fetch, (
         "data fetch tinyshakespeare",
         "data fetch tinyshakespeare --from input.txt",
     )),
-    "data inspect": Verb("what a corpus holds", "mlxgpt.commands.data:inspect", _data_inspect, (
+    "data inspect": Verb("what a corpus holds", "mlxgpt.commands.data:inspect_command", _data_inspect, (
         "data inspect pydocs",
         "data inspect corpus/ --tokenizer runs/first --json",
         "data inspect rows.jsonl --model models/small --rows 5",
     )),
-    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.commands.data:prepare", _data_prepare, (
+    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.commands.data:prepare_command", _data_prepare, (
         "data prepare corpus.jsonl --out shards --vocab-size 8192",
     )),
-    "data export": Verb("pack a run's shards for another machine", "mlxgpt.commands.data:export", _data_export, (
+    "data export": Verb(
+        "pack a run's shards for another machine", "mlxgpt.commands.data:export_command", _data_export, (
         "data export runs/first --out first.tar",
     )),
     "tokenizer train": Verb(

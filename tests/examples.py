@@ -44,6 +44,6 @@ def opened(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tiny(family="llama", block_size=256, vocab_size=400)
     settings: dict[str, Any] = {"batch_size": 4, "seed": 5} | (train or {})
-    return sft_source.open(
+    return sft_source.open_source(
         TuneConfig(source=str(path), **tune), TrainConfig(**settings), tokenizer, config, lambda line: None
     )

@@ -17,7 +17,7 @@ Go = Callable[..., int]
 def losses(run: str, split: str = "train") -> dict[int, float]:
     """Step -> loss; a step that is there twice fails."""
     found: dict[int, float] = {}
-    for entry in metrics.read(Path(run) / metrics.FILE):
+    for entry in metrics.read_lines(Path(run) / metrics.FILE):
         if entry["split"] == split:
             assert entry["step"] not in found, f"step {entry['step']} is there twice"
             found[entry["step"]] = entry["loss"]

@@ -93,7 +93,7 @@ def killed(arguments: list[str], cwd: Path, after: float) -> bool:
 
 def losses(run: Path) -> list[tuple[int, str, float]]:
     """What metrics.jsonl says, without what depends on the clock."""
-    return [(line["step"], line["split"], line["loss"]) for line in metrics.read(run / metrics.FILE)]
+    return [(line["step"], line["split"], line["loss"]) for line in metrics.read_lines(run / metrics.FILE)]
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -151,7 +151,7 @@ def _stopped(
                 shutil.rmtree(run, ignore_errors=True)
                 counted["before there was anything to go on from"] += not done
                 continue
-            damage, _ = runs_command.check(run)
+            damage, _ = runs_command.find_damage(run)
             if damage:
                 raise Damage(f"{run.name} after {counted['kills']} kills: {damage}")
             counted["while a checkpoint was being written"] += bool(list((run / "checkpoints").glob(".step-*")))

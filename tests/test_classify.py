@@ -119,7 +119,7 @@ def opened(place: Path, tokenizer: Tokenizer, given: list[Any] | None = None, **
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows(300) if given is None else given)))
     config = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab)
     settings = TuneConfig(source=str(path), task="classify", **tune)
-    return sft_source.open(settings, TrainConfig(batch_size=8), tokenizer, config, lambda line: None)
+    return sft_source.open_source(settings, TrainConfig(batch_size=8), tokenizer, config, lambda line: None)
 
 
 def recipe(source: SftSource, method: str = "full", family: str = "llama", **train: Any) -> Recipe:

@@ -65,7 +65,7 @@ def goes_on(go: Go) -> None:
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole") and losses("run", "val") == losses("whole", "val")
     assert weights("run", 12) == weights("whole", 12)
-    assert runs_command.check(Path("run"))[0] == []
+    assert runs_command.find_damage(Path("run"))[0] == []
 
 
 def refused(go: Go, capsys: pytest.CaptureFixture[str], *parts: str) -> None:

@@ -70,7 +70,7 @@ def go(out: str, *words: str, model: str = "llama", data: str = "rows.jsonl", st
 
 def losses(run: str) -> np.ndarray:
     """Every loss in the order of the file."""
-    return np.array([line["loss"] for line in metrics.read(Path(run) / metrics.FILE)])
+    return np.array([line["loss"] for line in metrics.read_lines(Path(run) / metrics.FILE)])
 
 
 def last(run: str) -> Path:
@@ -177,7 +177,7 @@ def test_answers_are_scored_the_best_kept_and_the_test_split_scored_at_the_end(
     names = ["exact", "bleu", "chrf", "rouge_l"]
     words = ["--set", f"tune.metrics={json.dumps(names)}", "--set", "tune.keep_best=chrf"]
     assert go("scored", *words, "--set", "train.early_stop=2", data="split", steps=40) == 0
-    lines = list(metrics.read(at / "scored" / metrics.FILE))
+    lines = list(metrics.read_lines(at / "scored" / metrics.FILE))
     scored = [line for line in lines if line["split"] == "val"]
     assert all(0 <= line["exact"] <= 1 and 0 <= line["chrf"] <= 100 for line in scored)
     values = [line["chrf"] for line in scored]
@@ -260,7 +260,7 @@ def test_labels_are_learned(at: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for backend in BACKENDS:
         assert go(f"labels-{backend}", *words, "--backend", backend, data="labels.jsonl") == 0
     assert np.abs(losses("labels-mlx") - losses("labels-torch")).max() <= 1e-4
-    (*_, line) = (line for line in metrics.read(at / "labels-mlx" / metrics.FILE) if line["split"] == "val")
+    (*_, line) = (line for line in metrics.read_lines(at / "labels-mlx" / metrics.FILE) if line["split"] == "val")
     assert 0 <= line["accuracy"] <= 1 and 0 <= line["macro_f1"] <= 1
     out = capsys.readouterr().out
     assert "best validation macro_f1" in out and "try: mlxgpt classify --model labels-mlx --text TEXT" in out

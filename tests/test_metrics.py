@@ -17,7 +17,7 @@ from mlxgpt.common.runs.metrics import Metrics
 
 def lines(run: Path) -> list[dict[str, Any]]:
     """What is in the file."""
-    return list(metrics.read(run / metrics.FILE))
+    return list(metrics.read_lines(run / metrics.FILE))
 
 
 def fill(run: Path, first: int, last: int) -> None:

@@ -49,12 +49,12 @@ def read(tmp_path: Path, **changed: Any) -> mlx_lm_yaml.Config:
     """The example with keys replaced."""
     file = tmp_path / "lora.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(EXAMPLE) | {"learning_rate": 1e-5} | changed))
-    return mlx_lm_yaml.read(file)
+    return mlx_lm_yaml.read_config(file)
 
 
 def test_the_example_of_mlx_lm_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").write_text(EXAMPLE)
-    found = mlx_lm_yaml.read(tmp_path / "lora.yaml")
+    found = mlx_lm_yaml.read_config(tmp_path / "lora.yaml")
     recipe = build(found.sections)
     assert recipe.tune and recipe.adapter
     assert (recipe.tune.model, recipe.tune.source, found.out) == ("mlx_model", "data/", "adapters")
@@ -78,7 +78,7 @@ def test_the_example_of_mlx_lm_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_what_is_left_out_has_mlx_lms_default(tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").write_text("model: m\ndata: d\n")
-    found = mlx_lm_yaml.read(tmp_path / "lora.yaml")
+    found = mlx_lm_yaml.read_config(tmp_path / "lora.yaml")
     recipe = build(found.sections)
     assert recipe.adapter and recipe.adapter.alpha == 20.0 * 8 and recipe.optim.lr == 1e-5
     assert recipe.optim.schedule == "constant" and recipe.optim.clip == 0 and recipe.optim.weight_decay == 0
@@ -90,7 +90,7 @@ def test_what_is_left_out_has_mlx_lms_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "0.00001", "1.0e-5"])
 def test_small_rates_are_numbers(tmp_path: Path, text: str) -> None:
     (tmp_path / "lora.yaml").write_text(f"learning_rate: {text}\n")
-    assert mlx_lm_yaml.read(tmp_path / "lora.yaml").sections["optim"]["lr"] == 1e-5
+    assert mlx_lm_yaml.read_config(tmp_path / "lora.yaml").sections["optim"]["lr"] == 1e-5
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_what_is_no_yaml_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "lora.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
-            mlx_lm_yaml.read(tmp_path / "lora.yaml")
+            mlx_lm_yaml.read_config(tmp_path / "lora.yaml")

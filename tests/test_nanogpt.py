@@ -189,7 +189,7 @@ def continued(place: Path, folder: Path, out: Path, backend: str, *more: str) ->
     """The losses of steps 4 to 6 here."""
     argv = ["train", str(place / "recipe.toml"), "--init-from", str(folder), "--out", str(out), "--backend", backend]
     assert cli.main([*argv, "--device", "cpu", *more]) == 0
-    lines = metrics.read(out / metrics.FILE)
+    lines = metrics.read_lines(out / metrics.FILE)
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 

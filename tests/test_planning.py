@@ -100,14 +100,14 @@ def per_row(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> F
 
 def test_the_largest_micro_batch_and_row_that_fit() -> None:
     recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}})
-    spare = plan_memory.copy(recipe)
+    spare = plan_memory.checkpoint_copy(recipe)
     assert plan_memory.largest_rows(recipe, per_row, 70_500 + spare) == 7
     assert plan_memory.largest_rows(recipe, per_row, 9_000 + spare) == 0
     one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=1))
     long = plan_memory.longest(one, per_row, 100_000)
     model = dataclasses.replace(recipe.model, block_size=long)
     assert 60 < long <= 100
-    assert 1000 * long + plan_memory.copy(dataclasses.replace(one, model=model)) <= 100_000
+    assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(one, model=model)) <= 100_000
 
 
 def test_flops_are_six_a_weight_and_attention_and_less_where_weights_are_frozen() -> None:
@@ -204,7 +204,7 @@ def arguments(force: bool = False) -> argparse.Namespace:
 def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build({"model": {"vocab_size": 13, "n_layer": 1, "n_embd": 8, "n_head": 2, "block_size": 8}})
     backend = fake_run.load_backend("mlx")
-    backend.name, spare = "mlx", plan_memory.copy(recipe)
+    backend.name, spare = "mlx", plan_memory.checkpoint_copy(recipe)
     monkeypatch.setattr(fake_run, "FREE", 4500 + spare)
     with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=4; --force"):
         plan_gate.gate(recipe, backend, arguments())
@@ -238,6 +238,7 @@ def test_memory_of_this_machine() -> None:
 
 
 def test_chips_are_found_however_they_are_written() -> None:
-    assert chips.find("M3 Max") is chips.find("apple-m3-max") is chips.find("m3max") is chips.CHIPS["m3-max"]
-    assert chips.find("RTX4090").memory == 24
-    assert chips.here("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
+    for name in ("M3 Max", "apple-m3-max", "m3max"):
+        assert chips.chip_named(name) is chips.CHIPS["m3-max"]
+    assert chips.chip_named("RTX4090").memory == 24
+    assert chips.chip_of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]

@@ -38,7 +38,7 @@ def test_every_recipe_is_listed_here() -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_it_resolves_can_be_saved_and_has_the_size_it_says(name: str) -> None:
     recipe = load(name)
-    schedule.check(recipe.optim, recipe.train.steps)
+    schedule.check_schedule(recipe.optim, recipe.train.steps)
     families.config_to_hf(recipe.model)
     assert params.count(recipe.model) == pytest.approx(PARAMETERS[name], rel=0.05)
     assert build(tomllib.loads(to_toml(recipe))) == recipe

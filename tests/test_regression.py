@@ -74,8 +74,8 @@ stream.read_into = twice
     "report": (
         """
 from mlxgpt.common.runs import metrics, plots
-read = metrics.read
-metrics.read = lambda path: ([*read(path)], [*read(path)], read(path))[2]
+read = metrics.read_lines
+metrics.read_lines = lambda path: ([*read(path)], [*read(path)], read(path))[2]
 plots.BINS = 10_000
 plots.curve.__defaults__ = (10_000,)
 """,

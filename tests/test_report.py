@@ -190,6 +190,6 @@ def test_samples_after_a_checkpoint_are_cut_and_half_a_line_is_left_out(tmp_path
     run = make_run(tmp_path / "one")
     with open(run / samples.FILE, "a") as file:
         file.write('{"step": 12, "te')
-    assert [sample.step for sample in samples.read(run)] == [4, 8]
+    assert [sample.step for sample in samples.read_samples(run)] == [4, 8]
     samples.cut(run, 4)
-    assert samples.read(run) == [samples.Sample(4, "before")]
+    assert samples.read_samples(run) == [samples.Sample(4, "before")]

@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(run: Path) -> np.ndarray:
     """Every train and validation loss, in the order of the file."""
-    found = [(entry["step"], entry["split"], entry["loss"]) for entry in metrics.read(run / metrics.FILE)]
+    found = [(entry["step"], entry["split"], entry["loss"]) for entry in metrics.read_lines(run / metrics.FILE)]
     assert [step for step, split, _ in found if split == "train"] == list(range(1, STEPS + 1))
     assert [step for step, split, _ in found if split == "val"] == [10, 20, 30, STEPS]
     return np.array([loss for _, _, loss in found])

@@ -105,9 +105,9 @@ def test_a_run_that_took_moments_along_begins_after_their_step(tmp_path: Path) -
     run = make_run(tmp_path / "one")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] > 5))
-    assert runs_command.check(run)[0] == [f"{run / 'metrics.jsonl'}: found step 6, expected step 1"]
+    assert runs_command.find_damage(run)[0] == [f"{run / 'metrics.jsonl'}: found step 6, expected step 1"]
     (run / "environment.json").write_text('[{"from_step": 5}]')
-    assert runs_command.check(run)[0] == []
+    assert runs_command.find_damage(run)[0] == []
     first, second = plots.tokens_per_second(run_summary.read_run(run))[:2]
     assert np.isnan(first) and second == 200.0
 

@@ -57,11 +57,11 @@ def test_a_schedule_without_warm_up_starts_below_its_peak_by_one_step() -> None:
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_a_warm_up_that_fills_the_run_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="optim.warmup = 10: expected fewer than train.steps = 10"):
-        schedule.check(optim(name), 10)
-    schedule.check(optim(name, decay_fraction=0.05), 11)
-    schedule.check(optim("constant"), 5)
+        schedule.check_schedule(optim(name), 10)
+    schedule.check_schedule(optim(name, decay_fraction=0.05), 11)
+    schedule.check_schedule(optim("constant"), 5)
 
 
 def test_wsd_whose_parts_overlap_is_refused() -> None:
     with pytest.raises(UserError, match="20 steps of decay do not fit into train.steps = 25"):
-        schedule.check(optim("wsd", decay_fraction=0.8), 25)
+        schedule.check_schedule(optim("wsd", decay_fraction=0.8), 25)

@@ -93,7 +93,7 @@ def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: To
     path, lines = tmp_path / "rows.jsonl", []
     config = tiny(family="llama", block_size=256, vocab_size=400)
     path.write_text(json.dumps({"messages": talk, "tools": [{"function": {"name": "add"}}]}) + "\n")
-    sft_source.open(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
+    sft_source.open_source(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
     unsaid = "ChatML does not write them: nothing of them is trained on"
     assert [line for line in lines if "does not write" in line] == [
         f"{path} row 1: {key}: {unsaid}" for key in ("tools", "tool_calls")
@@ -104,7 +104,7 @@ def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: To
     held += "{% if add_generation_prompt %}assistant{% endif %}"
     (tmp_path / "held.jinja").write_text(held)
     tune = TuneConfig(source=str(path), template=str(tmp_path / "held.jinja"))
-    sft_source.open(tune, TrainConfig(), tokenizer, config, lines.append)
+    sft_source.open_source(tune, TrainConfig(), tokenizer, config, lines.append)
     assert lines and not any("does not write" in line for line in lines)
 
 
@@ -198,7 +198,7 @@ def test_what_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines: list[str] = []
     config = tiny(family="llama", block_size=256, vocab_size=400)
     tune = TuneConfig(source=str(tmp_path), block_size=40)
-    source = sft_source.open(tune, TrainConfig(batch_size=4), tokenizer, config, lines.append)
+    source = sft_source.open_source(tune, TrainConfig(batch_size=4), tokenizer, config, lines.append)
     counts = source.counts["train"]
     assert not path.exists()
     assert lines == [
@@ -217,7 +217,8 @@ def test_a_validation_row_may_be_the_longest(tmp_path: Path, tokenizer: Tokenize
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "He goes."}))
     (tmp_path / "valid.jsonl").write_text(json.dumps({"text": LONG["instruction"]}))
     config = tiny(family="llama", block_size=256, vocab_size=400)
-    source = sft_source.open(TuneConfig(source=str(tmp_path)), TrainConfig(), tokenizer, config, lambda line: None)
+    tune = TuneConfig(source=str(tmp_path))
+    source = sft_source.open_source(tune, TrainConfig(), tokenizer, config, lambda line: None)
     (batch,) = source.validation()
     assert batch.weight == len(source.rows("valid")[0])
 

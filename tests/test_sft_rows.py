@@ -10,7 +10,7 @@ import pytest
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft.duplicates import find
+from mlxgpt.common.sft.duplicates import near_duplicates
 from mlxgpt.common.sft.rows import Row, as_messages, open_rows, split_rows
 
 ALPACA = [
@@ -235,6 +235,6 @@ def test_near_duplicates_are_found_exactly() -> None:
         Row("v row 3", text=" ".join(words[:30])),
         Row("v row 4", text="none like it"),
     ]
-    pairs = find(train, valid)
+    pairs = near_duplicates(train, valid)
     assert [(pair.valid, pair.train) for pair in pairs] == [("v row 1", "t row 2"), ("v row 2", "t row 1")]
     assert pairs[0].similarity == 1 and pairs[1].similarity == pytest.approx(55 / 61)

@@ -36,7 +36,7 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert "best validation loss" in last and "model: run/checkpoints/step-00000" in last
     assert "mlxgpt generate --model run" in last
     assert "sample at step 12:\nbcd 12" in out
-    assert samples.read(Path("run"))[-1] == samples.Sample(12, "bcd 12")
+    assert samples.read_samples(Path("run"))[-1] == samples.Sample(12, "bcd 12")
     environment = json.loads(Path("run/environment.json").read_text())
     assert len(environment) == 1 and {"framework", "version", "device", "threads", "python", "commit", "dirty"} <= set(
         environment[0]

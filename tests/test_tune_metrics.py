@@ -32,11 +32,11 @@ def test_each_metric_falls_with_what_it_measures() -> None:
 
 
 def test_a_metric_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    text_metrics.check(NAMES)
+    text_metrics.check_packages(NAMES)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sacrebleu" else object())
-    text_metrics.check(["exact", "rouge_l"])
+    text_metrics.check_packages(["exact", "rouge_l"])
     with pytest.raises(UserError, match="chrf needs sacrebleu: pip install"):
-        text_metrics.check(["chrf"])
+        text_metrics.check_packages(["chrf"])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer
 
 
-def fetch(args: Namespace) -> int:
+def fetch_command(args: Namespace) -> int:
     """``data fetch NAME [--from FILE] [--out DIR]``."""
     if args.name not in CORPORA:
         known = ", ".join(f"{name} ({known.about})" for name, known in CORPORA.items())
@@ -33,7 +33,7 @@ def fetch(args: Namespace) -> int:
     return 0
 
 
-def inspect(args: Namespace) -> int:
+def inspect_command(args: Namespace) -> int:
     """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model`` rows as fine-tuning sees them."""
     if args.model:
         from mlxgpt.common.sft.inspect import inspect_rows
@@ -85,7 +85,7 @@ def _show(found: dict[str, Any]) -> None:
     print(f"{'sample':<17}{found['sample']!r}")
 
 
-def prepare(args: Namespace) -> int:
+def prepare_command(args: Namespace) -> int:
     """``data prepare SOURCE --out DIR``."""
     out = resolve.new_path(args.out)
     data = DataConfig(
@@ -102,7 +102,7 @@ def prepare(args: Namespace) -> int:
     return 0
 
 
-def export(args: Namespace) -> int:
+def export_command(args: Namespace) -> int:
     """``data export RUN --out FILE.tar``: a run's shards, to be unpacked into the run on another machine."""
     out, run = resolve.new_path(args.out), Path(args.run)
     if out.suffix != ".tar":

@@ -150,7 +150,7 @@ def side_by_side(base: list[str], mlx: list[str], torch: list[str]) -> str:
 
 def losses(run: Path, split: str) -> dict[int, float]:
     """Step -> loss of one split of a run; NaN where it was not finite."""
-    lines = [line for line in metrics.read(run / metrics.FILE) if line["split"] == split]
+    lines = [line for line in metrics.read_lines(run / metrics.FILE) if line["split"] == split]
     return {line["step"]: math.nan if line["loss"] is None else line["loss"] for line in lines}
 
 

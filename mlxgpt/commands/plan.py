@@ -42,13 +42,13 @@ def plan_command(args: Namespace) -> int:
         UserError: wrong usage or input.
     """
     if args.plot:
-        plan_show.check(Path(args.plot))
+        plan_show.check_plot(Path(args.plot))
     backward = args.budget is not None or args.hours is not None or args.memory is not None
     if args.out and not backward:
         raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
     if args.model and args.recipe:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
-    chip = chips.find(args.chip) if args.chip else None
+    chip = chips.chip_named(args.chip) if args.chip else None
     recipe, notes = _recipe(args)
     backend = backends.load(args.backend)
     device = backend.engine.devices.use(args.device)
@@ -117,18 +117,18 @@ def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chi
         notes.append(f"memory is counted as {backend.name} holds it on this machine's device, not on {chip.name}")
     if (backend.name, recipe.train.compile) == ("mlx", "off"):
         notes.append("train.compile = off: MLX then holds more than this says, a small model up to a third")
-    chip = chip or chips.here(described["device"])
+    chip = chip or chips.chip_of(described["device"])
     seconds, origin = None, None
     if timing:
         seconds, origin = timing.run(recipe), f"{timing.rate:,.0f} tokens/s measured here"
     elif chip:
         seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip)
-        origin = f"{chip.name} at an assumed {chip.utilisation:.0%} of its peak"
+        origin = f"{chip.name} at an assumed {chip.utilization:.0%} of its peak"
     tokens, length = plan_compute.tokens(recipe, plan_memory.length(recipe)), plan_memory.length(recipe)
     each = plan_compute.flops(recipe, length, recipe.train.batch_size)
     rows, _ = plan_memory.micro_batch(recipe)
     itemsize = 2 if recipe.train.compute_dtype == "bfloat16" else 4
-    trains = sum(int(plan_memory.size(param.shape)) for param in adapters.trainable(recipe).values())
+    trains = sum(int(plan_memory.elements(param.shape)) for param in adapters.trainable(recipe).values())
     return {
         "title": f"{recipe.model.family}, {recipe.model.n_layer} layers of {recipe.model.n_embd}",
         "device": chip.name if args.chip and chip else described["device"],
@@ -200,7 +200,7 @@ def _backward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, ch
         "loss": list(choice.loss),
         "steps": made.train.steps,
         "seconds": seconds,
-        "seconds_from": chip and f"{chip.name} at an assumed {chip.utilisation:.0%} of its peak",
+        "seconds_from": chip and f"{chip.name} at an assumed {chip.utilization:.0%} of its peak",
         "price": price,
         "cost": None if price is None or seconds is None else price * seconds / 3600,
         "currency": currency,

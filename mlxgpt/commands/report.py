@@ -79,12 +79,12 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
     shown = [
         {
             "name": run.name,
-            "colour": colour,
+            "color": color,
             "facts": facts(run),
             "samples": run.samples,
             "recipe": (run.path / "recipe.toml").read_text(encoding="utf-8"),
         }
-        for colour, run in plots.coloured(runs)
+        for color, run in plots.colored(runs)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     tables = [table for table in (_differing(runs), _planned(runs), _data(runs), _environment(runs)) if table.rows]

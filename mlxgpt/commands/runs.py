@@ -64,7 +64,7 @@ def check_command(args: Namespace) -> int:
     run = Path(args.run)
     if not resolve.is_run(run):
         raise UserError(f"{run}: not a run; expected the --out of a training")
-    damage, checked = check(run)
+    damage, checked = find_damage(run)
     if args.json:
         print(json.dumps({"sound": not damage, "checked": checked, "damage": damage}))
     else:
@@ -74,7 +74,7 @@ def check_command(args: Namespace) -> int:
     return 1 if damage else 0
 
 
-def check(run: Path) -> tuple[list[str], list[str]]:
+def find_damage(run: Path) -> tuple[list[str], list[str]]:
     """What is damaged, a line each, and what was looked at."""
     damage, checked = [], []
     for step in resolve.steps_of(run):
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[str]:
     """Lines of metrics.jsonl that are damaged, missing or out of order; half of a last line is what a kill leaves."""
     expected = run_folder.first_step(path.parent) + 1
     try:
-        for line in metrics.read(path):
+        for line in metrics.read_lines(path):
             if line.get("split") == "train":
                 if line["step"] != expected:
                     return [f"{path}: found step {line['step']}, expected step {expected}"]

@@ -47,7 +47,7 @@ def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCon
         held = [*rows.splits["train"], *rows.splits["valid"]]
     if not held:
         raise UserError(f"{path}: no rows of --split {split}: expected {_SPLITS[split]}.jsonl with some")
-    template, spelled, added = sft_source.choose(tune, rows, tokenizer)
+    template, spelled, added = sft_source.choose_template(tune, rows, tokenizer)
     if added:
         raise UserError(f"{path}: conversations, and this model's tokenizer has no chat template; tuning would add one")
     examples, _ = encode.Encoder(tune, spelled, template, config.block_size).examples(held)

@@ -164,8 +164,8 @@ def _need(base: Recipe, model: ModelConfig, measure: Measure) -> int:
 
 
 def compute_of(hours: float, chip: Chip, dtype: str) -> float:
-    """FLOPs of so many hours at the assumed utilisation."""
-    return hours * 3600 * chip.flops(dtype) * chip.utilisation
+    """FLOPs of so many hours at the assumed utilization."""
+    return hours * 3600 * chip.flops(dtype) * chip.utilization
 
 
 def default_chip(device: str) -> Chip:
@@ -174,7 +174,7 @@ def default_chip(device: str) -> Chip:
     Raises:
         UserError: it is not in the table.
     """
-    found = chips.here(device)
+    found = chips.chip_of(device)
     if found is None:
         raise UserError(
             f"--chip: this machine's {device} is not in the table: expected one of {', '.join(chips.CHIPS)}"

@@ -1,4 +1,4 @@
-"""What a chip can do at most, and what a model asks of it: the two numbers of MFU (model FLOPs utilisation)."""
+"""What a chip can do at most, and what a model asks of it: the two numbers of MFU (model FLOPs utilization)."""
 
 import platform
 import subprocess
@@ -20,7 +20,7 @@ class Chip(NamedTuple):
     bfloat16: float
     bandwidth: float | None
     memory: int
-    utilisation: float  # assumed share of the peak that training reaches
+    utilization: float  # assumed share of the peak that training reaches
 
     def flops(self, dtype: str) -> float:
         """FLOP/s at the most in a compute dtype."""
@@ -55,7 +55,7 @@ CHIPS = dict(
 )  # fmt: skip
 
 
-def name() -> str:
+def chip_name() -> str:
     """The chip's name, such as ``Apple M2 Pro``; what the platform calls the processor elsewhere."""
     if sys.platform != "darwin":
         return platform.processor() or platform.machine()
@@ -66,7 +66,7 @@ def name() -> str:
         return platform.machine()
 
 
-def find(asked: str) -> Chip:
+def chip_named(asked: str) -> Chip:
     """The chip of ``--chip``: a key of CHIPS, however it is spaced.
 
     Raises:
@@ -79,19 +79,19 @@ def find(asked: str) -> Chip:
     return CHIPS[key]
 
 
-def here(device: str) -> Chip | None:
+def chip_of(device: str) -> Chip | None:
     """The chip that a device of environment.json is; None where it is a CPU or not in the table."""
     names = {chip.name: chip for chip in CHIPS.values()}
     if device == "cpu":
         return None
     words = {"A100": "a100", "H100": "h100", "H200": "h200", "4090": "rtx4090"}  # of what CUDA calls its devices
     card = next((CHIPS[key] for word, key in words.items() if word in device), None)
-    return names.get(device) or names.get(name()) or card
+    return names.get(device) or names.get(chip_name()) or card
 
 
 def peak_flops(device: str) -> float | None:
     """float32 FLOP/s at the most; None where the device is a CPU or the chip is not in the table."""
-    chip = here(device)
+    chip = chip_of(device)
     return chip and chip.flops("float32")
 
 

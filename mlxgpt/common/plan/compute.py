@@ -68,6 +68,6 @@ def tokens(recipe: Recipe, length: int) -> int:
 
 
 def seconds(recipe: Recipe, length: int, chip: Chip) -> float:
-    """Time of the whole schedule on a chip at its assumed utilisation: the counted FLOPs, updates included."""
+    """Time of the whole schedule on a chip at its assumed utilization: the counted FLOPs, updates included."""
     each = flops(recipe, length, recipe.train.batch_size).exact
-    return each * tokens(recipe, length) / (chip.flops(recipe.train.compute_dtype) * chip.utilisation)
+    return each * tokens(recipe, length) / (chip.flops(recipe.train.compute_dtype) * chip.utilization)

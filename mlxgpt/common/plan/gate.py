@@ -83,7 +83,7 @@ def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
                 + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")
                 + "; --force runs it all the same"
             )
-    chip = chips.here(described)
+    chip = chips.chip_of(described)
     seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip) if chip else None
     before = backend.engine.devices.memory(device)["peak"] if backend.name == "torch" else 0
     return Gate(recipe, backend, described, memory, seconds, before, time.perf_counter())

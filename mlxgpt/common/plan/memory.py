@@ -63,7 +63,7 @@ def plan(recipe: Recipe, measure: Measure) -> Memory:
     """The memory of a recipe whose vocabulary is known, from the framework's ``footprint``."""
     rows, count = micro_batch(recipe)
     found = measure(recipe, rows, length(recipe), count)
-    return Memory(found.peak, components(recipe, found), copy(recipe))
+    return Memory(found.peak, components(recipe, found), checkpoint_copy(recipe))
 
 
 def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
@@ -81,12 +81,12 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
     return made
 
 
-def copy(recipe: Recipe) -> int:
+def checkpoint_copy(recipe: Recipe) -> int:
     """The copy of what trains and its moments that a checkpoint is written from."""
-    return 4 * sum(3 * size(param.shape) for param in adapters.trainable(recipe).values())
+    return 4 * sum(3 * elements(param.shape) for param in adapters.trainable(recipe).values())
 
 
-def size(shape: tuple[int, ...]) -> int:
+def elements(shape: tuple[int, ...]) -> int:
     """Elements."""
     return prod(shape)
 
@@ -118,7 +118,7 @@ def at_most(recipe: Recipe) -> int:
     attention = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     block = tokens * (48 * model.n_embd + 24 * model.n_hidden + 16 * attention + 8 * model.n_head * length(recipe))
     words = tokens * 8 * model.vocab_size + tokens * 16 * model.n_embd
-    return 4 * (7 * params.count(model) + model.n_layer * block + words) + copy(recipe)
+    return 4 * (7 * params.count(model) + model.n_layer * block + words) + checkpoint_copy(recipe)
 
 
 def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096) -> int:
@@ -151,7 +151,7 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     def bytes_of(tokens: int) -> int:
         model = dataclasses.replace(recipe.model, block_size=max(tokens, recipe.model.block_size))
         changed = dataclasses.replace(recipe, model=model)
-        return measure(changed, rows, tokens, count).peak + copy(changed)
+        return measure(changed, rows, tokens, count).peak + checkpoint_copy(changed)
 
     one, two, four = (bytes_of(tokens) for tokens in (128, 256, 512))
     square = max((four - 3 * two + 2 * one) / (6 * 128**2), 0.0)

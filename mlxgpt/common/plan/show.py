@@ -96,7 +96,7 @@ def show(lines: Rows) -> None:
         print(f"  {label:<26} {text}" if label else text)
 
 
-def check(path: Path) -> None:
+def check_plot(path: Path) -> None:
     """Finds before the work is done that no plot can be made of it.
 
     Raises:

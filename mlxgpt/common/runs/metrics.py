@@ -21,7 +21,7 @@ from mlxgpt.common.files import atomic_write
 FILE = "metrics.jsonl"
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, one after the other; a last line that a crash cut short is left out.
 
     Raises:
@@ -57,7 +57,7 @@ def cut(path: Path, step: int) -> int:
     """
     kept: list[dict[str, Any]] = []
     try:
-        for entry in read(path) if path.exists() else []:
+        for entry in read_lines(path) if path.exists() else []:
             if entry["step"] > step:
                 break
             kept.append(entry)

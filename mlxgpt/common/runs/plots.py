@@ -15,7 +15,7 @@ import numpy as np
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.runs.summary import Run
 
-COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
+COLORS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
 """By run, in the order given, and again from the start."""
 BINS = 600
 _SIZE = (5.4, 2.8)  # inches; small, so that letters stay readable on a phone
@@ -40,9 +40,9 @@ class Curve(NamedTuple):
     high: np.ndarray
 
 
-def coloured(runs: list[Run]) -> list[tuple[str, Run]]:
-    """Each run with its colour."""
-    return list(zip(itertools.cycle(COLOURS), runs, strict=False))
+def colored(runs: list[Run]) -> list[tuple[str, Run]]:
+    """Each run with its color."""
+    return list(zip(itertools.cycle(COLORS), runs, strict=False))
 
 
 def curve(x: np.ndarray, y: np.ndarray, bins: int = BINS) -> Curve:
@@ -140,22 +140,22 @@ def _own_ids(svg: str, name: str) -> str:
 
 
 def _losses(ax: Any, runs: list[Run]) -> None:
-    for colour, run in coloured(runs):
+    for color, run in colored(runs):
         line = curve(run.train["step"], run.train.get("loss", run.train["step"] * np.nan))
-        ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(line.x, line.mean, color=colour, label=run.name)
+        ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(line.x, line.mean, color=color, label=run.name)
         if len(run.val["step"]):
-            ax.plot(run.val["step"], run.val["loss"], "o", color=colour, markersize=4, markeredgecolor="white")
+            ax.plot(run.val["step"], run.val["loss"], "o", color=color, markersize=4, markeredgecolor="white")
     ax.set_ylabel("nats a token")
     if any(len(run.train["step"]) for run in runs):
         ax.legend(loc="upper right")
 
 
 def _differences(ax: Any, runs: list[Run]) -> None:
-    for colour, run in coloured(runs)[1:]:
+    for color, run in colored(runs)[1:]:
         steps, apart = differences(runs[0], run)
         line = curve(steps, np.where(apart > 0, apart, np.nan))
-        ax.plot(line.x, line.high, color=colour)
+        ax.plot(line.x, line.high, color=color)
     ax.set_yscale("log")
     ax.set_ylabel("|difference|")
 
@@ -163,15 +163,15 @@ def _differences(ax: Any, runs: list[Run]) -> None:
 def _lines(
     ax: Any, runs: list[Run], what: str | Callable[[Run], np.ndarray], from_zero: bool = False, log: bool = False
 ) -> None:
-    for colour, run in coloured(runs):
+    for color, run in colored(runs):
         if not len(run.train["step"]):
             continue
         values = run.train.get(what) if isinstance(what, str) else what(run)
         if values is None:
             continue
         line = curve(run.train["step"], values)
-        ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(line.x, line.mean, color=colour)
+        ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(line.x, line.mean, color=color)
     if log and any((run.train.get(str(what), np.array([0.0])) > 0).any() for run in runs):
         ax.set_yscale("log")
     if from_zero:

@@ -127,7 +127,7 @@ def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "chip": chips.name(),
+        "chip": chips.chip_name(),
         **_commit(),
         "init_from": init_from,
         "command": sys.argv[1:],

@@ -17,7 +17,7 @@ class Sample(NamedTuple):
     text: str
 
 
-def read(run: Path) -> list[Sample]:
+def read_samples(run: Path) -> list[Sample]:
     """The samples of a run in their order; a line that is not one, such as half of one, is left out."""
     found = []
     try:
@@ -54,6 +54,6 @@ def append(run: Path, step: int, text: str) -> None:
 def cut(run: Path, step: int) -> None:
     """Drops the samples that were written after ``step``: the run that goes on from there writes them again."""
     if (run / FILE).exists():
-        kept = [sample for sample in read(run) if sample.step <= step]
+        kept = [sample for sample in read_samples(run) if sample.step <= step]
         with atomic_write(run / FILE) as file:
             file.write("".join(map(_line, kept)).encode("utf-8", errors="replace"))

@@ -17,8 +17,7 @@ from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
-from mlxgpt.common.runs.samples import Sample
-from mlxgpt.common.runs.samples import read as read_samples
+from mlxgpt.common.runs.samples import Sample, read_samples
 
 Columns = dict[str, np.ndarray]
 """Name -> values by line, float64; NaN where a line lacks the name or has null."""
@@ -85,7 +84,7 @@ def read_run(path: Path) -> Run:
     """
     if not resolve.is_run(path):
         raise UserError(f"{path}: not a run (recipe.toml, metrics.jsonl); expected the --out of a training")
-    lines = list(metrics.read(path / metrics.FILE)) if (path / metrics.FILE).exists() else []
+    lines = list(metrics.read_lines(path / metrics.FILE)) if (path / metrics.FILE).exists() else []
     train = [line for line in lines if line.get("split") == "train"]
     files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
     newest = path / metrics.FILE if (path / metrics.FILE).exists() else path / "recipe.toml"

@@ -101,7 +101,7 @@ def _question(prompt: str, source: SftSource) -> list[int]:
     return source.tokenizer.encode(prompt)
 
 
-def check(recipe: Recipe, source: SftSource) -> Recipe:
+def for_splits(recipe: Recipe, source: SftSource) -> Recipe:
     """The recipe for the splits that there are: without rows that validate nothing is validated.
 
     Raises:

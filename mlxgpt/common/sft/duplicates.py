@@ -34,7 +34,7 @@ class Pair:
         return {"valid": self.valid, "train": self.train, "similarity": round(self.similarity, 3)}
 
 
-def find(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
+def near_duplicates(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
     """For each validation row that has a training row like it, the likest one, in the order of the rows."""
     if not train or not valid:
         return []

@@ -57,7 +57,7 @@ class Finetuning(Kind[SftSource]):
         """The base model, and the adapter that is trained on."""
         chosen, recipe = self._chosen, self.recipe
         assert recipe.tune
-        text_metrics.check(recipe.tune.metrics)
+        text_metrics.check_packages(recipe.tune.metrics)
         self._base, given = sft_weights.locate(recipe)
         config = model_folder.read_config(self._base)
         recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
@@ -70,7 +70,7 @@ class Finetuning(Kind[SftSource]):
     def open_source(self) -> None:
         """The examples; steps, labels and new tokens follow from them."""
         self._open_examples(load_tokenizer(self._base), self.recipe.model, self.recipe.model.labels)
-        recipe = answers.check(settings.with_length(self.recipe, self._chosen, self.source), self.source)
+        recipe = answers.for_splits(settings.with_length(self.recipe, self._chosen, self.source), self.source)
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, labels=self.source.labels))
         self.recipe = _with_new_tokens(recipe, self.source)
         if not self._whole:
@@ -98,7 +98,7 @@ class Finetuning(Kind[SftSource]):
 
     def _open_examples(self, tokenizer: Any, config: ModelConfig, labels: tuple[str, ...]) -> None:
         assert self.recipe.tune
-        self.source = sft_source.open(self.recipe.tune, self.recipe.train, tokenizer, config, print, labels)
+        self.source = sft_source.open_source(self.recipe.tune, self.recipe.train, tokenizer, config, print, labels)
 
     @property
     def seeded(self) -> bool:

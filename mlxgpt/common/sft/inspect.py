@@ -16,7 +16,7 @@ from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers.load import load_last
 
-_MARKS = ("[[", "]]")  # around what is trained, where there is no colour
+_MARKS = ("[[", "]]")  # around what is trained, where there is no color
 
 
 def inspect_rows(args: Namespace) -> int:
@@ -35,7 +35,7 @@ def inspect_rows(args: Namespace) -> int:
     assert recipe.tune
     notes: list[str] = []
     say = notes.append if args.json else print
-    source = sft_source.open(recipe.tune, recipe.train, tokenizer, model_folder.read_config(place), say)
+    source = sft_source.open_source(recipe.tune, recipe.train, tokenizer, model_folder.read_config(place), say)
     shown = source.examples["train"][: args.rows or 3]
     if args.json:
         print(json.dumps(source.describe() | {"notes": notes, "rows": [_as_dict(source, row) for row in shown]}))
@@ -85,11 +85,11 @@ def _as_dict(source: SftSource, row: Example) -> dict[str, Any]:
     return found | ({"label": _label(source, row)} if source.labels else {})
 
 
-def _shown(source: SftSource, row: Example, coloured: bool) -> Text:
-    """A heading, and the row with its trained tokens in colour or between marks."""
+def _shown(source: SftSource, row: Example, colored: bool) -> Text:
+    """A heading, and the row with its trained tokens in color or between marks."""
     label = f", label {_label(source, row)}" if source.labels else ""
     text = Text(f"{row.where}: {len(row):,} tokens, {np.count_nonzero(row.weights):,} trained{label}\n", style="bold")
     for trained, piece in runs(source, row):
-        start, stop = _MARKS if trained and not coloured else ("", "")
+        start, stop = _MARKS if trained and not colored else ("", "")
         text.append(f"{start}{piece}{stop}", style="not bold black on green" if trained else "not bold")
     return text

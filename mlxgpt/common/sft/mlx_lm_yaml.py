@@ -63,7 +63,7 @@ class Config:
     notes: tuple[str, ...]
 
 
-def read(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """The settings of a YAML file.
 
     Raises:

@@ -49,7 +49,7 @@ def gather(args: Namespace) -> Chosen:
         if path.suffix in (".yaml", ".yml"):
             from mlxgpt.common.sft import mlx_lm_yaml
 
-            found = mlx_lm_yaml.read(path)
+            found = mlx_lm_yaml.read_config(path)
             written, out, notes = found.sections, found.out, found.notes
             layers, said = found.layers, found.chosen
         else:
@@ -128,7 +128,7 @@ def with_length(recipe: Recipe, chosen: Chosen, source: SftSource) -> Recipe:
     optim = recipe.optim
     if "warmup" not in chosen.written.get("optim", {}):
         optim = dataclasses.replace(optim, warmup=min(optim.warmup, steps // 10))
-    schedule.check(optim, steps)
+    schedule.check_schedule(optim, steps)
     return dataclasses.replace(recipe, optim=optim, train=dataclasses.replace(recipe.train, steps=steps))
 
 

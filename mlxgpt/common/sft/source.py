@@ -1,6 +1,6 @@
 """Rows to fine-tune on as the trainer's source of batches: read, rendered, tokenised, fitted and packed.
 
-``open`` is the way in. What it did to the rows it says, and SftSource.counts holds it.
+``open_source`` makes it and prints what became of the examples; SftSource.counts has the numbers.
 """
 
 from collections import Counter
@@ -159,7 +159,7 @@ class SftSource:
         return build(self.examples[split], plan, self.size)
 
 
-def open(
+def open_source(
     tune: TuneConfig,
     train: TrainConfig,
     tokenizer: Tokenizer,
@@ -181,7 +181,7 @@ def open(
         raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
     template, added = None, ()
     if tune.task == "lm":
-        template, tokenizer, added = choose(tune, rows, tokenizer)
+        template, tokenizer, added = choose_template(tune, rows, tokenizer)
     encoder = Encoder(tune, tokenizer, template, size)
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
@@ -194,7 +194,7 @@ def open(
     if tune.packing:
         size = min(size, _bin(tune.block_size, examples))
     digest = rows.digest | {"tokenizer": tokenizer.digest}
-    duplicates = sft_duplicates.find(rows.splits["train"], rows.splits["valid"])
+    duplicates = sft_duplicates.near_duplicates(rows.splits["train"], rows.splits["valid"])
     source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
     source.digest["rows"] = pack.digest(examples["train"])
     source.digest["valid rows"] = pack.digest(examples["valid"])
@@ -212,7 +212,7 @@ def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
     return -(-max(longest, min(wanted, sum(lengths))) // 8) * 8
 
 
-def choose(
+def choose_template(
     tune: TuneConfig, rows: sft_rows.Rows, tokenizer: Tokenizer
 ) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
     """The template for the rows, the tokenizer with it, and the tokens that it was given for that."""

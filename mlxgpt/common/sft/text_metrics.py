@@ -11,7 +11,7 @@ NEEDS = {"exact": None, "bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": "ro
 """Metric -> the package that computes it."""
 
 
-def check(names: Sequence[str]) -> None:
+def check_packages(names: Sequence[str]) -> None:
     """Raises UserError where the package of a metric is not installed."""
     for name in names:
         package = NEEDS[name]

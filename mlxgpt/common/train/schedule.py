@@ -40,7 +40,7 @@ def rate(optim: OptimConfig, step: int, steps: int) -> float:
     return low + (peak - low) * share
 
 
-def check(optim: OptimConfig, steps: int) -> None:
+def check_schedule(optim: OptimConfig, steps: int) -> None:
     """Refuses a schedule whose parts do not fit into ``steps``.
 
     Raises:

@@ -114,7 +114,7 @@ def check_settings(recipe: Recipe, args: Namespace) -> None:
     if args.stop_after and args.stop_after > steps:
         raise UserError(f"--stop-after {args.stop_after}: expected at most train.steps = {steps}")
     metrics.check_sinks(recipe.train.tensorboard, recipe.train.wandb)
-    schedule.check(recipe.optim, steps)
+    schedule.check_schedule(recipe.optim, steps)
 
 
 def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
