@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from adapting import PACKAGES, engine, moved, packed, peft_curve, peft_probe, probe, recipe, starting, train
 from compare import agree, worst, worst_gradient
@@ -47,11 +48,12 @@ CHOICES: dict[str, dict[str, Any]] = {
 def test_the_frameworks_agree(case: str, choice: str) -> None:
     config = recipe(case, **CHOICES[choice])
     params = moved(config)
-    ours, theirs = (probe(package, config, params) for package in PACKAGES)
-    judge = probe("torch_ref", config, params, wide=True)
-    agree("logits", ours.logits, theirs.logits, 1e-5)
-    floor = worst_gradient("floor", theirs.gradients, judge.gradients)
-    assert worst_gradient("gradient", ours.gradients, theirs.gradients) <= max(1e-5, 4 * floor)
+    exact = probe("torch_ref", config, params, wide=True)
+    costs = rounding.costs(case, rounding.rounded(probe, "torch_ref", config, params, wide=True), exact)
+    for package in PACKAGES:
+        found = probe(package, config, params)
+        agree(f"{package}: logits", found.logits, exact.logits, rounding.gate(costs[0]))
+        assert worst_gradient(f"{package}: gradient", found.gradients, exact.gradients) <= rounding.gate(costs[1])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
