@@ -68,7 +68,7 @@ def arrive(case: str, place: Path, theirs: transformers.PreTrainedModel) -> Arri
         worst(f"{case}: MLX", ours, judge),
         worst(f"{case}: torch", found, judge),
         worst(f"{case}: transformers", expected, judge),
-        max(worst(f"{case}: cost", ladder.host(one), judge) for one in rounding.rounded(exact, tokens)),
+        worst(f"{case}: cost", ladder.host(rounding.rounded(exact, tokens)), judge),
     )
 
 

@@ -43,6 +43,11 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
+# Gradients of rank-4 updates of Gemma 2 lie up to 1.27e-5 (MLX) and 1.14e-5 (torch) from float64, at up to 9 times the
+# cost: one draw measures it badly where few elements count. The mutations below give 1e-3 and more.
+LEAST = 2e-5
+
+
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa", "qwen3", "gpt_neox", "phi3", "gemma2"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_frameworks_agree(case: str, choice: str) -> None:
@@ -53,7 +58,8 @@ def test_the_frameworks_agree(case: str, choice: str) -> None:
     for package in PACKAGES:
         found = probe(package, config, params)
         agree(f"{package}: logits", found.logits, exact.logits, rounding.gate(costs[0]))
-        assert worst_gradient(f"{package}: gradient", found.gradients, exact.gradients) <= rounding.gate(costs[1])
+        gate = rounding.gate(costs[1], LEAST)
+        assert worst_gradient(f"{package}: gradient", found.gradients, exact.gradients) <= gate
 
 
 @pytest.mark.parametrize("package", PACKAGES)
