@@ -57,7 +57,7 @@ def main() -> int:
     print(machine())
     with tempfile.TemporaryDirectory() as place:
         if rungs & {2, 3}:
-            print("\n| rung | model | floor | MLX - torch | MLX - transformers | torch - transformers | gate |")
+            print("\n| rung | model | cost of float32 | MLX | torch | transformers | gate |")
             print("|---|---|---|---|---|---|---|", flush=True)
             for case, config in cases.items():
                 for scale in (1.0, 8.0):

@@ -8,6 +8,7 @@ from typing import Any
 import ladder
 import mlx.core as mx
 import numpy as np
+import rounding
 import torch
 import transformers
 from compare import worst
@@ -23,20 +24,21 @@ TOKENS = rng.integers(5, "tokens", 0, count=2 * 64, high=80).astype(np.int32).re
 
 @dataclass(frozen=True)
 class Arrived:
-    """A folder of transformers' read here: the logits' distances of MLX and torch, and what float32 costs torch."""
+    """A folder of transformers' read here: distances of the logits from float64, and what float32 costs them."""
 
     mlx: float
     torch: float
-    floor: float
+    transformers: float
+    cost: float
 
     @property
     def gate(self) -> float:
-        return max(1e-5, 4 * self.floor)
+        return rounding.gate(self.cost)
 
     @property
     def agrees(self) -> bool:
         """NaN and Inf agree with nothing."""
-        return bool(np.isfinite(self.floor)) and max(self.mlx, self.torch) <= self.gate
+        return bool(np.isfinite(self.cost)) and max(self.mlx, self.torch, self.transformers) <= self.gate
 
 
 def saved(values: dict[str, Any], place: Path, own_config: bool) -> transformers.PreTrainedModel:
@@ -59,12 +61,14 @@ def arrive(case: str, place: Path, theirs: transformers.PreTrainedModel) -> Arri
     model, _ = torch_ref.load.load(place, device="cpu")
     exact = torch_ref.model.Model(config, torch.float64).double()
     exact.load_state_dict(model.state_dict())
-    found, floor = (ladder.host(m(torch.from_numpy(TOKENS))) for m in (model, exact))
+    tokens = torch.from_numpy(TOKENS)
+    found, judge = ladder.host(model(tokens)), ladder.host(exact(tokens))
     ours = np.array(mlxgpt.load.load(place, device="cpu")[0](mx.array(TOKENS)))
     return Arrived(
-        worst(f"{case}: MLX", ours, expected),
-        worst(f"{case}: torch", found, expected),
-        worst(f"{case}: floor", found, floor),
+        worst(f"{case}: MLX", ours, judge),
+        worst(f"{case}: torch", found, judge),
+        worst(f"{case}: transformers", expected, judge),
+        worst(f"{case}: cost", ladder.host(rounding.rounded(exact, tokens)), judge),
     )
 
 

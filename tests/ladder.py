@@ -1,7 +1,7 @@
 """The parity ladder's measurements, with their gates: tests assert them, benchmarks/parity.py prints them.
 
-A figure is a largest difference relative to the reference's largest value (compare.py). The gate of logits and
-gradients is ``max(1e-5, 4 * floor)``, where the floor is what float32 costs torch_ref against its own float64.
+A figure is a largest difference relative to the reference's largest value (compare.py). Logits and gradients of each
+framework are held against torch_ref in float64; the gate follows what float32 costs that model (rounding.py).
 """
 
 import functools
@@ -14,6 +14,7 @@ from pydoc_data import topics
 from typing import Any
 
 import numpy as np
+import rounding
 import torch
 import transformers
 from compare import worst, worst_gradient
@@ -39,7 +40,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 PACKAGES = ("mlxgpt", "torch_ref")
-FLOOR = 2e-5  # a floor above this would make the gates mean nothing
+LARGEST_COST = 1e-5  # a cost above this would make the gates mean nothing
 
 
 @dataclass(frozen=True)
@@ -143,29 +144,27 @@ def same_tensors(config: ModelConfig, place: Path) -> int:
 
 
 def compare(case: str, config: ModelConfig, scale: float, place: Path) -> list[Figure]:
-    """Rungs 2 and 3 of one model with its matrices times ``scale``: MLX, torch and transformers, each pair."""
+    """Rungs 2 and 3 of one model with its matrices times ``scale``: MLX, torch and transformers, each to float64."""
     made = weights(config, scale=scale)
-    ours, theirs = mlx_probe(config, made), torch_probe(config, made)
-    judge, exact = hf_probe(config, made, place), torch_probe(config, made, torch.float64)
+    exact = torch_probe(config, made, torch.float64)
     case = f"{case} x{scale:g}"
-    floors = [
-        worst(f"{case}: floor of logits", theirs.logits, exact.logits),
-        worst_gradient(f"{case}: floor of gradient", theirs.gradients, exact.gradients),
-    ]
-    gates = [max(1e-5, 4 * floor) for floor in floors]
+    costs = rounding.costs(case, rounding.rounded(torch_probe, config, made, torch.float64), exact)
+    gates = [rounding.gate(cost) for cost in costs]
     figures = [
-        Figure(2, f"{case}: floor of logits", floors[0], FLOOR),
-        Figure(3, f"{case}: floor of gradients", floors[1], FLOOR),
+        Figure(2, f"{case}: cost of float32, logits", costs[0], LARGEST_COST),
+        Figure(3, f"{case}: cost of float32, gradients", costs[1], LARGEST_COST),
     ]
-    pairs = {
-        "MLX - torch": (ours, theirs),
-        "MLX - transformers": (ours, judge),
-        "torch - transformers": (theirs, judge),
+    probes = {
+        "MLX": mlx_probe(config, made),
+        "torch": torch_probe(config, made),
+        "transformers": hf_probe(config, made, place),
     }
-    for name, (a, b) in pairs.items():
-        what = f"{case}: {name}"
-        figures.append(Figure(2, f"{what}, logits", worst(what, a.logits, b.logits), gates[0]))
-        figures.append(Figure(3, f"{what}, gradients", worst_gradient(what, a.gradients, b.gradients), gates[1]))
+    for name, found in probes.items():
+        what = f"{case}: {name} - float64"
+        figures.append(Figure(2, f"{what}, logits", worst(what, found.logits, exact.logits), gates[0]))
+        figures.append(
+            Figure(3, f"{what}, gradients", worst_gradient(what, found.gradients, exact.gradients), gates[1])
+        )
     return figures
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from adapting import PACKAGES, engine, moved, packed, peft_curve, peft_probe, probe, recipe, starting, train
 from compare import agree, worst, worst_gradient
@@ -42,16 +43,23 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
+# Gradients of rank-4 updates of Gemma 2 lie up to 1.27e-5 (MLX) and 1.14e-5 (torch) from float64, at up to 9 times the
+# cost: one draw measures it badly where few elements count. The mutations below give 1e-3 and more.
+LEAST = 2e-5
+
+
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa", "qwen3", "gpt_neox", "phi3", "gemma2"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_frameworks_agree(case: str, choice: str) -> None:
     config = recipe(case, **CHOICES[choice])
     params = moved(config)
-    ours, theirs = (probe(package, config, params) for package in PACKAGES)
-    judge = probe("torch_ref", config, params, wide=True)
-    agree("logits", ours.logits, theirs.logits, 1e-5)
-    floor = worst_gradient("floor", theirs.gradients, judge.gradients)
-    assert worst_gradient("gradient", ours.gradients, theirs.gradients) <= max(1e-5, 4 * floor)
+    exact = probe("torch_ref", config, params, wide=True)
+    costs = rounding.costs(case, rounding.rounded(probe, "torch_ref", config, params, wide=True), exact)
+    for package in PACKAGES:
+        found = probe(package, config, params)
+        agree(f"{package}: logits", found.logits, exact.logits, rounding.gate(costs[0]))
+        gate = rounding.gate(costs[1], LEAST)
+        assert worst_gradient(f"{package}: gradient", found.gradients, exact.gradients) <= gate
 
 
 @pytest.mark.parametrize("package", PACKAGES)
