@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -151,18 +152,56 @@ def test_steps_that_are_not_finite_are_shown_and_leave_the_sparkline_alone() -> 
     assert progress._history == [2.0]
 
 
-def test_the_display_takes_less_than_half_a_percent_of_steps_of_a_millisecond() -> None:
+def work(steps: int, cost: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """(drawings, Python functions called outside of them) in steps of a millisecond, a drawing taking ``cost`` seconds.
+
+    The clock is ours, so that neither depends on the machine.
+    """
+    clock, drawn, called, inside = [0.0], 0, 0, False
+    draw, picture = Progress._draw, Progress._picture
+
+    def drawing(self: Progress) -> None:
+        nonlocal drawn, inside
+        drawn, inside = drawn + 1, True
+        draw(self)
+        inside = False
+
+    def slow(self: Progress, width: int) -> Any:
+        clock[0] += cost
+        return picture(self, width)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal called
+        called += event == "call" and not inside and frame.f_code.co_name != "drawing"
+
+    monkeypatch.setattr(Progress, "_draw", drawing)
+    monkeypatch.setattr(Progress, "_picture", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     progress = Progress("x", 100_000, console=terminal(), memory=lambda: {"active": 1, "peak": 1})
-    spent, steps = 0.0, 2000
-    clock = min(-time.thread_time() + time.thread_time() for _ in range(100))
     with progress:
+        drawn = 0  # what entering draws is not a step's
+        sys.setprofile(count)
         for step in range(1, steps + 1):
-            time.sleep(0.001)
-            now = time.perf_counter()
-            start = time.thread_time()  # of this thread: what others do to the machine does not count
-            progress.step(step, 3.0, 1e-3, 1.0, 1000, 0.001, now)
-            spent += time.thread_time() - start - clock
-    assert spent / (steps * 1e-3) < 0.005
+            clock[0] += 0.001
+            progress.step(step, 3.0, 1e-3, 1.0, 1000, 0.001, clock[0])
+        sys.setprofile(None)
+        made = drawn
+    monkeypatch.undo()
+    return made, called
+
+
+def test_the_display_costs_steps_of_a_millisecond_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a step, and drawings that take a thousandth of the time, four a second at most."""
+    drawn, called = work(8000, 0.004, monkeypatch)
+    assert 1 <= drawn <= 3 and called <= 8000 + 10
+    drawn, _ = work(8000, 1e-6, monkeypatch)
+    assert 8 <= drawn <= 33
+
+
+def test_a_display_that_draws_at_every_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxgpt.common.train.progress._INTERVAL", 0.0)
+    monkeypatch.setattr("mlxgpt.common.train.progress._PATIENCE", 0)
+    assert work(100, 0.004, monkeypatch)[0] == 100
 
 
 def test_long_histories_are_thinned_and_keep_their_shape() -> None:

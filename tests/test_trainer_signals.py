@@ -65,12 +65,10 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_is_whole(go: Go) -> None:
     while "first save" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.2)  # into the next step
-    began = time.perf_counter()
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
-    assert process.returncode == -signal.SIGINT
-    assert time.perf_counter() - began < 0.5  # a step takes 0.8 s
+    assert process.returncode == -signal.SIGINT  # by the signal itself: after a step it would be 130, and saved
     process.stdout.close()
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole")
