@@ -1,4 +1,4 @@
-"""The command line: parses arguments, runs a verb, and is the one place that prints errors and exits.
+"""The command line: parses arguments, runs a verb, and is the only place that prints errors and exits.
 
 Nothing heavy is imported before a verb runs, so that --help answers at once. Exit codes: 0 done, 1 a check failed or a
 run broke, 2 wrong usage or input, 130 interrupted, 143 terminated.
@@ -92,7 +92,7 @@ def _fail(prog: str, message: str, code: int) -> int:
 
 
 def _words(path: list[str]) -> list[str]:
-    """What may follow the words of a verb."""
+    """The words that may follow ``path``, the first words of a verb."""
     names = [name.split() for name in VERBS]
     return list(dict.fromkeys(name[len(path)] for name in names if name[: len(path)] == path))
 
@@ -112,7 +112,7 @@ def _overview(prog: str, path: list[str]) -> str:
 
 
 def _check_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Names the nearest flag to one that the verb does not have, before argparse misses what was meant."""
+    """Raises UserError for an unknown flag, with the nearest known one, which argparse does not name."""
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     for word in argv[: argv.index("--")] if "--" in argv else argv:
         flag = word.partition("=")[0]

@@ -135,7 +135,7 @@ def test_a_tensor_without_a_gradient_is_an_error_that_names_it(
     assert "h.0.mlp.c_fc.weight: the gradient of update 1 is exactly zero" in capsys.readouterr().err
     monkeypatch.setattr(fake_run.Engine, "__init__", broken("stuck", False))
     assert go("--out", "stuck") == 1
-    assert "h.0.mlp.c_fc.weight: not a bit has changed after two updates" in capsys.readouterr().err
+    assert "h.0.mlp.c_fc.weight: no bit has changed after two updates" in capsys.readouterr().err
     assert list(losses("stuck")) == [1, 2]
 
 
@@ -160,16 +160,16 @@ def test_an_update_too_small_to_show_is_not_taken_for_none(rate: float, moment: 
     engine = fake_run.SimpleNamespace(t=0, snapshot=lambda: state)
     watch = guards.FirstUpdates(engine, {"a": pretrain.params.Param((2,))})  # type: ignore[arg-type]
     engine.t = 2
-    with pytest.raises(guards.RunError, match="a: not a bit") if accused else contextlib.nullcontext():
+    with pytest.raises(guards.RunError, match="a: no bit") if accused else contextlib.nullcontext():
         watch.check(guards.StepStats(1.0, 1.0, 1.0, True), rate)
 
 
 def test_a_batch_without_targets_is_refused() -> None:
     tokens = np.zeros((2, 3), np.int32)
     with pytest.raises(guards.RunError, match="none of the 6 tokens"):
-        guards.targets(Batch(tokens, tokens, np.zeros((2, 3), np.float32)))
+        guards.describe_targets(Batch(tokens, tokens, np.zeros((2, 3), np.float32)))
     half = Batch(tokens, tokens, np.array([[0, 0, 1], [0, 1, 0]], np.float32))
-    assert guards.targets(half) == "step 1: 2 of 6 tokens are targets (33.3%)"
+    assert guards.describe_targets(half) == "step 1: 2 of 6 tokens are targets (33.3%)"
 
 
 @pytest.mark.parametrize("background", ["true", "false"])

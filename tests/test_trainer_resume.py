@@ -177,11 +177,11 @@ def test_constant_and_wsd_runs_can_be_made_longer(go: Go, capsys: pytest.Capture
     assert go("--out", "run", *settings, "--stop-after", "8") == 0
     capsys.readouterr()
     assert go("--resume", "run", "--steps", "18") == 0
-    assert "had begun to fall" not in capsys.readouterr().out
+    assert "had begun to decay" not in capsys.readouterr().out
     assert losses("run") == losses("long")
     assert go("--resume", "run", "--steps", "20") == 0
     out = capsys.readouterr().out
-    assert ("the learning rate had begun to fall: it goes from 0.0001 back to 0.0126" in out) == (schedule == "wsd")
+    assert ("the learning rate had begun to decay: it returns from 0.0001 to 0.0126" in out) == (schedule == "wsd")
     assert max(losses("run")) == 20
 
 

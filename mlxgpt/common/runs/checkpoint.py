@@ -37,18 +37,18 @@ _BLANK = "0" * 64  # stands in state.json for its own sha256 while that is compu
 
 @dataclass
 class RunState:
-    """What a run knows beside its tensors. ``recipe`` is resolved; ``environment`` is the engine's description."""
+    """The state of a run beside its tensors. ``recipe`` is resolved; ``environment`` is the engine's description."""
 
     seed: int
     data: dict[str, str]  # name -> sha256 of every shard and of the tokenizer
     recipe: dict[str, dict[str, Any]]
     framework: str
     environment: dict[str, str]
-    step: int = 0  # the last step that is over
+    step: int = 0  # the last completed step
     t: int = 0  # applied updates
-    tokens: int = 0  # that passed through the model in training
-    best: dict[str, float] | None = None  # step and loss of the best validation, and what else it is best by
-    stale: int = 0  # validations since then
+    tokens: int = 0  # seen in training
+    best: dict[str, float] | None = None  # step, loss and selecting metric of the best validation
+    stale: int = 0  # validations since the best one
     evaluated: int = 0  # step of the last validation
 
 
@@ -65,7 +65,7 @@ def write(
     keep: int,
     write_weights: WriteWeights | None = None,
 ) -> tuple[Path, int]:
-    """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and drops what ``keep`` lets go.
+    """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and removes those beyond ``keep``.
 
     ``write_weights`` fills the folder; by default with a model of ``config`` and ``tokenizer``.
 
@@ -123,7 +123,7 @@ def check_space(place: Path, needed: int) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Removes what a killed process was writing. Only for the process that holds the run's lock."""
+    """Removes what a killed process was writing. Call it only while holding the run's lock."""
     for leftover in sorted((run / "checkpoints").glob(".step-*")):
         whole = leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old"))
         if leftover.name.endswith(".old") and not whole.exists() and (leftover / STATE).is_file():
@@ -135,7 +135,7 @@ def sweep(run: Path) -> None:
 
 
 def write_state(checkpoint: Path, state: RunState) -> None:
-    """state.json, last of all files: it holds the sums of the others, each of which is on disk by then."""
+    """Writes state.json, last of all files: it holds the checksums of the others, each of which is on disk by then."""
     files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         sync(file)
@@ -153,7 +153,7 @@ def write_state(checkpoint: Path, state: RunState) -> None:
 
 
 def _point(link: Path, checkpoint: Path) -> None:
-    """Makes ``link`` name the checkpoint, at once; where links cannot be made, a file of one line does."""
+    """Points ``link`` at the checkpoint, atomically; where symlinks are impossible, by a file of one line."""
     target, temporary = (
         f"checkpoints/{checkpoint.name}",
         link.with_name(f".{link.name}.link"),
@@ -167,12 +167,12 @@ def _point(link: Path, checkpoint: Path) -> None:
 
 
 def _retire(run: Path, state: RunState, keep: int) -> None:
-    """Removes all but the newest ``keep``, the best and the last; 0 keeps all. What cannot be removed stays."""
+    """Removes all checkpoints but the newest ``keep`` and the best; 0 keeps all. What cannot be removed stays."""
     steps = [step for step in steps_of(run) if step <= state.step]
     best = int(state.best["step"]) if state.best else -1
     for step in steps[:-keep] if keep else []:
         if step != best:
-            # hidden first, and not as what sweep() restores: a folder half removed must not look like a checkpoint
+            # hidden first, by a name that sweep() does not restore: half a folder must not look like a checkpoint
             hidden = path_of(run, step).with_name(f".{path_of(run, step).name}.gone")
             try:
                 os.rename(path_of(run, step), hidden)
@@ -182,7 +182,7 @@ def _retire(run: Path, state: RunState, keep: int) -> None:
 
 
 def verify(checkpoint: Path) -> RunState:
-    """The state of a checkpoint of which every byte is as it was written.
+    """The state of a checkpoint, after checking every file against its checksum.
 
     Raises:
         UserError: a file is missing, or its sha256 is not the one in state.json.
@@ -209,7 +209,7 @@ def verify(checkpoint: Path) -> RunState:
 
 
 def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint whose sums hold, and its state; None where the run has none at all.
+    """The newest checkpoint whose checksums match, and its state; None if the run has no checkpoints.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
@@ -219,7 +219,7 @@ def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | 
         try:
             return path_of(run, step), verify(path_of(run, step))
         except UserError as error:
-            say(f"{error}; looking for an older checkpoint")
+            say(f"{error}; trying an older checkpoint")
             damage = str(error)
     if steps:
         raise UserError(f"{run}: every checkpoint is damaged; the oldest: {damage}")
@@ -227,7 +227,7 @@ def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | 
 
 
 def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
-    """Renames the damaged checkpoints after ``step``, so that the run that goes on from there does not meet them."""
+    """Renames the damaged checkpoints after ``step``, out of the way of the run that resumes from there."""
     for later in steps_of(run):
         if later > step:
             place = path_of(run, later)

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object a line, a line a step or validation; and its optional copies elsewhere.
+"""metrics.jsonl: one JSON object per step or validation, on a line each; and optional copies elsewhere.
 
-A line has step, split (train or val) and loss, and what else was measured; a number that is not finite is null. The
-file is a function of the run, not of how often it was stopped: resuming cuts it to the checkpoint's step.
+A line has step, split (train or val), loss and further metrics; a number that is not finite is null. The file does
+not depend on how often the run was stopped: resuming truncates it to the checkpoint's step.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ FILE = "metrics.jsonl"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, one after the other; a last line that a crash cut short is left out.
+    """The lines of a metrics file; a last line that a crash truncated is skipped.
 
     Raises:
         UserError: the file is missing, or a line before the last is not JSON.
@@ -47,10 +47,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut(path: Path, step: int) -> int:
-    """Drops every line after ``step``, and a half-written one; atomically. A missing file is made.
+    """Drops every line after ``step`` and an incomplete one, atomically. A missing file is created.
 
     Returns:
-        The last step that is left, 0 where none is.
+        The last remaining step, 0 if there is none.
 
     Raises:
         UserError: a line before ``step`` is damaged.
@@ -62,7 +62,7 @@ def cut(path: Path, step: int) -> int:
                 break
             kept.append(entry)
     except UserError:
-        # what is damaged after the step would go anyway
+        # damage after the step is dropped anyway
         if not kept or kept[-1]["step"] < step:
             raise
     with atomic_write(path) as file:
@@ -78,7 +78,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 class Sink(Protocol):
-    """Where lines are copied to as well."""
+    """A further destination of the lines."""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Takes one line."""
@@ -90,17 +90,17 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Appends to a run's metrics.jsonl and hands each line on to the sinks."""
+    """Appends to a run's metrics.jsonl and passes each line to the sinks."""
 
     def __init__(self, run: Path, sinks: list[Sink]):
         self._path, self._sinks = run / FILE, sinks
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
 
     def write(self, **entry: Any) -> None:
-        """Writes a line; the system has it when this returns, so a killed process loses none.
+        """Writes a line and hands it to the system, so a killed process loses none.
 
         Raises:
-            RunError: it cannot be written, such as with no space left.
+            RunError: it cannot be written, for example because the disk is full.
         """
         try:
             self._file.write(_line(entry))
@@ -111,14 +111,14 @@ class Metrics:
             sink.write(entry)
 
     def sync(self) -> None:
-        """Returns when the lines so far are on disk: before the checkpoint that stands for them is."""
+        """Returns when the lines so far are on disk; call it before their checkpoint is written."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(f"{self._path}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Closes the file and the sinks; a buffer that cannot be written is dropped, for write has said so."""
+        """Closes the file and the sinks; drops a buffer that cannot be written, since write has raised for it."""
         with contextlib.suppress(OSError):
             self._file.close()
         for sink in self._sinks:
@@ -126,7 +126,7 @@ class Metrics:
 
 
 def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """What of a line is plotted, as ``split/name``."""
+    """The numbers of a line that are plotted, as ``split/name``."""
     split = entry["split"]
     return {
         f"{split}/{key}": float(value)
@@ -178,10 +178,10 @@ class WandB:
 
 
 def check_sinks(tensorboard: bool, wandb: str) -> None:
-    """Refuses to start a run whose copies cannot be written.
+    """Refuses a run whose sinks cannot be opened.
 
     Raises:
-        UserError: the extra is not installed; says how to install it.
+        UserError: the package is not installed; names the extra.
     """
     for wanted, key, package in ((tensorboard, "tensorboard", "tensorboard"), (bool(wandb), "wandb", "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
@@ -189,6 +189,6 @@ def check_sinks(tensorboard: bool, wandb: str) -> None:
 
 
 def open_sinks(run: Path, tensorboard: bool, wandb: str, recipe: dict[str, Any], step: int) -> list[Sink]:
-    """The copies that the recipe asks for; ``step`` is where the run goes on from, 0 for a new one."""
+    """The sinks that the recipe asks for; ``step`` is where the run resumes from, 0 for a new one."""
     sinks: list[Sink] = [TensorBoard(run, step)] if tensorboard else []
     return sinks + ([WandB(run, wandb, recipe)] if wandb else [])

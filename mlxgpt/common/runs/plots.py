@@ -1,6 +1,6 @@
 """The figures of a report by matplotlib: as SVG for the page and as PNG, from the same drawing.
 
-A curve of more points than pixels is drawn as the mean of each bin over a band from its least to its largest value.
+A curve with more points than pixels is drawn as the mean of each bin, over a band from its minimum to its maximum.
 """
 
 import io
@@ -18,12 +18,12 @@ from mlxgpt.common.runs.summary import Run
 COLORS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a4b2a", "#555555")
 """By run, in the order given, and again from the start."""
 BINS = 600
-_SIZE = (5.4, 2.8)  # inches; small, so that letters stay readable on a phone
+_SIZE = (5.4, 2.8)  # inches; small, so that text stays readable on a phone
 _MIB = 2.0**20
 
 
 class Figure(NamedTuple):
-    """One drawing: a name for files, a title, what is in it, and the SVG element."""
+    """One figure: a name for files, a title, a note and the SVG element."""
 
     name: str
     title: str
@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A curve made drawable: bins' centres, means, least and largest values."""
+    """A binned curve: centers, means, minima and maxima of the bins."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -62,7 +62,7 @@ def curve(x: np.ndarray, y: np.ndarray, bins: int = BINS) -> Curve:
 
 
 def differences(first: Run, other: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that both runs have, and how far their training losses are apart there."""
+    """Steps that both runs have, and the distance of their training losses there."""
     steps, here, there = np.intersect1d(first.train["step"], other.train["step"], return_indices=True)
     if not len(steps):
         return steps, steps
@@ -133,7 +133,7 @@ def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
 
 
 def _own_ids(svg: str, name: str) -> str:
-    """The ids of an SVG made unique in the page, for references find the first of a name."""
+    """The SVG with ids that are unique in the page, since references resolve to the first match."""
     for mark in ('id="', 'xlink:href="#', "url(#"):
         svg = svg.replace(mark, f"{mark}{name}-")
     return svg

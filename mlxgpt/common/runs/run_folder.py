@@ -28,7 +28,7 @@ ENVIRONMENT = "environment.json"
 
 
 def unused(out: Path | None, name: str) -> Path:
-    """The folder to make: the one asked for, or runs/NAME, runs/NAME-2 and so on.
+    """The folder for a new run: ``out``, or the first free one of runs/NAME, runs/NAME-2 and so on.
 
     Raises:
         UserError: it exists, or cannot be made.
@@ -38,7 +38,7 @@ def unused(out: Path | None, name: str) -> Path:
         while out.exists():
             out, number = Path("runs") / f"{name}-{number}", number + 1
     elif out.exists() or out.is_symlink():
-        hint = f"; --resume {out} goes on with it" if resolve.is_run(out) else ""
+        hint = f"; --resume {out} resumes it" if resolve.is_run(out) else ""
         raise UserError(f"{out}: exists; expected a folder that does not{hint}")
     parent = existing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -47,7 +47,7 @@ def unused(out: Path | None, name: str) -> Path:
 
 
 def existing(place: Path) -> Path:
-    """The nearest folder above ``place`` that is there."""
+    """The nearest parent of ``place`` that exists."""
     parent = place.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -58,7 +58,7 @@ def make(out: Path) -> None:
     """Makes an empty run folder.
 
     Raises:
-        UserError: the system refuses, or another process was faster.
+        UserError: the system refuses, or another process made it first.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,13 @@ def make(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps a second process out; the system lets go of the lock whatever happens to this one.
+    """Locks the run against other processes; the system releases the lock when this one ends.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds it.
     """
     with open(run / ".lock", "a+", encoding="utf-8") as file:
-        for patience in (*[0.05] * 4, 0):  # who looks whether it is held holds it for an instant
+        for patience in (*[0.05] * 4, 0):  # a process that only looks at the lock holds it for an instant
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -94,7 +94,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def holder(run: Path) -> str:
-    """The process that works on the run, by its lock; '' where none does."""
+    """The process that holds the run's lock; '' if none does."""
     try:
         with open(run / ".lock", encoding="utf-8") as file:
             try:
@@ -107,7 +107,7 @@ def holder(run: Path) -> str:
 
 
 def begin(out: Path, recipe: Recipe, environment: dict[str, Any], init_from: str | None, step: int = 0) -> None:
-    """The first files of a new run, after ``step``; without them it is none, so the folder goes again."""
+    """Writes the first files of a new run; if that fails, removes the folder."""
     try:
         note(out, recipe, environment, step, init_from)
     except BaseException:
@@ -136,7 +136,7 @@ def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init
 
 
 def segments(run: Path) -> list[dict[str, Any]]:
-    """The entries of environment.json so far; a file that cannot be read counts as none."""
+    """The entries of environment.json; none if the file cannot be read."""
     try:
         found = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,14 +145,14 @@ def segments(run: Path) -> list[dict[str, Any]]:
 
 
 def first_step(run: Path) -> int:
-    """The step after which the run began: 0 but where it took an optimizer's state along."""
+    """The step after which the run began: 0 unless it started with an optimizer state."""
     found = segments(run)
     step = found[0].get("from_step") if found else 0
     return step if type(step) is int else 0
 
 
 def _commit() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that this code runs from; None where there is none."""
+    """Commit and dirty flag of the checkout that this code runs from; None outside a checkout."""
     root = Path(mlxgpt.__file__).parent.parent
     made: dict[str, Any] = {"commit": None, "dirty": None}
     if not (root / ".git").exists():

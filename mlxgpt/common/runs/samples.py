@@ -1,4 +1,4 @@
-"""samples.jsonl: what the model wrote while it trained, a line a sample; resuming cuts it as it cuts metrics.jsonl."""
+"""samples.jsonl: what the model wrote in training, one sample a line; resuming truncates it like metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
 
 def read_samples(run: Path) -> list[Sample]:
-    """The samples of a run in their order; a line that is not one, such as half of one, is left out."""
+    """The samples of a run, in order; incomplete lines are skipped."""
     found = []
     try:
         lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -52,7 +52,7 @@ def append(run: Path, step: int, text: str) -> None:
 
 
 def cut(run: Path, step: int) -> None:
-    """Drops the samples that were written after ``step``: the run that goes on from there writes them again."""
+    """Drops the samples written after ``step``: the resumed run writes them again."""
     if (run / FILE).exists():
         kept = [sample for sample in read_samples(run) if sample.step <= step]
         with atomic_write(run / FILE) as file:

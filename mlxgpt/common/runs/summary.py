@@ -1,6 +1,6 @@
-"""What a run folder tells about its run, read without a framework: curves, status, settings, environment, samples.
+"""A run as its folder shows it, read without a framework: curves, status, settings, environment, samples.
 
-Nothing here writes, and nothing trusts the folder: a run that is training, was killed, or is damaged is shown as that.
+Nothing here writes or trusts the folder: a run that is training, was killed or is damaged is reported as such.
 """
 
 import math
@@ -25,19 +25,21 @@ Columns = dict[str, np.ndarray]
 
 @dataclass
 class Run:
-    """One run as it lies on disk."""
+    """One run on disk."""
 
     path: Path
     name: str
     status: str  # running, finished, stopped, damaged
-    why: str  # what the status rests on
+    why: str  # the reason for the status
     train: Columns
     val: Columns
-    skipped: int  # updates that were not applied
+    skipped: int  # skipped updates
     recipe: dict[str, dict[str, Any]]
     segments: list[dict[str, Any]]
-    state: dict[str, Any]  # training/state.json of the newest checkpoint; {} where there is none
-    plan: dict[str, Any] = field(default_factory=dict)  # plan.json: what was predicted and measured; {} where none is
+    state: dict[str, Any]  # training/state.json of the newest checkpoint; {} if there is none
+    plan: dict[str, Any] = field(
+        default_factory=dict
+    )  # plan.json: what was predicted and measured; {} if there is none
     samples: list[Sample] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     size: int = 0  # bytes of the folder
@@ -45,7 +47,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that metrics.jsonl has."""
+        """The last step in metrics.jsonl."""
         return int(self.train["step"][-1]) if len(self.train["step"]) else 0
 
     @property
@@ -69,7 +71,7 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """How many the model has; 0 where the recipe cannot be read."""
+        """Number of parameters; 0 if the recipe cannot be read."""
         try:
             return params.count(build(self.recipe, str(self.path)).model)
         except UserError:
@@ -122,7 +124,7 @@ def _number(value: Any) -> bool:
 
 
 def _state(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint that can be read says; its sums are not looked at here."""
+    """The state in the newest readable checkpoint; checksums are not verified here."""
     for step in reversed(resolve.steps_of(run)):
         try:
             return read_json(resolve.path_of(run, step) / checkpoint.STATE)
@@ -132,7 +134,7 @@ def _state(run: Path) -> dict[str, Any]:
 
 
 def _plan(run: Path) -> dict[str, Any]:
-    """What ``train`` predicted of the run and measured at its end; one that cannot be read counts as none."""
+    """What ``train`` predicted for the run and measured at its end; {} if plan.json cannot be read."""
     try:
         return read_json(run / "plan.json")
     except UserError:

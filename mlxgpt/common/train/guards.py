@@ -1,4 +1,4 @@
-"""What the loop refuses to go on with: numbers that are not finite, and tensors that do not train."""
+"""What stops a run: numbers that are not finite, and tensors that do not train."""
 
 import hashlib
 import math
@@ -12,11 +12,11 @@ from mlxgpt.common.model.params import Param
 PATIENCE = 3  # steps in a row that are not finite
 
 
-def targets(batch: Batch) -> str:
-    """A line that says how much of a batch is asked for.
+def describe_targets(batch: Batch) -> str:
+    """A line about the share of a batch's tokens that are targets.
 
     Raises:
-        RunError: nothing is.
+        RunError: none is.
     """
     asked, total = int(np.count_nonzero(batch.weights)), batch.weights.size
     if not asked:
@@ -24,8 +24,8 @@ def targets(batch: Batch) -> str:
     return f"step 1: {asked:,} of {total:,} tokens are targets ({asked / total:.1%})"
 
 
-def rows(batch: Batch, limit: int = 4) -> str:
-    """Where a batch's rows came from, for a message."""
+def row_origins(batch: Batch, limit: int = 4) -> str:
+    """Where a batch's rows came from, for messages."""
     more = f" and {len(batch.row_ids) - limit} more" if len(batch.row_ids) > limit else ""
     return ", ".join(batch.row_ids[:limit]) + more if batch.row_ids else f"{len(batch.tokens)} rows"
 
@@ -37,7 +37,7 @@ class Finite:
         self.streak = 0
 
     def check(self, step: int, stats: StepStats, batch: Batch) -> str:
-        """A message about a step that was skipped, or ''.
+        """A message about a skipped update, or ''.
 
         Raises:
             RunError: it was the third in a row.
@@ -48,7 +48,7 @@ class Finite:
         self.streak += 1
         loss = stats.loss_sum / stats.weight
         what = f"loss {loss:.4g}" if not math.isfinite(loss) else f"gradient norm {stats.grad_norm:.4g}"
-        message = f"step {step}: {what} is not finite; update skipped; rows: {rows(batch)}"
+        message = f"step {step}: {what} is not finite; update skipped; rows: {row_origins(batch)}"
         if self.streak == PATIENCE:
             raise RunError(f"{message}; {PATIENCE} steps in a row")
         return message
@@ -69,7 +69,7 @@ class FirstUpdates:
         return {name: _digest(array) for name, array in weights.items()}
 
     def check(self, stats: StepStats, rate: float) -> None:
-        """To be called after each applied update, which was at ``rate``.
+        """Checks an applied update, whose learning rate was ``rate``; call it after each.
 
         Raises:
             RunError: names the tensors that do not train.
@@ -86,7 +86,7 @@ class FirstUpdates:
             same = [name for name, digest in self._before.items() if _digest(weights[name]) == digest]
             same = [name for name in same if _would_show(weights[name], moments[name], rate)]
             if same:
-                raise RunError(f"{_some(same)}: not a bit has changed after two updates: it does not train")
+                raise RunError(f"{_some(same)}: no bit has changed after two updates: it does not train")
 
 
 def _digest(array: np.ndarray) -> bytes:
@@ -94,9 +94,9 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 def _would_show(weights: np.ndarray, moments: np.ndarray, rate: float) -> bool:
-    """Whether an update at ``rate`` changes bits: in a warm-up to 1e-6 none of a norm's 1.0 does.
+    """Whether an update at ``rate`` can change bits: a warm-up rate of 1e-6 cannot change a norm's 1.0.
 
-    Adam's first update is about the rate wherever there is a gradient. No moments at all: it was never updated.
+    Adam's first update is about ``rate`` wherever there is a gradient. Without moments the tensor was never updated.
     """
     moved = moments != 0
     return not moved.any() or bool((rate > np.spacing(np.abs(weights)))[moved].any())

@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Source)
 
 
 class Kind(Protocol[S]):
-    """A kind of training: pretrain.Pretraining, sft.finetune.Finetuning.
+    """A kind of training, such as pretrain.Pretraining and sft.finetune.Finetuning.
 
     ``session.run`` calls the methods of a new or a resumed run in the order in which they stand here, then the loop
     calls the last group. Each may raise UserError; before ``weights`` returns, nothing has been written.

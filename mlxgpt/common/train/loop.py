@@ -19,7 +19,7 @@ from mlxgpt.common.train.signals import Signals
 
 
 def train(job: Job) -> int:
-    """Runs a job to the end of its schedule, or until it is stopped; the newest checkpoint is then of its last step.
+    """Runs a job to the end of its schedule or until it is stopped; its last step is then saved.
 
     Returns:
         0: the end, ``stop_after`` or early stopping; 130 after Ctrl-C, 143 after SIGTERM.
@@ -37,7 +37,7 @@ def train(job: Job) -> int:
         if not job.kind.seeded:
             saver.save()
         if _unvalidated(job):
-            # it was stopped between a step and the validation that follows it
+            # the run was stopped between a step and the validation that follows it
             stopped_early = _validate(job, signals, saver)
 
         last = min(settings.steps, job.stop_after or settings.steps)
@@ -45,7 +45,7 @@ def train(job: Job) -> int:
             step, start = state.step + 1, time.perf_counter()
             batch = job.kind.source.batch(step)
             if step == 1:
-                progress.say(guards.targets(batch))
+                progress.say(guards.describe_targets(batch))
             rate = schedule.rate(job.recipe.optim, step, settings.steps)
             stats = engine.train_step(step, batch.split(settings.micro_batch_size), rate)
             now = time.perf_counter()
@@ -93,7 +93,7 @@ def _sample(job: Job) -> None:
 
 
 def finished(recipe: Recipe, state: RunState) -> str:
-    """Why there is nothing left to do, or ''."""
+    """Why the run is finished, or '' while it is not."""
     if recipe.train.eval_every and state.step == recipe.train.steps and state.evaluated < state.step:
         return ""
     if state.step >= recipe.train.steps:
@@ -106,7 +106,7 @@ def finished(recipe: Recipe, state: RunState) -> str:
 
 
 def _unvalidated(job: Job) -> bool:
-    """Whether the validation that follows the state's step is still to be done."""
+    """Whether the validation after the state's step has not been done yet."""
     every, step = job.recipe.train.eval_every, job.state.step
     return job.state.evaluated < step and (_due(every, step) or (every > 0 and step == job.recipe.train.steps))
 
@@ -116,9 +116,9 @@ def _due(every: int, step: int) -> bool:
 
 
 def _validate(job: Job, signals: Signals, saver: Saver) -> bool:
-    """Scores the validation split and keeps the best checkpoint; True where the run should stop early.
+    """Scores the validation split and saves a new best checkpoint; True if the run should stop early.
 
-    A signal breaks it off without a trace: resuming does it again.
+    A signal interrupts it and leaves no trace: a resumed run validates again.
     """
     state, settings, start = job.state, job.recipe.train, time.perf_counter()
     total: dict[str, float] = {}

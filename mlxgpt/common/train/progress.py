@@ -1,7 +1,7 @@
-"""What a user sees of a run: two live lines on a terminal, a plain line every few steps anywhere else.
+"""The display of a run: two live lines on a terminal, a plain line every few steps elsewhere.
 
-Drawing takes at most 0.1 % of the time: the next picture waits 1000 times as long as the last one took. A terminal
-that is too narrow loses what matters least; a reader that has gone away (``| head``) does not stop the run.
+Drawing takes at most 0.1 % of the time: the next redraw waits 1000 times as long as the last one took. A narrow
+terminal drops the least important parts; a closed pipe (``| head``) does not stop the run.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from mlxgpt.common.units import duration, short
 
 _SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _HISTORY = 256  # points that the sparkline's losses are kept as
-_INTERVAL = 0.25  # seconds between pictures, at least
+_INTERVAL = 0.25  # minimum seconds between redraws
 _SPEED_WINDOW = 10.0  # seconds that the shown speed is measured over
-_PATIENCE = 1000  # pictures may take 1 / this of the time
+_PATIENCE = 1000  # drawing may take 1 / this of the time
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -71,7 +71,7 @@ class Progress:
         self._loss = self._rate = self._norm = self._validation = math.nan
         self._best = math.nan  # loss of the best validation
         self._history: list[float] = []
-        self._new: list[tuple[int, float, float, float, int, float]] = []  # steps since the last picture
+        self._new: list[tuple[int, float, float, float, int, float]] = []  # steps since the last redraw
         self._stride, self._sum, self._count = 1, 0.0, 0
         self._tokens = self._seconds = 0.0  # of the steps that the speed is measured on
         self._began: tuple[float, int] | None = None  # time and step that the ETA counts from
@@ -92,7 +92,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints ``text`` above the live lines, or as a line of its own."""
-        # what a model samples must not drive the terminal
+        # sampled text must not control the terminal
         clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         if self._live:
             self._console.print(Text(clean), soft_wrap=True)
@@ -102,10 +102,10 @@ class Progress:
             try:
                 print(clean.encode(encoding, "replace").decode(encoding), file=file, flush=True)
             except OSError:
-                self._go_silent()
+                self._mute_output()
 
-    def _go_silent(self) -> None:
-        """Nobody reads any more: neither this nor the interpreter's last flush may fail for it."""
+    def _mute_output(self) -> None:
+        """The pipe is closed: neither this nor the interpreter's last flush may fail."""
         self._mute = True
         if self._console.file is sys.stdout:
             devnull = os.open(os.devnull, os.O_WRONLY)
@@ -113,15 +113,15 @@ class Progress:
             os.close(devnull)
 
     def status(self, text: str) -> None:
-        """Says at the end of the live lines what is going on besides steps; empty = nothing."""
+        """Shows the current activity, if it is not a step, beside the live lines; empty = none."""
         self._status = text
         if self._live and (not text or time.perf_counter() >= self._next):
             self._draw()
 
     def step(self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float, now: float) -> None:
-        """Takes note of a step that ended at ``now`` (time.perf_counter); draws when it is time.
+        """Records a step that ended at ``now`` (time.perf_counter); redraws when due.
 
-        The first of a session, which compiles, counts for no speed.
+        The first step of a session, which compiles, does not count towards the speed.
         """
         self._new.append((step, loss, rate, norm, tokens, seconds))
         if self._live:
@@ -132,7 +132,7 @@ class Progress:
             self.say(self._line())
 
     def _take(self) -> None:
-        """Adds up the steps since the last picture."""
+        """Accumulates the steps since the last redraw."""
         for step, loss, _, _, tokens, seconds in self._new:
             if -math.inf < loss < math.inf:
                 self._sum += loss
@@ -149,7 +149,7 @@ class Progress:
             self._new.clear()
 
     def validation(self, step: int, found: dict[str, float], name: str, best: dict[str, float] | None) -> None:
-        """Takes note of a validation: its loss and what else was ``found``, and the best one by ``name``."""
+        """Records a validation: its metrics ``found``, and the best validation by the metric ``name``."""
         self._validation, self._best = found["loss"], best["loss"] if best else math.nan
         mark = ""
         if best:
@@ -159,7 +159,7 @@ class Progress:
         self.say(f"step {step}/{self._steps}  validation loss {found['loss']:.4f}{text}{mark}")
 
     def _remember(self) -> None:
-        """Moves the mean of the last steps to the sparkline's points; twice too many are halved."""
+        """Appends the mean of the last steps to the sparkline; merges pairs of points when there are too many."""
         self._history.append(self._sum / self._count)
         self._sum, self._count = 0.0, 0
         if len(self._history) >= 2 * _HISTORY:

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what it says where its numbers will not be bit-equal; the rest is refused."""
+"""What a resumed run may change, and which changes end bit-equality; everything else is refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.runs.checkpoint import RunState
 from mlxgpt.common.train import schedule
 
-# Cadence, paths and memory. Data is held by its sums, so a path or the name of a tokenizer says nothing about it.
+# Cadence, paths and memory. Checksums identify the data, so a path or a tokenizer's name may change.
 ACCEPTED = {
     "data.source", "data.tokenizer", "data.workers",
     "train.micro_batch_size", "train.checkpoint_activations", "train.loss_chunk", "train.compile",
@@ -21,7 +21,7 @@ ACCEPTED = {
     "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
     "train.log_every", "train.tensorboard", "train.wandb", "tune.model", "tune.source", "tune.test",
 }  # fmt: skip
-# Of these, what reorders floating-point sums.
+# Of these, what reorders floating-point additions.
 ROUNDING = {
     "train.micro_batch_size",
     "train.checkpoint_activations",
@@ -34,7 +34,7 @@ Sections = dict[str, dict[str, Any]]
 
 
 def check_run(run: Path) -> None:
-    """Refuses what is no run.
+    """Refuses a folder that is not a run.
 
     Raises:
         UserError: says what the folder is instead.
@@ -63,10 +63,10 @@ def changes(before: Sections, after: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Callable[[str], None]) -> list[str]:
-    """Holds the recipe that a run goes on with against the one that it was trained with up to ``step``.
+    """Compares the recipe of a resumed run with the one that it was trained with up to ``step``.
 
     Returns:
-        What is accepted and changes the numbers by rounding, in words.
+        The accepted changes that alter rounding, described.
 
     Raises:
         UserError: names the first key that may not change.
@@ -77,7 +77,7 @@ def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Cal
             _check_steps(run, after, int(old), step, say)
         elif key not in ACCEPTED and not key.startswith("sample."):
             raise UserError(
-                f"{run}: {key} was {old!r} and is {new!r}: a run goes on with the recipe it began with; "
+                f"{run}: {key} was {old!r} and is {new!r}: a resumed run keeps its recipe; "
                 f"--init-from {run} starts a new one from its weights"
             )
         else:
@@ -100,11 +100,11 @@ def _check_steps(run: Path, after: Recipe, old: int, step: int, say: Callable[[s
     say(f"changed: train.steps from {old} to {new}")
     if name == "wsd" and step > old - schedule.decay_steps(after.optim, old):
         rates = schedule.rate(after.optim, step, old), schedule.rate(after.optim, step + 1, new)
-        say(f"the learning rate had begun to fall: it goes from {rates[0]:.3g} back to {rates[1]:.3g}")
+        say(f"the learning rate had begun to decay: it returns from {rates[0]:.3g} to {rates[1]:.3g}")
 
 
 def check_data(run: Path, before: dict[str, str], after: dict[str, str]) -> None:
-    """Refuses other data than the run began with.
+    """Refuses data that differs from what the run began with.
 
     Raises:
         UserError: names the first file whose sha256 differs.
@@ -125,7 +125,7 @@ def _short(digest: str | None) -> str:
 def say_environment(
     state: RunState, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]
 ) -> None:
-    """One line where the run that goes on cannot be bit-equal to one that was not stopped."""
+    """One line if the resumed run cannot be bit-equal to an uninterrupted one."""
     keys = dict.fromkeys([*state.environment, *environment])
     differ = [
         f"{key} {state.environment.get(key, '-')} -> {environment.get(key, '-')}"

@@ -1,4 +1,4 @@
-"""The learning rate of every step: pure functions of the step, in Python floats, the same for both frameworks.
+"""Learning-rate schedules: pure functions of the step, in Python floats, the same for both frameworks.
 
 Steps count from 1 to S = train.steps; W = optim.warmup. For s <= W, every schedule warms up: lr(s) = peak * s / W.
 Then, with p = (s - W) / (S - W):
@@ -7,7 +7,7 @@ Then, with p = (s - W) / (S - W):
     linear     min + (peak - min) * (1 - p)
     constant   peak
     wsd        peak until step S - D, then min + (peak - min) * (S - s) / D, D = max(1, round(decay_fraction * S))
-               warmup-stable-decay, Hu et al. 2024 (MiniCPM), section 4.2, with a linear fall
+               warmup-stable-decay, Hu et al. 2024 (MiniCPM), section 4.2, with a linear decay
 
 All but constant reach ``min_lr`` exactly at step S. Muon's rate has the same shape: ``rate * muon_lr / lr``.
 """
@@ -19,7 +19,7 @@ from mlxgpt.common.errors import UserError
 
 
 def decay_steps(optim: OptimConfig, steps: int) -> int:
-    """wsd: the number of steps, at the end, in which the rate falls."""
+    """wsd: the number of steps, at the end, in which the rate decays."""
     return max(1, round(optim.decay_fraction * steps))
 
 

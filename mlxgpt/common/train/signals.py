@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop reads between steps."""
+"""Ctrl-C and SIGTERM as requests that the loop reads between steps."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from typing import Any
 class Signals:
     """While entered, the first SIGINT or SIGTERM is kept in ``received``; a second Ctrl-C ends the process at once.
 
-    The second one is the system's own doing, so it works inside a step of minutes too. It cannot harm a run: what is
-    being written at that moment is a hidden file beside the whole ones.
+    The operating system handles the second one, so it works inside a long step too. It cannot harm a run: what is
+    being written at that moment is a hidden file beside the complete ones.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        # only the main thread may, and only it gets them
+        # only the main thread may set handlers, and only it receives signals
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -35,7 +35,7 @@ class Signals:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if os.isatty(1):
-                # a live display hides the cursor, and the second Ctrl-C could not bring it back
+                # a live display hides the cursor, and the second Ctrl-C could not restore it
                 os.write(1, b"\x1b[?25h")
 
     @property
