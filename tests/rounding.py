@@ -51,6 +51,6 @@ def costs(what: str, best: Any, exact: Any) -> tuple[float, float]:
     )
 
 
-def gate(cost: float, least: float = LEAST) -> float:
+def gate(cost: float, least: float = LEAST, times: float = TIMES) -> float:
     """The largest distance from float64 that counts as rounding; infinite for a broken cost, which nothing passes."""
-    return max(least, TIMES * cost)
+    return max(least, times * cost)

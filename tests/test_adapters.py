@@ -43,9 +43,9 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-# Gradients of rank-4 updates of Gemma 2 lie up to 1.27e-5 (MLX) and 1.14e-5 (torch) from float64, at up to 9 times the
-# cost: one draw measures it badly where few elements count. The mutations below give 1e-3 and more.
-LEAST = 2e-5
+# A gradient's gate is at least LEAST, or TIMES the cost. Measured with MKL and OpenBLAS over all cases (2026-11-29): up to
+# 3.3e-5 (MLX, rslora-qwen3) and 5.6 times the cost above 1.2e-5. The mutations below give 1e-3 and more.
+LEAST, TIMES = 2e-5, 6.0
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa", "qwen3", "gpt_neox", "phi3", "gemma2"])
@@ -58,7 +58,7 @@ def test_the_frameworks_agree(case: str, choice: str) -> None:
     for package in PACKAGES:
         found = probe(package, config, params)
         agree(f"{package}: logits", found.logits, exact.logits, rounding.gate(costs[0]))
-        gate = rounding.gate(costs[1], LEAST)
+        gate = rounding.gate(costs[1], LEAST, TIMES)
         assert worst_gradient(f"{package}: gradient", found.gradients, exact.gradients) <= gate
 
 
