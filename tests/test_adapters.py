@@ -43,7 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-# A gradient's gate is at least LEAST, or TIMES the cost. Measured with MKL and OpenBLAS over all cases (2026-11-29): up to
+# A gradient's gate: LEAST, or TIMES the cost. Measured with MKL and OpenBLAS over all cases (2026-11-29): up to
 # 3.3e-5 (MLX, rslora-qwen3) and 5.6 times the cost above 1.2e-5. The mutations below give 1e-3 and more.
 LEAST, TIMES = 2e-5, 6.0
 
