@@ -4,7 +4,7 @@
     python -m benchmarks --quick                                     make bench-quick: two minutes, writes nothing
 
 Prints a table a section and puts it into docs/benchmarks.md, with the date, versions and machine; sections that were
-not run stay as they are. Every contender gets one thread unless OMP_NUM_THREADS says otherwise: a busy neighbour
+not run stay as they are. Every contender gets one thread unless OMP_NUM_THREADS says otherwise: a busy neighbor
 disturbs more than one.
 """
 

@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a round")
-    parser.add_argument("--threads", type=int, default=1, help="of each contender; neighbours disturb more than one")
+    parser.add_argument("--threads", type=int, default=1, help="of each contender; neighbors disturb more than one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     finish(measure(args.rounds, args.tokens, args.threads), args.json)

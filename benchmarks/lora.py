@@ -48,7 +48,7 @@ def rows(count: int, vocabulary: int = SIZES["vocab_size"]) -> list[np.ndarray]:
     return [draw.integers(0, vocabulary, length + 1).astype(np.int32) for length in lengths(count)]
 
 
-def write_folder(folder: Path, quantised: Path) -> None:
+def write_folder(folder: Path, quantized: Path) -> None:
     """The model that all contenders load, and the same in mlx-lm's 4 bits."""
     from mlxgpt import cli
     from mlxgpt.common import recipes
@@ -58,7 +58,7 @@ def write_folder(folder: Path, quantised: Path) -> None:
     model = recipes.build({"model": {"family": "llama", **SIZES}}).model
     write_model(folder, model, params.init_params(model, 0))
     sys.stdout, out = sys.stderr, sys.stdout
-    code = cli.main(["convert", str(folder), str(quantised), "--to", "mlx-lm", "--bits", "4"])
+    code = cli.main(["convert", str(folder), str(quantized), "--to", "mlx-lm", "--bits", "4"])
     sys.stdout = out
     if code:
         raise SystemExit(f"convert: exit code {code}")

@@ -178,7 +178,7 @@ def plot(found: dict[str, list[np.ndarray]], path: Path) -> None:
     panels = (("seconds", "ms a step, by the clock", 1e3), ("cpu", "ms a step, CPU", 1e3), ("rss", "MiB", 2**-20))
     axes = figure.subplots(len(panels), 1, sharex=True)
     for ax, (name, label, factor) in zip(axes, panels, strict=True):
-        for colour, (backend, parts) in zip(("#0b62a4", "#d1495b"), found.items(), strict=True):
+        for color, (backend, parts) in zip(("#0b62a4", "#d1495b"), found.items(), strict=True):
             start = 0.0
             for number, part in enumerate(parts):
                 clock = start + np.cumsum(part[:, 1]) / 60
@@ -190,10 +190,10 @@ def plot(found: dict[str, list[np.ndarray]], path: Path) -> None:
                     x = [float(clock[piece].mean()) for piece in pieces]
                     y = [float(np.median(part[piece, FIELDS.index(field)])) * factor for piece in pieces]
                     text = " ".join(filter(None, ({"mlx": "MLX", "torch": "PyTorch"}[backend], what)))
-                    ax.plot(x, y, line, color=colour, linewidth=1, label=text if not number else None)
+                    ax.plot(x, y, line, color=color, linewidth=1, label=text if not number else None)
                 start = float(clock[-1])
                 if not number:
-                    ax.axvline(start, color=colour, alpha=0.3, linewidth=1)
+                    ax.axvline(start, color=color, alpha=0.3, linewidth=1)
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
         ax.grid(color="#e6e6e6")

@@ -1,6 +1,6 @@
 """Foreign formats and proof: any model that is readable here, from any format into any other.
 
-The source's format is recognised by content, and no tensor is in memory before it is asked for:
+The source's format is recognized by content, and no tensor is in memory before it is asked for:
 
     >>> from convert import convert, open_model
     >>> opened = open_model("ckpt.pt")

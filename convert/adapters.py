@@ -51,8 +51,8 @@ def convert(
         raise UserError(f"{dst.parent}: no such folder")
     base = Path(model).expanduser() if model else adapter_folder.base_of(place)
     pickled = _pickled(place / PICKLED) if (place / PICKLED).is_file() else None
-    adapter = adapter_folder.read(place, None, _config(base), pickled=pickled)
-    config = adapter_folder.grown(_config(base), adapter)
+    adapter = adapter_folder.read_adapter(place, None, _config(base), pickled=pickled)
+    config = adapter_folder.with_adapter(_config(base), adapter)
     with output.workplace(dst, force) as made:
         made.mkdir()
         gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
@@ -68,7 +68,7 @@ def _config(base: Path) -> ModelConfig:
 
 def _pickled(path: Path) -> dict[str, np.ndarray]:
     """The tensors of PEFT's adapter_model.bin, read without running anything that it names."""
-    found = torch_file.state_dict(str(path), torch_file.load(path))
+    found = torch_file.state_dict(str(path), torch_file.load_file(path))
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 

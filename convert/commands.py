@@ -71,8 +71,8 @@ def fuse_command(args: argparse.Namespace) -> int:
         args: model, adapter, out, dtype, dequantize, force, json.
     """
     report, loss = fuse(
-        args.model, base_and_adapters.parse(args.adapter), args.out, dtype=args.dtype, dequantize=args.dequantize,
-        force=args.force,
+        args.model, base_and_adapters.parse_adapters(args.adapter), args.out,
+        dtype=args.dtype, dequantize=args.dequantize, force=args.force,
     )  # fmt: skip
     if args.json:
         made = dataclasses.asdict(report) | {"loss": dataclasses.asdict(loss) if loss else None}
@@ -105,7 +105,7 @@ def verify_command(args: argparse.Namespace) -> int:
         n_head=args.n_head or 0,
     )
     if page:
-        verify_html.write(report, page)
+        verify_html.write_page(report, page)
     if args.json:
         print(json.dumps(report.to_json()))
     else:

@@ -17,7 +17,7 @@ from mlxgpt.common.folders import base_and_adapters
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantising the merged matrices again did to them; errors are root mean squares over all their weights."""
+    """What quantizing the merged matrices again did to them; errors are root mean squares over all their weights."""
 
     matrices: int
     weights: float  # error relative to the merged weights
@@ -27,7 +27,7 @@ class Loss:
 
     def __str__(self) -> str:
         return (
-            f"{self.matrices} merged matrices quantised again: an error of {self.weights:.2%} of the weights and of "
+            f"{self.matrices} merged matrices quantized again: an error of {self.weights:.2%} of the weights and of "
             f"{self.update:.1%} of what the adapter changed (root mean square), at most {self.worst:.2%} of the "
             f"largest weight (in {self.name}); --dequantize keeps them exact"
         )
@@ -49,13 +49,13 @@ def fuse(
         given: adapters; None where ``model`` is one.
         out: the folder to make.
         dtype: float32, float16 or bfloat16 of all weights; default: the base's.
-        dequantize: write a quantised base as plain weights, of bfloat16 unless ``dtype`` says otherwise.
+        dequantize: write a quantized base as plain weights, of bfloat16 unless ``dtype`` says otherwise.
         force: also with a base of other weights than the adapter was trained on.
 
     Raises:
         UserError: no adapter, one of another model, ones that cannot be added up; see ``convert``.
     """
-    place, found = base_and_adapters.find(model, given)
+    place, found = base_and_adapters.find_base(model, given)
     if not found:
         raise UserError(f"{place}: a model without an adapter: expected --adapter DIR")
     base = open_model(place)
@@ -64,7 +64,7 @@ def fuse(
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
     if packed and not dequantize:
         if dtype:
-            raise UserError(f"--dtype {dtype}: {place} is quantised and stays so: expected --dequantize with it")
+            raise UserError(f"--dtype {dtype}: {place} is quantized and stays so: expected --dequantize with it")
         report = convert_opened(opened, place, out, "mlx-lm", keep_bits=True)
         return report, _loss(base, opened, open_model(out))
     if packed and not dtype:
@@ -74,7 +74,7 @@ def fuse(
 
 
 def _loss(base: Opened, merged: Opened, written: Opened) -> Loss | None:
-    """Holds the quantised matrices that changed against what they should be."""
+    """Holds the quantized matrices that changed against what they should be."""
     count, error, size, change, worst = 0, 0.0, 0.0, 0.0, (0.0, "")
     for name, tensor in merged.tensors.items():
         if not tensor.packed or tensor.packed.parts:

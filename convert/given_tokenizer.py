@@ -22,7 +22,7 @@ def load(path: Path) -> Tokenizer:
         UserError: nothing there, damaged, or a pickle that holds anything but plain values.
     """
     if path.suffix == ".bin" and path.is_file():
-        return JsonTokenizer(llama2c_tokenizer.read(path), path)
+        return JsonTokenizer(llama2c_tokenizer.read_tokenizer(path), path)
     if path.suffix == ".pkl" and path.is_file():
         return _characters(path)
     return load_tokenizer(path)

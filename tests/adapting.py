@@ -1,4 +1,4 @@
-"""Adapters on tiny models in both frameworks: what the tests of adapters, quantised bases and fine-tuning share."""
+"""Adapters on tiny models in both frameworks: what the tests of adapters, quantized bases and fine-tuning share."""
 
 import dataclasses
 import importlib

@@ -84,11 +84,11 @@ def tokenizer_files(kind: str, place: Path) -> dict[str, Path | bytes]:
 
 
 def open_with(name: str) -> Callable[[Path], None]:
-    """Recognises, reads, takes every tensor, and takes the model to a Hugging Face folder and back."""
+    """Recognizes, reads, takes every tensor, and takes the model to a Hugging Face folder and back."""
 
     def read(path: Path) -> None:
         module = format_of(name)
-        module.recognise(path)
+        module.recognize(path)
         opened = module.read(path)
         assert list(opened.tensors) == list(params.table(opened.config)), "not the tensors of its config"
         for key, tensor in opened.tensors.items():
@@ -241,7 +241,7 @@ def seed_adapter(layout: str) -> Callable[[Path], Path]:
 
 def read_adapter(path: Path) -> None:
     """Finite, of the shapes that its targets ask for, and not of two minds."""
-    found = adapter_folder.read(path, None, LLAMA)
+    found = adapter_folder.read_adapter(path, None, LLAMA)
     for name, array in found.params.items():
         assert np.isfinite(array).all() and array.dtype == np.float32, name
     for name, target in found.targets.items():

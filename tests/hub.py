@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                   rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)),
         "rope_scaling: rope type 'yarn' is not supported"),
     "mistralai/Mixtral-8x7B-v0.1": (published(model_type="mixtral"), "model_type 'mixtral' is not supported"),
-    "HuggingFaceTB/SmolLM2-135M, quantised with bitsandbytes": (
+    "HuggingFaceTB/SmolLM2-135M, quantized with bitsandbytes": (
         published(**_LLAMA, quantization_config=dict(load_in_4bit=True, quant_method="bitsandbytes")),
-        "quantization_config: quantised weights are not supported"),
+        "quantization_config: quantized weights are not supported"),
 }  # fmt: skip

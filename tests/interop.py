@@ -75,7 +75,7 @@ def written(place: Path, name: str, **adapter: Any) -> Written:
     base = write_base(place / "base", config)
     (place / "adapter").mkdir()
     kept = {key: arrays[key] for key in adapters.shapes(made) if key in chosen or key not in params.table(config)}
-    adapter_folder.write(place / "adapter", made, base, kept)
+    adapter_folder.write_adapter(place / "adapter", made, base, kept)
     fuse(base, place / "adapter", place / "fused")
     return Written(config, made, base, place / "adapter", place / "fused")
 

@@ -57,7 +57,7 @@ OWN = {
 
 
 def wide(config: ModelConfig) -> ModelConfig:
-    """``config`` in sizes that groups of 32 divide, so that quantised formats quantise."""
+    """``config`` in sizes that groups of 32 divide, so that quantized formats quantize."""
     width = max(64, config.n_embd)
     made = {"n_embd": width, "n_hidden": 4 * width, "head_dim": 0, "rotary_dim": 0, "attn_scale": 0.0}
     keep = {name: value for name, value in vars(config).items() if name not in made}

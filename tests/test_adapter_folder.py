@@ -99,7 +99,7 @@ PEFT: list[tuple[str, Callable[[dict[str, Any], Tensors], Any], str]] = [
 def test_pefts_layout(tmp_path: Path, made: interop.Written, change: Any, said: str) -> None:
     place = damaged(tmp_path / "adapter", made, change, "peft")
     with pytest.raises(UserError, match=said):
-        adapter_folder.read(place, made.base, made.config)
+        adapter_folder.read_adapter(place, made.base, made.config)
 
 
 def lora(**change: Any) -> Callable[[dict[str, Any], Tensors], Any]:
@@ -136,14 +136,14 @@ MLX_LM: list[tuple[str, Callable[[dict[str, Any], Tensors], Any], str]] = [
 def test_mlx_lms_layout(tmp_path: Path, made: interop.Written, change: Any, said: str) -> None:
     place = damaged(tmp_path / "adapter", made, change, "mlx-lm")
     with pytest.raises(UserError, match=said):
-        adapter_folder.read(place, made.base, made.config)
+        adapter_folder.read_adapter(place, made.base, made.config)
 
 
 def test_an_adapter_of_other_weights_is_refused_by_their_hash(tmp_path: Path, made: interop.Written) -> None:
     model_folder.write_model(tmp_path / "other", made.config, weights(made.config, seed=2))
     with pytest.raises(UserError, match=r"was trained on a model with sha256 \w{12}, but .*other has \w{12}.*--force"):
-        adapter_folder.read(made.adapter, tmp_path / "other", made.config)
-    assert adapter_folder.read(made.adapter, tmp_path / "other", made.config, force=True).targets
+        adapter_folder.read_adapter(made.adapter, tmp_path / "other", made.config)
+    assert adapter_folder.read_adapter(made.adapter, tmp_path / "other", made.config, force=True).targets
 
 
 def test_an_adapter_of_another_shape_is_refused_with_force_too(tmp_path: Path, made: interop.Written) -> None:
@@ -153,7 +153,7 @@ def test_an_adapter_of_another_shape_is_refused_with_force_too(tmp_path: Path, m
         flags = ["--adapter", str(made.adapter), "-o", str(tmp_path / "out")]
         assert cli.main(["fuse", "-m", str(tmp_path / name), *flags]) == 2
     with pytest.raises(UserError, match="no module of this model has it"):
-        adapter_folder.read(made.adapter, tmp_path / "llama", CASES["llama"], force=True)
+        adapter_folder.read_adapter(made.adapter, tmp_path / "llama", CASES["llama"], force=True)
 
 
 def test_the_hash_is_of_the_weights_and_not_of_their_files(tmp_path: Path, made: interop.Written) -> None:
@@ -176,13 +176,13 @@ def test_a_base_that_is_gone_is_named_and_another_may_be_given(tmp_path: Path, m
     values["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"its base is gone: .*gone: no such folder; --model BASE --adapter"):
-        base_and_adapters.find(tmp_path / "adapter")
-    assert base_and_adapters.find(made.base, tmp_path / "adapter") == (made.base, [(tmp_path / "adapter", 1.0)])
+        base_and_adapters.find_base(tmp_path / "adapter")
+    assert base_and_adapters.find_base(made.base, tmp_path / "adapter") == (made.base, [(tmp_path / "adapter", 1.0)])
 
 
 def test_weights_of_adapters_are_parsed(tmp_path: Path) -> None:
     (tmp_path / "a:0.5").mkdir()
-    assert base_and_adapters.parse([f"{tmp_path}/a:0.5", "b:0.25", "c:-1", "d"]) == [
+    assert base_and_adapters.parse_adapters([f"{tmp_path}/a:0.5", "b:0.25", "c:-1", "d"]) == [
         (f"{tmp_path}/a:0.5", 1.0), ("b", 0.25), ("c", -1.0), ("d", 1.0),
     ]  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_settings_made_of_a_foreign_adapter_give_its_targets_again(tmp_path: Pat
     odd = next(name for name, path in peft_adapter.modules(config).items() if path == "h.1.mlp.c_proj")
     settings: dict[str, Any] = {"rank_pattern": {odd: 2}, "alpha_pattern": {odd: 3}}
     interop.write_peft(tmp_path / "a", base, target_modules="all-linear", **settings)
-    found = adapter_folder.read(tmp_path / "a", base, config)
+    found = adapter_folder.read_adapter(tmp_path / "a", base, config)
     again = adapter_folder.to_config(found, config)
     assert adapters.targets(config, again) == found.targets
     assert len(again.ranks) == len(again.alphas) == 1
@@ -227,7 +227,7 @@ def test_damaged_bytes_are_errors_and_nothing_else(tmp_path: Path, made: interop
             data[number[int(drawn.integers(len(number)))]] = ord(str(drawn.integers(10)))
         file.write_bytes(data)
         try:
-            adapter_folder.read(place, made.base, made.config)
+            adapter_folder.read_adapter(place, made.base, made.config)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -248,7 +248,7 @@ def test_hostile_settings_are_errors_and_nothing_else(tmp_path: Path, made: inte
                 _at(values, path)[key] = value
                 (place / "adapter_config.json").write_text(json.dumps(values))
                 try:
-                    adapter_folder.read(place, made.base, made.config)
+                    adapter_folder.read_adapter(place, made.base, made.config)
                 except UserError:
                     refused += 1
     assert refused > 500

@@ -1,4 +1,4 @@
-"""MLX's affine quantisation in numpy: equal to mx.quantize and mx.dequantize, bit for bit."""
+"""MLX's affine quantization in numpy: equal to mx.quantize and mx.dequantize, bit for bit."""
 
 import ml_dtypes
 import mlx.core as mx
@@ -69,7 +69,7 @@ def test_the_first_level_is_in_the_lowest_bits() -> None:
 
 @pytest.mark.parametrize("bits", affine.BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_was_quantised_once_is_found_again(dtype: str, bits: int) -> None:
+def test_what_was_quantized_once_is_found_again(dtype: str, bits: int) -> None:
     for name, matrix in matrices().items():
         found = affine.quantise(matrix.astype(DTYPES[dtype][0]), bits, 64)
         values = affine.dequantise(*found, bits, 64)

@@ -262,7 +262,7 @@ def test_an_adapter_is_pefts(
     assert "score.weight" in shapes
     trained = {n: made.get(n, 0) + draw.normal(0, 0.1, shape).astype(np.float32) for n, shape in shapes.items()}
     (tmp_path / "adapter").mkdir()
-    adapter_folder.write(tmp_path / "adapter", config, tmp_path / "base", trained)
+    adapter_folder.write_adapter(tmp_path / "adapter", config, tmp_path / "base", trained)
     values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert values["task_type"] == "SEQ_CLS" and values["modules_to_save"] == ["score"]
     assert not (tmp_path / "adapter" / "adapters.safetensors").exists()

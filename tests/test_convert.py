@@ -123,11 +123,11 @@ def test_npz_is_what_mlx_loads_and_saves(tmp_path: Path) -> None:
     assert same(values(open_model(tmp_path / "n" / "weights.npz")), made)
 
 
-# quantised
+# quantized
 
 
 @pytest.mark.parametrize(("family", "bits"), [*((family, 4) for family in FAMILIES), ("gpt2", 8), ("llama", 8)])
-def test_a_quantised_folder_is_mx_quantize_and_stays_so(family: str, bits: int, tmp_path: Path) -> None:
+def test_a_quantized_folder_is_mx_quantize_and_stays_so(family: str, bits: int, tmp_path: Path) -> None:
     kv = {"n_kv_head": 2} if CASES[FAMILIES[family]].n_kv_head != 4 else {}
     config = tiny(family=family, tied=CASES[FAMILIES[family]].tied, **WIDE, **kv)
     made = write(tmp_path / "a", config)
@@ -146,7 +146,7 @@ def test_a_quantised_folder_is_mx_quantize_and_stays_so(family: str, bits: int, 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "phi", "olmo2"])
-def test_mlx_lm_loads_a_quantised_folder(family: str, tmp_path: Path) -> None:
+def test_mlx_lm_loads_a_quantized_folder(family: str, tmp_path: Path) -> None:
     tied = family not in ("gpt_neox", "phi", "olmo2")
     config = tiny(family=family, tied=tied, **WIDE, **({"activation": "gelu_tanh"} if family == "gpt_neox" else {}))
     write(tmp_path / "a", config)
@@ -159,7 +159,7 @@ def test_mlx_lm_loads_a_quantised_folder(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_what_mlx_lm_quantised_is_read(family: str, tmp_path: Path) -> None:
+def test_what_mlx_lm_quantized_is_read(family: str, tmp_path: Path) -> None:
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     config = tiny(family=family, tied=family != "gpt_neox", **WIDE)

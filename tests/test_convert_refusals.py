@@ -162,7 +162,7 @@ def test_nothing_that_is_a_model(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.bin").write_bytes(b"nothing that anybody knows")
     assert "neither a model folder" in refused(capsys, tmp_path / "a", str(tmp_path / "b"))
-    with pytest.raises(UserError, match="not recognised as one of mlx-lm, npz, hf"):
+    with pytest.raises(UserError, match="not recognized as one of mlx-lm, npz, hf"):
         open_model(tmp_path / "a" / "x.bin")
 
 
@@ -272,11 +272,11 @@ def test_interruption_leaves_nothing(number: int, code: int, source: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and digest(source) == before
 
 
-# quantised folders
+# quantized folders
 
 
 @pytest.fixture
-def quantised(tmp_path: Path) -> Path:
+def quantized(tmp_path: Path) -> Path:
     """A llama of 4 bits."""
     config = tiny(family="llama", n_embd=64)
     model_folder.write_model(tmp_path / "f", config, weights(config))
@@ -297,23 +297,23 @@ def quantised(tmp_path: Path) -> Path:
         ({"quantization": [1]}, "expected a table"),
     ],
 )
-def test_quantised_folders_that_do_not_hold(
-    change: Any, message: str, quantised: Path, tmp_path: Path, capsys: Any
+def test_quantized_folders_that_do_not_hold(
+    change: Any, message: str, quantized: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    read = json.loads((quantised / "config.json").read_text()) | change
-    (quantised / "config.json").write_text(json.dumps(read))
-    assert message in refused(capsys, quantised, str(tmp_path / "b"))
+    read = json.loads((quantized / "config.json").read_text()) | change
+    (quantized / "config.json").write_text(json.dumps(read))
+    assert message in refused(capsys, quantized, str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.up_proj.biases"])
-def test_quantised_folders_that_are_not_whole(lost: str, quantised: Path, tmp_path: Path, capsys: Any) -> None:
-    arrays = tensors.read_tensors(quantised / model_folder.SINGLE)
+def test_quantized_folders_that_are_not_whole(lost: str, quantized: Path, tmp_path: Path, capsys: Any) -> None:
+    arrays = tensors.read_tensors(quantized / model_folder.SINGLE)
     del arrays[lost]
-    tensors.write_tensors(quantised / model_folder.SINGLE, arrays, {"format": "mlx"})
-    index = json.loads((quantised / model_folder.INDEX).read_text())
+    tensors.write_tensors(quantized / model_folder.SINGLE, arrays, {"format": "mlx"})
+    index = json.loads((quantized / model_folder.INDEX).read_text())
     del index["weight_map"][lost]
-    (quantised / model_folder.INDEX).write_text(json.dumps(index))
-    assert lost.removesuffix(".biases") in refused(capsys, quantised, str(tmp_path / "b"))
+    (quantized / model_folder.INDEX).write_text(json.dumps(index))
+    assert lost.removesuffix(".biases") in refused(capsys, quantized, str(tmp_path / "b"))
 
 
 # archives

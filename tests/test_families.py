@@ -201,12 +201,12 @@ REFUSED = [
     (
         "llama",
         {"quantization_config": {"bits": 4}},
-        "c.json: quantization_config: quantised weights are not supported: expected float32, float16 or bfloat16",
+        "c.json: quantization_config: quantized weights are not supported: expected float32, float16 or bfloat16",
     ),
     (
         "gpt2",
         {"quantization": {"bits": 4}},
-        "c.json: quantization: quantised weights are not supported: expected float32, float16 or bfloat16",
+        "c.json: quantization: quantized weights are not supported: expected float32, float16 or bfloat16",
     ),
     ("gpt2", {"scale_attn_weights": False}, "c.json: scale_attn_weights = False is not supported: expected True"),
     (

@@ -214,7 +214,7 @@ def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pyt
     assert "mlx-lm" in outs[0] and "mlxgpt fuse" in outs[0]
     assert np.abs(losses("chatml-mlx") - losses("chatml-torch")).max() <= 1e-4
     place = last("chatml-mlx")
-    found = adapter_folder.read(place, "llama", model_folder.read_config("llama"))
+    found = adapter_folder.read_adapter(place, "llama", model_folder.read_config("llama"))
     assert found.params["wte.weight"].shape[0] == old + 2
     spelled = tokenizer.load_tokenizer(place)
     assert spelled.eos_id is not None and spelled.decode([spelled.eos_id]) == "<|im_end|>"
@@ -226,7 +226,7 @@ def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pyt
     assert answers[0] == answers[1]
 
 
-def test_a_quantised_base_trains_as_its_dequantised_self(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quantized_base_trains_as_its_dequantised_self(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--set", "adapter.bits=4", "--set", "adapter.group_size=32"]
     assert go("bits", *words, steps=6) == 0
     assert "dequantised once" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_it_is_stored_as_the_base_is(tmp_path: Path, dtype: str) -> None:
     fuse(tmp_path / "narrow", made.adapter, tmp_path / "out", force=True)
     base, out = (model_folder.read_tensors(tmp_path / name / "model.safetensors") for name in ("narrow", "out"))
     assert {array.dtype for array in out.values()} == {model_folder.DTYPES[dtype]}
-    found = adapter_folder.read(made.adapter, None, made.config)
+    found = adapter_folder.read_adapter(made.adapter, None, made.config)
     name = "model.layers.0.mlp.up_proj.weight"
     expected = adapters.fuse(base[name].astype(np.float32), found.targets["h.0.mlp.c_fc"], found.params, "h.0.mlp.c_fc")
     assert out[name].tobytes() == expected.astype(out[name].dtype).tobytes()
@@ -67,8 +67,8 @@ def test_it_is_stored_as_the_base_is(tmp_path: Path, dtype: str) -> None:
     assert np.array_equal(wide[name], expected)
 
 
-def quantised(place: Path, bits: int) -> tuple[Path, Path]:
-    """A quantised base and an adapter that was trained on it."""
+def quantized(place: Path, bits: int) -> tuple[Path, Path]:
+    """A quantized base and an adapter that was trained on it."""
     model_folder.write_model(place / "plain", WIDE, weights(WIDE))
     convert(place / "plain", place / "base", to="mlx-lm", bits=bits, group_size=64)
     recipe = Recipe(model=WIDE, tune=TuneConfig(), adapter=AdapterConfig(rank=4, targets=("q_proj", "down_proj")))
@@ -77,15 +77,15 @@ def quantised(place: Path, bits: int) -> tuple[Path, Path]:
         name: rng.normal(0, 0.05, param.shape).astype(np.float32) for name, param in adapters.trainable(recipe).items()
     }
     (place / "adapter").mkdir()
-    adapter_folder.write(place / "adapter", recipe, place / "base", arrays)
+    adapter_folder.write_adapter(place / "adapter", recipe, place / "base", arrays)
     return place / "base", place / "adapter"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_stays_quantised_and_says_what_that_costs(
+def test_a_quantized_base_stays_quantized_and_says_what_that_costs(
     tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter = quantised(tmp_path, bits)
+    base, adapter = quantized(tmp_path, bits)
     _, loss = fuse(base, adapter, tmp_path / "out")
     _, none = fuse(base, adapter, tmp_path / "exact", dequantize=True, dtype="float32")
     assert none is None
@@ -105,12 +105,12 @@ def test_a_quantised_base_stays_quantised_and_says_what_that_costs(
     assert interop.mlx_lm_logits(tmp_path / "out").shape == logits.shape
     assert cli.main(["fuse", "-m", str(base), "--adapter", str(adapter), "-o", str(tmp_path / "again")]) == 0
     assert (
-        f"4 merged matrices quantised again: an error of {loss.weights:.2%} of the weights" in capsys.readouterr().out
+        f"4 merged matrices quantized again: an error of {loss.weights:.2%} of the weights" in capsys.readouterr().out
     )
 
 
 def test_bits_that_differ_by_matrix_stay_so(tmp_path: Path) -> None:
-    base, adapter = quantised(tmp_path, 4)
+    base, adapter = quantized(tmp_path, 4)
     convert(tmp_path / "plain", tmp_path / "eight", to="mlx-lm", bits=8, group_size=64)
     config, index = (json.loads((base / name).read_text()) for name in ("config.json", "model.safetensors.index.json"))
     four, eight = (model_folder.read_tensors(place / "model.safetensors") for place in (base, tmp_path / "eight"))
@@ -145,7 +145,7 @@ def test_new_tokens_travel_with_their_tokenizer(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = {n: rng.normal(0, 0.1, p.shape).astype(np.float32) for n, p in adapters.trainable(recipe).items()}
     (tmp_path / "adapter").mkdir()
-    adapter_folder.write(tmp_path / "adapter", recipe, tmp_path / "base", arrays, tokenizer=chatty)
+    adapter_folder.write_adapter(tmp_path / "adapter", recipe, tmp_path / "base", arrays, tokenizer=chatty)
     fuse(tmp_path / "adapter", None, tmp_path / "out")
     assert model_folder.read_config(tmp_path / "out") == grown
     assert load_tokenizer(tmp_path / "out").digest == chatty.digest
@@ -233,7 +233,7 @@ def test_the_old_bin_of_peft_is_read_without_running_it(tmp_path: Path) -> None:
     torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, tmp_path / "peft/adapter_model.bin")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"found adapter_model.bin \(mlxgpt convert reads it\)"):
-        adapter_folder.read(tmp_path / "peft", base, MODELS["gpt2"])
+        adapter_folder.read_adapter(tmp_path / "peft", base, MODELS["gpt2"])
     assert cli.main(["convert", str(tmp_path / "peft"), str(tmp_path / "out"), "--model", str(base)]) == 0
     assert interop.worst("bin", interop.our_logits(interop.torch_ref, base, tmp_path / "out"), expected) <= GATE
 
@@ -246,7 +246,7 @@ def test_generate_and_eval_take_adapters(tmp_path: Path, capsys: pytest.CaptureF
     rng = np.random.default_rng(0)
     arrays = {n: rng.normal(0, 0.3, p.shape).astype(np.float32) for n, p in adapters.trainable(recipe).items()}
     (tmp_path / "adapter").mkdir()
-    adapter_folder.write(tmp_path / "adapter", recipe, tmp_path / "base", arrays)
+    adapter_folder.write_adapter(tmp_path / "adapter", recipe, tmp_path / "base", arrays)
     fuse(tmp_path / "adapter", None, tmp_path / "fused")
     (tmp_path / "text.txt").write_text(templates.TEXT[:400])
     places = {"plain": ["-m", "base"], "both": ["-m", "base", "--adapter", "adapter"], "alone": ["-m", "adapter"],

@@ -183,7 +183,7 @@ def test_greedy_text_is_what_transformers_generates(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(backend: str, family: str) -> None:
-    """Prompts of 1 to P tokens: each ends where its own context ends, whatever its neighbours do."""
+    """Prompts of 1 to P tokens: each ends where its own context ends, whatever its neighbors do."""
     model, generate = make_model(backend, make_config(family)), GENERATE[backend].generate
     prompts = [some_tokens(n, n) for n in (3, 17, 1, P, 30)]
     for sample in (SampleConfig(max_tokens=50), SampleConfig(max_tokens=50, temperature=0.0, repetition_penalty=1.2)):

@@ -17,7 +17,7 @@ import transformers
 from compare import agree
 
 from convert.formats.gguf import model as gguf
-from convert.formats.gguf.file import PIECE, Value, quantised, read_gguf, read_stored, write_gguf
+from convert.formats.gguf.file import PIECE, Value, quantized, read_gguf, read_stored, write_gguf
 from convert.formats.gguf.names import arch_of, name_of
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
@@ -99,7 +99,7 @@ def without_ours(values: dict[str, Any], tensors: dict[str, Any]) -> None:
 def test_there_and_back_is_the_same_bits(case: str, dtype: str, tmp_path: Path) -> None:
     model = opened(models.CASES[case], DTYPES[dtype])
     gguf.write(model, tmp_path / "a.gguf", Options())
-    assert gguf.recognise(tmp_path / "a.gguf")
+    assert gguf.recognize(tmp_path / "a.gguf")
     assert_same(gguf.read(tmp_path / "a.gguf"), model)
 
 
@@ -242,7 +242,7 @@ def test_q8_0_is_rounded_as_the_reference_does() -> None:
     values[1, :32] = np.arange(-16, 16) * np.float32(0.5)  # halves
     values[2, :32] = 1e-9  # a scale that float16 does not have
     expected = package.quants.quantize(values, package.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(quantised(values), expected.reshape(-1))
+    assert np.array_equal(quantized(values), expected.reshape(-1))
 
 
 def test_q8_0_is_stable_after_the_first_rounding(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_q8_0_is_stable_after_the_first_rounding(tmp_path: Path) -> None:
 def test_rows_that_are_no_whole_blocks_stay_and_it_is_said(tmp_path: Path) -> None:
     config = models.tiny(family="llama", n_embd=48, n_hidden=64)
     notes = gguf.write(opened(config), tmp_path / "a.gguf", Options(bits=8))
-    assert any("not quantised" in note for note in notes)
+    assert any("not quantized" in note for note in notes)
     _, stored = read_gguf(tmp_path / "a.gguf")
     assert (stored["blk.0.ffn_down.weight"].type, stored["blk.0.ffn_up.weight"].type) == ("Q8_0", "F32")
 

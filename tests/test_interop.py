@@ -55,7 +55,7 @@ def test_what_may_be_trained_survives_the_folder(tmp_path: Path, choice: str) ->
     else:
         assert not (made.adapter / mlx_lm_adapter.TENSORS).exists()
         assert "mlx-lm" in adapter_folder.limits(made.recipe)[0]
-    found = adapter_folder.read(made.adapter, made.base, made.config)
+    found = adapter_folder.read_adapter(made.adapter, made.base, made.config)
     again = adapter_folder.to_config(found, made.config)
     assert adapters.targets(made.config, again) == found.targets
     expected = interop.our_logits(interop.torch_ref, made.fused)
@@ -73,7 +73,7 @@ def test_dora_of_the_embedding_is_for_mlx_lm_alone(tmp_path: Path) -> None:
 
 def test_what_neither_library_holds_is_refused_before_it_trains(tmp_path: Path) -> None:
     settings = interop.recipe("llama-untied", targets=("wte",), method="dora", train=("ln_f",))
-    with pytest.raises(UserError, match=r"PEFT normalises its columns.*mlx-lm holds no tensors"):
+    with pytest.raises(UserError, match=r"PEFT normalizes its columns.*mlx-lm holds no tensors"):
         adapter_folder.limits(settings)
 
 
@@ -104,7 +104,7 @@ def test_what_peft_saves_loads_here(tmp_path: Path, choice: str) -> None:
     figures = interop.from_library(base, tmp_path / "adapter", expected)
     assert all(figure <= GATE for figure in figures.values()), figures
     config = model_folder.read_config(base)
-    found = adapter_folder.read(tmp_path / "adapter", base, config)
+    found = adapter_folder.read_adapter(tmp_path / "adapter", base, config)
     assert adapters.targets(config, adapter_folder.to_config(found, config)).keys() == found.targets.keys()
 
 
@@ -116,7 +116,7 @@ def test_an_embedding_that_peft_parted_from_the_head_is_refused(tmp_path: Path, 
     base = interop.write_base(tmp_path / "base", MODELS["gpt2"])
     interop.write_peft(tmp_path / "adapter", base, ensure_weight_tying=True, **settings)
     with pytest.raises(UserError, match=r"only the embedding is (adapted|trained), but embedding and head are tied"):
-        adapter_folder.read(tmp_path / "adapter", base, MODELS["gpt2"])
+        adapter_folder.read_adapter(tmp_path / "adapter", base, MODELS["gpt2"])
 
 
 MLX_LM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -152,7 +152,7 @@ def test_the_old_npz_loads_and_says_what_it_cannot_know(tmp_path: Path) -> None:
     values["lora_parameters"]["alpha"] = 16
     (place / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"alpha 16 and scale 3.0 disagree, and adapters.npz may mean 3.0 or 12"):
-        adapter_folder.read(place, base, interop.CASES["llama-gqa"])
+        adapter_folder.read_adapter(place, base, interop.CASES["llama-gqa"])
 
 
 def test_the_defaults_of_an_older_mlx_lm(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_defaults_of_an_older_mlx_lm(tmp_path: Path) -> None:
     values["lora_parameters"]["alpha"] = 16
     (place / "adapter_config.json").write_text(json.dumps(values))
     assert all(figure <= GATE for figure in interop.from_library(base, place, expected).values())
-    found = adapter_folder.read(place, base, interop.CASES["llama-gqa"])
+    found = adapter_folder.read_adapter(place, base, interop.CASES["llama-gqa"])
     assert sorted(found.targets) == ["h.1.attn.q_proj", "h.1.attn.v_proj"]
     assert "alpha = 16 is not used" in found.notes[0]
 
@@ -178,7 +178,7 @@ def test_an_adapter_goes_around_and_comes_back(tmp_path: Path) -> None:
         tmp_path / "peft", base, target_modules=["c_attn"], rank_pattern={"h.0.attn.c_attn": 2}
     )
     (tmp_path / "ours").mkdir()
-    adapter_folder.save(tmp_path / "ours", config, adapter_folder.read(tmp_path / "peft", base, config))
+    adapter_folder.save(tmp_path / "ours", config, adapter_folder.read_adapter(tmp_path / "peft", base, config))
     assert interop.worst("mlx-lm", interop.mlx_lm_logits(base, tmp_path / "ours"), expected) <= GATE
     model, missing, unexpected = interop.peft_load(base, tmp_path / "ours")
     assert not missing
@@ -288,12 +288,12 @@ def test_a_stale_file_is_named(tmp_path: Path) -> None:
     other.mkdir()
     again = written(other, "gpt2", alpha=8.0)
     shutil.copy(again.adapter / "adapters.safetensors", made.adapter / "adapters.safetensors")
-    assert adapter_folder.read(made.adapter, made.base, made.config).targets  # the same tensors
+    assert adapter_folder.read_adapter(made.adapter, made.base, made.config).targets  # the same tensors
     tensors = model_folder.read_tensors(made.adapter / "adapters.safetensors")
     name = next(iter(tensors))
     model_folder.write_tensors(made.adapter / "adapters.safetensors", tensors | {name: tensors[name] * 2})
     with pytest.raises(UserError, match=r"adapters.safetensors and adapter_model.safetensors differ in h\.\d"):
-        adapter_folder.read(made.adapter, made.base, made.config)
+        adapter_folder.read_adapter(made.adapter, made.base, made.config)
 
 
 def test_peft_is_the_version_whose_layout_is_written() -> None:

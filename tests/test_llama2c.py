@@ -69,7 +69,7 @@ def version_1(made: Model) -> bytes:
 
 def version_2(made: Model, group: int, after_all: bool = False) -> tuple[bytes, Model]:
     """The file, and the weights that it stands for; ``after_all``: scales behind all int8, as older files have them."""
-    stands, quantised, scales = dict(made), [], []
+    stands, quantized, scales = dict(made), [], []
     for name in ["tok", "wq", "wk", "wv", "wo", "w1", "w2", "w3"] + ["out"] * (not made["shared"]):
         layers = made[name] if made[name].ndim == 3 else made[name][None]
         found = []
@@ -77,19 +77,19 @@ def version_2(made: Model, group: int, after_all: bool = False) -> tuple[bytes, 
             rows = each.reshape(-1, group)
             scale = (np.abs(rows).max(1) / 127).astype("<f4")
             ints = np.round(rows / scale[:, None]).astype(np.int8)
-            quantised.append(ints.tobytes())
+            quantized.append(ints.tobytes())
             scales.append(scale.tobytes())
             found.append((ints.astype(np.float32) * scale[:, None]).reshape(each.shape))
         stands[name] = np.stack(found).reshape(made[name].shape)
     start = struct.pack("<Ii", 0x616B3432, 2) + header(made) + bytes([made["shared"]]) + struct.pack("<i", group)
     norms = b"".join(made[name].tobytes() for name in ("att", "ffn", "norm"))
-    pairs = zip(quantised, scales, strict=True)
-    body = b"".join(quantised + scales) if after_all else b"".join(ints + scale for ints, scale in pairs)
+    pairs = zip(quantized, scales, strict=True)
+    body = b"".join(quantized + scales) if after_all else b"".join(ints + scale for ints, scale in pairs)
     return start.ljust(256, b"\0") + norms + body, stands
 
 
 def forward(made: Model, ids: list[int]) -> np.ndarray:
-    """run.c's logits, (T, V), in float64: neighbouring numbers of a head turn against each other."""
+    """run.c's logits, (T, V), in float64: neighboring numbers of a head turn against each other."""
     s, w = (
         made["sizes"],
         {name: value.astype(np.float64) for name, value in made.items() if name not in ("sizes", "shared")},
@@ -299,4 +299,4 @@ def test_the_same_greedy_text_everywhere(tmp_path: Path, capsys: pytest.CaptureF
 def test_tokenizers_that_lie_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(change(tokenizer_bin()))
     with pytest.raises(UserError, match=message):
-        llama2c_tokenizer.read(tmp_path / "t.bin")
+        llama2c_tokenizer.read_tokenizer(tmp_path / "t.bin")

@@ -14,7 +14,7 @@ from torch_peers import NanoGPT
 
 from convert import convert, open_model
 from convert.formats.opened import Opened, Options
-from convert.formats.torch_files import heads, mingpt
+from convert.formats.torch_files import head_count, mingpt
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
 from torch_ref.load import load
@@ -77,9 +77,9 @@ def test_where_nothing_says_the_heads_it_is_asked(peer: NanoGPT, tmp_path: Path)
         open_model(tmp_path / "model.pt")
     with pytest.raises(UserError, match="model.n_embd = 48: expected a multiple of model.n_head = 5"):
         open_model(tmp_path / "model.pt", n_head=5)
-    assert heads.find(tmp_path / "x", {}, 0, 24, 1024)[0] == 16
-    assert "else: --n-head N" in heads.find(tmp_path / "x", {}, 0, 12, 768)[1][0]
-    assert heads.find(tmp_path / "x", {}, 6, 12, 768) == (6, [])
+    assert head_count.find_head_count(tmp_path / "x", {}, 0, 24, 1024)[0] == 16
+    assert "else: --n-head N" in head_count.find_head_count(tmp_path / "x", {}, 0, 12, 768)[1][0]
+    assert head_count.find_head_count(tmp_path / "x", {}, 6, 12, 768) == (6, [])
     convert(tmp_path / "model.pt", tmp_path / "folder", n_head=4)
     convert(tmp_path / "folder", tmp_path / "own.pt", to="mingpt")
     with pytest.raises(UserError, match="--n-head 2, but the file says 4"):

@@ -316,7 +316,7 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
         "pickle": pickle.dumps({"model_args": {}, "transformer.wte.weight": 1}),
     }.items():
         (tmp_path / name).write_bytes(raw)
-        assert not nanogpt.recognise(tmp_path / name)
+        assert not nanogpt.recognize(tmp_path / name)
         with pytest.raises(UserError, match="truncated, or no file of torch.save"):
             nanogpt.read(tmp_path / name)
     with zipfile.ZipFile(tmp_path / "deflated", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -75,7 +75,7 @@ def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def ungrouped(q: Any, k: Any, v: Any, mask: Any, drop: Any) -> tuple[Any, ...]:
-    """Key and value heads tiled where each should serve neighbouring query heads."""
+    """Key and value heads tiled where each should serve neighboring query heads."""
     times = q.shape[1] // k.shape[1]
     return q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), mask, drop
 

@@ -237,7 +237,7 @@ def test_a_worker_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_rows(tmp_path / "a.jsonl")
     monkeypatch.setattr(prepare, "ALONE", 0)
     monkeypatch.setenv("PYTHONHASHSEED", "nonsense")  # a Python with this does not start
-    with pytest.raises(RunError, match="a tokenising process ended with status 1"):
+    with pytest.raises(RunError, match="a tokenizing process ended with status 1"):
         made(tmp_path / "a.jsonl", tmp_path / "out", workers=2)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 
 def quantised_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = False) -> Any:
-    """Writes a model's folder, and has mlx-lm quantise it; returns mlx-lm's model."""
+    """Writes a model's folder, and has mlx-lm quantize it; returns mlx-lm's model."""
 
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
@@ -34,9 +34,9 @@ def quantised_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = Fal
         return not path.endswith("o_proj")
 
     model, read = quantize_model(model, read, 32, bits, quant_predicate=choose)
-    (place / "quantised").mkdir()
-    save_model(place / "quantised", model)
-    save_config(read, place / "quantised" / "config.json")
+    (place / "quantized").mkdir()
+    save_model(place / "quantized", model)
+    save_config(read, place / "quantized" / "config.json")
     return model
 
 
@@ -64,7 +64,7 @@ def test_a_folder_of_mlx_lm_gives_its_logits(case: str, bits: int, overrides: bo
     for package in PACKAGES:
         for dequantise in ("auto", "never"):
             load = importlib.import_module(f"{package}.load").load
-            model, _ = load(tmp_path / "quantised", device="cpu", dequantise=dequantise)
+            model, _ = load(tmp_path / "quantized", device="cpu", dequantise=dequantise)
             given = mx.array(tokens) if package == "mlxgpt" else importlib.import_module("torch").from_numpy(tokens)
             found = model(given)
             found = np.array(found) if package == "mlxgpt" else found.detach().numpy()
@@ -75,7 +75,7 @@ def test_a_folder_of_mlx_lm_gives_its_logits(case: str, bits: int, overrides: bo
     "choice", [{}, {"method": "dora"}, {"init": "pissa"}, {"targets": ("all-linear", "wte"), "method": "dora"}]
 )
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_the_quantised_path_is_the_dequantised_one(case: str, choice: dict[str, Any]) -> None:
+def test_the_quantized_path_is_the_dequantised_one(case: str, choice: dict[str, Any]) -> None:
     config = recipe(case, bits=4, group_size=32, dequantise="never", **choice)
     assert config.adapter is not None
     once = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, dequantise="auto"))

@@ -184,14 +184,14 @@ def damaged(bpe: JsonTokenizer, change: str) -> tokenizers.Tokenizer:
         model["merges"][0], model["merges"][40] = model["merges"][40], model["merges"][0]
     elif change == "a token without a merge":
         model["merges"].pop(30)
-    elif change == "a normaliser":
+    elif change == "a normalizer":
         content["normalizer"] = {"type": "NFC"}
     elif change == "another split":
         content["pre_tokenizer"]["add_prefix_space"] = True
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-@pytest.mark.parametrize("change", ["merges out of order", "a token without a merge", "a normaliser", "another split"])
+@pytest.mark.parametrize("change", ["merges out of order", "a token without a merge", "a normalizer", "another split"])
 def test_fast_path_is_refused_where_it_is_not_proved(bpe: JsonTokenizer, change: str) -> None:
     assert FastBPE.of(damaged(bpe, "nothing")) is not None
     assert FastBPE.of(damaged(bpe, change)) is None

@@ -44,10 +44,10 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     where = devices.use(device)
-    place, found = base_and_adapters.find(path, adapter)
+    place, found = base_and_adapters.find_base(path, adapter)
     base = model_folder.read_config(place)
-    given = [(adapter_folder.read(each, place, base, force), weight) for each, weight in found]
-    config = functools.reduce(adapter_folder.grown, (each for each, _ in given), base)
+    given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
+    config = functools.reduce(adapter_folder.with_adapter, (each for each, _ in given), base)
     brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(torch, dtype))
     arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where.type == "cpu", dequantise)

@@ -1,6 +1,6 @@
 """An adapter read as the model that it makes of its base.
 
-What it changes is computed in float64 and kept as the base keeps it, quantised anew where the base is; all other
+What it changes is computed in float64 and kept as the base keeps it, quantized anew where the base is; all other
 tensors are those of the base.
 """
 
@@ -25,7 +25,7 @@ def read(path: Path, base: Opened) -> Opened:
     """An adapter's folder as the model that it makes of ``base``.
 
     Raises:
-        UserError: see ``adapter_folder.read``.
+        UserError: see ``adapter_folder.read_adapter``.
     """
     made = fused(base, [(path, 1.0)])
     return dataclasses.replace(made, path=path, format=FORMAT)
@@ -36,11 +36,11 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
 
     What changes is rounded once, to ``dtype`` or what the base has.
     """
-    read = [(adapter_folder.read(path, base.path, base.config, force), weight) for path, weight in given]
+    read = [(adapter_folder.read_adapter(path, base.path, base.config, force), weight) for path, weight in given]
     targets, arrays, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in read])
     config = base.config
     for each, _ in read:
-        config = adapter_folder.grown(config, each)
+        config = adapter_folder.with_adapter(config, each)
     tensors = {}
     for name, param in params.table(config).items():
         # a score that the base does not have is kept as its norms are
@@ -59,7 +59,7 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
         if own:
             companions = {name: content for name, content in companions.items() if name not in FILES} | own
     files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
-    notes = [*(note for each, _ in read for note in each.notes), *hf.left(base.path, base)]
+    notes = [*(note for each, _ in read for note in each.notes), *hf.left_in_folder(base.path, base)]
     return dataclasses.replace(
         base, config=config, tensors=tensors,
         files=(*base.files, *files), companions=companions, moments=None, notes=notes,
@@ -82,5 +82,5 @@ def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], pa
 
 
 def _anew(tensor: Tensor) -> Packed | None:
-    """How a quantised matrix that changes is quantised again."""
+    """How a quantized matrix that changes is quantized again."""
     return dataclasses.replace(tensor.packed, parts=None) if tensor.packed else None

@@ -40,7 +40,7 @@ COMPANIONS = (
 _REWRITTEN = ("dtype", "torch_dtype", "mlxgpt", "quantization", "quantization_config", "auto_map")
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A folder with a config.json."""
     return (path / "config.json").is_file()
 
@@ -49,12 +49,12 @@ def read(path: Path) -> Opened:
     """Whatever mlxgpt.common.folders.model_folder reads.
 
     Raises:
-        UserError: see ``folder.read_config`` and ``folder.locate``.
+        UserError: see ``model_folder.read_config`` and ``model_folder.locate``.
     """
     values = read_json(path / "config.json")
     config, extra = read_values(values, str(path / "config.json"))
     config = model_folder.read_config(path)
-    return opened(path, "hf", config, model_folder.find_tensors(path), extra)
+    return open_folder(path, "hf", config, model_folder.find_tensors(path), extra)
 
 
 class _Watched(dict[str, Any]):
@@ -89,11 +89,13 @@ def read_values(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, dic
     return config, {key: value for key, value in values.items() if key not in silent}
 
 
-def opened(path: Path, name: str, config: ModelConfig, entries: Mapping[str, Entry], extra: dict[str, Any]) -> Opened:
+def open_folder(
+    path: Path, name: str, config: ModelConfig, entries: Mapping[str, Entry], extra: dict[str, Any]
+) -> Opened:
     """A folder's model, from where its tensors lie by the names of the family's files.
 
     Raises:
-        UserError: see ``folder.locate``; or a bias that config.json calls zero is not.
+        UserError: see ``model_folder.locate``; or a bias that config.json calls zero is not.
     """
     located = model_folder.locate(path, config, entries)
     wanted = params.table(config)
@@ -106,14 +108,14 @@ def opened(path: Path, name: str, config: ModelConfig, entries: Mapping[str, Ent
         path=path,
         format=name,
         config=config,
-        tensors={ours: lies(entry, transposed) for ours, (entry, transposed) in places.items()},
+        tensors={ours: stored_tensor(entry, transposed) for ours, (entry, transposed) in places.items()},
         files=tuple(sorted({entry.path for entry, _ in places.values()})),
         companions=companions(path),
         extra=extra,
         moments=_moments(path, config),
         notes=notes if "auto_map" in read_json(path / "config.json") else [],
     )
-    made.notes += left(path, made)
+    made.notes += left_in_folder(path, made)
     return made
 
 
@@ -122,7 +124,7 @@ def companions(path: Path) -> dict[str, Path | bytes]:
     return {file: path / file for file in COMPANIONS if (path / file).is_file()}
 
 
-def lies(entry: Entry, transposed: bool = False) -> Tensor:
+def stored_tensor(entry: Entry, transposed: bool = False) -> Tensor:
     """The tensor that lies at ``entry``, as our layout or as [in, out]."""
     shape = entry.shape[::-1] if transposed else entry.shape
 
@@ -133,7 +135,7 @@ def lies(entry: Entry, transposed: bool = False) -> Tensor:
     return Tensor(shape, DTYPES[entry.dtype], read, entry, transposed)
 
 
-def left(path: Path, made: Opened) -> Iterator[str]:
+def left_in_folder(path: Path, made: Opened) -> Iterator[str]:
     """What lies in the folder and does not travel."""
     names = {"config.json", model_folder.INDEX, "training", *made.companions, *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
@@ -162,7 +164,7 @@ def _moments(path: Path, config: ModelConfig) -> Moments | None:
             if entry is None or entry.shape != param.shape or entry.dtype != "F32":
                 found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
                 raise UserError(f"{where}: {group}.{name}: found {found}, expected F32 {list(param.shape)}")
-            made[name] = lies(entry)
+            made[name] = stored_tensor(entry)
     if entries:
         raise UserError(f"{where}: unexpected tensor {min(entries)}")
     state = read_json(path / checkpoint.STATE) if (path / checkpoint.STATE).is_file() else {}
@@ -173,7 +175,7 @@ def _moments(path: Path, config: ModelConfig) -> Moments | None:
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
-    """A folder as ``folder.write_model`` makes it, with everything of the source that travels.
+    """A folder as ``model_folder.write_model`` makes it, with everything of the source that travels.
 
     Raises:
         UserError: the family cannot say the model, or a value is not finite or does not fit.

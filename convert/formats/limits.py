@@ -1,4 +1,4 @@
-"""A format that has no field for a choice can hold one value of it: what it holds, against what the model is."""
+"""What a format cannot express of a model: choices that it has no field for, and files that it has no place for."""
 
 import dataclasses
 import json
@@ -10,8 +10,10 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 
 
-def check(config: ModelConfig, able: ModelConfig, name: str, hints: Mapping[str, str] | None = None) -> None:
-    """Refuses a model that the format ``name`` would make another of.
+def check_expressible(
+    config: ModelConfig, able: ModelConfig, name: str, hints: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a model that the format ``name`` cannot hold as it is.
 
     ``able`` is the model that reading the written file gives; ``hints`` say by field how to go on.
 

@@ -1,6 +1,6 @@
 """llama2.c's .bin: versions 0 and 1 (float32) in and out, version 2 (Q8_0) in.
 
-All numbers are little-endian. Queries and keys are stored for rotation of neighbouring pairs, ours for halves of a
+All numbers are little-endian. Queries and keys are stored for rotation of neighboring pairs, ours for halves of a
 head; the rows are reordered, nothing is computed. Version 0 also holds the rotation's cosines and sines, as the PyTorch
 that exported them rounded them: how far they are from the nearest float32 stands under ``llama2c`` of config.json, so
 that a file comes back byte for byte, wherever it was made.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.formats import llama2c_tokenizer
-from convert.formats.limits import check, left_behind
+from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.stream import Output, plain
 from mlxgpt.common.config import ModelConfig
@@ -52,7 +52,7 @@ class _Header(NamedTuple):
     group_size: int = 0
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A file with the magic number, or that begins with seven sizes as version 0 does."""
     if not path.is_file():
         return False
@@ -133,11 +133,11 @@ def _shape(config: ModelConfig, name: str) -> tuple[int, ...]:
     return (c, hidden) if name.endswith("c_proj.weight") else (hidden, c)
 
 
-def _places(header: _Header, quantised: bool | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, how many of them) in the order of the file; ``quantised``: only what is, or is not."""
+def _places(header: _Header, quantized: bool | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, how many of them) in the order of the file; ``quantized``: only what is, or is not."""
     order = _ORDER[min(header.version, 1)]
     for name in (*order, *(() if header.config.tied else ("lm_head.weight",))):
-        if quantised in (None, bool(header.version == 2 and "ln_" not in name)):
+        if quantized in (None, bool(header.version == 2 and "ln_" not in name)):
             yield name, _shape(header.config, name), header.config.n_layer if "{n}" in name else 1
 
 
@@ -157,7 +157,7 @@ def read(path: Path) -> Opened:
         expected += values + 4 * values // header.group_size if groups else 4 * values
     if size != expected:
         raise UserError(f"{path}: {size} bytes long, expected {expected} by its header")
-    found = dict(_plain_tensors(path, header, at) if header.version < 2 else _quantised_tensors(path, header, at))
+    found = dict(_plain_tensors(path, header, at) if header.version < 2 else _quantized_tensors(path, header, at))
     own, notes = {}, []
     if header.version == 0:
         own = _read_tables(path, header.config, np.stack([found.pop(name).read() for name in _TABLES]))
@@ -201,9 +201,9 @@ def _pairs(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _quantised_tensors(path: Path, header: _Header, at: int) -> Iterator[tuple[str, Tensor]]:
+def _quantized_tensors(path: Path, header: _Header, at: int) -> Iterator[tuple[str, Tensor]]:
     """Norms in float32, then int8 matrices with a scale a group: after each matrix, or of an older file after all."""
-    for name, shape, count in _places(header, quantised=False):
+    for name, shape, count in _places(header, quantized=False):
         for n in range(count):
             stop = at + 4 * math.prod(shape)
             entry = Entry(path, "F32", shape, at, stop)
@@ -211,7 +211,7 @@ def _quantised_tensors(path: Path, header: _Header, at: int) -> Iterator[tuple[s
             at = stop
     parts = [
         (name.replace("{n}", str(n)), shape)
-        for name, shape, count in _places(header, quantised=True)
+        for name, shape, count in _places(header, quantized=True)
         for n in range(count)
     ]
     sizes = [math.prod(shape) for _, shape in parts]
@@ -223,7 +223,7 @@ def _quantised_tensors(path: Path, header: _Header, at: int) -> Iterator[tuple[s
             scales = at + size
         whole = Entry(path, "I8", (groups, header.group_size), at, at + size)
         factors = Entry(path, "F32", (groups, 1), scales, scales + 4 * groups)
-        yield name, Tensor(shape, _FLOAT, _dequantised(whole, factors, shape, _heads(header.config, name)))
+        yield name, Tensor(shape, _FLOAT, _dequantized(whole, factors, shape, _heads(header.config, name)))
         at = at + size if after_all else scales + 4 * groups
         scales += 4 * groups
 
@@ -232,7 +232,7 @@ def _reads(entry: Entry) -> Callable[[], np.ndarray]:
     return lambda: read_tensor(entry)
 
 
-def _dequantised(whole: Entry, scales: Entry, shape: tuple[int, ...], heads: int) -> Callable[[], np.ndarray]:
+def _dequantized(whole: Entry, scales: Entry, shape: tuple[int, ...], heads: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = (read_tensor(whole).astype(np.float32) * read_tensor(scales)).reshape(shape)
         return _halves(array, heads) if heads else array
@@ -295,7 +295,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """
     c = opened.config
     able = _config(c.n_embd, c.n_hidden, c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.block_size, c.tied)
-    check(c, able, "llama2.c")
+    check_expressible(c, able, "llama2.c")
     if options.dtype not in (None, "float32"):
         raise UserError(f"--dtype {options.dtype}: llama2.c has float32 only")
     if options.version not in _ORDER:
@@ -337,7 +337,7 @@ def _tokenizer(opened: Opened) -> tuple[bytes | None, list[str]]:
     if not set(opened.companions) & set(FILES):
         return None, []
     try:
-        return llama2c_tokenizer.write(opened.companions, opened.config.vocab_size), []
+        return llama2c_tokenizer.write_tokenizer(opened.companions, opened.config.vocab_size), []
     except UserError as error:
         return None, [f"no {BESIDE}: {error}"]
 

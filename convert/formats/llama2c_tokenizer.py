@@ -26,7 +26,7 @@ _SETTINGS = {
 }
 
 
-def read(path: Path) -> dict[str, bytes]:
+def read_tokenizer(path: Path) -> dict[str, bytes]:
     """tokenizer.json, tokenizer.model and tokenizer_config.json of a .bin.
 
     Raises:
@@ -131,7 +131,7 @@ def _begins() -> dict:
     return {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": tokens}
 
 
-def write(companions: Mapping[str, Path | bytes], n_vocab: int) -> bytes:
+def write_tokenizer(companions: Mapping[str, Path | bytes], n_vocab: int) -> bytes:
     """The .bin of the SentencePiece model among a folder's files, for a model with ``n_vocab`` rows.
 
     Raises:

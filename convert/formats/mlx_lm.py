@@ -1,7 +1,7 @@
-"""mlx-lm's folders: a Hugging Face folder with an index, or with matrices in MLX's affine quantisation.
+"""mlx-lm's folders: a Hugging Face folder with an index, or with matrices in MLX's affine quantization.
 
 Plain folders have the family's names, so that transformers reads them too; gpt2's matrices lie as [in, out], which
-mlx-lm turns. What mlx-lm itself wrote, and all that is quantised, has the names of its modules.
+mlx-lm turns. What mlx-lm itself wrote, and all that is quantized, has the names of its modules.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ KIND = "folder"
 _METADATA = {"format": "mlx"}
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A folder whose config.json says ``quantization``, or whose safetensors say that MLX wrote them."""
     if not (path / "config.json").is_file():
         return False
@@ -35,10 +35,10 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Opened:
-    """A folder of mlx-lm; quantised matrices are float32 q * scale + bias.
+    """A folder of mlx-lm; quantized matrices are float32 q * scale + bias.
 
     Raises:
-        UserError: another quantisation than affine, a quantised matrix that is not whole, or see ``hf.read``.
+        UserError: another quantization than affine, a quantized matrix that is not whole, or see ``hf.read``.
     """
     where = path / "config.json"
     values = read_json(where)
@@ -48,21 +48,21 @@ def read(path: Path) -> Opened:
     if not own & set(entries) and not any(name.endswith(".scales") for name in entries):
         for key in mlx_lm_folder.KEYS:
             if values.get(key) is not None:
-                raise UserError(f"{where}: {key} is there, but no tensor is quantised")
-        return hf.opened(path, "mlx-lm", model_folder.read_config(path), entries, extra)
+                raise UserError(f"{where}: {key} is there, but no tensor is quantized")
+        return hf.open_folder(path, "mlx-lm", model_folder.read_config(path), entries, extra)
     config = mlx_lm_folder.with_head(config, entries)
     located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
     shapes = {name: param.shape for name, param in params.table(config).items()}
     tensors = {
-        name: hf.lies(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
+        name: hf.stored_tensor(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
         for name, where in located.items()
     }
     count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
     files = tuple(sorted({entry.path for entry in entries.values()}))
     opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
-    opened.notes = list(hf.left(path, opened))
+    opened.notes = list(hf.left_in_folder(path, opened))
     if count:
-        opened.notes.append(f"{path}: {count} quantised matrices are read as float32 scale * q + bias, exactly")
+        opened.notes.append(f"{path}: {count} quantized matrices are read as float32 scale * q + bias, exactly")
     return opened
 
 
@@ -73,9 +73,9 @@ def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:
-    """A folder that mlx_lm.load reads; with ``bits`` every matrix that groups divide is quantised.
+    """A folder that mlx_lm.load reads; with ``bits`` every matrix that groups divide is quantized.
 
-    With ``keep_bits`` it is quantised as the source is.
+    With ``keep_bits`` it is quantized as the source is.
 
     Raises:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
@@ -92,10 +92,10 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         raise UserError(f"{found}: expected 4 or 8 bits in groups of {', '.join(map(str, affine.GROUP_SIZES))}")
     parts, whole = [], []
     for foreign, tensor, _ in hf.in_file(opened):
-        name, dtype = mlx_lm_names.of(config.family, foreign), hf.stored_dtype(tensor, options)
+        name, dtype = mlx_lm_names.name_of(config.family, foreign), hf.stored_dtype(tensor, options)
         if len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0:
             module = name.removesuffix(".weight")
-            parts.append(stream.quantised(module, tensor, dtype, options.bits, options.group_size, options))
+            parts.append(stream.quantized(module, tensor, dtype, options.bits, options.group_size, options))
         else:
             whole += [name] * (len(tensor.shape) == 2)
             parts.append(stream.plain(name, tensor, dtype, False, options))
@@ -103,7 +103,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         raise UserError(f"{opened.path}: --group-size {options.group_size} divides the inputs of no matrix")
     if whole:
         notes.append(
-            f"{len(whole)} matrices are not quantised, groups of {options.group_size} do not divide them: "
+            f"{len(whole)} matrices are not quantized, groups of {options.group_size} do not divide them: "
             f"{', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}"
         )
     scheme = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
@@ -112,10 +112,10 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
 
 
 def _write_as_packed(opened: Opened, place: Path, options: Options, values: dict[str, Any]) -> list[str]:
-    """A folder whose matrices are quantised as they were; those that changed are quantised anew."""
+    """A folder whose matrices are quantized as they were; those that changed are quantized anew."""
     parts, schemes = [], {}
     for foreign, tensor, _ in hf.in_file(opened):
-        name, packed = mlx_lm_names.of(opened.config.family, foreign), tensor.packed
+        name, packed = mlx_lm_names.name_of(opened.config.family, foreign), tensor.packed
         if packed is None:
             parts.append(stream.plain(name, tensor, tensor.dtype, False, options))
             continue
@@ -124,7 +124,7 @@ def _write_as_packed(opened: Opened, place: Path, options: Options, values: dict
         if packed.parts:
             parts.append(stream.copied(module, packed.parts, options))
         else:
-            part = stream.quantised(module, tensor, packed.dtype, packed.bits, packed.group_size, options)
+            part = stream.quantized(module, tensor, packed.dtype, packed.bits, packed.group_size, options)
             parts.append(part)
     usual = max(schemes.values(), key=list(schemes.values()).count)
     scheme = usual | {module: own for module, own in schemes.items() if own != usual}

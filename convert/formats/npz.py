@@ -33,7 +33,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotIm
 _DAMAGED += (tokenize.TokenError, SyntaxError, RecursionError)
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A folder with config.json and weights.npz, or that weights.npz itself."""
     place = path.parent if path.name == _FILE else path
     return (place / _FILE).is_file() and (place / "config.json").is_file()
@@ -66,7 +66,7 @@ def read(path: Path) -> Opened:
         raise TensorError(min(found), f"{place / _FILE}: {said}")
     tensors = {name: tensors[name] for name in wanted}
     opened = Opened(place, "npz", config, tensors, (place / _FILE,), hf.companions(place), extra)
-    opened.notes = list(hf.left(place, opened))
+    opened.notes = list(hf.left_in_folder(place, opened))
     return opened
 
 
@@ -114,7 +114,7 @@ def _tensor(
         # the local header's own lengths: its extra field may differ from the directory's
         begin = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])) + start
         lies = Entry(path, dtype, shape[::-1] if fortran else shape, begin, begin + info.file_size - start)
-        return hf.lies(lies, fortran)
+        return hf.stored_tensor(lies, fortran)
 
     def read() -> np.ndarray:
         with zipfile.ZipFile(path) as archive:

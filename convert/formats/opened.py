@@ -1,6 +1,6 @@
 """What every reader gives and every writer takes: a model of which no tensor is read before its turn.
 
-A format is one file of this package with ``recognise(path) -> bool``, ``read(path) -> Opened`` and, where it can be
+A format is one file of this package with ``recognize(path) -> bool``, ``read(path) -> Opened`` and, where it can be
 written, ``write(opened, place, options)``. Names and layouts are those of mlxgpt/common/model/params.py in between, so
 a format knows nothing of another.
 """
@@ -22,7 +22,7 @@ class Tensor:
 
     ``read`` gives the whole of it in our layout. ``stored`` is where its very bytes lie, little-endian and without
     gaps, as our layout or, with ``transposed``, as [in, out]; None where they take arithmetic to get at. A writer whose
-    layout and dtype are the same copies them in pieces and never calls ``read``. What mlx-lm has quantised is read
+    layout and dtype are the same copies them in pieces and never calls ``read``. What mlx-lm has quantized is read
     as float32; ``packed`` says how it was.
     """
 
@@ -36,7 +36,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """How a matrix is quantised; ``parts`` is where its words, scales and biases lie, None for one that changed."""
+    """How a matrix is quantized; ``parts`` is where its words, scales and biases lie, None for one that changed."""
 
     bits: int
     group_size: int
@@ -82,8 +82,8 @@ class Options:
     """What ``convert`` was asked for beside the format."""
 
     dtype: str | None = None  # float32, float16, bfloat16; None: as stored
-    bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 8 is Q8_0; 0: not quantised
-    keep_bits: bool = False  # mlx-lm: quantised as the source is, what did not change bit for bit
+    bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 8 is Q8_0; 0: not quantized
+    keep_bits: bool = False  # mlx-lm: quantized as the source is, what did not change bit for bit
     group_size: int = 64  # mlx-lm: inputs that share a scale
     max_shard: int = 5 * 10**9  # bytes of a file of weights at the most
     version: int = 0  # llama2c: 0 or 1

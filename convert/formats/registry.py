@@ -25,7 +25,7 @@ FORMATS = {
 
 
 def format_of(name: str) -> ModuleType:
-    """The module of a format: recognise, read, and where it can be written KIND and write.
+    """The module of a format: recognize, read, and where it can be written KIND and write.
 
     Raises:
         UserError: there is no such format.
@@ -41,7 +41,7 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
     ``n_head`` is the number of heads, for files that do not say it (mingpt, gptmodel).
 
     Raises:
-        UserError: there is nothing, no format recognises it, or the one that does finds it damaged.
+        UserError: there is nothing, no format recognizes it, or the one that does finds it damaged.
     """
     place = Path(path).expanduser()
     reader = _reader(place)
@@ -51,7 +51,7 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
             return adapter_format.read(place, open_model(adapter_folder.base_of(place)))
         reader = _reader(place)
     if reader is None:
-        raise UserError(f"{place}: not recognised as one of {', '.join(FORMATS)}")
+        raise UserError(f"{place}: not recognized as one of {', '.join(FORMATS)}")
     if not n_head:
         return reader.read(place)
     if "n_head" not in inspect.signature(reader.read).parameters:
@@ -60,8 +60,8 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
 
 
 def _reader(place: Path) -> ModuleType | None:
-    """The first format that recognises what is there."""
+    """The first format that recognizes what is there."""
     if not place.exists():
         return None
     there = (name for name, module in FORMATS.items() if importlib.util.find_spec(module))
-    return next((module for module in map(format_of, there) if module.recognise(place)), None)
+    return next((module for module in map(format_of, there) if module.recognize(place)), None)

@@ -21,7 +21,7 @@ def build(
     add_prefix_space: bool = True,
     trim_spaces: bool = False,
 ) -> bytes:
-    """The model as BPE that normalises nothing; ``ids`` are of <unk>, <s> and </s>, -1 for none."""
+    """The model as BPE that normalizes nothing; ``ids`` are of <unk>, <s> and </s>, -1 for none."""
     message = b"".join(
         _bytes(1, _bytes(1, piece.text.encode()) + b"\x15" + piece.score + _number(3, piece.kind)) for piece in pieces
     )
@@ -32,7 +32,7 @@ def build(
 
 
 def merges_as_run_c(message: bytes) -> bool:
-    """Whether a model is what run.c of llama2.c is: BPE, a space before every text, the others kept, no normalising."""
+    """Whether a model is what run.c of llama2.c is: BPE, a space before every text, the others kept, no normalizing."""
     fields = list(_fields(message))
     trainer = dict(_fields(next((value for field, value in fields if field == 2), b"")))
     spaces = dict(_fields(next((value for field, value in fields if field == 3), b"")))

@@ -162,12 +162,12 @@ def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options:
     return Part({name: (dtype, shape)}, send)
 
 
-def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size: int, options: Options) -> Part:
-    """A matrix as NAME.weight, NAME.scales and NAME.biases of MLX's affine quantisation of its ``dtype``.
+def quantized(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size: int, options: Options) -> Part:
+    """A matrix as NAME.weight, NAME.scales and NAME.biases of MLX's affine quantization of its ``dtype``.
 
-    Weights that were quantised so before, and are float32 by now, become what they were.
+    Weights that were quantized so before, and are float32 by now, become what they were.
     """
-    again = _quantised_before(tensor, bits, group_size, options) if dtype == np.float32 else None
+    again = _quantized_before(tensor, bits, group_size, options) if dtype == np.float32 else None
     dtype = again or dtype
     strict = dataclasses.replace(options, allow_nan=False)  # NaN has no level
     n_out, n_in = tensor.shape
@@ -193,7 +193,7 @@ def quantised(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
 
 
 def copied(name: str, parts: tuple[Entry, Entry, Entry], options: Options) -> Part:
-    """A quantised matrix as it is: NAME.weight, NAME.scales and NAME.biases."""
+    """A quantized matrix as it is: NAME.weight, NAME.scales and NAME.biases."""
     names = [f"{name}.{kind}" for kind in ("weight", "scales", "biases")]
     specs = {each: (DTYPES[entry.dtype], entry.shape) for each, entry in zip(names, parts, strict=True)}
 
@@ -204,7 +204,7 @@ def copied(name: str, parts: tuple[Entry, Entry, Entry], options: Options) -> Pa
     return Part(specs, send)
 
 
-def _quantised_before(tensor: Tensor, bits: int, group_size: int, options: Options) -> np.dtype | None:
+def _quantized_before(tensor: Tensor, bits: int, group_size: int, options: Options) -> np.dtype | None:
     """The dtype of scales and biases of which all of a float32 matrix may have been made; most are seen at once."""
     if tensor.dtype != np.float32:
         return None

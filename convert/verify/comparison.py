@@ -32,7 +32,7 @@ def verify(
 
     Args:
         a: the source, as it is said in the report.
-        b: what should be the same model, maybe rounded or quantised.
+        b: what should be the same model, maybe rounded or quantized.
         frameworks: of mlx and torch; default: those installed. One that is asked for and missing is no agreement.
         rungs: of tensors, config, tokenizer, logits, activations, gradients, greedy; default: all that the two sides
             can answer. One that is asked for and does not run on every pair of programs is no agreement.
@@ -66,8 +66,8 @@ def verify(
         if "config" in asked:
             verify_config.compare(one.opened, other.opened, report)
         tokenizers = (
-            verify_tokenizer.of(one.opened, work / "A-tokenizer"),
-            verify_tokenizer.of(other.opened, work / "B-tokenizer"),
+            verify_tokenizer.tokenizer_of(one.opened, work / "A-tokenizer"),
+            verify_tokenizer.tokenizer_of(other.opened, work / "B-tokenizer"),
         )
         judged = (None, None)
         if not weights_only:

@@ -27,7 +27,7 @@ tr.bad td { color: var(--bad); font-weight: 600; }
 _ORDER = ("findings", "not checked", "checked", "numbers", "tensors", "notes")
 
 
-def write(report: Report, path: Path) -> None:
+def write_page(report: Report, path: Path) -> None:
     """Writes the page.
 
     Raises:

@@ -65,7 +65,7 @@ def gate_of(floor: float) -> float:
 
 
 def compare_logits(pair: Pair, floors: Floors, report: Report, least: float = 0.0) -> None:
-    """Logits at every scale. ``least`` is a gate for weights that are quantised otherwise than here, at x1."""
+    """Logits at every scale. ``least`` is a gate for weights that are quantized otherwise than here, at x1."""
     scales = [scale for scale in SCALES if f"logits.{spell(scale)}" in pair.a]
     for scale in scales:
         name = f"logits.{spell(scale)}"

@@ -184,7 +184,7 @@ def _distances(
     running: list[str],
     report: Report,
 ) -> None:
-    """How far rounding moved the logits; with another quantisation than ours that is the gate, twice."""
+    """How far rounding moved the logits; with another quantization than ours that is the gate, twice."""
     kinds = ", ".join(sorted(outcome.kinds))
     for number, pair in enumerate(verify_logits.pairs(runs, by, ("A", "B"))):
         value, mean, _ = verify_logits.worst(pair.b["logits.x1"], pair.a["logits.x1"])
@@ -198,12 +198,12 @@ def _distances(
     if outcome.steps:
         rest = [rung for rung in running if rung != "logits"]
         if rest:
-            reason = "quantised otherwise than here: there are no weights to hold them against"
+            reason = "quantized otherwise than here: there are no weights to hold them against"
             report.skip(", ".join(rest), reason, not report.demanded.isdisjoint(rest))
 
 
 def _own_rounding(runs: Runs, by: tuple[list[str], list[str]], keys: tuple[str, str]) -> float:
-    """What our own quantisation of the same weights does to the logits, at the worse scale."""
+    """What our own quantization of the same weights does to the logits, at the worse scale."""
     side = 0 if keys[0] != "A" else 1
     plain = "AB"[side]
     found = [

@@ -1,4 +1,4 @@
-"""Quantised tensors: what a matrix becomes when it is quantised again as a file has it, and how far half a step is."""
+"""Quantised tensors: what a matrix becomes when it is quantized again as a file has it, and how far half a step is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mlxgpt.common.model import affine, params
 
 @dataclass(frozen=True)
 class Step:
-    """How a file quantises one tensor. ``again`` gives float32; ``half`` is half a step at every value of a matrix."""
+    """How a file quantizes one tensor. ``again`` gives float32; ``half`` is half a step at every value of a matrix."""
 
     kind: str
     again: Callable[[np.ndarray], np.ndarray]
@@ -29,7 +29,7 @@ Steps = Mapping[str, Step]
 
 
 def steps_of(opened: Opened) -> Steps:
-    """The quantised tensors of a model, by our names; {} where none is."""
+    """The quantized tensors of a model, by our names; {} where none is."""
     if opened.format == "mlx-lm":
         return _affine(opened)
     if opened.format == "gguf":
@@ -75,12 +75,12 @@ def _affine_step(scales: Entry, biases: Entry, bits: int, group_size: int) -> St
 
 def _q8_0(opened: Opened) -> dict[str, Step]:
     """GGUF: blocks of 32 inputs with one float16 scale."""
-    from convert.formats.gguf.file import BLOCK, quantised, read_gguf
+    from convert.formats.gguf.file import BLOCK, quantized, read_gguf
     from convert.formats.gguf.names import name_of
 
     def again(array: np.ndarray) -> np.ndarray:
         block = np.dtype([("d", "<f2"), ("q", "i1", BLOCK)])
-        blocks = quantised(np.ascontiguousarray(array, dtype=np.float32).reshape(-1)).view(block)
+        blocks = quantized(np.ascontiguousarray(array, dtype=np.float32).reshape(-1)).view(block)
         values = blocks["d"].astype(np.float32)[:, None] * blocks["q"].astype(np.float32)
         return values.reshape(array.shape)
 

@@ -30,7 +30,7 @@ class Outcome:
     equal: bool = True  # every pair, after rounding
     # what takes each side to what both can hold: rounding, by tensor
     rounding: tuple[dict[str, Change], dict[str, Change]] = field(default_factory=lambda: ({}, {}))
-    steps: bool = False  # some quantised tensors are within half a step, not equal to a quantisation made here
+    steps: bool = False  # some quantized tensors are within half a step, not equal to a quantization made here
     kinds: set[str] = field(default_factory=set)  # in words, what was rounded to what
 
 
@@ -145,7 +145,7 @@ def _layout(one: Tensor, other: Tensor) -> str:
 def _verdict(
     name: str, first: np.ndarray, second: np.ndarray, digests: tuple[str, str], steps: tuple[Steps, Steps]
 ) -> _Verdict:
-    """Whether two arrays are one tensor, up to the rounding that their dtypes and quantisations make."""
+    """Whether two arrays are one tensor, up to the rounding that their dtypes and quantizations make."""
     if first.shape != second.shape:
         return _Verdict(False, f"shape {list(first.shape)} | {list(second.shape)}")
     if first.dtype == second.dtype and digests[0] == digests[1]:

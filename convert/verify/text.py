@@ -16,7 +16,7 @@ Section = tuple[str, list[str], list[list[str]]]
 
 
 def show(report: Report, out: TextIO) -> None:
-    """Writes the report; on a terminal in colour, with long lines wrapped."""
+    """Writes the report; on a terminal in color, with long lines wrapped."""
     red, green, plain = ("\033[31m", "\033[32m", "\033[0m") if out.isatty() else ("", "", "")
     width = shutil.get_terminal_size().columns if out.isatty() else 0
     tensors, footnotes = _tensors(report)
@@ -29,13 +29,13 @@ def show(report: Report, out: TextIO) -> None:
         for line in below:
             print(line, file=out)
     for title, _, rows in sections(report)[2:]:
-        colour, end = (red, plain) if title == "findings" else ("", "")
+        color, end = (red, plain) if title == "findings" else ("", "")
         if rows:
             print(f"\n{title}", file=out)
         for row in rows:
             line = ": ".join(row)
             text = textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False) if width else line
-            print(f"{colour}{text}{end}", file=out)
+            print(f"{color}{text}{end}", file=out)
     print(f"\n{green if report.agrees else red}{verdict(report)}{plain}", file=out)
 
 

@@ -31,7 +31,7 @@ TEXTS = (
 _SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
-def of(opened: Opened, place: Path) -> Tokenizer | None:
+def tokenizer_of(opened: Opened, place: Path) -> Tokenizer | None:
     """The tokenizer that travels with a model, through the folder ``place``; None where there is none.
 
     Raises:

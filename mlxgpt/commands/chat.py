@@ -45,11 +45,11 @@ def chat_command(args: argparse.Namespace) -> int:
     """
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
-    adapters = base_and_adapters.parse(args.adapter)
-    place, found = base_and_adapters.find(args.model, adapters)
+    adapters = base_and_adapters.parse_adapters(args.adapter)
+    place, found = base_and_adapters.find_base(args.model, adapters)
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
-    base_and_adapters.expect(model.config, args.model)
+    base_and_adapters.expect_task(model.config, args.model)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
     template = _template(args.template, tokenizer, str(args.model))

@@ -27,10 +27,10 @@ def classify_command(args: argparse.Namespace) -> int:
     rows = _rows(args)
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(
-        args.model, adapter=base_and_adapters.parse(args.adapter) or None, device=args.device, force=args.force
+        args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
     )
     labels, block_size = model.config.labels, model.config.block_size
-    base_and_adapters.expect(model.config, args.model, classifier=True)
+    base_and_adapters.expect_task(model.config, args.model, classifier=True)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
     for row in rows:

@@ -18,10 +18,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, as lines or as one JSON object."""
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(
-        args.model, adapter=base_and_adapters.parse(args.adapter) or None, device=args.device, force=args.force
+        args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
     )
     config = model.config
-    base_and_adapters.expect(config, args.model)
+    base_and_adapters.expect_task(config, args.model)
     stride = args.stride or config.block_size
     if stride > config.block_size:
         raise UserError(

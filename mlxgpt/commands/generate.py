@@ -66,9 +66,9 @@ def generate_command(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompt, args.prompt_file)
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(
-        args.model, adapter=base_and_adapters.parse(args.adapter) or None, device=args.device, force=args.force
+        args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
     )
-    base_and_adapters.expect(model.config, args.model)
+    base_and_adapters.expect_task(model.config, args.model)
     if tokenizer is None:
         raise UserError(
             f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference.probe import request_of, write
+from mlxgpt.common.inference.probe import request_of, write_arrays
 
 
 def probe_command(args: argparse.Namespace) -> int:
@@ -18,6 +18,8 @@ def probe_command(args: argparse.Namespace) -> int:
     probe = importlib.import_module(f"{PACKAGES[args.backend]}.probe").probe
     jobs = [(f"{number}.npz", folder, False) for number, folder in enumerate(args.folder)]
     for name, folder, exact in [*jobs, ("0.exact.npz", args.folder[0], True)][: len(jobs) + args.exact]:
-        write(out / name, probe(folder, replace(request, exact=exact, greedy=0 if exact else args.greedy), args.device))
+        write_arrays(
+            out / name, probe(folder, replace(request, exact=exact, greedy=0 if exact else args.greedy), args.device)
+        )
         print(out / name)
     return 0

@@ -48,12 +48,12 @@ DTYPES = {
 }
 _TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}
 TYPE_NUMBERS = {name: number for number, name in _TYPES.items()}
-_QUANTISED = (
+_QUANTIZED = (
     "? ? Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 ? Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL "
     "IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M ? Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 "
     "IQ4_NL_8_8 MXFP4 NVFP4"
 )
-_OTHER_TYPES = dict(enumerate(_QUANTISED.split()))  # only to name what is refused
+_OTHER_TYPES = dict(enumerate(_QUANTIZED.split()))  # only to name what is refused
 _MAX_HEADER = 1 << 28  # bytes; the largest vocabularies with their merges take about 20 MB
 _ALIGNMENT = 32
 
@@ -268,7 +268,7 @@ def _bytes(stored: Stored, start: int, stop: int) -> np.ndarray:
     return found
 
 
-def quantised(values: np.ndarray) -> np.ndarray:
+def quantized(values: np.ndarray) -> np.ndarray:
     """Float32 values, a multiple of 32 of them, as the bytes of Q8_0, rounded as ggml's reference does.
 
     d = max |x| / 127 as float16; q = x / d with the unrounded d, halves away from zero.

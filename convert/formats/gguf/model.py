@@ -20,7 +20,7 @@ from convert.formats.gguf.file import (
     Stored,
     Value,
     is_gguf,
-    quantised,
+    quantized,
     read_gguf,
     read_stored,
     write_gguf,
@@ -38,7 +38,7 @@ _OWN, _WIDENED, _NORM = "mlxgpt.config", "mlxgpt.widened", "mlxgpt.norm."
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type, of most matrices
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A file that starts with GGUF."""
     return path.is_file() and is_gguf(path)
 
@@ -181,7 +181,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     kept = [name for name, (kind, shape) in tensors.items() if len(shape) > 1 and shape[-1] % BLOCK and options.bits]
     if kept:
         notes.append(
-            f"{len(kept)} matrices have rows that 32 does not divide and are not quantised: {', '.join(kept[:3])}"
+            f"{len(kept)} matrices have rows that 32 does not divide and are not quantized: {', '.join(kept[:3])}"
         )
     if opened.moments:
         notes.append("GGUF has no place for AdamW's moments: they are left behind")
@@ -262,7 +262,7 @@ def _pieces(config: ModelConfig, opened: Opened, ours: str, kind: str, allow_nan
         if _shifted(config, ours):
             piece = piece.astype(np.float32) + np.float32(1)
         if kind == "Q8_0":
-            made = quantised(np.ascontiguousarray(piece, dtype=np.float32).reshape(-1))
+            made = quantized(np.ascontiguousarray(piece, dtype=np.float32).reshape(-1))
             fits = np.isfinite(made.reshape(-1, BLOCK + 2)[:, :2].copy().view("<f2")).all()
         else:
             with np.errstate(over="ignore"):

@@ -80,7 +80,7 @@ def name_of(config: ModelConfig, name: str) -> str:
     module, _, leaf = name.rpartition(".")
     block = re.match(r"h\.(\d+)\.", module)
     pattern = module.replace(block[0], "h.{n}.", 1) if block else module
-    modules = _MODULES | families.family_of(config).gguf.modules
+    modules = {**_MODULES, **families.family_of(config).gguf.modules}
     return f"{modules[pattern].replace('{n}', block[1] if block else '')}.{leaf}"
 
 

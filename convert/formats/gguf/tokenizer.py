@@ -39,7 +39,7 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
 
 
-# tokenizer.ggml.pre -> how text is normalised and split; llama.cpp has each in code of its own
+# tokenizer.ggml.pre -> how text is normalized and split; llama.cpp has each in code of its own
 _PRE: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt-2": (None, _byte_level(True)),
     "llama-bpe": (None, _split(_LLAMA3)),
@@ -228,7 +228,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def restore(values: Mapping[str, Any], where: Path, n_vocab: int) -> tuple[dict[str, bytes], list[str]]:
-    """The files of a Hugging Face folder: those that travelled, else made from ``tokenizer.ggml.*``; and notes.
+    """The files of a Hugging Face folder: those that traveled, else made from ``tokenizer.ggml.*``; and notes.
 
     Raises:
         UserError: values of a wrong type or length, or files that are not true of ``tokenizer.ggml.*``.

@@ -14,7 +14,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.runs import checkpoint
 
 
-def read(
+def read_moments(
     where: str, value: Any, groups: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """First and second moments by the names of ``groups``, in whose order positions count, and the updates made.
@@ -72,7 +72,7 @@ def settings(group: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in made.items() if type(value) in (int, float) and math.isfinite(value)}
 
 
-def write(
+def write_moments(
     groups: Sequence[tuple[Sequence[str], float]],
     m: Mapping[str, Any],
     v: Mapping[str, Any],

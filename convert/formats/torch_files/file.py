@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LONGEST = 1 << 26  # bytes of a pickle without its tensors; an optimizer of 10,000 tensors has 2 MB
 
 
-def names(path: Path) -> frozenset[str]:
+def strings_in_pickle(path: Path) -> frozenset[str]:
     """The strings in the pickle of a file of ``torch.save``: what tells formats apart; none in any other file."""
     found: set[str] = set()
     try:
@@ -59,7 +59,7 @@ def _pickle(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return found[0]
 
 
-def load(path: Path) -> Any:
+def load_file(path: Path) -> Any:
     """What the file holds; its tensors are mapped, not read.
 
     Raises:

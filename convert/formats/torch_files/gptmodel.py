@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.limits import check, left_behind
+from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.torch_files import adamw as torch_adamw
 from convert.formats.torch_files import file as torch_file
-from convert.formats.torch_files import heads
+from convert.formats.torch_files import head_count
 from mlxgpt.common.config import ModelConfig, OptimConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
@@ -38,9 +38,9 @@ _BLOCK = {
 _MODULES = {"wte": "tok_emb", "wpe": "pos_emb", "ln_f": "final_norm", "lm_head": "out_head"}
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A file of torch.save with GPTModel's names."""
-    names = torch_file.names(path) if path.is_file() else frozenset()
+    names = torch_file.strings_in_pickle(path) if path.is_file() else frozenset()
     return all(any(name.endswith(end) for name in names) for end in ("tok_emb.weight", "blocks.0.att.W_query.weight"))
 
 
@@ -77,13 +77,13 @@ def _order(config: ModelConfig) -> list[str]:
 
 
 def read(path: Path, n_head: int = 0) -> Opened:
-    """The model in a .pth; ``n_head`` is needed where nothing says it, see ``heads.find``.
+    """The model in a .pth; ``n_head`` is needed where nothing says it, see ``head_count.find_head_count``.
 
     Raises:
         UserError: damaged, more than tensors, or a tensor is missing, unexpected or of another shape.
     """
     path = Path(path)
-    content = torch_file.load(path)
+    content = torch_file.load_file(path)
     pair = content if isinstance(content, Mapping) and _WEIGHTS in content else {_WEIGHTS: content}
     state = torch_file.state_dict(str(path), pair[_WEIGHTS])
     config, notes = _config_of(path, state, pair[_WEIGHTS], n_head)
@@ -114,7 +114,7 @@ def _config_of(path: Path, state: dict[str, Any], whole: Any, n_head: int) -> tu
             raise UserError(f"{path}: tensor {name} is missing or no matrix")
         sizes.append(tuple(state[name].shape))
     (vocab_size, n_embd), (block_size, _) = sizes
-    n_head, notes = heads.find(path, whole, n_head, n_layer, n_embd)
+    n_head, notes = head_count.find_head_count(path, whole, n_head, n_layer, n_embd)
     bias = "trf_blocks.0.att.W_query.bias" in state
     tied = torch_file.shared(state.get(_HEAD), state["tok_emb.weight"])
     try:
@@ -188,7 +188,7 @@ def _read_moments(made: Opened, optimizer: Any, shapes: Mapping[str, tuple[int, 
         names.append(_HEAD)  # tied in the file, yet a parameter of its own to the optimizer
         shapes = {**shapes, _HEAD: shapes["tok_emb.weight"]}
     try:
-        m, v, t = torch_adamw.read(where, optimizer, [names], shapes)
+        m, v, t = torch_adamw.read_moments(where, optimizer, [names], shapes)
     except UserError as error:
         made.notes.append(f"{error}; the moments are left behind")
         return
@@ -215,7 +215,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
 
     c, moments = opened.config, opened.moments
     able = _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.qkv_bias, c.tied)
-    check(c, able, "GPTModel", _HINTS)
+    check_expressible(c, able, "GPTModel", _HINTS)
     archive = torch_file.Archive(options)
     state: Any = OrderedDict(_theirs(archive, "", opened.tensors))
     mask = torch.ones(c.block_size, c.block_size).triu(diagonal=1)
@@ -224,7 +224,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     if c.tied:
         state[_HEAD] = state["tok_emb.weight"]
         notes.append("GPTModel ties nothing: its head begins as the embedding's copy and trains on its own")
-    heads.keep(state, c.n_head)
+    head_count.keep_head_count(state, c.n_head)
     if moments is None:
         archive.save(state, place)
         return notes
@@ -235,6 +235,6 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     if c.tied:  # the head is a parameter of its own there, with the moments of what it is a copy of
         m[_HEAD], v[_HEAD] = m["tok_emb.weight"], v["tok_emb.weight"]
         names.append(_HEAD)
-    optimizer = torch_adamw.write([(names, settings["weight_decay"])], m, v, moments.t, settings)
+    optimizer = torch_adamw.write_moments([(names, settings["weight_decay"])], m, v, moments.t, settings)
     archive.save({_WEIGHTS: state, _OPTIMIZER: optimizer}, place)
     return notes

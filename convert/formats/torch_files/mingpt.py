@@ -7,10 +7,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from convert.formats.limits import check, left_behind
+from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.torch_files import file as torch_file
-from convert.formats.torch_files import heads
+from convert.formats.torch_files import head_count
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
@@ -20,20 +20,20 @@ _PREFIX = "transformer."
 _HINTS = {"activation": "its code computes tanh GELU and no other; --to nanogpt has these names with erf GELU"}
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A state dict with GPT-2's names and a head, without model_args."""
-    names = torch_file.names(path) if path.is_file() else frozenset()
+    names = torch_file.strings_in_pickle(path) if path.is_file() else frozenset()
     return {_PREFIX + "wte.weight", "lm_head.weight"} <= names and "model_args" not in names
 
 
 def read(path: Path, n_head: int = 0) -> Opened:
-    """The model in a state dict; ``n_head`` is needed where nothing says it, see ``heads.find``.
+    """The model in a state dict; ``n_head`` is needed where nothing says it, see ``head_count.find_head_count``.
 
     Raises:
         UserError: damaged, more than tensors, of another project, or a tensor missing, unexpected or of another shape.
     """
     path = Path(path)
-    content = torch_file.load(path)
+    content = torch_file.load_file(path)
     state = torch_file.state_dict(str(path), content)
     n_layer = len({name.split(".")[2] for name in state if name.startswith(_PREFIX + "h.")})
     sizes = []
@@ -44,9 +44,9 @@ def read(path: Path, n_head: int = 0) -> Opened:
         sizes.append(tuple(tensor.shape))
     (vocab_size, n_embd), (block_size, _) = sizes
     tied = torch_file.shared(state.get("lm_head.weight"), state[_PREFIX + "wte.weight"])
-    if tied and not heads.own_heads(content):
+    if tied and not head_count.own_head_count(content):
         raise UserError(f"{path}: the head is the embedding, as in nanoGPT: expected its ckpt.pt, which says the sizes")
-    n_head, notes = heads.find(path, content, n_head, n_layer, n_embd)
+    n_head, notes = head_count.find_head_count(path, content, n_head, n_layer, n_embd)
     try:
         config = _config(n_layer, n_head, n_embd, block_size, vocab_size, tied)
     except UserError as error:
@@ -91,7 +91,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     import torch
 
     c = opened.config
-    check(c, _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.tied), "minGPT", _HINTS)
+    check_expressible(c, _config(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.tied), "minGPT", _HINTS)
     state: Any = OrderedDict()
     mask = torch.ones(c.block_size, c.block_size).tril().view(1, 1, c.block_size, c.block_size)
     archive = torch_file.Archive(options)
@@ -102,6 +102,6 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     if c.tied:
         state["lm_head.weight"] = state[_PREFIX + "wte.weight"]
         notes.append("minGPT ties nothing: its head begins as the embedding's copy and trains on its own")
-    heads.keep(state, c.n_head)
+    head_count.keep_head_count(state, c.n_head)
     archive.save(state, place)
     return notes

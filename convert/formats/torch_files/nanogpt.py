@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.limits import check, left_behind
+from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Moments, Opened, Options
 from convert.formats.torch_files import adamw as torch_adamw
 from convert.formats.torch_files import file as torch_file
@@ -34,9 +34,9 @@ _HINTS = {
 }
 
 
-def recognise(path: Path) -> bool:
+def recognize(path: Path) -> bool:
     """A file of torch.save with model_args and GPT-2's names."""
-    names = torch_file.names(path) if path.is_file() else frozenset()
+    names = torch_file.strings_in_pickle(path) if path.is_file() else frozenset()
     return "model_args" in names and any(name.endswith(_PREFIX + "wte.weight") for name in names)
 
 
@@ -53,7 +53,7 @@ def read(path: Path) -> Opened:
         UserError: damaged, more than tensors and plain values, or a tensor is missing, unexpected or of another shape.
     """
     path = Path(path)
-    content = torch_file.load(path)
+    content = torch_file.load_file(path)
     if not isinstance(content, Mapping) or not {"model", "model_args"} <= set(content):
         raise UserError(f"{path}: expected model and model_args, as nanoGPT's train.py saves them")
     state = torch_file.state_dict(f"{path}: model", content["model"])
@@ -146,7 +146,7 @@ def _read_moments(made: Opened, content: Mapping[str, Any]) -> None:
     try:
         if type(step) is not int or step < 0:
             raise UserError(f"{made.path}: iter_num = {step!r}: expected a whole number")
-        m, v, t = torch_adamw.read(where, optimizer, _groups(made.config), shapes)
+        m, v, t = torch_adamw.read_moments(where, optimizer, _groups(made.config), shapes)
     except UserError as error:
         made.notes.append(f"{error}; the moments are left behind")
         return
@@ -167,7 +167,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """
     config = opened.config
     sizes = {key: getattr(config, key) for key in _SIZES}
-    check(config, _config(config.norm_bias, **sizes), "nanoGPT", _HINTS)
+    check_expressible(config, _config(config.norm_bias, **sizes), "nanoGPT", _HINTS)
     own = opened.extra.get(_OWN)
     own = own if isinstance(own, dict) else {}
     archive = torch_file.Archive(options)
@@ -186,7 +186,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     kept = (("m", moments.m), ("v", moments.v)) if moments else (("m", {}), ("v", {}))
     groups = list(zip(_groups(config), (settings["weight_decay"], 0.0), strict=True))
     m, v = ({n: archive.add(f"{key}.{n}", one, one.dtype) for n, one in group.items()} for key, group in kept)
-    content["optimizer"] = torch_adamw.write(groups, m, v, moments.t if moments else 0, settings)
+    content["optimizer"] = torch_adamw.write_moments(groups, m, v, moments.t if moments else 0, settings)
     archive.save(content, place)
     return list(left_behind(opened, "nanoGPT", moments=True, extra=(_OWN,)))
 

@@ -1,4 +1,4 @@
-"""What eval scores: a corpus tokenised here, a split of prepared shards, or nanoGPT's flat .bin."""
+"""What eval scores: a corpus tokenized here, a split of prepared shards, or nanoGPT's flat .bin."""
 
 from dataclasses import dataclass
 from pathlib import Path

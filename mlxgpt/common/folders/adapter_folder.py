@@ -52,7 +52,7 @@ class Adapter:
     notes: list[str] = field(default_factory=list)  # lines to say
 
 
-def write(
+def write_adapter(
     place: Path,
     recipe: Recipe,
     base_folder: Path | str,
@@ -155,7 +155,7 @@ def limits(recipe: Recipe) -> list[str]:
     return [line for line in gaps if line]
 
 
-def read(
+def read_adapter(
     path: Path | str,
     base_folder: Path | str | None,
     config: ModelConfig,
@@ -227,7 +227,7 @@ def read(
     return adapter
 
 
-def grown(config: ModelConfig, adapter: Adapter) -> ModelConfig:
+def with_adapter(config: ModelConfig, adapter: Adapter) -> ModelConfig:
     """The model that runs with ``adapter``: a larger vocabulary where training added tokens, or a classifier."""
     return _grown(config, adapter.vocab_size, adapter.labels)
 

@@ -11,7 +11,7 @@ Given = str | Path | Sequence[tuple[str | Path, float]] | None
 """An adapter, or several with their weights."""
 
 
-def find(model: str | Path, given: Given = None) -> tuple[Path, list[tuple[Path, float]]]:
+def find_base(model: str | Path, given: Given = None) -> tuple[Path, list[tuple[Path, float]]]:
     """The base model's folder, and the folders of adapters with their weights.
 
     ``model`` may be an adapter, or a run that trained one: then its base is the one that it names.
@@ -39,7 +39,7 @@ def _adapter(path: str | Path) -> Path:
     return place
 
 
-def expect(config: ModelConfig, model: str, classifier: bool = False) -> None:
+def expect_task(config: ModelConfig, model: str, classifier: bool = False) -> None:
     """Refuses a classifier where a language model is needed, or the other way round."""
     if config.labels and not classifier:
         raise UserError(f"{model}: a classifier of {len(config.labels)} labels, which mlxgpt classify runs")
@@ -47,7 +47,7 @@ def expect(config: ModelConfig, model: str, classifier: bool = False) -> None:
         raise UserError(f"{model}: a language model: expected a classifier (mlxgpt finetune --task classify makes one)")
 
 
-def parse(items: Sequence[str]) -> list[tuple[str, float]]:
+def parse_adapters(items: Sequence[str]) -> list[tuple[str, float]]:
     """(path, weight) of ``DIR`` or ``DIR:WEIGHT``.
 
     Raises:

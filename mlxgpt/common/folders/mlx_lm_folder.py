@@ -1,4 +1,4 @@
-"""The tensors of a folder that mlx-lm wrote: named as its modules, matrices [out, in], some in affine quantisation."""
+"""The tensors of a folder that mlx-lm wrote: named as its modules, matrices [out, in], some in affine quantization."""
 
 import dataclasses
 from collections.abc import Container, Mapping
@@ -19,7 +19,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a quantised matrix lies."""
+    """Where a quantized matrix lies."""
 
     words: Entry
     scales: Entry
@@ -34,7 +34,7 @@ class Matrix:
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what it says of quantisation."""
+    """config.json without what it says of quantization."""
     return {key: value for key, value in values.items() if key not in KEYS}
 
 
@@ -51,7 +51,7 @@ def locate(path: Path, config: ModelConfig, entries: Mapping[str, Entry], scheme
     """Our name -> where it lies, of a folder with these tensors; ``scheme`` is config.json's ``quantization``.
 
     Raises:
-        UserError: another quantisation than affine; a tensor is missing, unexpected, or of another shape or dtype.
+        UserError: another quantization than affine; a tensor is missing, unexpected, or of another shape or dtype.
     """
     entries = dict(entries)
     where = f"{path / 'config.json'}: quantization"
@@ -92,7 +92,7 @@ def _matrix(
     shape: tuple[int, ...],
     scheme: Mapping[str, Any],
 ) -> Matrix:
-    """A quantised matrix; its bits and groups are those of its shapes, and those that config.json says."""
+    """A quantized matrix; its bits and groups are those of its shapes, and those that config.json says."""
     own = scheme.get(module)
     said = own if isinstance(own, dict) else scheme
     if said.get("mode", "affine") != "affine" or scales is None or biases is None:

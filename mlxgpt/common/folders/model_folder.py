@@ -149,7 +149,7 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
 
     Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted. Matrices that mlx-lm
-    quantised are dequantised.
+    quantized are dequantized.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
@@ -166,7 +166,7 @@ def _widened(matrix: Quantised, dtype: Any) -> np.ndarray:
 def read_stored(
     folder: Path | str, config: ModelConfig, dtype: Any = np.float32
 ) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantised]:
-    """``read_params``, but what mlx-lm quantised stays as it is."""
+    """``read_params``, but what mlx-lm quantized stays as it is."""
     folder = Path(folder)
     scheme = read_json(folder / "config.json").get("quantization")
     if isinstance(scheme, dict):
@@ -189,7 +189,7 @@ def read_stored(
 def _read_mlx_lm(
     folder: Path, config: ModelConfig, scheme: dict[str, Any], dtype: Any
 ) -> dict[str, np.ndarray | Quantised]:
-    """The parameters of a folder whose config.json says how it is quantised."""
+    """The parameters of a folder whose config.json says how it is quantized."""
     made: dict[str, np.ndarray | Quantised] = {}
     for name, where in mlx_lm_folder.locate(folder, config, find_tensors(folder), scheme).items():
         each = where.read() if isinstance(where, mlx_lm_folder.Matrix) else read_tensor(where)

@@ -178,7 +178,7 @@ def gap(config: ModelConfig, method: str, targets: Mapping[str, Target], arrays:
     if not targets:
         return "PEFT needs an adapted matrix beside what trains whole"
     if method == "dora" and "wte" in targets:
-        return "dora on the embedding: PEFT normalises its columns, here and in mlx-lm its rows are"
+        return "dora on the embedding: PEFT normalizes its columns, here and in mlx-lm its rows are"
     try:
         _whole(config, targets, arrays)
     except UserError as error:
@@ -270,7 +270,7 @@ def decode(
         )
         made |= {f"{path}.{kind}": array for kind, array in lora.items()}
     if "wte" in targets and method == "dora":
-        raise UserError(f"{where}: dora on the embedding: PEFT normalises its columns, which is not supported")
+        raise UserError(f"{where}: dora on the embedding: PEFT normalizes its columns, which is not supported")
     made |= _saved(values, found, config, targets, where)
     if config.tied:
         _tie(targets, made, where)

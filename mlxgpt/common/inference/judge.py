@@ -76,7 +76,7 @@ def main(judge: Callable[[Path, ModelConfig, Request, Sequence[str]], Arrays], a
         config = build({"model": read_json(args.model)}, str(args.model)).model
         request = probe.request_of(vars(args))
         request.check(config, str(args.folder))
-        probe.write(args.out, judge(args.folder, config, request, json.loads(args.probes.read_text())))
+        probe.write_arrays(args.out, judge(args.folder, config, request, json.loads(args.probes.read_text())))
     except Exception as error:  # whatever a library raises about a folder is what it has to say of it
         text = " ".join(f"{error if isinstance(error, UserError) else repr(error)}".split())
         print(text[:500], file=sys.stderr)

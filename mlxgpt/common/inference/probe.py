@@ -67,7 +67,7 @@ def margins(logits: np.ndarray) -> np.ndarray:
     return (top[:, 1] - top[:, 0]) / (largest or 1.0)
 
 
-def write(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_arrays(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """An .npz of arrays that are made one at a time."""
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
         for name, array in arrays:

@@ -168,7 +168,7 @@ def init(recipe: Recipe, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
     Args:
         recipe: with an adapter.
-        base: the model's weights by name, dequantised; only adapted matrices are read.
+        base: the model's weights by name, dequantized; only adapted matrices are read.
     """
     assert recipe.adapter is not None
     made: dict[str, np.ndarray] = {}

@@ -210,7 +210,7 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     for key in ("quantization", "quantization_config"):
         if values.get(key) is not None:
             raise UserError(
-                f"{where}: {key}: quantised weights are not supported: expected float32, float16 or bfloat16"
+                f"{where}: {key}: quantized weights are not supported: expected float32, float16 or bfloat16"
             )
     for key, value in family.must.items():
         found = values.get(key, value)

@@ -110,7 +110,7 @@ class Finetuning(Kind[SftSource]):
         base = sft_weights.base_weights(self._base, self.recipe)
         adapter = self._adapter
         if place and not self._whole:
-            adapter = adapter_folder.read(place, self._base, self.recipe.model)
+            adapter = adapter_folder.read_adapter(place, self._base, self.recipe.model)
         own = sft_weights.adapter_weights(self.recipe, base, adapter)
         self._frozen = {name: array for name, array in own.items() if name.rpartition(".")[2].startswith("start_")}
         return base | own
@@ -136,7 +136,7 @@ class Finetuning(Kind[SftSource]):
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
         own = tokenizer if self.source.added else None
-        adapter_folder.write(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id)
+        adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id)
 
     def sample(self, job: Job) -> str | None:
         """A question and the model's answer."""

@@ -23,7 +23,7 @@ def inspect_rows(args: Namespace) -> int:
     """``data inspect DATA --model DIR [--rows N] [--set tune.KEY=VALUE] [--json]``."""
     if args.tokenizer:
         raise UserError("--tokenizer goes with a corpus: rows are shown in the tokens of --model")
-    place, adapters = base_and_adapters.find(args.model)
+    place, adapters = base_and_adapters.find_base(args.model)
     tokenizer = load_last([place, *(each for each, _ in adapters)])
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")

@@ -43,7 +43,7 @@ def with_adapter(
     assert recipe.tune and recipe.adapter
     if given is None:
         return recipe, None
-    adapter = adapter_folder.read(given, base, recipe.model, force)
+    adapter = adapter_folder.read_adapter(given, base, recipe.model, force)
     for note in adapter.notes:
         print(note)
     settings = dataclasses.replace(

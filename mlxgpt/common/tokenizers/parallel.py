@@ -83,7 +83,7 @@ def _ask(free: "SimpleQueue[subprocess.Popen[bytes]]", texts: list[str]) -> list
         sizes = np.frombuffer(_exactly(process.stdout, 8 * count), "<u8")
         ids = np.frombuffer(_exactly(process.stdout, 4 * int(sizes.sum())), "<i4")
     except (BrokenPipeError, EOFError):
-        raise RunError(f"a tokenising process ended with status {process.wait()}: out of memory?") from None
+        raise RunError(f"a tokenizing process ended with status {process.wait()}: out of memory?") from None
     finally:
         free.put(process)
     return np.split(ids, np.cumsum(sizes[:-1]).astype(np.int64)) if count else []

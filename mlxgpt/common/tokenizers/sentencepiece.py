@@ -129,7 +129,7 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer | JsonTokenizer:
-    """``sp-bpe`` or ``sp-unigram`` with byte fallback, no normalisation, ids 0 to 2 = <unk>, <s>, </s>.
+    """``sp-bpe`` or ``sp-unigram`` with byte fallback, no normalization, ids 0 to 2 = <unk>, <s>, </s>.
 
     Raises:
         UserError: ``vocab_size`` below what bytes, special tokens and the texts' characters need.

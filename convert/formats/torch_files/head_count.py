@@ -13,7 +13,7 @@ _NAMED = {"gpt-nano": 3, "gpt-micro": 4, "gpt-mini": 6, "gopher-44m": 16, "opena
 _NAMED |= {"gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
 
 
-def find(path: Path, state: Any, given: int, n_layer: int, n_embd: int) -> tuple[int, list[str]]:
+def find_head_count(path: Path, state: Any, given: int, n_layer: int, n_embd: int) -> tuple[int, list[str]]:
     """The number of heads and where it is from: --n-head, what was written here, minGPT's config.json, GPT-2's sizes.
 
     ``state`` is the file's state dict as it was loaded.
@@ -21,7 +21,7 @@ def find(path: Path, state: Any, given: int, n_layer: int, n_embd: int) -> tuple
     Raises:
         UserError: nothing says it.
     """
-    own = own_heads(state)
+    own = own_head_count(state)
     if own and given and own != given:
         raise UserError(f"{path}: --n-head {given}, but the file says {own}")
     if own or given:
@@ -40,13 +40,13 @@ def find(path: Path, state: Any, given: int, n_layer: int, n_embd: int) -> tuple
     raise UserError(f"{path}: the file does not say how many heads: expected --n-head N")
 
 
-def own_heads(state: Any) -> int:
-    """What ``keep`` wrote down; 0 where it did not."""
+def own_head_count(state: Any) -> int:
+    """What ``keep_head_count`` wrote down; 0 where it did not."""
     own = getattr(state, "mlxgpt", None)
     found = own.get("n_head") if isinstance(own, dict) else None
     return found if type(found) is int and found > 0 else 0
 
 
-def keep(state: Any, n_head: int) -> None:
+def keep_head_count(state: Any, n_head: int) -> None:
     """Writes the number down where ``load_state_dict`` does not look: an attribute, as torch's own ``_metadata``."""
     state.mlxgpt = {"n_head": n_head}
