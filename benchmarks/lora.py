@@ -70,7 +70,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     from mlxgpt.common.model import adapters
     from mlxgpt.common.recipes import build
     from mlxgpt.common.sft import pack
-    from mlxgpt.common.sft.weights import Dequantised
+    from mlxgpt.common.sft.weights import Dequantized
 
     config = folders.read_config(folder)
     weights = folders.read_params(folder, config)
@@ -83,7 +83,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     import dataclasses
 
     recipe = dataclasses.replace(build(settings), model=config)
-    own = adapters.init(recipe, Dequantised(weights))
+    own = adapters.init(recipe, Dequantized(weights))
     engine = importlib.import_module(f"{package}.engine").Engine(recipe, weights | own, "cpu")
     held = [pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in rows(int(count))]
     sizes = np.array([len(example) for example in held])

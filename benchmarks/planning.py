@@ -70,7 +70,7 @@ SETTINGS = [
     _s("llama", "4 4 2 256 128 3000", 4, {"checkpoint_activations": True}, adapter={"method": "lora", "rank": 16}),
     _s("qwen3", "4 4 2 256 64 2000", 2, adapter={"method": "dora", "rank": 4}),
     _s("gpt2", "4 4 4 256 128 2000", 4, adapter={"method": "lora", "rank": 8, "dropout": 0.05}),
-    _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "bits": 4, "dequantise": "never"}),
+    _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "bits": 4, "dequantize": "never"}),
     _s("gemma3_text", "4 4 2 256 64 3000", 4, adapter={"method": "full"}),
 ]
 

@@ -20,7 +20,7 @@ from mlxgpt.common.config import Recipe
 from mlxgpt.common.model import adapters as adaption
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.sft import confusion
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
@@ -32,7 +32,7 @@ class Engine:
 
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
-        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+        params: float32 arrays by the names of params.table, or quantized matrices, and those of the adapter
             (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu`` or ``gpu``.
 
@@ -40,7 +40,7 @@ class Engine:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantized], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
@@ -59,7 +59,7 @@ class Engine:
         base, self.note = quantize_base.prepare(recipe, params, self.device == mx.Device(mx.cpu))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
-            if isinstance(each, Quantised):
+            if isinstance(each, Quantized):
                 quant.place(self.model, path, each)
             else:
                 setattr(self.model.at(path), kind, mx.array(each))

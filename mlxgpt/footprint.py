@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxgpt import engine as engines
 from mlxgpt import losses, mlx_memory, model, quant
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.plan.memory import Footprint, Piece
 from mlxgpt.mlx_memory import Graph, Kind, Node
 
@@ -94,9 +94,9 @@ def _like(arrays: list[mx.array]) -> list[mx.array]:
 
 
 def outlined(recipe: Recipe) -> dict[str, Any]:
-    """The base's tensors without values: quantised where the engine would have them so."""
+    """The base's tensors without values: quantized where the engine would have them so."""
     adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
-    stay = adapter and adapter.bits and (adapter.dequantise == "never" or mx.default_device() == mx.Device(mx.gpu))
+    stay = adapter and adapter.bits and (adapter.dequantize == "never" or mx.default_device() == mx.Device(mx.gpu))
     made: dict[str, Any] = {}
     for name, param in engines.parameters.table(recipe.model).items():
         made[name] = mx.zeros(param.shape)
@@ -104,7 +104,7 @@ def outlined(recipe: Recipe) -> dict[str, Any]:
             n_out, n_in = param.shape
             words: Any = mx.zeros((n_out, n_in * adapter.bits // 32), mx.uint32)
             scales: Any = mx.zeros((n_out, n_in // adapter.group_size))
-            made[name] = Quantised(words, scales, scales, adapter.bits, adapter.group_size)
+            made[name] = Quantized(words, scales, scales, adapter.bits, adapter.group_size)
     return made
 
 

@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
     ``needs`` says what is differentiated: "none", "hidden" (a frozen head), "both", or "low" (a frozen head's update).
     ``recompute`` keeps nothing of the logits' size for "both", at the price of one more product. ``bits`` > 0: the
-    weight is quantised.
+    weight is quantized.
     """
 
     chunk: int
@@ -62,10 +62,10 @@ def logits(hidden: Array, weight: Array, bias: Array | None = None, soft_cap: fl
 
 
 def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
-    """Rows of a head whose columns lie in several arrays; where it is quantised, the first three are one of them."""
+    """Rows of a head whose columns lie in several arrays; where it is quantized, the first three are one of them."""
     parts = [each[at] for each in weight]
     if o.bits:
-        parts[:3] = [quant.dequantise(parts[0], parts[1], parts[2], o.bits, o.group_size)]
+        parts[:3] = [quant.dequantize(parts[0], parts[1], parts[2], o.bits, o.group_size)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 

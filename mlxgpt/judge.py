@@ -22,7 +22,7 @@ from mlxgpt.common.model import params
 
 
 def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[str]) -> Arrays:
-    """mlx_lm's own model in float32 on the CPU; quantised matrices stay so, with float32 scales."""
+    """mlx_lm's own model in float32 on the CPU; quantized matrices stay so, with float32 scales."""
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 

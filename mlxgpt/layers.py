@@ -49,7 +49,7 @@ class Update(Protocol):
 
 
 class Matrix(nn.Module):
-    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
+    """W (n_out, n_in), as it is or quantized (quant.py), and the update that adapters.adapt may give it."""
 
     bits = group_size = 0
     adapter: Update | None = None
@@ -69,7 +69,7 @@ class Matrix(nn.Module):
         return x @ weight.T if bias is None else mx.addmm(bias.astype(x.dtype), x, weight.T)
 
     def stored(self) -> list[Array]:
-        """The weight, or a quantised one's words, scales and biases."""
+        """The weight, or a quantized one's words, scales and biases."""
         return [self.weight]
 
     def matrix(self) -> Array:

@@ -14,7 +14,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
 from mlxgpt.common.folders.base_and_adapters import Given
 from mlxgpt.common.model import params, quantize_base
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.tokenizers import load as tokenizer
 from mlxgpt.model import Model
 
@@ -24,7 +24,7 @@ def load(
     adapter: Given = None,
     device: str = "auto",
     dtype: str = "float32",
-    dequantise: str = "auto",
+    dequantize: str = "auto",
     force: bool = False,
 ) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
@@ -34,7 +34,7 @@ def load(
         adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu`` or ``gpu``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
-        dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
+        dequantize: ``auto``: quantized matrices once, on a CPU, where memory allows; or ``never``.
         force: an adapter is taken though it was made for another base.
 
     Returns:
@@ -53,10 +53,10 @@ def load(
     config = functools.reduce(adapter_folder.with_adapter, (each for each, _ in given), base)
     brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(mx, dtype))
-    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where == mx.Device(mx.cpu), dequantise)
+    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where == mx.Device(mx.cpu), dequantize)
     for name in (name for name in params.table(config) if name not in brought):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
-        if isinstance(each, Quantised):
+        if isinstance(each, Quantized):
             quant.place(model, module, each)
         else:
             setattr(model.at(module), kind, mx.array(each).astype(model.dtype))

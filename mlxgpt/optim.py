@@ -47,7 +47,7 @@ def adamw(
     return p - rate * m / (mx.sqrt(v) * s[1] + config.eps), m, v
 
 
-def orthogonalise(g: Array) -> Array:
+def orthogonalize(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
@@ -60,8 +60,8 @@ def orthogonalise(g: Array) -> Array:
 
 
 def muon(p: Array, g: Array, m: Array, s: Array, config: OptimConfig) -> tuple[Array, Array]:
-    """Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay; p, m."""
+    """Muon: Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / columns)), decoupled decay; p, m."""
     m = m + (1 - config.muon_momentum) * (g - m)
-    u = orthogonalise(g + config.muon_momentum * (m - g))
+    u = orthogonalize(g + config.muon_momentum * (m - g))
     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
     return p * s[4] - s[3] * scale * u, m

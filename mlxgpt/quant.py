@@ -1,4 +1,4 @@
-"""Matrices that stay quantised, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
+"""Matrices that stay quantized, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
 
 from functools import cache
 from typing import Any
@@ -11,17 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.layers import Array, Embedding, Linear, Matrix
 from mlxgpt.model import Model
 
-FEW = 8  # rows of x below which the CPU's quantised product beats making the matrix
+FEW = 8  # rows of x below which the CPU's quantized product beats making the matrix
 
 
 class Words(Matrix):
     """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
-    def __init__(self, matrix: Quantised):
+    def __init__(self, matrix: Quantized):
         nn.Module.__init__(self)
         self.bits, self.group_size = matrix.bits, matrix.group_size
         self.words, self.scales, self.biases = parts(matrix)
@@ -37,31 +37,31 @@ class Words(Matrix):
 
     def matrix(self) -> Array:
         """W."""
-        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+        return dequantize(self.words, self.scales, self.biases, self.bits, self.group_size)
 
 
-class QuantisedLinear(Words, Linear):
+class QuantizedLinear(Words, Linear):
     """y = x W^T + b."""
 
-    def __init__(self, matrix: Quantised, bias: Array | None):
+    def __init__(self, matrix: Quantized, bias: Array | None):
         super().__init__(matrix)
         if bias is not None:
             self.bias = bias
 
 
-class QuantisedEmbedding(Words, Embedding):
+class QuantizedEmbedding(Words, Embedding):
     """Rows of W."""
 
-    def __init__(self, matrix: Quantised):
+    def __init__(self, matrix: Quantized):
         super().__init__(matrix)
         self._deterministic = False
 
     def rows(self, index: Array) -> Array:
         """W[index]."""
-        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
+        return dequantize(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantised) -> list[Array]:
+def parts(matrix: Quantized) -> list[Array]:
     """Words, scales and biases on the device, scales and biases in the dtype that they have."""
     made = [mx.array(matrix.words)]
     for array in (matrix.scales, matrix.biases):
@@ -70,7 +70,7 @@ def parts(matrix: Quantised) -> list[Array]:
     return made
 
 
-def dequantise(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
+def dequantize(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
     """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
@@ -80,7 +80,7 @@ def dequantise(words: Array, scales: Array, biases: Array, bits: int, group_size
 def product(bits: int, group_size: int) -> Any:
     """x W^T of x, words, scales and biases, which keeps no W for the gradient, which is by x alone.
 
-    A GPU multiplies by what is quantised. On a CPU that is 40 times slower than a BLAS, so W is made, and made again.
+    A GPU multiplies by what is quantized. On a CPU that is 40 times slower than a BLAS, so W is made, and made again.
     """
 
     @mx.custom_function
@@ -88,7 +88,7 @@ def product(bits: int, group_size: int) -> Any:
         if mx.default_device() == mx.Device(mx.gpu) or x.size // x.shape[-1] < FEW:
             scales, biases = scales.astype(x.dtype), biases.astype(x.dtype)
             return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=group_size, bits=bits)
-        return x @ dequantise(words, scales, biases, bits, group_size).astype(x.dtype).T
+        return x @ dequantize(words, scales, biases, bits, group_size).astype(x.dtype).T
 
     @times.vjp
     def times_vjp(primals: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
@@ -99,17 +99,17 @@ def product(bits: int, group_size: int) -> Any:
             grad = mx.quantized_matmul(cotangent, words, *wide, transpose=False, group_size=group_size, bits=bits)
             return grad, *still
         words = mx.depends([words], [cotangent])[0]  # else compilation makes one W of the two, and keeps it
-        return cotangent @ dequantise(words, scales, biases, bits, group_size).astype(x.dtype), *still
+        return cotangent @ dequantize(words, scales, biases, bits, group_size).astype(x.dtype), *still
 
     return times
 
 
-def place(model: Model, path: str, matrix: Quantised) -> None:
-    """Puts a quantised matrix where ``path`` says, in place of the module there; its bias stays."""
+def place(model: Model, path: str, matrix: Quantized) -> None:
+    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays."""
     above, _, name = path.rpartition(".")
     owner: Any = model.at(above) if above else model
     module = getattr(owner, name)
     if isinstance(module, Embedding):
-        setattr(owner, name, QuantisedEmbedding(matrix))
+        setattr(owner, name, QuantizedEmbedding(matrix))
     else:
-        setattr(owner, name, QuantisedLinear(matrix, module.bias if "bias" in module else None))
+        setattr(owner, name, QuantizedLinear(matrix, module.bias if "bias" in module else None))

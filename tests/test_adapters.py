@@ -155,7 +155,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias alone": ("phi", {"targets": ("q_proj",), "bias": "all"}),
     "bias and update": ("phi", {"targets": ("lm_head",), "bias": "adapted"}),
     "whole": ("gpt2", {"targets": ("attn.c_attn",), "train": ("wte",)}),
-    "quantised": ("phi", {"targets": ("lm_head",), "bits": 4, "group_size": 32, "dequantise": "never", "bias": "all"}),
+    "quantized": ("phi", {"targets": ("lm_head",), "bits": 4, "group_size": 32, "dequantize": "never", "bias": "all"}),
 }
 
 

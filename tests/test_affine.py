@@ -39,17 +39,17 @@ def matrices() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("group_size", affine.GROUP_SIZES)
 @pytest.mark.parametrize("bits", affine.BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantise_is_mx_quantize(dtype: str, bits: int, group_size: int) -> None:
+def test_quantize_is_mx_quantize(dtype: str, bits: int, group_size: int) -> None:
     ours, theirs = DTYPES[dtype]
     for name, matrix in matrices().items():
         weight = matrix.astype(ours)
         expected = mx.quantize(mx.array(weight.astype(np.float32)).astype(theirs), group_size=group_size, bits=bits)
-        found = affine.quantise(weight, bits, group_size)
+        found = affine.quantize(weight, bits, group_size)
         for part, a, b in zip(("words", "scales", "biases"), found, expected, strict=True):
             assert a.shape == b.shape and bits_of(a) == bits_of(from_mx(b)), f"{name}: {part}"
         wide = [mx.array(np.asarray(part, np.float32)) for part in found[1:]]
         back = mx.dequantize(mx.array(found[0]), *wide, group_size=group_size, bits=bits)
-        assert bits_of(affine.dequantise(*found, bits, group_size)) == bits_of(np.array(back)), name
+        assert bits_of(affine.dequantize(*found, bits, group_size)) == bits_of(np.array(back)), name
 
 
 @pytest.mark.parametrize("bits", affine.BITS)
@@ -71,11 +71,11 @@ def test_the_first_level_is_in_the_lowest_bits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_was_quantized_once_is_found_again(dtype: str, bits: int) -> None:
     for name, matrix in matrices().items():
-        found = affine.quantise(matrix.astype(DTYPES[dtype][0]), bits, 64)
-        values = affine.dequantise(*found, bits, 64)
+        found = affine.quantize(matrix.astype(DTYPES[dtype][0]), bits, 64)
+        values = affine.dequantize(*found, bits, 64)
         again = affine.recover(values, bits, 64, DTYPES[dtype][0])
         assert again is not None, name
-        assert bits_of(affine.dequantise(*again, bits, 64)) == bits_of(values), name
+        assert bits_of(affine.dequantize(*again, bits, 64)) == bits_of(values), name
         if name == "corners":
             continue  # two values to a group lie on a grid, whatever they are
         values[3, 7] = np.nextafter(values[3, 7], np.float32(2))

@@ -180,8 +180,8 @@ def test_what_mlx_lm_quantized_is_read(family: str, tmp_path: Path) -> None:
             assert np.array_equal(tensor.read(), made[name].astype(model_folder.DTYPES["bfloat16"])), name
             continue
         bits, group = (8, 64) if "mlp" in name else (4, 32)
-        expected = affine.dequantise(
-            *affine.quantise(made[name].astype(model_folder.DTYPES["bfloat16"]), bits, group), bits, group
+        expected = affine.dequantize(
+            *affine.quantize(made[name].astype(model_folder.DTYPES["bfloat16"]), bits, group), bits, group
         )
         assert np.array_equal(tensor.read(), expected), name
 

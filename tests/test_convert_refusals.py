@@ -130,7 +130,7 @@ def test_nan_is_refused_by_name_and_number(dtype: str, to: str, tmp_path: Path, 
     assert np.array_equal(found, made["h.1.mlp.c_fc.weight"].astype(np.float32), equal_nan=True)
 
 
-def test_nan_is_never_quantised(tmp_path: Path) -> None:
+def test_nan_is_never_quantized(tmp_path: Path) -> None:
     config = tiny(family="llama", n_embd=64)
     model_folder.write_model(tmp_path / "a", config, weights(config))
     arrays = tensors.read_tensors(tmp_path / "a" / model_folder.SINGLE)

@@ -226,13 +226,13 @@ def test_chatml_gives_a_base_without_a_template_two_tokens(at: Path, capsys: pyt
     assert answers[0] == answers[1]
 
 
-def test_a_quantized_base_trains_as_its_dequantised_self(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quantized_base_trains_as_its_dequantized_self(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--set", "adapter.bits=4", "--set", "adapter.group_size=32"]
     assert go("bits", *words, steps=6) == 0
-    assert "dequantised once" in capsys.readouterr().out
+    assert "dequantized once" in capsys.readouterr().out
     assert cli.main(["convert", "llama", "llama-4bit", "--to", "mlx-lm", "--bits", "4", "--group-size", "32"]) == 0
     assert go("folder", model="llama-4bit", steps=6) == 0
-    assert go("never", "--set", "adapter.dequantise=never", model="llama-4bit", steps=6) == 0
+    assert go("never", "--set", "adapter.dequantize=never", model="llama-4bit", steps=6) == 0
     assert go("plain", steps=6) == 0
     assert np.abs(losses("bits") - losses("folder")).max() <= 1e-6
     assert np.abs(losses("never") - losses("folder")).max() <= 1e-4

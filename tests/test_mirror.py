@@ -33,7 +33,7 @@ ONLY = {
         "Product",
         "Product.backward",
         "Product.forward",
-        "QuantisedEmbedding.__init__",
+        "QuantizedEmbedding.__init__",
         "product",
         "product.times",
         "product.times_vjp",

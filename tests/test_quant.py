@@ -1,4 +1,4 @@
-"""Quantised bases: mlx-lm's folders give mlx-lm's logits, and adapters train on them alike in both frameworks."""
+"""Quantized bases: mlx-lm's folders give mlx-lm's logits, and adapters train on them alike in both frameworks."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from mlxgpt.common.folders import model_folder
 import mlx.core as mx
 
 
-def quantised_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = False) -> Any:
+def quantized_by_mlx_lm(case: str, place: Path, bits: int, overrides: bool = False) -> Any:
     """Writes a model's folder, and has mlx-lm quantize it; returns mlx-lm's model."""
 
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
@@ -58,33 +58,33 @@ def wide_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     ("case", "bits", "overrides"), [("llama", 4, False), ("qwen3", 8, True), ("llama", 4, True), ("gpt2", 4, False)]
 )
 def test_a_folder_of_mlx_lm_gives_its_logits(case: str, bits: int, overrides: bool, tmp_path: Path) -> None:
-    theirs = quantised_by_mlx_lm(case, tmp_path, bits, overrides)
+    theirs = quantized_by_mlx_lm(case, tmp_path, bits, overrides)
     tokens = np.arange(40).reshape(2, 20) % 80
     expected = np.array(theirs(mx.array(tokens)))
     for package in PACKAGES:
-        for dequantise in ("auto", "never"):
+        for dequantize in ("auto", "never"):
             load = importlib.import_module(f"{package}.load").load
-            model, _ = load(tmp_path / "quantized", device="cpu", dequantise=dequantise)
+            model, _ = load(tmp_path / "quantized", device="cpu", dequantize=dequantize)
             given = mx.array(tokens) if package == "mlxgpt" else importlib.import_module("torch").from_numpy(tokens)
             found = model(given)
             found = np.array(found) if package == "mlxgpt" else found.detach().numpy()
-            agree(f"{package}, {dequantise}", found, expected, 1e-5)
+            agree(f"{package}, {dequantize}", found, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
     "choice", [{}, {"method": "dora"}, {"init": "pissa"}, {"targets": ("all-linear", "wte"), "method": "dora"}]
 )
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_the_quantized_path_is_the_dequantised_one(case: str, choice: dict[str, Any]) -> None:
-    config = recipe(case, bits=4, group_size=32, dequantise="never", **choice)
+def test_the_quantized_path_is_the_dequantized_one(case: str, choice: dict[str, Any]) -> None:
+    config = recipe(case, bits=4, group_size=32, dequantize="never", **choice)
     assert config.adapter is not None
-    once = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, dequantise="auto"))
+    once = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, dequantize="auto"))
     params = moved(config)
     judge = probe("torch_ref", once, params)
     for package in PACKAGES:
         for each in (config, once):
             trained = engine(package, each, params)
-            assert ("stay quantised" in trained.note) == (each is config)
+            assert ("stay quantized" in trained.note) == (each is config)
             found = probe(package, each, params)
             agree("logits", found.logits, judge.logits, 1e-5)
             assert worst_gradient("gradient", found.gradients, judge.gradients) <= 1e-5

@@ -12,7 +12,7 @@ from mlxgpt.common.config import Recipe
 from mlxgpt.common.model import adapters as adaption
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.sft import confusion
 from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
@@ -26,7 +26,7 @@ class Engine:
 
     Args:
         recipe: model (with vocab_size), optim and train are read; in fine-tuning also tune and adapter.
-        params: float32 arrays by the names of params.table, or quantised matrices, and those of the adapter
+        params: float32 arrays by the names of params.table, or quantized matrices, and those of the adapter
             (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
 
@@ -34,7 +34,7 @@ class Engine:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantised], device: str = "auto"):
+    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantized], device: str = "auto"):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         if recipe.train.deterministic:
@@ -52,7 +52,7 @@ class Engine:
         base, self.note = quantize_base.prepare(recipe, params, self.device.type == "cpu")
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
-            if isinstance(each, Quantised):
+            if isinstance(each, Quantized):
                 quant.place(self.model, path, each)
             else:
                 getattr(self.model.at(path), kind).data = torch.from_numpy(each).to(copy=name in self.table)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.plan.memory import Footprint, Piece
 from torch_ref import engine as engines
 from torch_ref import losses, optim
@@ -56,9 +56,9 @@ class Watch(TorchDispatchMode):
 
 
 def outlined(recipe: Recipe) -> dict[str, Any]:
-    """The base's tensors without values: quantised where the engine would have them so."""
+    """The base's tensors without values: quantized where the engine would have them so."""
     adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
-    stay = adapter and adapter.bits and adapter.dequantise == "never"
+    stay = adapter and adapter.bits and adapter.dequantize == "never"
     made: dict[str, Any] = {}
     for name, param in engines.parameters.table(recipe.model).items():
         made[name] = _empty(*param.shape)
@@ -66,7 +66,7 @@ def outlined(recipe: Recipe) -> dict[str, Any]:
             n_out, n_in = param.shape
             scales = _empty(n_out, n_in // adapter.group_size)
             words = np.zeros((n_out, n_in * adapter.bits // 32), np.uint32)
-            made[name] = Quantised(words, scales, scales, adapter.bits, adapter.group_size)
+            made[name] = Quantized(words, scales, scales, adapter.bits, adapter.group_size)
     return made
 
 

@@ -47,7 +47,7 @@ class Update(Protocol):
 
 
 class Matrix(nn.Module):
-    """W (n_out, n_in), as it is or quantised (quant.py), and the update that adapters.adapt may give it."""
+    """W (n_out, n_in), as it is or quantized (quant.py), and the update that adapters.adapt may give it."""
 
     bits = group_size = 0
     adapter: Update | None = None
@@ -66,7 +66,7 @@ class Matrix(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def stored(self) -> list[Array]:
-        """The weight, or a quantised one's words, scales and biases."""
+        """The weight, or a quantized one's words, scales and biases."""
         return [self.weight]
 
     def matrix(self) -> Array:

@@ -9,7 +9,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
 from mlxgpt.common.folders.base_and_adapters import Given
 from mlxgpt.common.model import params, quantize_base
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.tokenizers import load as tokenizer
 from torch_ref import adapters, quant
 from torch_ref import device as devices
@@ -21,7 +21,7 @@ def load(
     adapter: Given = None,
     device: str = "auto",
     dtype: str = "float32",
-    dequantise: str = "auto",
+    dequantize: str = "auto",
     force: bool = False,
 ) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
@@ -31,7 +31,7 @@ def load(
         adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
-        dequantise: ``auto``: quantised matrices once, on a CPU, where memory allows; or ``never``.
+        dequantize: ``auto``: quantized matrices once, on a CPU, where memory allows; or ``never``.
         force: an adapter is taken though it was made for another base.
 
     Returns:
@@ -50,10 +50,10 @@ def load(
     config = functools.reduce(adapter_folder.with_adapter, (each for each, _ in given), base)
     brought = {name for each, _ in given for name in each.params}
     model = Model(config, getattr(torch, dtype))
-    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where.type == "cpu", dequantise)
+    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where.type == "cpu", dequantize)
     for name in (name for name in params.table(config) if name not in brought):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
-        if isinstance(each, Quantised):
+        if isinstance(each, Quantized):
             quant.place(model, module, each)
         else:
             getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)

@@ -49,7 +49,7 @@ def adamw(
     p.addcdiv_(m, v.sqrt().mul_(s[1]).add_(config.eps), value=-rate)
 
 
-def orthogonalise(g: Array) -> Array:
+def orthogonalize(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
@@ -62,8 +62,8 @@ def orthogonalise(g: Array) -> Array:
 
 
 def muon(p: Array, g: Array, m: Array, s: list[float], config: OptimConfig) -> None:
-    """Muon, in place: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled decay."""
+    """Muon, in place: Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / columns)), decoupled decay."""
     m.lerp_(g, 1 - config.muon_momentum)
-    u = orthogonalise(g + config.muon_momentum * (m - g))
+    u = orthogonalize(g + config.muon_momentum * (m - g))
     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
     p.mul_(s[4]).sub_(u, alpha=s[3] * scale)

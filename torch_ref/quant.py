@@ -1,4 +1,4 @@
-"""Matrices that stay quantised, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
+"""Matrices that stay quantized, in MLX's affine format (common/model/affine.py); they compute, and do not train."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from torch_ref.layers import Array, Embedding, Linear, Matrix
 from torch_ref.model import Model
 
@@ -19,7 +19,7 @@ class Words(Matrix):
     scales: Array
     biases: Array
 
-    def __init__(self, matrix: Quantised):
+    def __init__(self, matrix: Quantized):
         nn.Module.__init__(self)
         self.bits, self.group_size = matrix.bits, matrix.group_size
         for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
@@ -36,26 +36,26 @@ class Words(Matrix):
 
     def matrix(self) -> Array:
         """W."""
-        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+        return dequantize(self.words, self.scales, self.biases, self.bits, self.group_size)
 
 
-class QuantisedLinear(Words, Linear):
+class QuantizedLinear(Words, Linear):
     """y = x W^T + b."""
 
-    def __init__(self, matrix: Quantised, bias: nn.Parameter | None):
+    def __init__(self, matrix: Quantized, bias: nn.Parameter | None):
         super().__init__(matrix)
         self.bias = bias
 
 
-class QuantisedEmbedding(Words, Embedding):
+class QuantizedEmbedding(Words, Embedding):
     """Rows of W."""
 
     def rows(self, index: Array) -> Array:
         """W[index]."""
-        return dequantise(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
+        return dequantize(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantised) -> list[Array]:
+def parts(matrix: Quantized) -> list[Array]:
     """Words (as int32), scales and biases, scales and biases in the dtype that they have."""
     made = [torch.from_numpy(np.ascontiguousarray(matrix.words).view(np.int32))]
     for array in (matrix.scales, matrix.biases):
@@ -64,7 +64,7 @@ def parts(matrix: Quantised) -> list[Array]:
     return made
 
 
-def dequantise(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
+def dequantize(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
     """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
     packed = words.contiguous().view(torch.uint8)
     levels = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
@@ -83,21 +83,21 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Array, *matrix: Any) -> Array:
         ctx.save_for_backward(*matrix[:3])
         ctx.rest = matrix[3:]
-        return x @ dequantise(*matrix).to(x.dtype).T
+        return x @ dequantize(*matrix).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
         cotangent = cotangents[0]
-        grad = cotangent @ dequantise(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype)
+        grad = cotangent @ dequantize(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype)
         return grad, None, None, None, None, None
 
 
-def place(model: Model, path: str, matrix: Quantised) -> None:
-    """Puts a quantised matrix where ``path`` says, in place of the module there; its bias stays."""
+def place(model: Model, path: str, matrix: Quantized) -> None:
+    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays."""
     above, _, name = path.rpartition(".")
     owner: Any = model.at(above) if above else model
     module = getattr(owner, name)
     if isinstance(module, Embedding):
-        setattr(owner, name, QuantisedEmbedding(matrix))
+        setattr(owner, name, QuantizedEmbedding(matrix))
     else:
-        setattr(owner, name, QuantisedLinear(matrix, module.bias))
+        setattr(owner, name, QuantizedLinear(matrix, module.bias))

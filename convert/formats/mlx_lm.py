@@ -69,7 +69,7 @@ def read(path: Path) -> Opened:
 def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
     parts = (where.words, where.scales, where.biases)
     packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
-    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantise(), packed=packed)
+    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantize(), packed=packed)
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:

@@ -181,7 +181,7 @@ def quantized(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size:
         scales, biases = [], []
         for block in blocks(f"{name}.weight", tensor, tensor.dtype if again else dtype, False, strict):
             found = affine.recover(block, bits, group_size, again) if again else None
-            words, scale, bias = found or affine.quantise(block, bits, group_size)
+            words, scale, bias = found or affine.quantize(block, bits, group_size)
             out.write(words)
             scales.append(scale)
             biases.append(bias)

@@ -1,4 +1,4 @@
-"""Quantised tensors: what a matrix becomes when it is quantized again as a file has it, and how far half a step is."""
+"""Quantized tensors: what a matrix becomes when it is quantized again as a file has it, and how far half a step is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ def _affine_step(scales: Entry, biases: Entry, bits: int, group_size: int) -> St
     dtype = DTYPES[scales.dtype]
 
     def again(array: np.ndarray) -> np.ndarray:
-        words, scale, bias = affine.quantise(np.ascontiguousarray(array).astype(dtype), bits, group_size)
-        return affine.dequantise(words, scale, bias, bits, group_size)
+        words, scale, bias = affine.quantize(np.ascontiguousarray(array).astype(dtype), bits, group_size)
+        return affine.dequantize(words, scale, bias, bits, group_size)
 
     def half(array: np.ndarray) -> np.ndarray:
         scale, bias = (np.abs(read_tensor(entry).astype(np.float64)) for entry in (scales, biases))

@@ -108,7 +108,7 @@ class Engine(Protocol):
     """A line for each memory setting of the recipe that has no effect on this device."""
 
     note: str
-    """What became of a quantised base, or ''."""
+    """What became of a quantized base, or ''."""
 
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of one global batch; ``step`` addresses the dropout masks.

@@ -343,13 +343,13 @@ class AdapterConfig:
     b_lr: float = _field(1.0, "LoRA+: learning rate of B divided by that of A")
     bits: int = _field(0, "quantize the frozen matrices to 4 or 8 bits; 0 = leave them as they are")
     group_size: int = _field(64, "weights that share a scale")
-    dequantise: str = _field("auto", "dequantize a quantized base: auto (once, on a CPU, if memory allows) or never")
+    dequantize: str = _field("auto", "dequantize a quantized base: auto (once, on a CPU, if memory allows) or never")
 
     def __post_init__(self) -> None:
         _one_of("adapter", self, "method", "lora", "dora", "full")
         _one_of("adapter", self, "init", "default", "pissa")
         _one_of("adapter", self, "bias", "none", "adapted", "all")
-        _one_of("adapter", self, "dequantise", "auto", "never")
+        _one_of("adapter", self, "dequantize", "auto", "never")
         for name in ("rank", "alpha", "b_lr"):
             _check("adapter", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _check("adapter", self.layers >= 0, "layers", self.layers, "0 or a positive number")

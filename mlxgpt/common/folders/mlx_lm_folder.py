@@ -11,7 +11,7 @@ from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.folders import mlx_lm_names
 from mlxgpt.common.folders.tensors import Entry, read_tensor
 from mlxgpt.common.model import affine, families, params
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 
 KEYS = ("quantization", "quantization_config")  # of config.json, both the same
 _FLOATS = ("F32", "F16", "BF16")
@@ -27,10 +27,10 @@ class Matrix:
     bits: int
     group_size: int
 
-    def read(self) -> Quantised:
+    def read(self) -> Quantized:
         """The matrix; scales and biases are of the dtype that the file has."""
         words, scales, biases = (read_tensor(entry) for entry in (self.words, self.scales, self.biases))
-        return Quantised(words, scales, biases, self.bits, self.group_size)
+        return Quantized(words, scales, biases, self.bits, self.group_size)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:

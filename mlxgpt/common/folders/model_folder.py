@@ -18,7 +18,7 @@ from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_folder
 from mlxgpt.common.folders.tensors import Entry, read_header, read_tensor, read_tensors, write_tensors
 from mlxgpt.common.model import families, params
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 
 __all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
 
@@ -156,16 +156,16 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
             calls zero is not; or the files are damaged.
     """
     made = read_stored(folder, config, dtype)
-    return {name: _widened(each, dtype) if isinstance(each, Quantised) else each for name, each in made.items()}
+    return {name: _widened(each, dtype) if isinstance(each, Quantized) else each for name, each in made.items()}
 
 
-def _widened(matrix: Quantised, dtype: Any) -> np.ndarray:
-    return matrix.dequantise().astype(dtype or np.float32, copy=False)
+def _widened(matrix: Quantized, dtype: Any) -> np.ndarray:
+    return matrix.dequantize().astype(dtype or np.float32, copy=False)
 
 
 def read_stored(
     folder: Path | str, config: ModelConfig, dtype: Any = np.float32
-) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantised]:
+) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantized]:
     """``read_params``, but what mlx-lm quantized stays as it is."""
     folder = Path(folder)
     scheme = read_json(folder / "config.json").get("quantization")
@@ -188,16 +188,16 @@ def read_stored(
 
 def _read_mlx_lm(
     folder: Path, config: ModelConfig, scheme: dict[str, Any], dtype: Any
-) -> dict[str, np.ndarray | Quantised]:
+) -> dict[str, np.ndarray | Quantized]:
     """The parameters of a folder whose config.json says how it is quantized."""
-    made: dict[str, np.ndarray | Quantised] = {}
+    made: dict[str, np.ndarray | Quantized] = {}
     for name, where in mlx_lm_folder.locate(folder, config, find_tensors(folder), scheme).items():
         each = where.read() if isinstance(where, mlx_lm_folder.Matrix) else read_tensor(where)
-        floats = (each.scales, each.biases) if isinstance(each, Quantised) else (each,)
+        floats = (each.scales, each.biases) if isinstance(each, Quantized) else (each,)
         bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)
         if bad:
             raise UserError(f"{folder}: {name} has {bad} values that are not finite (NaN or Inf)")
-        made[name] = each if isinstance(each, Quantised) else np.ascontiguousarray(each, dtype=dtype)
+        made[name] = each if isinstance(each, Quantized) else np.ascontiguousarray(each, dtype=dtype)
     return made
 
 

@@ -1,4 +1,4 @@
-"""MLX's affine quantisation in numpy: w = q * scale + bias for every group of inputs, q packed into words of 32 bits.
+"""MLX's affine quantization in numpy: w = q * scale + bias for every group of inputs, q packed into words of 32 bits.
 
 A matrix [out, in] becomes words uint32 [out, in * bits / 32], the lowest bits first, and scales and biases
 [out, in / group_size] of the matrix's own dtype. The rules are those of mx.quantize in mlx 0.32: bit for bit.
@@ -14,7 +14,7 @@ _SMALLEST = np.float32(1e-7)  # a scale of mx.quantize, where the weights of a g
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix as its words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
     words: np.ndarray
@@ -24,21 +24,21 @@ class Quantised:
     group_size: int
 
     @classmethod
-    def of(cls, weight: np.ndarray, bits: int, group_size: int) -> "Quantised":
+    def of(cls, weight: np.ndarray, bits: int, group_size: int) -> "Quantized":
         """What mx.quantize makes of a matrix."""
-        return cls(*quantise(weight, bits, group_size), bits, group_size)
+        return cls(*quantize(weight, bits, group_size), bits, group_size)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The matrix's."""
         return (*self.words.shape[:-1], self.words.shape[-1] * 32 // self.bits)
 
-    def dequantise(self) -> np.ndarray:
+    def dequantize(self) -> np.ndarray:
         """The matrix in float32."""
-        return dequantise(self.words, self.scales, self.biases, self.bits, self.group_size)
+        return dequantize(self.words, self.scales, self.biases, self.bits, self.group_size)
 
 
-def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What mx.quantize makes of a matrix (..., in) of finite float32, float16 or bfloat16: words, scales, biases."""
     assert bits in BITS and weight.shape[-1] % group_size == 0
     bins = np.float32(2**bits - 1)
@@ -59,7 +59,7 @@ def quantise(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray
     return pack(levels.reshape(weight.shape), bits), scale.astype(weight.dtype), bias.astype(weight.dtype)
 
 
-def dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+def dequantize(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     """float32 q * scale + bias, multiplied and added in float32 whatever the dtype of scales and biases."""
     levels = unpack(words, bits).astype(np.float32)
     groups = levels.reshape(*levels.shape[:-1], -1, group_size)
@@ -71,12 +71,12 @@ def dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: 
 def recover(
     weight: np.ndarray, bits: int, group_size: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Words, and scales and biases of ``dtype``, of which ``dequantise`` makes these float32 weights, bit for bit.
+    """Words, and scales and biases of ``dtype``, of which ``dequantize`` makes these float32 weights, bit for bit.
 
     mx.quantize does not find them: its scale comes from the rounded edge of a group. None where there are none.
     """
     groups = weight.reshape(-1, group_size)
-    words, first_scales, first_biases = quantise(weight, bits, group_size)
+    words, first_scales, first_biases = quantize(weight, bits, group_size)
     levels = unpack(words, bits).reshape(groups.shape)
     scales, biases = (part.astype(dtype).reshape(-1) for part in (first_scales, first_biases))
 

@@ -26,7 +26,7 @@ import numpy as np
 from mlxgpt.common import rng
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dict[str, np.ndarray | Quantised]:
+def resize_vocab(arrays: Mapping[str, np.ndarray | Quantized], size: int) -> dict[str, np.ndarray | Quantized]:
     """``arrays`` with ``size`` rows in embedding and head; new ones are the mean of the others (Hewitt 2021).
 
     So a new token begins as likely as the average one, and moves no probability of the others.
@@ -118,15 +118,15 @@ def resize_vocab(arrays: Mapping[str, np.ndarray | Quantised], size: int) -> dic
     for name in ("wte.weight", "lm_head.weight", "lm_head.bias"):
         if name in made and made[name].shape[0] < size:
             array = made[name]
-            array = array.dequantise() if isinstance(array, Quantised) else array
+            array = array.dequantize() if isinstance(array, Quantized) else array
             mean = array.mean(axis=0, dtype=np.float64).astype(np.float32)
             made[name] = np.concatenate([array, np.broadcast_to(mean, (size - len(array), *array.shape[1:]))])
     return made
 
 
 def as_classifier(
-    arrays: Mapping[str, np.ndarray | Quantised], config: ModelConfig, seed: int
-) -> dict[str, np.ndarray | Quantised]:
+    arrays: Mapping[str, np.ndarray | Quantized], config: ModelConfig, seed: int
+) -> dict[str, np.ndarray | Quantized]:
     """``arrays`` of a language model or a classifier for ``config``, a classifier: a new ``score`` is drawn."""
     made = {name: array for name, array in arrays.items() if not name.startswith("lm_head.")}
     name, param = "score.weight", table(config)["score.weight"]
@@ -139,7 +139,7 @@ def count(config: ModelConfig) -> int:
 
 
 def check(
-    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantised], where: str = "parameters"
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantized], where: str = "parameters"
 ) -> None:
     """Holds arrays against the names and shapes that are expected of them; all are float32, or quantized matrices.
 

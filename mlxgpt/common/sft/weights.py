@@ -11,7 +11,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder, resolve
 from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.model.affine import Quantised
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.sft.settings import Chosen
 from mlxgpt.common.train.job import Weights
 
@@ -66,9 +66,9 @@ def base_weights(base: Path, recipe: Recipe) -> Weights:
     """The model's weights as the engine takes them: float32 where they train, resized for new tokens or labels."""
     weights: Weights = dict(model_folder.read_stored(base, model_folder.read_config(base)))
     for name in adapters.trainable(recipe):
-        if isinstance(weights.get(name), Quantised):
-            weights[name] = weights[name].dequantise()
-            print(f"{name}: trains, so it is dequantised")
+        if isinstance(weights.get(name), Quantized):
+            weights[name] = weights[name].dequantize()
+            print(f"{name}: trains, so it is dequantized")
     weights = params.resize_vocab(weights, recipe.model.vocab_size)
     return params.as_classifier(weights, recipe.model, recipe.train.seed) if recipe.model.labels else weights
 
@@ -80,18 +80,18 @@ def adapter_weights(recipe: Recipe, base: Weights, adapter: Adapter | None) -> W
         return dict(adapter.params)
     if recipe.adapter.method == "full":
         return {}
-    return dict(adapters.init(recipe, Dequantised(base)))
+    return dict(adapters.init(recipe, Dequantized(base)))
 
 
-class Dequantised(Mapping[str, np.ndarray]):
-    """Weights by name; a quantised one is dequantised when it is asked for."""
+class Dequantized(Mapping[str, np.ndarray]):
+    """Weights by name; a quantized one is dequantized when it is asked for."""
 
     def __init__(self, weights: Weights):
         self._weights = weights
 
     def __getitem__(self, name: str) -> np.ndarray:
         found = self._weights[name]
-        return found.dequantise() if isinstance(found, Quantised) else found
+        return found.dequantize() if isinstance(found, Quantized) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -15,7 +15,7 @@ from mlxgpt.common.runs.metrics import Metrics
 from mlxgpt.common.train.progress import Progress
 
 Weights = dict[str, Any]
-"""Canonical name -> float32 array, or affine.Quantised for a frozen matrix."""
+"""Canonical name -> float32 array, or affine.Quantized for a frozen matrix."""
 
 
 S = TypeVar("S", bound=Source)
