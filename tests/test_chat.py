@@ -41,7 +41,7 @@ FORGETFUL = (  # as Qwen3: what was answered is written otherwise once more foll
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a ChatML tokenizer."""
     place = tmp_path_factory.mktemp("chat") / "model"
-    tokenizer = sft_template.extend(train_tokenizer("bpe", [templates.TEXT], 320))
+    tokenizer = sft_template.with_chatml(train_tokenizer("bpe", [templates.TEXT], 320))
     config = tiny(family="llama", vocab_size=tokenizer.n_vocab, block_size=256, n_kv_head=2)
     made = weights(config, scale=8)
     words = [re.fullmatch(" [a-z]+", tokenizer.decode([token])) for token in range(tokenizer.n_vocab)]

@@ -322,7 +322,7 @@ def test_the_verb_refuses(
     tmp_path: Path, model: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, message in (
-        ((), "nothing to classify: expected --text TEXT or --file FILE"),
+        ((), "nothing to classify: expected --text TEXT, or --file FILE"),
         (("-t", ""), "--text 1: empty: expected text"),
         (("-f", tmp_path / "none.csv"), "none.csv: no such file"),
         (("-f", tmp_path), "no such file"),

@@ -273,7 +273,7 @@ def test_few_rows_work_and_one_says_so(at: Path, capsys: pytest.CaptureFixture[s
     write(at / "one.jsonl", rows(1))
     capsys.readouterr()
     assert cli.main(["finetune", "--model", "llama", "--data", "one.jsonl", "--out", "one", "--device", "cpu"]) == 0
-    assert "one row" in capsys.readouterr().out
+    assert "only one example" in capsys.readouterr().out
 
 
 GOOD = {"prompt": "say red\n", "completion": "red it is"}

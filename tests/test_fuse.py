@@ -137,7 +137,7 @@ def test_tied_stays_tied_and_the_head_gets_the_update(tmp_path: Path) -> None:
 
 def test_new_tokens_travel_with_their_tokenizer(tmp_path: Path) -> None:
     plain = train_tokenizer("bpe", [templates.TEXT], 300)
-    chatty = sft_template.extend(plain)
+    chatty = sft_template.with_chatml(plain)
     config = tiny(family="llama", vocab_size=plain.n_vocab, tied=False)
     model_folder.write_model(tmp_path / "base", config, weights(config), tokenizer=plain)
     grown = dataclasses.replace(config, vocab_size=chatty.n_vocab)

@@ -117,7 +117,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
         ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank = 0"),
         ({"lora_parameters": {"rank": 8, "scale": 2.0, "kyes": []}}, "lora_parameters.kyes (did you mean 'keys'?)"),
         ({"lr_schedule": {"name": "step_decay", "arguments": [1, 2, 3]}}, "lr_schedule.name = 'step_decay'"),
-        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 300]}}, "the decay ends with the run here"),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 300]}}, "the decay ends with the run"),
         ({"iters": "many"}, "iters = 'many'"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"grad_checkpoint": "yes please"}, "grad_checkpoint = 'yes please'"),

@@ -94,7 +94,7 @@ def test_tools_that_a_template_leaves_out_are_said(tmp_path: Path, tokenizer: To
     config = tiny(family="llama", block_size=256, vocab_size=400)
     path.write_text(json.dumps({"messages": talk, "tools": [{"function": {"name": "add"}}]}) + "\n")
     sft_source.open_source(TuneConfig(source=str(path)), TrainConfig(), tokenizer, config, lines.append)
-    unsaid = "ChatML does not write them: nothing of them is trained on"
+    unsaid = "ChatML does not write them, so they are not trained on"
     assert [line for line in lines if "does not write" in line] == [
         f"{path} row 1: {key}: {unsaid}" for key in ("tools", "tool_calls")
     ]
@@ -122,7 +122,7 @@ def test_a_template_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_unrolled_conversations_are_a_row_an_answer(tmp_path: Path) -> None:
     chat = templates.made(tmp_path / "t", templates.QWEN3, templates._IM)
     rows = chat_rows(4, turns=3, longest=4)
-    with pytest.raises(UserError, match=r"rows.jsonl row \d: chat template writes an answer otherwise .* tune.unroll"):
+    with pytest.raises(UserError, match=r"rows.jsonl row \d: chat template changes an answer .* tune.unroll"):
         opened(tmp_path, chat, rows)
     source = opened(tmp_path, chat, rows, unroll=True)
     assert sum(len(source.rows(split)) for split in ("train", "valid")) == 12
@@ -175,7 +175,7 @@ def test_long_rows_are_dropped_or_refused_by_choice(tmp_path: Path, tokenizer: T
     assert sum(len(source.rows(split)) for split in ("train", "valid")) == 12
     with pytest.raises(UserError, match=r"rows.jsonl row 1: \d+ tokens: expected at most 40 [(]tune.block_size"):
         opened(tmp_path, tokenizer, rows, block_size=40, overflow="refuse")
-    with pytest.raises(UserError, match="all 1 training rows are longer than 40 tokens"):
+    with pytest.raises(UserError, match="all 1 training examples are longer than 40 tokens"):
         opened(tmp_path, tokenizer, [LONG], block_size=40, overflow="drop")
     with pytest.raises(UserError, match="tune.block_size = 1000: the model's context holds 256"):
         opened(tmp_path, tokenizer, rows, block_size=1000)
@@ -183,7 +183,7 @@ def test_long_rows_are_dropped_or_refused_by_choice(tmp_path: Path, tokenizer: T
 
 def test_a_row_without_a_target_is_refused(tmp_path: Path) -> None:
     chars = train_tokenizer("char", ["abc"], 0)
-    with pytest.raises(UserError, match=r"rows.jsonl row 1: all of its 1 tokens are masked"):
+    with pytest.raises(UserError, match=r"rows.jsonl row 1: all 1 tokens are masked"):
         opened(tmp_path, chars, [{"text": "a"}])
     with pytest.raises(UserError, match=r"rows.jsonl row 2: character 'x' [(]U[+]0078[)] at position 0"):
         opened(tmp_path, chars, [{"text": "ab"}, {"text": "xa"}])
@@ -202,13 +202,13 @@ def test_what_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
     counts = source.counts["train"]
     assert not path.exists()
     assert lines == [
-        f"rows: {tmp_path}: alpaca: 42 train, 1 valid; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} "
+        f"examples: {tmp_path}: alpaca: 42 train, 1 valid; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} "
         "tokens are trained on",
-        "train: 1 rows are longer than 40 tokens: what is asked loses its beginning",
-        "near-duplicates: 1 of 1 validation rows have a training row like them: "
+        "train: 1 examples are longer than 40 tokens: truncated from the left",
+        "near-duplicates: 1 of 1 validation examples have a similar training example: "
         f"{tmp_path / 'valid.jsonl'} row 1 and {tmp_path / 'train.jsonl'} row 2",
         "template: ChatML, an answer ends with <|im_end|>, with the new tokens <|im_start|> and <|im_end|>",
-        f"batches: packed into rows of 40: {source.real_share:.1%} of the positions are tokens; "
+        f"batches: packed into 40 tokens: {source.real_share:.1%} of the positions are tokens; "
         f"{source.steps_per_epoch} steps an epoch",
     ]
 
@@ -323,7 +323,7 @@ def test_inspect_marks_what_is_trained(tmp_path: Path, model: Path, capsys: pyte
     [
         (("--set", "optim.lr=1"), "--set optim: expected a key of tune or train"),
         (("--set", "tune.block_size=65"), "tune.block_size = 65: the model's context holds 64"),
-        (("--tokenizer", "x"), "--tokenizer goes with a corpus"),
+        (("--tokenizer", "x"), "--tokenizer: only for a corpus"),
     ],
 )
 def test_inspect_refuses(
@@ -333,4 +333,4 @@ def test_inspect_refuses(
     code, _, error = inspected(capsys, tmp_path / "rows.jsonl", "--model", model, *words)
     assert code == 2 and message in error
     code, _, error = inspected(capsys, tmp_path / "rows.jsonl", "--rows", 2)
-    assert code == 2 and "--set and --rows go with --model" in error
+    assert code == 2 and "--set and --rows: only with --model" in error

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import template as sft_template
-from mlxgpt.common.sft.template import Template, extend, template_of
+from mlxgpt.common.sft.template import Template, template_of, with_chatml
 from mlxgpt.common.tokenizers.load import from_files, load_tokenizer, train_tokenizer
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
@@ -109,7 +109,7 @@ def test_an_answer_that_spells_the_end_token_is_trained_to_its_own_end(tmp_path:
 def test_qwen3_rewrites_history_and_is_refused_unless_unrolled(tmp_path: Path) -> None:
     template = template_of(made(tmp_path, templates.QWEN3, templates._IM))
     assert template
-    with pytest.raises(UserError, match="^f row 1: chat template writes an answer otherwise once more follows"):
+    with pytest.raises(UserError, match="^f row 1: chat template changes an answer when more follows"):
         template.encode_turns([("f row 1", TALK, ())])
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is."}
     assert trained(template, [TALK[0], thought]) == ["<think>\nhm\n</think>\n\nIt is.<|im_end|>"]
@@ -122,7 +122,7 @@ def test_templates_that_rewrite_what_was_asked_are_refused(tmp_path: Path) -> No
     rewriting = "{% for m in messages %}{{ loop.length ~ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     template = template_of(made(tmp_path, rewriting, []))
     assert template
-    with pytest.raises(UserError, match="f row 1: chat template writes what is before an answer otherwise"):
+    with pytest.raises(UserError, match="f row 1: chat template changes what precedes an answer"):
         template.encode_turns([("f row 1", TALK, ())])
 
 
@@ -143,7 +143,7 @@ def test_tokens_before_an_answer_are_those_of_the_prompt_alone(split: str, tmp_p
 
 def test_a_template_without_an_end_is_refused(tmp_path: Path) -> None:
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    with pytest.raises(UserError, match=r"chat template: after an answer comes '\\n': expected a special token"):
+    with pytest.raises(UserError, match=r"chat template: an answer is followed by '\\n': expected a special token"):
         getattr(template_of(made(tmp_path, endless, [])), "end_id")  # noqa: B009
 
 
@@ -199,7 +199,7 @@ def test_bos_is_there_once(tmp_path: Path) -> None:
 def test_chatml_is_added_and_transformers_reads_the_same(kind: str, tmp_path: Path) -> None:
     text = templates.TEXT + " ".join(message["content"] for message in TALK)
     base = train_tokenizer(kind, [text], 320)
-    ours = extend(base)
+    ours = with_chatml(base)
     assert ours.n_vocab == base.n_vocab + 2
     assert ours.encode("<|im_start|><|im_end|>") == [base.n_vocab, base.n_vocab + 1]
     assert ours.eos_id == base.n_vocab + 1 and set(ours.encode("<|im_start|><|im_end|>")) <= ours.special
@@ -215,20 +215,23 @@ def test_chatml_is_added_and_transformers_reads_the_same(kind: str, tmp_path: Pa
         ids = theirs.apply_chat_template(talk, add_generation_prompt=generation, return_dict=False)
         assert template.encode(talk, generation=generation) == ids
     assert trained(template, talk) == [talk[k]["content"] + "<|im_end|>" for k in (1, 3)]
-    assert extend(ours).encode("<|im_end|>") == ours.encode("<|im_end|>") and extend(ours).n_vocab == ours.n_vocab
+    assert (
+        with_chatml(ours).encode("<|im_end|>") == ours.encode("<|im_end|>")
+        and with_chatml(ours).n_vocab == ours.n_vocab
+    )
 
 
 def test_chatml_on_a_sentencepiece_model_is_refused() -> None:
     base = train_tokenizer("sp-bpe", [templates.TEXT], 320)
     with pytest.raises(UserError, match=r"two more tokens, which a tokenizer.model cannot take"):
-        extend(base)
+        with_chatml(base)
 
 
 def test_chatml_takes_the_place_of_another_template(tmp_path: Path) -> None:
     folder = tokenizer_folder(tmp_path, templates.ZEPHYR, [])
     (folder / "chat_template.jinja").write_text(templates.ZEPHYR)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
-    ours = extend(load_tokenizer(folder))
+    ours = with_chatml(load_tokenizer(folder))
     template = template_of(ours)
     assert template and template.sources == {"default": sft_template.CHATML} and template.end == "<|im_end|>"
     assert from_files(ours.files, tmp_path).eos_id == ours.encode("<|im_end|>")[0]

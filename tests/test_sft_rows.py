@@ -141,7 +141,7 @@ def test_one_row_trains_and_says_so(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "one.jsonl", ALPACA[:1])
     rows = open_rows(TuneConfig(source=str(path)))
     assert (len(rows.splits["train"]), rows.splits["valid"]) == (1, [])
-    assert rows.notes == [f"{path}: one row: it trains, and nothing is left to validate on"]
+    assert rows.notes == [f"{path}: only one example: it is trained on, and none is left for validation"]
 
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -173,7 +173,7 @@ GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
         ),
         (
             {"messages": [{"role": "user", "content": "q"}]},
-            "no assistant turn: expected at least one to learn from",
+            "no assistant turn: expected at least one to train on",
         ),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
         (
@@ -194,14 +194,14 @@ def test_a_bad_row_17_is_named(row: Any, message: str, tmp_path: Path) -> None:
     [
         ("a.csv", 'text,label\n"a,b\n', "row 1: not csv: unexpected end of data"),
         ("a.csv", "text,label\na,b\na\n", "row 2: 1 columns: expected 2 as in the header"),
-        ("a.csv", "text,text\na,b\n", "two columns of one name: text, text"),
+        ("a.csv", "text,text\na,b\n", "duplicate column names: text, text"),
         ("a.csv", "text\n", "no rows: expected at least one"),
         ("a.jsonl", "", "no rows: expected at least one"),
         ("a.json", '{"a": 1}', "dict \"{'a': 1}\": expected a list of objects"),
         ("a.json", '[{"a": 1}]', "row 1: keys 'a': expected prompt and completion; messages; text; "),
         ("a.jsonl", "\xff", "not UTF-8: byte 0 is 0xff"),
         ("a.parquet", "PAR1", "not a parquet file that can be read"),
-        ("a.xlsx", "", "cannot tell what .xlsx holds: expected .jsonl .json .csv .tsv .parquet"),
+        ("a.xlsx", "", "unknown format .xlsx: expected .jsonl .json .csv .tsv .parquet"),
         ("a.jsonl", '{"instruction": "a", "output": 4}', "row 1: output is int '4': expected a string"),
         ("a.jsonl", '{"instruction": "a", "output": "", "input": 3}', "row 1: input is int '3': expected a string"),
         (

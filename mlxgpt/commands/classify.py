@@ -1,4 +1,4 @@
-"""The verb classify: the label of each text with its probability, and how well labels are told where they are known."""
+"""The verb ``classify``: a label and its probability for each text, and metrics if the labels are known."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-BATCH = 4096  # tokens that pass through the model at once
+BATCH = 4096  # tokens in one forward pass
 
 
 def classify_command(args: argparse.Namespace) -> int:
@@ -47,7 +47,8 @@ def classify_command(args: argparse.Namespace) -> int:
     for row, share in zip(rows, shares, strict=True):
         print(f"{labels[share.argmax()]}\t{share.max():.4f}\t{' '.join(row.text.split())}")
     if cut:
-        print(f"{cut:,} texts are longer than the model's context of {block_size} tokens: they lost their end")
+        longer = f"longer than the model's context of {block_size} tokens"
+        print(f"{cut:,} texts are {longer}: truncated from the right")
     if sums:
         figures = confusion.figures(sums, len(labels))
         print("\n" + "\n".join(confusion.lines(sums, labels)))
@@ -69,9 +70,9 @@ def _rows(args: argparse.Namespace) -> list[Row]:
             rows += [sft_rows.text_to_classify(value, where, tune) for where, value in sft_rows.read_values(path)]
         else:
             known = " ".join((".txt", *sft_rows.SUFFIXES))
-            raise UserError(f"--file {path}: cannot tell what {path.suffix or 'this'} holds: expected {known}")
+            raise UserError(f"--file {path}: unknown format {path.suffix or 'without a suffix'}: expected {known}")
     if not rows:
-        raise UserError("nothing to classify: expected --text TEXT or --file FILE with rows")
+        raise UserError("nothing to classify: expected --text TEXT, or --file FILE with texts")
     return rows
 
 
@@ -88,7 +89,7 @@ def _encoded(rows: list[Row], tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def probabilities(backend: backends.Backend, model: Any, texts: list[np.ndarray]) -> np.ndarray:
-    """(texts, labels) probabilities of texts in tokens; those of like length go together."""
+    """(texts, labels) probabilities of tokenized texts; those of similar length are batched."""
     made: np.ndarray | None = None
     order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     while order:
@@ -107,7 +108,7 @@ def probabilities(backend: backends.Backend, model: Any, texts: list[np.ndarray]
 
 
 def _confusions(rows: list[Row], labels: tuple[str, ...], shares: np.ndarray) -> dict[str, float]:
-    """The sums of confusion.py over the rows whose label is known; {} where none is."""
+    """The counts of confusion.py over the texts whose label is known; {} if none is."""
     known = [n for n, row in enumerate(rows) if row.label is not None]
     if not known:
         return {}

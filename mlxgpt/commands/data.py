@@ -34,18 +34,18 @@ def fetch_command(args: Namespace) -> int:
 
 
 def inspect_command(args: Namespace) -> int:
-    """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model`` rows as fine-tuning sees them."""
+    """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model``, fine-tuning examples."""
     if args.model:
-        from mlxgpt.common.sft.inspect import inspect_rows
+        from mlxgpt.common.sft.inspect import inspect_examples
 
-        return inspect_rows(args)
+        return inspect_examples(args)
     if args.set or args.rows is not None:
-        raise UserError("--set and --rows go with --model: they are about rows to fine-tune on")
+        raise UserError("--set and --rows: only with --model, for fine-tuning examples")
     notes: list[str] = []
     say = notes.append if args.json else print
     if shards.is_shards(Path(args.source)):
         if args.tokenizer:
-            raise UserError(f"{args.source}: shards hold tokens already: --tokenizer says nothing about them")
+            raise UserError(f"{args.source}: shards already hold tokens: expected no --tokenizer")
         found = inspect_shards(Path(args.source))
     else:
         tokenizer = resolve.resolve_tokenizer(args.tokenizer) if args.tokenizer else None
@@ -103,7 +103,7 @@ def prepare_command(args: Namespace) -> int:
 
 
 def export_command(args: Namespace) -> int:
-    """``data export RUN --out FILE.tar``: a run's shards, to be unpacked into the run on another machine."""
+    """``data export RUN --out FILE.tar``: packs a run's shards, to unpack them into the run on another machine."""
     out, run = resolve.new_path(args.out), Path(args.run)
     if out.suffix != ".tar":
         raise UserError(f"--out {out}: expected a name that ends in .tar")
@@ -129,7 +129,7 @@ def _export(run: Path, data: DataConfig, out: Path, temporary: Path) -> None:
 
 
 def _files_of(run: Path, data: DataConfig, temporary: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """What to pack, name -> path, and the sha256 of each file of tokens; a tokenizer is saved to ``temporary``."""
+    """Files to pack, name -> path, and the sha256 of each token file; a tokenizer is saved to ``temporary``."""
     places = [place for place in (run / "data", Path(data.source)) if shards.is_shards(place)]
     source = Path(data.source)
     if not places and (source.suffix == ".bin" or (source / "train.bin").is_file()):
@@ -148,7 +148,7 @@ def _files_of(run: Path, data: DataConfig, temporary: Path) -> tuple[dict[str, P
 
 
 def _pack(files: dict[str, Path], out: Path) -> None:
-    """A tar of ``files`` under data/, which is there whole or not at all; the same bytes each time."""
+    """Writes a tar of ``files`` under data/, complete or not at all; the same bytes each time."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     try:

@@ -1,8 +1,8 @@
 """From a budget to a model: the compute-optimal size and number of tokens (Hoffmann et al. 2022, Chinchilla).
 
-L(N, D) = E + A / N^a + B / D^b, minimised under C = FLOPs. The constants are those of Besiroglu et al. 2024, who fitted
-the third approach of Hoffmann et al. again and found its published constants inconsistent; both give the range. They
-come from models of 44 M to 16 B parameters on web text: far below, and on other text, they are an extrapolation.
+L(N, D) = E + A / N^a + B / D^b, minimized under C = FLOPs. The constants are those of Besiroglu et al. 2024, who
+refitted the third approach of Hoffmann et al. and found its published constants inconsistent; both give the range.
+They come from models of 44 M to 16 B parameters on web text: far below, and on other text, they extrapolate.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Law(NamedTuple):
     beta: float
 
     def loss(self, size: float, tokens: float) -> float:
-        """Nats a token, of web text in Chinchilla's vocabulary."""
+        """Nats per token, on web text in Chinchilla's vocabulary."""
         return self.e + self.a / size**self.alpha + self.b / tokens**self.beta
 
     def best(self, compute: float) -> tuple[float, float]:
@@ -50,7 +50,7 @@ _SHAPES = tuple((layers, width) for layers in (2, 3, 4, 6, 8, 10, 12, 16, 20, 24
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a budget buys. ``range`` is (parameters, tokens) by each law, before a real model's sizes."""
+    """What a budget buys. ``range`` is (parameters, tokens) by each law, before rounding to a real model."""
 
     recipe: Recipe
     compute: float
@@ -65,7 +65,7 @@ def money(text: str) -> tuple[float, str]:
     """``100 USD`` -> (100.0, "USD").
 
     Raises:
-        UserError: there is no number in it, or it is not positive.
+        UserError: not a positive amount.
     """
     found = re.fullmatch(r"\s*([A-Za-z$€£]*)\s*(\d+(?:\.\d+)?)\s*([A-Za-z$€£]*)\s*", text)
     if not found or not float(found[2]):
@@ -77,7 +77,7 @@ def size_of(text: str, flag: str = "--memory") -> int:
     """``16GB`` -> bytes.
 
     Raises:
-        UserError: it is not a size.
+        UserError: not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
@@ -87,9 +87,9 @@ def size_of(text: str, flag: str = "--memory") -> int:
 
 
 def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) -> Choice:
-    """The model of ``base``'s family and vocabulary that a number of FLOPs trains best, within ``limit`` bytes.
+    """The compute-optimal model of ``base``'s family and vocabulary for ``compute`` FLOPs, within ``limit`` bytes.
 
-    Without ``compute`` the largest model that the memory takes, trained on 20 tokens a parameter.
+    Without ``compute``: the largest model that fits in memory, trained on 20 tokens per parameter.
 
     Raises:
         UserError: not even the smallest model fits.
@@ -110,7 +110,7 @@ def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) ->
         note = f"the sizes tried end at {params.count(models[place]) / 1e6:.1f} M parameters"
     first = place
     low, high = 0, place
-    if _need(base, models[place], measure) > limit:  # the largest that fits: memory grows with the size
+    if _need(base, models[place], measure) > limit:  # find the largest that fits: memory grows with the size
         while low < high - 1:
             middle = (low + high) // 2
             low, high = (middle, high) if _need(base, models[middle], measure) <= limit else (low, middle)
@@ -126,7 +126,7 @@ def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) ->
     steps = max(1, round(tokens / (base.train.batch_size * model.block_size)))
     warmup = min(base.optim.warmup, max(0, steps // 10))
     train = dataclasses.replace(base.train, steps=steps, micro_batch_size=0 if rows >= base.train.batch_size else rows)
-    # the rate that suits falls with the width: 1e-3 at 384, as the shipped recipes have it
+    # the best rate falls with the width: 1e-3 at 384, as in the shipped recipes
     lr = float(f"{min(1e-3, 1e-3 * (384 / model.n_embd) ** 0.5):.1e}")
     optim = dataclasses.replace(base.optim, lr=lr, min_lr=lr / 10, warmup=warmup)
     recipe = dataclasses.replace(recipe, train=train, optim=optim)
@@ -138,7 +138,7 @@ def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) ->
 
 
 def write(path: Path, recipe: Recipe) -> None:
-    """Writes the recipe; the vocabulary stays the tokenizer's to say.
+    """Writes the recipe; the tokenizer will set the vocabulary size.
 
     Raises:
         UserError: the file cannot be written.
@@ -164,7 +164,7 @@ def _need(base: Recipe, model: ModelConfig, measure: Measure) -> int:
 
 
 def compute_of(hours: float, chip: Chip, dtype: str) -> float:
-    """FLOPs of so many hours at the assumed utilization."""
+    """FLOPs in ``hours`` at the assumed utilization."""
     return hours * 3600 * chip.flops(dtype) * chip.utilization
 
 

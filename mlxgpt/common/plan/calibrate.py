@@ -1,4 +1,4 @@
-"""How long a run takes here: a few of its own steps, timed."""
+"""Times a few steps of a run on this machine to estimate its duration."""
 
 import contextlib
 import statistics
@@ -11,11 +11,11 @@ from mlxgpt.common.config import Recipe
 from mlxgpt.common.data import token_source
 from mlxgpt.common.model import params
 
-STEPS, SECONDS = 8, 10.0  # steps timed after the first two, and when to stop all the same
+STEPS, SECONDS = 8, 10.0  # steps timed after the first two, and the time limit
 
 
 class Timing(NamedTuple):
-    """Seconds of the first step (compilation), of one more, and of a validation; tokens a second."""
+    """Seconds of the first step (with compilation), of a later one and of a validation; tokens per second."""
 
     first: float
     step: float
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def time_steps(recipe: Recipe, source: Any, backend: Backend, device: str) -> Timing:
-    """Trains a model of the recipe for some steps of its own data and validates it on a batch; nothing is kept."""
+    """Trains a fresh model for a few steps on the recipe's data and validates it; nothing is saved."""
     engine = backend.engine.Engine(recipe, params.init_params(recipe.model, recipe.train.seed), device=device)
     rows, spent, began = recipe.train.micro_batch_size, [], time.perf_counter()
     while len(spent) < STEPS + 2 and (len(spent) < 4 or time.perf_counter() - began < SECONDS):
@@ -54,6 +54,6 @@ def time_steps(recipe: Recipe, source: Any, backend: Backend, device: str) -> Ti
 
 
 def open_data(recipe: Recipe) -> Any:
-    """The source of the recipe's batches; what is said on the way goes to stderr, for --json has stdout."""
+    """The source of the recipe's batches; messages go to stderr, since stdout is for --json."""
     with contextlib.redirect_stdout(sys.stderr):
         return token_source.open_data(recipe.data, recipe.model.block_size, recipe.train)

@@ -1,4 +1,4 @@
-"""What a chip can do at most, and what a model asks of it: the two numbers of MFU (model FLOPs utilization)."""
+"""Peak FLOP/s of chips and FLOPs of models: the two numbers of MFU (model FLOPs utilization)."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ from mlxgpt.common.model import params
 
 
 class Chip(NamedTuple):
-    """``float32`` and ``bfloat16`` are dense TFLOP/s, ``bandwidth`` GB/s, ``memory`` the most it is sold with, GB."""
+    """``float32`` and ``bfloat16`` are dense TFLOP/s, ``bandwidth`` GB/s, ``memory`` the largest configuration, GB."""
 
     name: str
     float32: float
@@ -23,7 +23,7 @@ class Chip(NamedTuple):
     utilization: float  # assumed share of the peak that training reaches
 
     def flops(self, dtype: str) -> float:
-        """FLOP/s at the most in a compute dtype."""
+        """Peak FLOP/s in a compute dtype."""
         return 1e12 * (self.bfloat16 if dtype == "bfloat16" else self.float32)
 
 
@@ -56,7 +56,7 @@ CHIPS = dict(
 
 
 def chip_name() -> str:
-    """The chip's name, such as ``Apple M2 Pro``; what the platform calls the processor elsewhere."""
+    """The chip's name, such as ``Apple M2 Pro``; elsewhere the platform's name of the processor."""
     if sys.platform != "darwin":
         return platform.processor() or platform.machine()
     try:
@@ -67,10 +67,10 @@ def chip_name() -> str:
 
 
 def chip_named(asked: str) -> Chip:
-    """The chip of ``--chip``: a key of CHIPS, however it is spaced.
+    """The chip of ``--chip``: a key of CHIPS, in any spacing.
 
     Raises:
-        UserError: none of that name; all are listed.
+        UserError: unknown; lists all names.
     """
     key = asked.lower().strip().replace(" ", "-").replace("_", "-").removeprefix("apple-").removeprefix("nvidia-")
     key = {name.replace("-", ""): name for name in CHIPS}.get(key.replace("-", ""), key)
@@ -80,17 +80,17 @@ def chip_named(asked: str) -> Chip:
 
 
 def chip_of(device: str) -> Chip | None:
-    """The chip that a device of environment.json is; None where it is a CPU or not in the table."""
+    """The chip of a device in environment.json; None for a CPU or an unknown chip."""
     names = {chip.name: chip for chip in CHIPS.values()}
     if device == "cpu":
         return None
-    words = {"A100": "a100", "H100": "h100", "H200": "h200", "4090": "rtx4090"}  # of what CUDA calls its devices
-    card = next((CHIPS[key] for word, key in words.items() if word in device), None)
+    known = {"A100": "a100", "H100": "h100", "H200": "h200", "4090": "rtx4090"}  # part of CUDA's device name
+    card = next((CHIPS[key] for part, key in known.items() if part in device), None)
     return names.get(device) or names.get(chip_name()) or card
 
 
 def peak_flops(device: str) -> float | None:
-    """float32 FLOP/s at the most; None where the device is a CPU or the chip is not in the table."""
+    """Peak float32 FLOP/s; None for a CPU or an unknown chip."""
     chip = chip_of(device)
     return chip and chip.flops("float32")
 

@@ -1,4 +1,4 @@
-"""FLOPs, tokens, hours and money."""
+"""FLOPs, tokens and time of a run."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ _LOOKED_UP = ("wte.weight", "wpe.weight")
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one training token: by the rule of thumb, and counted."""
+    """FLOPs of one training token: by the rule of thumb, and counted."""
 
     rule: float
     exact: float
 
 
 def flops(recipe: Recipe, length: int, rows: int) -> Flops:
-    """FLOPs of a token in rows of ``length``, ``rows`` a step.
+    """FLOPs of a token in rows of ``length``, ``rows`` per step.
 
     rule: 6 N + 12 L H D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). exact: every matrix product
     once forward, once for what it reads and once for its weight if that trains; attention over the positions that a
@@ -45,14 +45,14 @@ def flops(recipe: Recipe, length: int, rows: int) -> Flops:
 
 
 def _seen(length: int, window: int) -> float:
-    """Positions that a token sees on average."""
+    """Positions that a token attends to on average."""
     if not window or window >= length:
         return (length + 1) / 2
     return window - window * (window - 1) / (2 * length)
 
 
 def _update_flops(name: str, shape: tuple[int, ...], recipe: Recipe) -> float:
-    """FLOPs of one update of a tensor: AdamW's dozen an element; Muon's five steps of Newton and Schulz."""
+    """FLOPs of one update of a tensor: about 12 per element for AdamW; five Newton-Schulz steps for Muon."""
     if len(shape) == 2 and recipe.optim.name == "muon" and name.startswith("h."):
         short, long = sorted(shape)
         return 5.0 * (4 * short * short * long + 2 * short**3)

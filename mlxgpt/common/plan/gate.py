@@ -1,4 +1,4 @@
-"""The gate that every training run passes: a plan before it allocates."""
+"""The memory check before every training run: a plan before anything is allocated."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def room(backend: Backend, device: Any) -> dict[str, int]:
 
 @dataclasses.dataclass
 class Gate:
-    """What was planned for a run; ``finish`` holds it against what happened."""
+    """The plan of a run; ``finish`` compares it with what was measured."""
 
     recipe: Recipe
     backend: Backend
@@ -40,12 +40,12 @@ class Gate:
     began: float
 
     def finish(self, run: Path, engine: Any) -> str:
-        """Predicted against measured, in a line and in the run's plan.json."""
+        """Predicted and measured memory in one line; writes the run's plan.json."""
         spent = time.perf_counter() - self.began
         memory = self.memory or plan_memory.plan(self.recipe, self.backend.footprint.footprint)
         measured, how = engine.memory()["peak"], "arrays"
         if (self.backend.name, self.device) == ("torch", "cpu"):
-            # the whole process's, which PyTorch's allocator makes more of than the tensors are
+            # the resident memory of the process, which exceeds PyTorch's tensors
             measured, how = max(0, measured - self.before), "resident"
         made = {
             "predicted_peak": memory.peak,
@@ -58,21 +58,21 @@ class Gate:
             "device": self.device,
         }
         (run / FILE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        more = " (resident, beside the framework itself)" if how == "resident" else ""
+        more = " (resident, without the framework itself)" if how == "resident" else ""
         return f"memory: {plan_show.size(memory.peak)} predicted, {plan_show.size(measured)} measured{more}"
 
 
 def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
-    """Plans a run before it allocates anything.
+    """Plans a run before anything is allocated.
 
     Raises:
-        UserError: it needs more memory than there is, and ``args.force`` is not set; the line says what would fit.
+        UserError: out of memory is predicted, and ``args.force`` is not set; names settings that would fit.
     """
     device = backend.engine.devices.use(args.device)
     described = backend.engine.devices.describe(device)["device"]
     where, measure = room(backend, device), backend.footprint.footprint
     memory = None
-    # shapes alone cost PyTorch seconds of imports: a run that is far from the limit is planned when it is done
+    # shapes alone cost PyTorch seconds of imports: a run far from the limit is planned at its end
     if backend.name == "mlx" or plan_memory.at_most(recipe) > where["limit"] / 2:
         memory = plan_memory.plan(recipe, measure)
         if memory.whole > where["limit"] and not args.force:
@@ -81,7 +81,7 @@ def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
             raise UserError(
                 f"memory: {plan_show.size(memory.whole)} predicted, {plan_show.size(where['limit'])} free: "
                 + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")
-                + "; --force runs it all the same"
+                + "; --force starts it anyway"
             )
     chip = chips.chip_of(described)
     seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip) if chip else None

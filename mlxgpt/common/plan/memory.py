@@ -1,4 +1,4 @@
-"""Bytes: what a framework's footprint says of a training step, by component, and what fits into how much."""
+"""Memory of a training step, by component, from a framework's footprint; and the largest settings that fit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ COMPONENTS = ("weights", "moments", "gradients", "logits", "activations")
 
 
 class Piece(NamedTuple):
-    """Memory that was held at the peak: whose it is, where that is known, the array's shape, and bytes."""
+    """Memory held at the peak: the component, if known, the array's shape, and bytes."""
 
     label: str
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """The most bytes that a step holds at a time, and what they are."""
+    """Peak bytes of a step, and the arrays that they consist of."""
 
     peak: int
     pieces: list[Piece]
@@ -34,7 +34,7 @@ Measure = Callable[[Recipe, int, int, int], Footprint]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training run. ``peak`` is what the framework holds at most; ``copy`` the writer's, on the host."""
+    """Bytes of a training run. ``peak`` is the framework's; ``copy`` the checkpoint writer's, on the host."""
 
     peak: int
     components: dict[str, int]
@@ -42,12 +42,12 @@ class Memory:
 
     @property
     def whole(self) -> int:
-        """What a machine of one memory has to have."""
+        """The need of a machine with unified memory."""
         return self.peak + self.copy
 
 
 def micro_batch(recipe: Recipe) -> tuple[int, int]:
-    """Rows of a micro-batch, and how many make a step."""
+    """Rows of a micro-batch, and micro-batches per step."""
     rows = min(recipe.train.micro_batch_size or recipe.train.batch_size, recipe.train.batch_size)
     return rows, -(-recipe.train.batch_size // rows)
 
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, measure: Measure) -> Memory:
 
 
 def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
-    """Component -> bytes at the peak; they add up to it. A tensor shaped like one that trains is a gradient."""
+    """Component -> bytes at the peak; they sum to it. An array shaped like a trainable tensor counts as a gradient."""
     trains = {param.shape for param in adapters.trainable(recipe).values()}
     trains |= {shape[::-1] for shape in trains}
     vocabulary, chunk = recipe.model.vocab_size, recipe.train.loss_chunk
@@ -82,12 +82,12 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
 
 
 def checkpoint_copy(recipe: Recipe) -> int:
-    """The copy of what trains and its moments that a checkpoint is written from."""
+    """Bytes of the copy of trainable weights and moments that a checkpoint is written from."""
     return 4 * sum(3 * elements(param.shape) for param in adapters.trainable(recipe).values())
 
 
 def elements(shape: tuple[int, ...]) -> int:
-    """Elements."""
+    """Number of elements."""
     return prod(shape)
 
 
@@ -95,7 +95,7 @@ def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
     """Bytes of activations that one more layer adds, kept or recomputed (``again``)."""
     train = dataclasses.replace(recipe.train, checkpoint_activations=again)
     made = []
-    for layers in (6, 8):  # past the layers that MLX frees late
+    for layers in (6, 8):  # beyond the layers that MLX frees late
         model = dataclasses.replace(recipe.model, n_layer=layers, no_rope=(), window_layers=(), window=0)
         plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None)
         rows, _ = micro_batch(recipe)
@@ -109,22 +109,22 @@ def kv_cache(model: ModelConfig, rows: int, tokens: int, itemsize: int) -> int:
 
 
 def at_most(recipe: Recipe) -> int:
-    """More than a step can hold, without looking: a bound that is quick, for runs that are far from any limit.
+    """An upper bound on the memory of a step that is quick to compute, for runs far from any limit.
 
-    Of weights five copies (gradients and what replaces weights and moments included), of each block 48 arrays of its
-    width, 24 of its MLP's and 16 of its attention's, all scores eight times, the logits eight times, in float32.
+    Seven copies of the weights (gradients and the new weights and moments included), for each block 48 arrays of its
+    width, 24 of the MLP's and 16 of the attention's, eight copies of all scores and of the logits, in float32.
     """
     model, tokens = recipe.model, micro_batch(recipe)[0] * length(recipe)
     attention = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     block = tokens * (48 * model.n_embd + 24 * model.n_hidden + 16 * attention + 8 * model.n_head * length(recipe))
-    words = tokens * 8 * model.vocab_size + tokens * 16 * model.n_embd
-    return 4 * (7 * params.count(model) + model.n_layer * block + words) + checkpoint_copy(recipe)
+    head = tokens * 8 * model.vocab_size + tokens * 16 * model.n_embd
+    return 4 * (7 * params.count(model) + model.n_layer * block + head) + checkpoint_copy(recipe)
 
 
 def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096) -> int:
     """Rows of the largest micro-batch whose step stays within ``limit`` bytes; 0 if not even one row does.
 
-    Bytes grow by the same amount a row, so two footprints say where the limit is reached; a third one proves it.
+    Bytes grow linearly with rows, so two footprints predict where the limit is reached; a third one verifies it.
     """
 
     def bytes_of(rows: int) -> int:
@@ -144,7 +144,7 @@ def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096)
 def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> int:
     """The longest row, in tokens, whose step stays within ``limit`` bytes with the micro-batch as it is; 0: none.
 
-    Bytes are a square of the length (attention scores); three footprints say which, and more prove it.
+    Bytes are quadratic in the length (attention scores); three footprints fit the polynomial, more verify the result.
     """
     rows, count = micro_batch(recipe)
 
@@ -165,7 +165,7 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
 
 
 def fitting(recipe: Recipe, measure: Measure, limit: int) -> dict[str, object] | None:
-    """Settings of ``[train]`` with which the recipe stays within ``limit``: a smaller micro-batch, then less kept."""
+    """Settings of ``[train]`` that keep a step within ``limit``: a smaller micro-batch, then recomputed activations."""
     rows, _ = micro_batch(recipe)
     for more in ({}, {"checkpoint_activations": True}):
         if more and recipe.train.checkpoint_activations:

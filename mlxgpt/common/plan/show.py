@@ -13,7 +13,7 @@ Rows = list[tuple[str, str]]
 
 
 def size(count: float) -> str:
-    """Bytes in words: ``1.5 GiB``, ``74.4 MiB``."""
+    """Bytes as text: ``1.50 GiB``, ``74.4 MiB``."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
@@ -26,7 +26,7 @@ def big(number: float) -> str:
 
 
 def rows(result: dict[str, Any]) -> Rows:
-    """What the table says, line by line; an empty label begins a paragraph."""
+    """The lines of the table; an empty label begins a section."""
     memory, machine, made = result["memory"], result["machine"], []
     made += [("", result["title"])]
     trains = result["trainable"]
@@ -59,7 +59,7 @@ def rows(result: dict[str, Any]) -> Rows:
 
 def _time(result: dict[str, Any]) -> str:
     if result["seconds"] is None:
-        return "not known: give --calibrate or --chip"
+        return "unknown: give --calibrate or --chip"
     return f"{result['seconds'] / 3600:,.2f} ({duration(result['seconds'])}), {result['seconds_from']}"
 
 
@@ -97,10 +97,10 @@ def show(lines: Rows) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Finds before the work is done that no plot can be made of it.
+    """Refuses, before any work, a plot that cannot be drawn.
 
     Raises:
-        UserError: the file's ending is not one of a picture, or matplotlib is not there.
+        UserError: the suffix is not an image's, or matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {path}: expected a file ending in .png or .svg")
@@ -109,7 +109,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Memory by component, and loss against compute, as PNG or SVG by the file's ending."""
+    """Memory by component, and loss against compute, as PNG or SVG by the file's suffix."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,7 +11,7 @@ from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.train.job import Job
 
-ROWS = 8  # answered at once
+ROWS = 8  # examples answered at once
 
 
 class Answers:
@@ -44,7 +44,7 @@ class Answers:
         return text_metrics.score(self._tune.metrics, self.answer(rows), references)
 
     def answer(self, rows: Sequence[Example]) -> list[str]:
-        """The model's greedy answer to each row, no longer than the longest reference."""
+        """The model's greedy answer to each example, no longer than the longest reference."""
         longest = max(len(row.last_answer[1]) for row in rows)
         settings = dataclasses.replace(self._sample, temperature=0.0, max_tokens=longest)
         made: list[str] = []
@@ -58,7 +58,7 @@ class Answers:
         return [result.text for result in found]
 
     def _reference(self, row: Example) -> str:
-        """The text of a row's last answer, without the token that ends it."""
+        """The text of an example's last answer, without its end token."""
         tokenizer = self._source.tokenizer
         ids = row.last_answer[1].tolist()
         return tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.special else ids)
@@ -73,7 +73,7 @@ class Answers:
             self._test()
 
     def _sums(self, split: str) -> dict[str, float]:
-        """What the engine adds up over a whole split."""
+        """The engine's sums over a whole split."""
         total: dict[str, float] = {}
         for batch in self._source.split(split):
             for part in batch.split(self._job.recipe.train.micro_batch_size):
@@ -93,7 +93,7 @@ class Answers:
 
 
 def _question(prompt: str, source: SftSource) -> list[int]:
-    """The tokens of a question as rows have it; '' is the first row that validates, or else trains."""
+    """The tokens of a question, rendered as in the examples; '' is the first validation (or training) example."""
     if not prompt:
         return (source.rows("valid") or source.rows("train"))[0].last_answer[0].tolist()
     if source.template:
@@ -102,10 +102,10 @@ def _question(prompt: str, source: SftSource) -> list[int]:
 
 
 def for_splits(recipe: Recipe, source: SftSource) -> Recipe:
-    """The recipe for the splits that there are: without rows that validate nothing is validated.
+    """The recipe for the splits that exist: without validation examples nothing is validated.
 
     Raises:
-        UserError: a setting wants rows that validate, or validations; or sample.prompt cannot be asked.
+        UserError: a setting needs validation examples or validations, or sample.prompt cannot be encoded.
     """
     assert recipe.tune
     tune, train = recipe.tune, recipe.train
@@ -113,7 +113,7 @@ def for_splits(recipe: Recipe, source: SftSource) -> Recipe:
     wanted |= {"tune.keep_best": tune.keep_best} if tune.keep_best != "loss" else {}
     for key, value in wanted.items():
         if value and not source.rows("valid"):
-            raise UserError(f"{key} = {value!r}: no rows to validate on: expected more rows, or a valid.jsonl")
+            raise UserError(f"{key} = {value!r}: no validation examples: expected more examples, or a valid.jsonl")
         if value and not train.eval_every:
             raise UserError(f"{key} = {value!r}: expected train.eval_every, which is 0: nothing is ever validated")
     if recipe.sample.max_tokens and tune.task == "lm" and recipe.sample.prompt:

@@ -1,4 +1,4 @@
-"""How well labels are told: the confusion table that an engine adds up, and the figures that follow from it."""
+"""Metrics of a classifier: the confusion matrix that an engine accumulates, and what follows from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ _KEY = "confusion"
 
 
 def count(batch: Batch, answers: np.ndarray) -> dict[str, float]:
-    """How often a label was answered so, by ``confusion LABEL ANSWER``; answers (B, T), counted where asked."""
+    """Counts by key ``confusion LABEL ANSWER``; answers (B, T), counted at targets only."""
     asked = batch.weights > 0
     pairs, counts = np.unique(np.stack([batch.targets[asked], answers[asked]]), axis=1, return_counts=True)
     return {f"{_KEY} {label} {answer}": float(n) for (label, answer), n in zip(pairs.T, counts, strict=True)}
 
 
 def table(sums: Mapping[str, float], n: int) -> np.ndarray:
-    """(n, n) counts: rows are labels, columns answers."""
+    """(n, n) confusion matrix: rows are labels, columns answers."""
     made = np.zeros((n, n), np.int64)
     for key, value in sums.items():
         if key.startswith(f"{_KEY} "):
@@ -28,7 +28,7 @@ def table(sums: Mapping[str, float], n: int) -> np.ndarray:
 
 
 def figures(sums: Mapping[str, float], n: int) -> dict[str, float]:
-    """``accuracy``, and ``macro_f1``: the mean of the labels' F1, 0 for one that is neither there nor answered."""
+    """``accuracy``, and ``macro_f1``: the mean of the labels' F1, 0 for a label that neither occurs nor is answered."""
     counts = table(sums, n)
     right, given, said = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     f1 = 2 * right / np.maximum(given + said, 1)
@@ -42,7 +42,7 @@ def as_dict(sums: Mapping[str, float], labels: Sequence[str]) -> dict[str, Any]:
 
 
 def lines(sums: Mapping[str, float], labels: Sequence[str], most: int = 20) -> list[str]:
-    """The table to print, with each label's precision, recall and F1; beyond ``most`` labels without the counts."""
+    """The matrix to print, with precision, recall and F1 per label; beyond ``most`` labels without the counts."""
     counts = table(sums, len(labels))
     width = max(7, *(min(len(label), 20) for label in labels)) + 1
     shown = len(labels) <= most

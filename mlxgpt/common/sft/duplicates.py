@@ -1,8 +1,8 @@
-"""Validation rows that training rows give away: the same words, or nearly.
+"""Near-duplicates: validation rows that also occur, nearly or exactly, in the training split.
 
-Rows are sets of three words in a row, without case and punctuation; near is a Jaccard similarity of at least NEAR. The
-pairs are found exactly: of two sets that are near, the rarest |s| - ceil(NEAR |s|) + 1 members of each share one
-(prefix filtering, Chaudhuri et al. 2006), so only pairs that do are compared.
+Rows are compared as sets of word trigrams, without case and punctuation; near means a Jaccard similarity of at least
+NEAR. The search is exact: the rarest |s| - ceil(NEAR |s|) + 1 members of two near sets have one in common (prefix
+filtering, Chaudhuri et al. 2006), so only such pairs are compared.
 """
 
 import math
@@ -23,7 +23,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Pair:
-    """A validation row and the training row that is most like it; ``similarity`` is 1 where the words are the same."""
+    """A validation row and the most similar training row; ``similarity`` is 1 if the words are the same."""
 
     valid: str
     train: str
@@ -35,7 +35,7 @@ class Pair:
 
 
 def near_duplicates(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
-    """For each validation row that has a training row like it, the likest one, in the order of the rows."""
+    """The most similar training row of each validation row that has one, in row order."""
     if not train or not valid:
         return []
     known, asked = ([_shingles(row.words) for row in rows] for rows in (train, valid))
@@ -54,7 +54,7 @@ def near_duplicates(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
 
 
 def _shingles(text: str) -> np.ndarray:
-    """Distinct hashes of every three words in a row; of all words where there are fewer."""
+    """Distinct hashes of the word trigrams; of the whole text if it has fewer words."""
     words = _WORD.findall(text.casefold())
     count = max(1, len(words) - _WORDS + 1)
     return np.unique(np.array([hash(tuple(words[i : i + _WORDS])) for i in range(count)], np.int64))

@@ -1,4 +1,4 @@
-"""How a row becomes tokens, targets and weights, and what became of the rows of a split."""
+"""Turns rows into examples: tokens, targets and weights, truncated to a maximum length."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-_GROUP = 512  # rows tokenised at once
+_GROUP = 512  # rows tokenized at once
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
@@ -24,26 +24,26 @@ def shortened(names: Sequence[str], most: int = 8) -> str:
 
 @dataclass
 class Counts:
-    """What became of a split's rows; a classifier's have one target each."""
+    """Counts of a split; a classifier's examples have one target each."""
 
     rows: int = 0
     tokens: int = 0
     trained: int = 0  # tokens that are targets
     longest: int = 0
-    truncated: int = 0  # rows that lost the left of their prompt
-    cut: int = 0  # rows whose answer alone was too long, and lost its end
+    truncated: int = 0  # rows whose prompt was truncated from the left
+    cut: int = 0  # rows whose answer alone was too long and was truncated from the right
     dropped: int = 0
     lost: int = 0  # tokens
 
 
 @dataclass
 class Encoder:
-    """How a row becomes tokens; ``template`` is None where rows are plain text, ``labels`` where they have none."""
+    """Encodes rows. ``template`` is None for plain text; ``labels`` is empty unless texts are classified."""
 
     tune: TuneConfig
     tokenizer: Tokenizer
     template: Template | None
-    size: int  # tokens of a row at the most
+    size: int  # maximum tokens of an example
     labels: tuple[str, ...] = ()
     label_weights: tuple[float, ...] = ()
 
@@ -53,17 +53,17 @@ class Encoder:
         self.bos_id = ids[0] if len(ids) == 1 else None
 
     def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
-        """The rows in tokens, none longer than ``size``.
+        """The rows as examples, none longer than ``size``.
 
         Raises:
-            UserError: names the row that cannot be rendered, tokenised or fitted, or in which nothing is to be learned.
+            UserError: names the row that cannot be rendered, tokenized or truncated, or that has no target.
         """
         made: list[Example] = []
         counts = Counts(rows=len(rows))
         for start in range(0, len(rows), _GROUP):
             group = rows[start : start + _GROUP]
             if self.labels:
-                found = self._labelled(group, counts)
+                found = self._labeled(group, counts)
             else:
                 found = [self._fitted(where, ids, mask, counts) for where, ids, mask in self._encoded(group)]
             made += [example for example in found if example is not None]
@@ -73,7 +73,7 @@ class Encoder:
         return made, counts
 
     def _encoded(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(where, ids, mask) of each row, or of each answer of it where rows are unrolled."""
+        """(where, ids, mask) of each row, or of each of its answers with tune.unroll."""
         if self.template is None:
             yield from self._plain(rows)
             return
@@ -103,7 +103,7 @@ class Encoder:
             raise UserError(f"{where}: {error}") from None
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Text and the end-of-text token; a prompt's tokens are those that it has alone."""
+        """Text and the end-of-text token; a prompt is tokenized on its own."""
         eos = self.tokenizer.eos_id
         wholes = self._ids(rows, [row.text + (row.answer or "") for row in rows])
         prompts = self._ids(rows, [row.text if row.answer is not None else "" for row in rows])
@@ -118,13 +118,13 @@ class Encoder:
             yield row.where, whole, mask
 
     def _joined(self, row: Row, prompt: np.ndarray) -> np.ndarray:
-        """A prompt's and its answer's tokens, where the text as a whole has one across both."""
+        """Prompt and answer tokenized apart, if a token of the joint text would span both."""
         (answer,) = self._ids([row], [row.answer or ""])
         joined = np.concatenate([prompt, answer])
         if self.tokenizer.decode(joined.tolist()) != row.text + (row.answer or ""):
             raise UserError(
                 f"{row.where}: a token of this {self.tokenizer.kind} tokenizer spans prompt and answer: "
-                "expected the white space between them at the answer's beginning"
+                "expected the white space between them at the start of the answer"
             )
         return joined
 
@@ -140,7 +140,7 @@ class Encoder:
             raise
 
     def _fitted(self, where: str, ids: np.ndarray, mask: np.ndarray, counts: Counts) -> Example | None:
-        """The row in at most ``size`` tokens and a target each; None where it is dropped."""
+        """The row as an example of at most ``size`` tokens; None if it is dropped."""
         excess = len(ids) - (self.size + 1)
         if excess > 0:
             self._too_long(where, len(ids) - 1)
@@ -151,7 +151,7 @@ class Encoder:
             ids, mask = self._cut(ids, mask, excess, counts)
         weights = mask[1:].astype(np.float32)
         if not weights.any():
-            raise UserError(f"{where}: all of its {len(ids)} tokens are masked: expected an answer to learn")
+            raise UserError(f"{where}: all {len(ids)} tokens are masked: expected an answer to train on")
         return Example(where, ids[:-1], ids[1:], weights)
 
     def _too_long(self, where: str, length: int) -> None:
@@ -162,9 +162,9 @@ class Encoder:
             )
 
     def _cut(self, ids: np.ndarray, mask: np.ndarray, excess: int, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """Without the left of what is before the last answer; an answer that lost its beginning is no target any more.
+        """Truncates from the left what precedes the last answer; an answer that loses its start is no longer a target.
 
-        A token that marks the beginning of text stays. An answer that is still too long loses its end.
+        A beginning-of-text token stays. An answer that is still too long is truncated from the right.
         """
         starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
         keep = int(int(ids[0]) == self.bos_id and not mask[0])
@@ -182,8 +182,8 @@ class Encoder:
             ids, mask = ids[: self.size + 1], mask[: self.size + 1]
         return ids, mask
 
-    def _labelled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
-        """Texts, of which the last token is asked for the label; longer ones lose their end."""
+    def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
+        """Texts whose last token predicts the label; longer ones are truncated from the right."""
         made: list[Example | None] = []
         for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
             if not len(ids):
@@ -197,7 +197,7 @@ class Encoder:
                 ids = ids[: self.size]
             if row.label not in self.labels:
                 raise UserError(
-                    f"{row.where}: label {row.label!r}: expected one of the training rows', {shortened(self.labels)}"
+                    f"{row.where}: label {row.label!r}: expected one of the training labels, {shortened(self.labels)}"
                 )
             targets, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
             targets[-1] = self.labels.index(row.label)

@@ -1,4 +1,4 @@
-"""The verb ``data inspect --model``: rows as fine-tuning sees them, with the trained tokens standing out."""
+"""The verb ``data inspect --model``: examples as fine-tuning sees them, with the trained tokens highlighted."""
 
 import json
 from argparse import Namespace
@@ -16,13 +16,13 @@ from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers.load import load_last
 
-_MARKS = ("[[", "]]")  # around what is trained, where there is no color
+_MARKS = ("[[", "]]")  # around trained tokens, without color
 
 
-def inspect_rows(args: Namespace) -> int:
+def inspect_examples(args: Namespace) -> int:
     """``data inspect DATA --model DIR [--rows N] [--set tune.KEY=VALUE] [--json]``."""
     if args.tokenizer:
-        raise UserError("--tokenizer goes with a corpus: rows are shown in the tokens of --model")
+        raise UserError("--tokenizer: only for a corpus; examples are shown in the tokens of --model")
     place, adapters = base_and_adapters.find_base(args.model)
     tokenizer = load_last([place, *(each for each, _ in adapters)])
     if tokenizer is None:
@@ -49,20 +49,20 @@ def inspect_rows(args: Namespace) -> int:
 
 
 def _table(source: SftSource) -> None:
-    """A line a split."""
+    """A line per split."""
     print(
-        f"\n{'split':<8}{'rows':>9}{'tokens':>12}{'trained':>12}{'longest':>9}{'truncated':>11}{'cut':>7}{'dropped':>9}"
+        f"\n{'split':<8}{'examples':>9}{'tokens':>12}{'trained':>12}{'longest':>9}{'truncated':>11}{'cut':>7}{'dropped':>9}"
     )
     for name, count in source.counts.items():
         if count.rows:
             figures = f"{count.longest:>9,}{count.truncated:>11,}{count.cut:>7,}{count.dropped:>9,}"
             print(f"{name:<8}{count.rows:>9,}{count.tokens:>12,}{count.trained:>12,}{figures}")
             if count.lost:
-                print(f"{'':<8}{count.lost:,} tokens lost to rows longer than {source.encoder.size}")
+                print(f"{'':<8}{count.lost:,} tokens lost from examples longer than {source.encoder.size}")
 
 
 def runs(source: SftSource, row: Example) -> list[tuple[bool, str]]:
-    """The row's text in pieces, each with whether it is trained on."""
+    """The example's text in pieces of (trained, text)."""
     if source.labels:
         return [(False, source.tokenizer.decode(row.tokens.tolist()))]
     ids = np.append(row.tokens, row.targets[-1])
@@ -86,7 +86,7 @@ def _as_dict(source: SftSource, row: Example) -> dict[str, Any]:
 
 
 def _shown(source: SftSource, row: Example, colored: bool) -> Text:
-    """A heading, and the row with its trained tokens in color or between marks."""
+    """A heading, and the example with its trained tokens in color or between marks."""
     label = f", label {_label(source, row)}" if source.labels else ""
     text = Text(f"{row.where}: {len(row):,} tokens, {np.count_nonzero(row.weights):,} trained{label}\n", style="bold")
     for trained, piece in runs(source, row):

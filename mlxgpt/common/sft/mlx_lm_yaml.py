@@ -1,7 +1,7 @@
-"""An mlx-lm LoRA config (`mlx_lm.lora --config FILE.yaml`) as settings of finetune, read as it is.
+"""Reads an mlx-lm LoRA config (`mlx_lm.lora --config FILE.yaml`) as settings of finetune.
 
-What it leaves out has mlx-lm's default, not ours: the file means here what it means there. Settings that it has and
-we do not are refused by name; where the same name means something else here, a line says so.
+Omitted keys have mlx-lm's defaults, not ours, so the file means the same here. Settings that we do not have are
+refused by name; a note says where the same name means something else here.
 """
 
 import re
@@ -42,7 +42,7 @@ Sections = dict[str, dict[str, Any]]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers, as mlx-lm reads them: 1e-5 is one."""
+    """YAML 1.2's numbers, as mlx-lm reads them: 1e-5 is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -54,12 +54,12 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Config:
-    """A file's settings in our words. ``notes`` are lines to be said."""
+    """A file's settings under our names. ``notes`` are lines to print."""
 
     sections: Sections
     out: str
     layers: int  # the last n blocks that train; -1 = all
-    chosen: bool  # the file says it: the default's 16 are as many as there are
+    chosen: bool  # the file sets it; the default of 16 means all layers of a smaller model
     notes: tuple[str, ...]
 
 
@@ -67,7 +67,7 @@ def read_config(path: Path) -> Config:
     """The settings of a YAML file.
 
     Raises:
-        UserError: not YAML, an unknown key (with the nearest), a value of the wrong kind, or what we do not have.
+        UserError: not YAML, an unknown key (with the nearest), a value of the wrong type, or an unsupported setting.
     """
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -90,7 +90,7 @@ def read_config(path: Path) -> Config:
 
 
 class _Reader:
-    """The values of one file, each checked as it is taken."""
+    """The values of one file, each checked when it is read."""
 
     def __init__(self, path: Path, values: dict[str, Any], given: dict[str, Any]):
         self._path, self._values, self._given = path, values, given
@@ -122,14 +122,14 @@ class _Reader:
         return value
 
     def config(self) -> Config:
-        """All of it."""
+        """All settings."""
         values = self._values
         if not self._flag("train"):
             raise self._fail("train", False, "true: mlxgpt eval scores a model")
         if values["fine_tune_type"] not in _TYPES:
             raise self._fail("fine_tune_type", values["fine_tune_type"], "lora, dora or full")
         if self._flag("trust_remote_code"):
-            raise self._fail("trust_remote_code", True, "false: no code of a model's repository is ever run")
+            raise self._fail("trust_remote_code", True, "false: code of a model's repository is never run")
         optim, every = self._optim(), self._whole("grad_accumulation_steps", 1)
         steps = self._whole("iters", 1) // every
         if not steps:
@@ -164,7 +164,7 @@ class _Reader:
             "adapter": self._text("resume_adapter_file"),
         }
         self._notes.append(
-            f"batch_size: {batch} rows, as in mlx-lm; --set tune.packing=true is faster: {batch} rows of tokens"
+            f"batch_size: {batch} rows, as in mlx-lm; --set tune.packing=true is faster: {batch} packed rows"
         )
         if values["mask_prompt"]:
             self._notes.append("mask_prompt: every turn of the assistant is trained, not only the last")
@@ -208,7 +208,7 @@ class _Reader:
         elif not options.get("bias_correction"):
             self._notes.append(
                 f"optimizer: {name} corrects its bias here, as in PyTorch; mlx-lm does not by default, and its first "
-                "steps are up to 3 times as long"
+                "updates are up to 3 times as large"
             )
         return made
 
@@ -232,9 +232,9 @@ class _Reader:
             else (numbers[0], numbers[2], numbers[1])
         )
         warmup = int(self._number("lr_schedule.warmup", given.get("warmup", 0), whole=True))
-        # mlx-lm's schedules advance with the updates
+        # mlx-lm's schedules count updates
         if length not in (steps, steps - warmup, steps * every):
-            raise self._fail("lr_schedule.arguments", arguments, f"{steps} steps: the decay ends with the run here")
+            raise self._fail("lr_schedule.arguments", arguments, f"{steps} steps: the decay ends with the run")
         if self._number("lr_schedule.warmup_init", given.get("warmup_init", 0.0)):
             self._notes.append("lr_schedule.warmup_init: the warm-up starts at the peak / warmup here")
         if warmup and length == steps:

@@ -1,8 +1,8 @@
-"""Rows of tokens into batches: several rows side by side in one (packing), or rows of like length padded.
+"""Examples into batches: several in one bin (packing), or one each, of similar length, padded.
 
-Packed rows have numbers (``segments``, from 1; 0 is padding) and positions that start at 0 in each: a row sees itself
-alone, and its losses are those that it has alone. An epoch's plan is a pure function of (seed, epoch): a permutation,
-cut into windows, each packed first-fit-decreasing, and the bins in a drawn order.
+Packed examples have segment ids (from 1; 0 is padding) and positions that start at 0 in each: an example attends to
+itself only, and has the losses that it has alone. An epoch's plan is a pure function of (seed, epoch): a permutation,
+cut into windows, each packed first-fit-decreasing, and the bins shuffled.
 
 B bins of a batch, T tokens of a bin.
 """
@@ -16,14 +16,14 @@ import numpy as np
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 
-_WINDOW = 64  # bins that a window fills: enough for a good fit, few enough for chance
+_WINDOW = 64  # bins per window: enough for a good fit, few enough to keep the order random
 Plan = list[tuple[int, ...]]
-"""The rows of each bin."""
+"""The examples of each bin, by index."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row for the model. Where ``weights`` is 0 nothing is asked."""
+    """One row in tokens. Positions with weight 0 are not targets."""
 
     where: str  # file and row
     tokens: np.ndarray  # (n,) int32
@@ -35,7 +35,7 @@ class Example:
 
     @property
     def last_answer(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens before the last answer, and those of the answer."""
+        """The tokens before the last answer, and the answer's tokens."""
         asked = np.flatnonzero(self.weights)
         gaps = np.flatnonzero(np.diff(asked) > 1)
         start, stop = int(asked[gaps[-1] + 1] if len(gaps) else asked[0]), int(asked[-1]) + 1
@@ -43,7 +43,7 @@ class Example:
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, size: int) -> Plan:
-    """Rows in bins of ``size`` tokens: windows of ``order``, in each the longest first into the first bin with room."""
+    """Examples in bins of ``size`` tokens: in each window of ``order``, longest first into the first bin with room."""
     plan: Plan = []
     filled = np.cumsum(lengths[order]) // (_WINDOW * size)
     for window in np.split(order, np.flatnonzero(np.diff(filled)) + 1):
@@ -84,7 +84,7 @@ def _named(places: list[str]) -> str:
 
 
 def padded_plan(lengths: np.ndarray, order: np.ndarray, rows: int) -> list[Plan]:
-    """Batches of up to ``rows`` rows, one a bin, of like length: windows of ``order``, each sorted by length."""
+    """Batches of up to ``rows`` examples of similar length, one per bin: windows of ``order``, sorted by length."""
     made = []
     for start in range(0, len(order), _WINDOW * rows):
         window = order[start : start + _WINDOW * rows]
@@ -94,7 +94,7 @@ def padded_plan(lengths: np.ndarray, order: np.ndarray, rows: int) -> list[Plan]
 
 
 def bucket(length: int, most: int) -> int:
-    """``length`` rounded up to 32, 48, 64, 96, 128, 192 ...: two shapes a doubling, so that compilations are few."""
+    """``length`` rounded up to 32, 48, 64, 96, 128, 192 ...: two shapes per doubling, so that compilations are few."""
     size = 32
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -102,19 +102,19 @@ def bucket(length: int, most: int) -> int:
 
 
 def padded_batch(examples: Sequence[Example], bins: Plan, most: int) -> Batch:
-    """A batch of one row a bin, padded on the right to the bucket of the longest."""
+    """A batch of one example per bin, padded on the right to the bucket of the longest."""
     size = bucket(max(len(examples[row]) for (row,) in bins), most)
     batch = packed_batch(examples, bins, size)
     return Batch(batch.tokens, batch.targets, batch.weights, row_ids=batch.row_ids)
 
 
 def shuffled(plan: list, seed: int, epoch: int) -> list:
-    """The plan in an order drawn for the epoch."""
+    """The plan, shuffled for the epoch."""
     return [plan[n] for n in rng.permutation(seed, "sft bins", epoch, count=len(plan))]
 
 
 def digest(examples: Sequence[Example], *plans: object) -> str:
-    """sha256 of all that is trained on, and of what it was planned into."""
+    """sha256 of the examples and of their plans."""
     total = hashlib.sha256()
     for example in examples:
         for array in (example.tokens, example.targets, example.weights):

@@ -1,4 +1,4 @@
-"""The instruction set that every Python carries: "What does os.path.join do?" and its docstring's first paragraph.
+"""An instruction data set from Python's own docstrings: "What does os.path.join do?" and the first paragraph.
 
 Made from the documents of pydocs.py, so nothing is imported and nothing downloaded; private names are left out.
 """
@@ -15,7 +15,7 @@ from mlxgpt.common.data.prepare import cache_folder
 from mlxgpt.common.files import atomic_write
 
 NAME = "pydocs-qa"
-LONGEST = 240  # characters of an answer; longer first paragraphs explain rather than say
+LONGEST = 240  # characters of an answer; longer first paragraphs do not answer the question
 _WORDS = re.compile(r"[A-Za-z]{2,}")
 
 

@@ -1,7 +1,7 @@
-"""Rows to fine-tune on, as people have them, in one form: a text, a prompt and its answer, messages, or a label.
+"""Reads fine-tuning data in the common formats as rows: a text, a prompt and its answer, messages, or a label.
 
 A folder is mlx-lm's: train.jsonl, and valid.jsonl and test.jsonl where they exist. One file is split by a hash of each
-row, so a row stays on its side when others come or go. What a row holds is told by the first row's keys, in mlx-lm's
+row, so a row stays in its split when others are added or removed. The first row's keys select the format, in mlx-lm's
 order (prompt and completion, messages, text), then Alpaca's and ShareGPT's; rows without those keys are errors. Every
 message names file and row; rows of .csv, .tsv, .json and .parquet count from 1 without a header.
 """
@@ -48,13 +48,13 @@ class Row:
 
     @property
     def hash(self) -> int:
-        """64 bits of all that the row says."""
+        """64 bits of a hash of the content."""
         content = json.dumps([self.text, self.answer, self.messages, self.tools, self.label], sort_keys=True)
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
     @property
     def words(self) -> str:
-        """All that the row says, for comparing rows."""
+        """All text of the row, for comparing rows."""
         turns = [str(message.get("content", "")) for message in self.messages]
         return "\n".join([self.text, self.answer or "", *turns])
 
@@ -73,7 +73,7 @@ def open_rows(tune: TuneConfig) -> Rows:
     """All rows of ``tune.source``.
 
     Raises:
-        UserError: nothing there, a damaged file, or a row that is not as the others; file and row are named.
+        UserError: no file, a damaged file, or a row in another format; names file and row.
     """
     if not tune.source:
         raise UserError("tune.source is empty: expected a folder with train.jsonl, or one of " + " ".join(SUFFIXES))
@@ -95,14 +95,14 @@ def open_rows(tune: TuneConfig) -> Rows:
     if not splits["valid"]:
         splits["train"], splits["valid"] = split_rows(splits["train"], tune.val_fraction)
         if not splits["valid"]:
-            notes.append(f"{path}: one row: it trains, and nothing is left to validate on")
+            notes.append(f"{path}: only one example: it is trained on, and none is left for validation")
     return Rows(kind, splits, digest, notes)
 
 
 def split_rows(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """(train, valid): a row validates when its hash is below ``fraction`` of all hashes.
+    """(train, valid): a row is in the validation split if its hash is below ``fraction`` of the hash range.
 
-    Where that is true of none or of all, the rows with the smallest hash validate; rows of one hash stay together.
+    If that selects none or all, the rows with the smallest hash are; rows with equal hashes stay together.
     """
     hashes = [row.hash for row in rows]
     smallest, largest = min(hashes), max(hashes)
@@ -124,11 +124,11 @@ def _files(path: Path) -> dict[str, Path]:
                 others = {split: path / f"{split}{suffix}" for split in SPLITS}
                 return {split: file for split, file in others.items() if file.is_file()}
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path}: found {found}: expected train.jsonl, with valid.jsonl and test.jsonl where there are")
+        raise UserError(f"{path}: found {found}: expected train.jsonl, and optionally valid.jsonl and test.jsonl")
     if not path.is_file():
-        raise UserError(f"{path}: no such file or folder: expected rows to fine-tune on")
+        raise UserError(f"{path}: no such file or folder: expected data to fine-tune on")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: cannot tell what {path.suffix or 'this'} holds: expected {' '.join(SUFFIXES)}")
+        raise UserError(f"{path}: unknown format {path.suffix or 'without a suffix'}: expected {' '.join(SUFFIXES)}")
     return {"train": path}
 
 
@@ -175,7 +175,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, object]]:
             if names is None:
                 names = fields
                 if len(set(names)) < len(names):
-                    raise UserError(f"{path}: two columns of one name: {', '.join(names[:8])}")
+                    raise UserError(f"{path}: duplicate column names: {', '.join(names[:8])}")
                 continue
             number += 1
             if len(fields) != len(names):
@@ -191,7 +191,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _detect(first: tuple[str, dict[str, Any]], tune: TuneConfig) -> str:
-    """The format that the first row's keys tell."""
+    """The format, by the first row's keys."""
     where, row = first
     for kind, keys in _keys(tune).items():
         if all(key in row for key in keys):
@@ -280,7 +280,7 @@ def _sharegpt_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
 
 
 def text_to_classify(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
-    """A row whose label may not be known."""
+    """A row with or without a label."""
     if tune.label_key in row:
         return _label_row(row, where, tune)
     return Row(where, text=_string(row, tune.text_key, where))
@@ -306,7 +306,7 @@ _FORMATS: dict[str, Callable[[dict[str, Any], str, TuneConfig], Row]] = {
 
 def _list(row: dict[str, Any], key: str, where: str) -> list[Any]:
     value = _value(row, key, where)
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a table's cell
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table
         value = parse_json(value, f"{where}: {key}")
     if not isinstance(value, list):
         raise UserError(f"{where}: {key} is {_shown(value)}: expected a list of messages")
@@ -335,7 +335,7 @@ def _messages(messages: list[Any], where: str) -> tuple[dict[str, Any], ...]:
         _unicode(json.dumps(message, ensure_ascii=False), place)
         made.append(message)
     if not any(message["role"] == "assistant" for message in made):
-        raise UserError(f"{where}: no assistant turn: expected at least one to learn from")
+        raise UserError(f"{where}: no assistant turn: expected at least one to train on")
     return tuple(made)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning: recipes/finetune.toml, over it --config (TOML, or an mlx-lm YAML), flags and --set."""
+"""The settings of fine-tuning: recipes/finetune.toml, over it --config (TOML, or an mlx-lm YAML), flags and --set."""
 
 import dataclasses
 from argparse import Namespace
@@ -13,16 +13,16 @@ from mlxgpt.common.sft import pydocs_qa
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.train import schedule
 
-FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # of method full, where nothing else is said (Taori 2023, Alpaca)
+FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # defaults of method full (Taori 2023, Alpaca)
 Sections = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What the user asked for, before model and data are looked at.
+    """What the user asked for, before model and data are opened.
 
-    ``written`` is what was said, without the shipped recipe; ``layers`` is mlx-lm's num_layers, with what it means if
-    the model has fewer.
+    ``written`` is without the shipped recipe; ``layers`` is mlx-lm's num_layers, and ``layers_said`` whether the file
+    sets it.
     """
 
     sections: Sections
@@ -56,7 +56,7 @@ def gather(args: Namespace) -> Chosen:
             written = read_toml(path)
     check_sections(written, where)
     if args.epochs:
-        written.get("train", {}).pop("steps", None)  # the flag beats the file
+        written.get("train", {}).pop("steps", None)  # the flag overrides the file
     flags = {
         "tune.model": args.model,
         "tune.adapter": args.adapter,
@@ -83,12 +83,12 @@ def gather(args: Namespace) -> Chosen:
 
 
 def check_sections(sections: Sections, where: str) -> None:
-    """Refuses by name what pre-training reads.
+    """Refuses the sections of pre-training.
 
     Raises:
         UserError: [data] or [model] is among them.
     """
-    for section, instead in (("data", "rows are settings of [tune]"), ("model", "the model is the one of --model")):
+    for section, instead in (("data", "the data are settings of [tune]"), ("model", "the model is the one of --model")):
         if section in sections:
             raise UserError(f"{where}: [{section}]: of mlxgpt train; in fine-tuning {instead}")
 

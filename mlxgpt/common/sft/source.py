@@ -1,4 +1,4 @@
-"""Rows to fine-tune on as the trainer's source of batches: read, rendered, tokenised, fitted and packed.
+"""Fine-tuning examples as a source of batches: read, rendered, tokenized, truncated and packed.
 
 ``open_source`` makes it and prints what became of the examples; SftSource.counts has the numbers.
 """
@@ -25,15 +25,15 @@ from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-_LONGEST = 2048  # tokens of a row where nothing is said
+_LONGEST = 2048  # default limit on the tokens of an example
 
 
 @dataclass
 class SftSource:
-    """batch.Source over rows.
+    """batch.Source over examples.
 
-    A batch is ``batch_size`` bins of ``size`` tokens where rows are packed, else ``batch_size`` rows; none crosses the
-    end of an epoch, so an epoch's last one may be smaller. ``added``: tokens that the tokenizer was given.
+    A batch is ``batch_size`` bins of ``size`` tokens if examples are packed, else ``batch_size`` examples; none crosses
+    the end of an epoch, so an epoch's last one may be smaller. ``added``: tokens added to the tokenizer.
     """
 
     train: TrainConfig
@@ -55,12 +55,12 @@ class SftSource:
 
     @property
     def template(self) -> Template | None:
-        """The chat template that rows were rendered with."""
+        """The chat template that rendered the examples."""
         return self.encoder.template
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Of classification: the labels in the order of their numbers."""
+        """For classification: the labels, in the order of their class ids."""
         return self.encoder.labels
 
     @property
@@ -83,11 +83,11 @@ class SftSource:
         return self._build("train", self._plan(epoch)[place])
 
     def validation(self) -> Iterator[Batch]:
-        """The validation batches, the same each time: every row once, or ``eval_batches`` evenly spaced batches."""
+        """The validation batches, the same each time: every example once, or ``eval_batches`` evenly spaced batches."""
         yield from self.split("valid")
 
     def split(self, name: str) -> Iterator[Batch]:
-        """The same of ``valid`` or ``test``; nothing where it has no rows."""
+        """The same for ``valid`` or ``test``; nothing if the split is empty."""
         plans = self._batches(name, np.arange(len(self.examples[name])))
         most = self.train.eval_batches
         if 0 < most < len(plans):
@@ -96,12 +96,12 @@ class SftSource:
             yield self._build(name, plan)
 
     def rows(self, split: str) -> list[Example]:
-        """A split's rows in tokens; Example.last_answer has what is asked and what is the answer."""
+        """A split's examples; Example.last_answer separates the prompt from the answer."""
         return self.examples[split]
 
     @property
     def real_share(self) -> float:
-        """The share of the first epoch's positions that hold a token of a row."""
+        """The share of the first epoch's positions that hold a token of an example, not padding."""
         rows, places = self.examples["train"], 0
         for plan in self._plan(0):
             longest = max(len(rows[row]) for (row, *_) in plan)
@@ -109,7 +109,7 @@ class SftSource:
         return sum(map(len, rows)) / places
 
     def describe(self) -> dict[str, object]:
-        """What the rows became, for --json and metrics."""
+        """Counts and settings, for --json and environment.json."""
         splits = {name: vars(counts) for name, counts in self.counts.items() if counts.rows}
         share = self.counts["train"].trained / self.counts["train"].tokens
         return {
@@ -142,7 +142,7 @@ class SftSource:
         return self._plans[epoch]
 
     def _batches(self, split: str, order: np.ndarray, epoch: int | None = None) -> list[pack.Plan]:
-        """Batches of the rows in ``order``; an ``epoch`` has an order of its own."""
+        """Batches of the examples in ``order``; with ``epoch``, their order is shuffled."""
         rows, lengths = self.train.batch_size, np.array([len(example) for example in self.examples[split]], np.int64)
         if not len(order):
             return []
@@ -167,13 +167,13 @@ def open_source(
     say: Callable[[str], None] = print,
     labels: Sequence[str] = (),
 ) -> SftSource:
-    """The rows of ``tune.source`` as batches for a model of ``config``.
+    """The examples of ``tune.source`` as batches for a model of ``config``.
 
-    ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: ChatML's, where rows are conversations and it has
-    no template. ``labels``: of a classifier that is trained on; else they are those of the training rows, sorted.
+    ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: those of ChatML, if examples are conversations and
+    it has no template. ``labels``: those of an existing classifier; by default the sorted labels of the training split.
 
     Raises:
-        UserError: anything wrong with source, rows, template or window.
+        UserError: anything wrong with source, examples, template or window.
     """
     rows = sft_rows.open_rows(tune)
     size = tune.block_size or min(config.block_size, _LONGEST)
@@ -189,7 +189,7 @@ def open_source(
     for split, held in rows.splits.items():
         examples[split], counts[split] = encoder.examples(held)
     if not examples["train"]:
-        longest = f"all {counts['train'].dropped} training rows are longer than {size} tokens"
+        longest = f"all {counts['train'].dropped} training examples are longer than {size} tokens"
         raise UserError(f"{tune.source}: {longest}: nothing is left to train on (tune.overflow = drop)")
     if tune.packing:
         size = min(size, _bin(tune.block_size, examples))
@@ -205,7 +205,7 @@ def open_source(
 
 
 def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
-    """Tokens of a bin: what is asked for, else six average rows; at least the longest row, no more than all fill."""
+    """Tokens of a bin: ``asked``, else six average examples; at least the longest one, at most all of them together."""
     lengths = [len(example) for example in examples["train"]]
     longest = max(len(example) for held in examples.values() for example in held)
     wanted = asked or 6 * sum(lengths) // len(lengths)
@@ -215,7 +215,7 @@ def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
 def choose_template(
     tune: TuneConfig, rows: sft_rows.Rows, tokenizer: Tokenizer
 ) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
-    """The template for the rows, the tokenizer with it, and the tokens that it was given for that."""
+    """The template for the examples, the tokenizer with it, and the tokens that were added for it."""
     if rows.format == "text":
         return None, tokenizer, ()
     where = f"{tune.model}: chat template" if tune.model else "chat template"
@@ -224,7 +224,7 @@ def choose_template(
         return own, tokenizer, ()
     if tune.template in ("auto", "chatml"):
         known = tokenizer.encode("".join(sft_template.CHATML_TOKENS))
-        with_them = sft_template.extend(tokenizer)
+        with_them = sft_template.with_chatml(tokenizer)
         added = () if len(known) == 2 and set(known) <= tokenizer.special else sft_template.CHATML_TOKENS
         return sft_template.template_of(with_them, "ChatML", tune.date), with_them, added
     path = Path(tune.template).expanduser()
@@ -235,23 +235,25 @@ def choose_template(
 
 
 def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Labels in order (numbers as numbers), and the weight of each: 1, or inverse to its share and 1 on average."""
+    """Labels in order (integers numerically), and their weights: 1, or inversely proportional to frequency, mean 1."""
     found = [row.label or "" for row in rows]
     names = set(found)
     numbers = all(name.lstrip("-").isdecimal() for name in names)
     labels = tuple(known) or tuple(sorted(names, key=int) if numbers else sorted(names))
     if len(labels) < 2:
-        raise UserError(f"{tune.source}: one label, {found[0]!r}: expected at least two to tell apart")
+        raise UserError(f"{tune.source}: only one label, {found[0]!r}: expected at least two")
     if tune.class_weights == "none":
         return labels, (1.0,) * len(labels)
     for label in labels:
         if label not in names:
-            raise UserError(f"{tune.source}: no training row has the label {label!r}, which tune.class_weights needs")
+            raise UserError(
+                f"{tune.source}: no training example has the label {label!r}, which tune.class_weights needs"
+            )
     return labels, tuple(len(found) / (len(labels) * found.count(label)) for label in labels)
 
 
 def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator[str]:
-    """What is worth knowing before it trains."""
+    """Lines about the examples, printed before training."""
     counts = source.counts
     sizes = ", ".join(f"{counts[name].rows - counts[name].dropped:,} {name}" for name in counts if counts[name].rows)
     train = counts["train"]
@@ -259,32 +261,32 @@ def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator
     if source.labels:
         found = Counter(row.label for row in rows.splits["train"])
         share = "labels " + shortened([f"{label} ({found[label]:,})" for label in source.labels])
-    yield f"rows: {tune.source}: {rows.format}: {sizes}; {share}"
-    longer = f"rows are longer than {source.encoder.size} tokens"
+    yield f"examples: {tune.source}: {rows.format}: {sizes}; {share}"
+    longer = f"examples are longer than {source.encoder.size} tokens"
     for name, count in counts.items():
         if count.truncated:
-            yield f"{name}: {count.truncated:,} {longer}: what is asked loses its beginning"
+            yield f"{name}: {count.truncated:,} {longer}: truncated from the left"
         if count.cut:
             alone = "" if source.labels or rows.format == "text" else " in the answer alone"
-            yield f"{name}: {count.cut:,} {longer}{alone}: they lose their end"
+            yield f"{name}: {count.cut:,} {longer}{alone}: truncated from the right"
         if count.dropped:
             yield f"{name}: {count.dropped:,} {longer}: dropped"
     if source.duplicates:
         first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
-        known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation rows have a training row like them"
-        yield f"near-duplicates: {known}: {first}"
+        known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation examples"
+        yield f"near-duplicates: {known} have a similar training example: {first}"
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
         yield from _unwritten(source.template, rows.splits["train"])
-    form = f"packed into rows of {source.size}" if source.packing else "padded by length"
+    form = f"packed into {source.size} tokens" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
     yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
 
 
 def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for ``tools`` and one for ``tool_calls`` where rows have them and the template leaves them out."""
+    """A line for ``tools`` and one for ``tool_calls`` if examples have them and the template omits them."""
     given = next((row for row in rows if row.tools), None)
     called = next((row for row in rows if any(message.get("tool_calls") for message in row.messages)), None)
     for key, found in (("tools", given), ("tool_calls", called)):
@@ -296,6 +298,6 @@ def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
             whole = template.render(row.messages, row.tools)
             without = template.render(bare, () if key == "tools" else row.tools)
         except UserError:
-            continue  # it cannot do without, or wants rows unrolled
+            continue  # the template requires them, or needs tune.unroll
         if whole == without:
-            yield f"{row.where}: {key}: {template.name} does not write them: nothing of them is trained on"
+            yield f"{row.where}: {key}: {template.name} does not write them, so they are not trained on"

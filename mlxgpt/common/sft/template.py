@@ -1,10 +1,10 @@
-"""Chat templates and the tokens of an assistant's turns, found exactly or refused.
+"""Chat templates, and the tokens of the assistant's turns: located exactly, or refused.
 
 A template is the tokenizer's own (jinja2, sandboxed, with what transformers gives it), or ChatML. A conversation is
-rendered and tokenised whole, so its ids are those of transformers' apply_chat_template. An assistant's turn begins
-where the generation prompt ends and goes on to the template's end-of-turn token, which is part of it. Both are taken
-only if the tokens prove them: what is before the turn must have, alone, the same ids that it has in the whole - that
-is what the model sees when it is asked. Templates that mark turns with {% generation %} tell the places themselves.
+rendered and tokenized whole, so its ids are those of transformers' apply_chat_template. An assistant's turn begins
+after the generation prompt and ends with the template's end-of-turn token. Both are accepted only if the ids of the
+text before the turn, tokenized alone, are a prefix of the whole: at inference the model sees that prefix. Templates
+that mark turns with {% generation %} give the positions themselves.
 """
 
 import functools
@@ -30,16 +30,16 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_BEGIN, _END = "\ufdd0", "\ufdd1"  # never characters: around what {% generation %} encloses
-_SAID = "2f6b51c8"  # an answer that no template changes
-_UNROLL = "tune.unroll = true makes a row of each answer with what precedes it"
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, around what {% generation %} encloses
+_SAID = "2f6b51c8"  # an answer that no template alters
+_UNROLL = "tune.unroll = true makes an example of each answer and what precedes it"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 Messages = Sequence[dict[str, Any]]
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}: what it encloses, between _BEGIN and _END where the environment is to mark it."""
+    """{% generation %}: what it encloses, between _BEGIN and _END if the environment has marks."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
 
@@ -64,7 +64,7 @@ def _tojson(
 
 @functools.lru_cache(16)
 def _compile(source: str, marks: bool) -> jinja2.Template:
-    """The template, in the environment that transformers compiles it in."""
+    """The template, compiled as transformers does."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -76,23 +76,23 @@ def _compile(source: str, marks: bool) -> jinja2.Template:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation in tokens: ``mask`` is True where a token is an assistant's."""
+    """A conversation in tokens; ``mask`` is True for the assistant's."""
 
     ids: np.ndarray  # (n,) int32
     mask: np.ndarray  # (n,) bool
 
 
 class Template:
-    """A chat template and the tokenizer that it goes with.
+    """A chat template and its tokenizer.
 
     Args:
-        sources: jinja by name; ``tool_use`` is taken where a conversation has tools, else ``default``.
-        special: bos_token and its like, which templates write.
+        sources: jinja by name; ``tool_use`` for conversations with tools, else ``default``.
+        special: bos_token and the like, which templates write.
         name: for messages.
-        date: the day that the template may write, as 2026-11-25; else it is today.
+        date: the date that templates may write, such as 2026-11-25; default: today.
 
     Raises:
-        UserError: no jinja, or what it raises.
+        UserError: not jinja, or an error of the template.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Template:
     def render(
         self, messages: Messages, tools: Messages = (), generation: bool = False, marks: bool = False, **more: Any
     ) -> str:
-        """The text of a conversation; ``generation`` adds what an answer begins with.
+        """The text of a conversation; ``generation`` adds the generation prompt.
 
         Raises:
-            UserError: what the template raises.
+            UserError: an error of the template.
         """
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
@@ -154,19 +154,19 @@ class Template:
         found = next((token for token in self.tokenizer.encode(tail) if token in special), None)
         if found is None:
             raise UserError(
-                f"{self.name}: after an answer comes {tail[:40]!r}: expected a special token, at which to stop"
+                f"{self.name}: an answer is followed by {tail[:40]!r}: expected a special token that ends it"
             )
         return found
 
     def encode_turns(
         self, conversations: Sequence[tuple[str, Messages, Messages]], last_only: bool = False
     ) -> list[Encoded]:
-        """Tokens and assistant masks of (where, messages, tools); ``last_only``: only the last turn is the assistant's.
+        """Tokens and assistant masks of (where, messages, tools); ``last_only``: train only the last turn.
 
-        Where template and answer would share a token, the tokens are cut there, as generation cuts them.
+        If template and answer would share a token, the text is split there, as it is in generation.
 
         Raises:
-            UserError: names the row whose turns cannot be found exactly.
+            UserError: names the row whose turns cannot be located exactly.
         """
         plans = [self._plan(where, messages, tools, last_only) for where, messages, tools in conversations]
         texts = list(dict.fromkeys(text for plan in plans for text in plan))
@@ -177,27 +177,27 @@ class Template:
             ids = [encoded[text] for text in plan]
             while isinstance(found := self._masked(where, plan, ids), int):
                 if found in cuts:
-                    raise UserError(f"{where}: {self.name}: no token begins where an answer does: expected one")
+                    raise UserError(f"{where}: {self.name}: no token boundary at the start of an answer")
                 cuts.append(found)
                 ids = [self._encode_cut(text, cuts) for text in plan]
             as_whole = self.tokenizer.decode(encoded[plan[0]].tolist()) if cuts else ""
             if cuts and self.tokenizer.decode(found.ids.tolist()) != as_whole:
                 raise UserError(
                     f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
-                    "cannot cut there: expected no white space at the answer's beginning"
+                    "cannot split it: expected no white space at the start of the answer"
                 )
             made.append(found)
         return made
 
     def _encode_cut(self, text: str, cuts: list[int]) -> np.ndarray:
-        """The ids of ``text`` in pieces that end at the characters ``cuts``."""
+        """The ids of ``text``, split at the characters ``cuts``."""
         ends = sorted({cut for cut in cuts if cut < len(text)} | {len(text)})
         return np.concatenate(
             self.tokenizer.encode_batch([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
         )
 
     def _plan(self, where: str, messages: Messages, tools: Messages, last_only: bool) -> list[str]:
-        """The texts to encode: the whole, then for each turn what is before it, and all up to and with it."""
+        """The texts to encode: the whole, then for each turn the text before it and the text up to its end."""
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         try:
             if self.marked:
@@ -215,13 +215,13 @@ class Template:
         for before in texts[1::2]:
             if not texts[0].startswith(before):
                 raise UserError(
-                    f"{where}: {self.name} writes what is before an answer otherwise once more follows, so the "
-                    f"assistant's tokens cannot be told: {_UNROLL}"
+                    f"{where}: {self.name} changes what precedes an answer when more follows, so the "
+                    f"assistant's tokens cannot be located: {_UNROLL}"
                 )
         return texts
 
     def _marked_plan(self, marked: str) -> list[str]:
-        """The same from marks, less the header that some templates enclose as well."""
+        """The same from marks, without the header that some templates enclose."""
         text, texts = "", []
         for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
             if number % 2:
@@ -231,7 +231,7 @@ class Template:
         return [text, *texts]
 
     def _masked(self, where: str, texts: list[str], encoded: Sequence[np.ndarray]) -> Encoded | int:
-        """The tokens of the whole and which are the assistant's; or the character at which tokens must be cut."""
+        """The tokens of the whole and the assistant's mask; or the character at which the text must be split."""
         whole = np.asarray(encoded[0], np.int32)
         mask = np.zeros(len(whole), bool)
         for number in range(1, len(texts), 2):
@@ -247,8 +247,8 @@ class Template:
             stop = start + int(ends[-1]) + 1
             if not np.array_equal(whole[:stop], upto[:stop]):
                 raise UserError(
-                    f"{where}: {self.name} writes an answer otherwise once more follows (as Qwen3 drops its thinking), "
-                    f"so the assistant's tokens cannot be told: {_UNROLL}"
+                    f"{where}: {self.name} changes an answer when more follows (as Qwen3 drops its thinking), "
+                    f"so the assistant's tokens cannot be located: {_UNROLL}"
                 )
             mask[start:stop] = True
         return Encoded(whole, mask)
@@ -272,7 +272,7 @@ def _tags(source: str) -> set[str]:
 
 
 def template_of(tokenizer: Tokenizer, where: str = "chat template", date: str = "") -> Template | None:
-    """The tokenizer's own template: chat_template.jinja, else tokenizer_config.json's; None where it has none."""
+    """The tokenizer's own template: chat_template.jinja, else tokenizer_config.json's; None if it has none."""
     config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
     found = config.get("chat_template")
     if "chat_template.jinja" in tokenizer.files:
@@ -288,7 +288,7 @@ def template_of(tokenizer: Tokenizer, where: str = "chat template", date: str = 
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token and its like as the tokenizer's settings name them."""
+    """bos_token and the like, from the tokenizer's settings."""
     made = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         settings = read_json(tokenizer.files, file, Path("."))
@@ -302,8 +302,8 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return made
 
 
-def extend(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with ChatML: its two tokens, with ids after the last where they are new, and its template.
+def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with ChatML: its template and two tokens, which get new ids if they are missing.
 
     ``<|im_end|>`` becomes the token at which generation stops. transformers reads the same ids and template.
 
@@ -321,7 +321,11 @@ def extend(tokenizer: Tokenizer) -> Tokenizer:
     added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHATML_TOKENS]
     backend.add_special_tokens(added)
     config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
-    stale = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")  # the settings say it all
+    stale = (
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    )  # tokenizer_config.json replaces them
     config = special_tokens(tokenizer) | config
     config |= {"chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
     files = {name: data for name, data in tokenizer.files.items() if name not in stale}

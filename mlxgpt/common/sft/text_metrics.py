@@ -12,7 +12,7 @@ NEEDS = {"exact": None, "bleu": "sacrebleu", "chrf": "sacrebleu", "rouge_l": "ro
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Raises UserError where the package of a metric is not installed."""
+    """Raises UserError if the package of a metric is not installed."""
     for name in names:
         package = NEEDS[name]
         if package and importlib.util.find_spec(package) is None:
@@ -25,7 +25,7 @@ def score(names: Sequence[str], answers: Sequence[str], references: Sequence[str
 
 
 def _exact(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are the reference, but for white space at the ends."""
+    """The share of answers that equal the reference, up to white space at the ends."""
     return sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / len(references)
 
 
