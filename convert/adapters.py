@@ -1,4 +1,4 @@
-"""Adapters moved alone between PEFT's layout and mlx-lm's; the base is only asked for its sizes."""
+"""Converts adapters between PEFT's layout and mlx-lm's; of the base only the sizes are read."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PICKLED = "adapter_model.bin"
 
 
 def is_adapter(src: Path | str) -> bool:
-    """Whether SRC of ``convert`` is an adapter: its folder, or a run that trained one."""
+    """Whether SRC of ``convert`` is an adapter's folder, or a run that trained an adapter."""
     place = Path(src).expanduser()
     if not place.is_dir() or not (resolve.is_model(place) or resolve.is_run(place)):
         return False
@@ -46,7 +46,7 @@ def convert(
         raise UserError(f"--to {to}: {place} is an adapter: expected {' or '.join(LAYOUTS)}; fuse makes a model of it")
     there = dst.exists() or dst.is_symlink()
     if there and not (force and adapter_folder.is_adapter(dst)):
-        raise UserError(f"{dst}: is there already" + ("; --force replaces an adapter, but it is none" * force))
+        raise UserError(f"{dst}: exists" + ("; --force replaces an adapter, but this is none" * force))
     if not dst.parent.is_dir():
         raise UserError(f"{dst.parent}: no such folder")
     base = Path(model).expanduser() if model else adapter_folder.base_of(place)
@@ -67,13 +67,13 @@ def _config(base: Path) -> ModelConfig:
 
 
 def _pickled(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of PEFT's adapter_model.bin, read without running anything that it names."""
+    """The tensors of PEFT's adapter_model.bin, read without executing code from the pickle."""
     found = torch_file.state_dict(str(path), torch_file.load_file(path))
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
 def line(adapter: Adapter, dst: Path | str) -> str:
-    """What was written."""
+    """One line that describes what was written."""
     layouts = [
         name
         for name, file in (("peft", peft_adapter.TENSORS), ("mlx-lm", adapter_folder.mlx_lm_adapter.TENSORS))

@@ -1,4 +1,4 @@
-"""One conversion from start to end: what may be, is there room, write beside, prove, put in place, or leave nothing."""
+"""One conversion from start to end: check the request and the space, write beside, verify, rename; or leave nothing."""
 
 import contextlib
 import dataclasses
@@ -32,9 +32,9 @@ from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.protocol import FILES
 
-SIDECAR = ".provenance.json"  # after a file's name: a file of weights has no place for where it is from
+SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
-# option -> the formats that it means something for
+# option -> the formats that read it
 _ONLY = {
     "bits": ("mlx-lm", "gguf"),
     "keep_bits": ("mlx-lm",),
@@ -47,7 +47,7 @@ _MARGIN = 4 * 2**20  # bytes for headers, config.json and the like
 
 @dataclass
 class Report:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     path: Path
     format: str
@@ -104,7 +104,7 @@ def convert_opened(
     verify: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> Report:
-    """``convert`` of a model that is open already, such as one that no format holds; ``src`` is what it is called."""
+    """``convert`` of an opened model, such as one that no file holds; ``src`` names it in messages."""
     start = time.perf_counter()
     dst = Path(dst).expanduser()
     writer, made = format_of(to), _options(to, options)
@@ -118,7 +118,7 @@ def convert_opened(
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
     elif opened.path.is_file() and not set(opened.companions) & set(FILES):
-        opened.notes.append(f"{opened.path}: no tokenizer in it; --tokenizer FILE takes one along")
+        opened.notes.append(f"{opened.path}: no tokenizer in it; --tokenizer FILE adds one")
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
     guarded = dataclasses.replace(opened, tensors=_guarded(opened, made))
@@ -139,7 +139,11 @@ def convert_opened(
 
 
 def _options(to: str, options: dict[str, Any]) -> Options:
-    """What was asked for, which must mean something for the format."""
+    """The options as ``Options``.
+
+    Raises:
+        UserError: an option is unknown, has a wrong value, or does not apply to the format.
+    """
     known = [each.name for each in dataclasses.fields(Options) if each.name not in ("digests", "bad")]
     for name in options:
         if name not in known:
@@ -155,8 +159,8 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 
 
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
-    """Refuses a destination that is there, or that would meet the source."""
-    there = Path(os.path.realpath(dst))  # a link that leads to itself is one more place, where resolve() raises
+    """Refuses a destination that exists, or that overlaps the source."""
+    there = Path(os.path.realpath(dst))  # unlike resolve(), accepts a link that points to itself
     for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
@@ -168,7 +172,7 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
 
 
 def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
-    """The files that stand beside a file: where it is from, the format's second file; None: there must be none."""
+    """Files to write beside a single-file result: its provenance and the format's second file; None: remove it."""
     if writer.KIND == "folder":
         return {}
     made = {dst.with_name(dst.name + SIDECAR): (json.dumps(block, indent=2) + "\n").encode()}
@@ -176,7 +180,7 @@ def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]
 
 
 def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) -> None:
-    """Gives the result its name; what stands beside an earlier one goes before that, and is never untrue."""
+    """Renames the result into place; the files beside an earlier result, which they describe, are removed first."""
     for path in beside:
         path.unlink(missing_ok=True)
     output.put(place, dst, force)
@@ -187,8 +191,12 @@ def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) 
 
 
 def _take_tokenizer(opened: Opened, path: Path) -> None:
-    """Puts the tokenizer at ``path`` in the place of the source's own."""
-    from convert import given_tokenizer  # loads `tokenizers`, which takes longer than copying 100 MB
+    """Replaces the source's tokenizer with the one at ``path``.
+
+    Raises:
+        UserError: it cannot be read, or has more entries than the model's vocabulary.
+    """
+    from convert import given_tokenizer  # imports `tokenizers`, which takes longer than copying 100 MB
 
     tokenizer = given_tokenizer.load(path)
     if tokenizer.n_vocab > opened.config.vocab_size:
@@ -212,7 +220,7 @@ def _stamps(opened: Opened) -> list[tuple[int, int]]:
 
 
 def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
-    """Refuses what will not fit, before a byte is written."""
+    """Raises UserError if the result does not fit on the disk, before a byte is written."""
     needed = _MARGIN
     for tensor in opened.tensors.values():
         wide = model_folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
@@ -227,7 +235,7 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
 
 
 def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
-    """The tensors, with reading that refuses what is not finite; what streams stored bytes looks for itself."""
+    """The tensors, with a check for NaN and Inf in ``read``; code that streams stored bytes checks them itself."""
 
     def guard(name: str, tensor: Tensor) -> Tensor:
         def read() -> np.ndarray:
@@ -241,7 +249,7 @@ def _guarded(opened: Opened, options: Options) -> dict[str, Tensor]:
 
 
 class _Digests:
-    """sha256 of the source's files on a thread of its own, beside the conversion that reads them."""
+    """Computes sha256 of the source's files on a second thread, during the conversion."""
 
     def __init__(self, opened: Opened, options: Options):
         self._files = opened.files if options.hash else ()
@@ -270,7 +278,11 @@ class _Digests:
             self._error = error
 
     def result(self) -> dict[str, str]:
-        """By name, when all are done."""
+        """sha256 by file name; waits until all are computed.
+
+        Raises:
+            OSError: a file could not be read.
+        """
         self._thread.join()
         if self._error:
             raise self._error
@@ -279,7 +291,7 @@ class _Digests:
 
 @contextlib.contextmanager
 def _as_user_errors(dst: Path) -> Iterator[None]:
-    """What the system refuses, in one line: of the file that it names, if that is not the result's."""
+    """Turns an OSError into a UserError of one line that names the file."""
     try:
         yield
     except OSError as error:
@@ -298,7 +310,7 @@ def _weights(place: Path) -> list[Path]:
 
 
 def _result_digests(place: Path, options: Options) -> dict[str, str]:
-    """Of what a writer did not hash on its way, here."""
+    """sha256 of the result's files; those that the writer has not hashed are read again."""
     made = {}
     for file in _weights(place):
         name = file.relative_to(place).as_posix() if place.is_dir() else place.name
@@ -312,7 +324,7 @@ def _result_digests(place: Path, options: Options) -> dict[str, str]:
 def _provenance(
     opened: Opened, to: str, options: dict[str, Any], sources: dict[str, str], results: dict[str, str]
 ) -> dict[str, Any]:
-    """From what, by what, when; None in place of a sha256 that nobody wanted."""
+    """The provenance: source, program and time; None in place of a sha256 that was not requested."""
     return {
         "format_version": families.FORMAT_VERSION,
         "provenance": {
@@ -330,7 +342,7 @@ def _provenance(
 
 
 def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
-    """The provenance into config.json, and then the sums of all files into a checkpoint's state."""
+    """Writes the provenance into config.json, then the checksums of all files into a checkpoint's state."""
     values = read_json(place / "config.json")
     output.write_json(place / "config.json", values | {"mlxgpt": values.get("mlxgpt", {}) | block})
     if opened.moments and opened.moments.state and (place / "training").is_dir():
@@ -340,7 +352,11 @@ def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
 
 
 def _verify(src: Path | str, made: Path, n_head: int) -> None:
-    """Holds the result against the source before it gets its name."""
+    """Compares the result with the source before it is renamed into place.
+
+    Raises:
+        RunError: they differ, or a requested check could not run.
+    """
     from convert.verify import verify
 
     report = verify(src, made, n_head=n_head)
@@ -356,7 +372,7 @@ def _size(place: Path) -> int:
 
 
 def line(report: Report) -> str:
-    """What was written."""
+    """One line that describes what was written."""
     agreed = ", agrees with the source" if report.verified else ""
     size = f"{report.size / 2**20:.1f} MiB" if report.size >= 2**20 else f"{report.size:,} bytes"
     return (

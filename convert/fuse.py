@@ -1,4 +1,4 @@
-"""A model and adapters become one model, a tensor at a time."""
+"""Merges adapters into their base model, one tensor at a time."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mlxgpt.common.folders import base_and_adapters
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantizing the merged matrices again did to them; errors are root mean squares over all their weights."""
+    """The error of quantizing merged matrices again, as root mean squares over all their weights."""
 
     matrices: int
     weights: float  # error relative to the merged weights
@@ -74,7 +74,7 @@ def fuse(
 
 
 def _loss(base: Opened, merged: Opened, written: Opened) -> Loss | None:
-    """Holds the quantized matrices that changed against what they should be."""
+    """Compares the quantized matrices that changed with their exact values."""
     count, error, size, change, worst = 0, 0.0, 0.0, 0.0, (0.0, "")
     for name, tensor in merged.tensors.items():
         if not tensor.packed or tensor.packed.parts:

@@ -29,7 +29,7 @@ def load(path: Path) -> Tokenizer:
 
 
 class _Plain(pickle.Unpickler):
-    """Dicts, strings, numbers and the like need no name looked up; whatever does is refused."""
+    """An unpickler that refuses every global: plain dicts, strings and numbers need none."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"holds {module_name}.{global_name}")

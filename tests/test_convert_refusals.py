@@ -178,7 +178,7 @@ def test_groups_that_divide_nothing(tmp_path: Path) -> None:
 def test_what_is_there_stays_unless_forced(source: Path, tmp_path: Path, capsys: Any) -> None:
     convert_model(source, tmp_path / "b")
     (tmp_path / "b" / "mark").write_text("x")
-    assert refused(capsys, source, str(tmp_path / "b")) == f"{tmp_path / 'b'}: is there already; --force replaces it"
+    assert refused(capsys, source, str(tmp_path / "b")) == f"{tmp_path / 'b'}: exists; --force replaces it"
     arrays = tensors.read_tensors(source / model_folder.SINGLE)
     arrays["model.norm.weight"][0] = np.nan
     shutil.copytree(source, tmp_path / "bad")

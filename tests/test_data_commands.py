@@ -109,7 +109,7 @@ def test_fetch_downloads_once_and_checks(run: Any, server: Server, cache: Path) 
 def test_fetch_goes_on_where_it_broke_off(run: Any, server: Server, tmp_path: Path, ranges: bool) -> None:
     server.breaks_at, server.ranges = 5000, ranges
     done = run("data", "fetch", "tiny", "--out", tmp_path / "d")
-    assert done.code == 2 and "broke off at byte 5,000" in done.error and "run this again" in done.error
+    assert done.code == 2 and "interrupted at byte 5,000" in done.error and "run this again" in done.error
     assert not (tmp_path / "d" / "tiny.txt").exists()
     server.breaks_at = 0
     assert run("data", "fetch", "tiny", "--out", tmp_path / "d").code == 0
@@ -195,7 +195,7 @@ def test_inspect_finds_damaged_shards(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "s" / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-10])
     done = run("data", "inspect", tmp_path / "s")
-    assert done.code == 2 and "train-00000.bin" in done.error and "cut off" in done.error and not done.out
+    assert done.code == 2 and "train-00000.bin" in done.error and "truncated" in done.error and not done.out
 
 
 # prepare

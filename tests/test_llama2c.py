@@ -262,7 +262,7 @@ def test_a_tokenizer_bin_gives_run_cs_ids_and_comes_back(tmp_path: Path) -> None
     convert(tmp_path / "hf", tmp_path / "back.bin")
     assert (tmp_path / "back.tokenizer.bin").read_bytes() == tokenizer_bin()
     assert (tmp_path / "back.bin").read_bytes() == (tmp_path / "m.bin").read_bytes()
-    with pytest.raises(UserError, match=r"b\.tokenizer\.bin: is there already"):
+    with pytest.raises(UserError, match=r"b\.tokenizer\.bin: exists"):
         (tmp_path / "b.tokenizer.bin").write_bytes(b"")
         convert(tmp_path / "hf", tmp_path / "b.bin")
 

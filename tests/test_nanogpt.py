@@ -202,7 +202,7 @@ def test_a_nanogpt_run_goes_on_here(
     assert len(found) == 3
     assert np.abs(np.array(found) - expected[3:]).max() < 2e-5
     said = capsys.readouterr().out
-    assert "goes on after step 3 with its optimizer's moments, 3 updates" in said
+    assert "starts after step 3 with its optimizer's moments, 3 updates" in said
     assert "where" not in said  # the recipe's settings are nanoGPT's
 
 

@@ -201,7 +201,7 @@ def test_what_a_kill_left_is_put_back_or_removed(tmp_path: Path) -> None:
     (tmp_path / "b").rename(tmp_path / ".b.old")
     (tmp_path / ".b.partial").mkdir()
     (tmp_path / ".b.partial" / "b").write_bytes(b"half")
-    with pytest.raises(convert.conversion.UserError, match="is there already"):
+    with pytest.raises(convert.conversion.UserError, match="exists; --force"):
         convert_model(tmp_path / "a", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 

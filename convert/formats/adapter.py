@@ -1,7 +1,7 @@
-"""An adapter read as the model that it makes of its base.
+"""An adapter and its base, read as the merged model.
 
-What it changes is computed in float64 and kept as the base keeps it, quantized anew where the base is; all other
-tensors are those of the base.
+Merged matrices are computed in float64 and stored like the base's, quantized again if those are; all other tensors are
+the base's.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FORMAT = "adapter"
 
 
 def read(path: Path, base: Opened) -> Opened:
-    """An adapter's folder as the model that it makes of ``base``.
+    """The merged model of an adapter's folder and ``base``.
 
     Raises:
         UserError: see ``adapter_folder.read_adapter``.
@@ -32,9 +32,9 @@ def read(path: Path, base: Opened) -> Opened:
 
 
 def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False, dtype: str | None = None) -> Opened:
-    """The model that ``base`` is with the adapters in these folders, times their weights.
+    """``base`` merged with the adapters in these folders, each multiplied by its weight.
 
-    What changes is rounded once, to ``dtype`` or what the base has.
+    Merged matrices are rounded once, to ``dtype`` or the base's dtype.
     """
     read = [(adapter_folder.read_adapter(path, base.path, base.config, force), weight) for path, weight in given]
     targets, arrays, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in read])
@@ -43,7 +43,7 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
         config = adapter_folder.with_adapter(config, each)
     tensors = {}
     for name, param in params.table(config).items():
-        # a score that the base does not have is kept as its norms are
+        # a classifier's score matrix, which the base lacks, gets the dtype of its norms
         tensor, path = base.tensors.get(name, base.tensors["ln_f.weight"]), name.removesuffix(".weight")
         kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
         if name in whole:
@@ -82,5 +82,5 @@ def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], pa
 
 
 def _anew(tensor: Tensor) -> Packed | None:
-    """How a quantized matrix that changes is quantized again."""
+    """How a merged matrix is quantized again."""
     return dataclasses.replace(tensor.packed, parts=None) if tensor.packed else None

@@ -36,7 +36,7 @@ COMPANIONS = (
     "LICENSE",
     "LICENSE.txt",
 )
-# what a writer says itself, or what would not be true any more
+# keys that writers set themselves, or that would no longer be true
 _REWRITTEN = ("dtype", "torch_dtype", "mlxgpt", "quantization", "quantization_config", "auto_map")
 
 
@@ -78,7 +78,7 @@ class _Watched(dict[str, Any]):
 
 
 def read_values(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model that a config.json describes, and what it says beside: every key that had no part in that.
+    """The model that a config.json describes, and its other keys.
 
     Raises:
         UserError: see ``families.config_from_hf``.
@@ -120,7 +120,7 @@ def open_folder(
 
 
 def companions(path: Path) -> dict[str, Path | bytes]:
-    """The files of a folder that travel as they are."""
+    """The files of a folder that are copied unchanged, by name."""
     return {file: path / file for file in COMPANIONS if (path / file).is_file()}
 
 
@@ -136,7 +136,7 @@ def stored_tensor(entry: Entry, transposed: bool = False) -> Tensor:
 
 
 def left_in_folder(path: Path, made: Opened) -> Iterator[str]:
-    """What lies in the folder and does not travel."""
+    """A note of the folder's files that are not converted."""
     names = {"config.json", model_folder.INDEX, "training", *made.companions, *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
     if others:
@@ -185,7 +185,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
 
 
 def mlx_lm_warning(config: ModelConfig) -> list[str]:
-    """One line that names everything that mlx-lm does otherwise with this model's folder; none where it does not."""
+    """One line that lists how mlx-lm computes this model differently; empty if it does not."""
     return ["; ".join(families.mlx_lm_deviations(config))] if families.mlx_lm_deviations(config) else []
 
 
@@ -209,12 +209,12 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
 
 
 def stored_dtype(tensor: Tensor, options: Options) -> np.dtype:
-    """What a tensor is written as."""
+    """The dtype that a tensor is written as."""
     return model_folder.DTYPES[options.dtype] if options.dtype else tensor.dtype
 
 
 def main_dtype(opened: Opened) -> np.dtype:
-    """What most of the model's values are stored as."""
+    """The dtype of most of the model's values."""
     sizes: dict[np.dtype, int] = {}
     for tensor in opened.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -230,7 +230,7 @@ def write_folder(
     metadata: dict[str, str] | None = None,
     index: bool = False,
 ) -> list[str]:
-    """The weights in these parts, config.json with ``values``, what travels along, and the moments where there are any.
+    """Writes these parts, config.json with ``values``, companion files, and AdamW's moments if there are any.
 
     ``index``: model.safetensors.index.json also where there is one file only.
     """
@@ -244,7 +244,7 @@ def write_folder(
     if metadata is not None:
         return [NO_MOMENTS]
     write_moments(opened, place, options)
-    return [f"training/ goes on from weights rounded to {options.dtype}"] if options.dtype in NARROW else []
+    return [f"training/ resumes from weights rounded to {options.dtype}"] if options.dtype in NARROW else []
 
 
 def with_ids(opened: Opened, values: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def write_parts(
     by_first = {next(iter(part.specs)): part for part in parts}
     files = model_folder.shards({name: part.size for name, part in by_first.items()}, options.max_shard)
     for file, names in files.items():
-        # what is of several tensors is aligned in itself and keeps the next one so
+        # parts of several tensors are aligned in themselves and keep the next one aligned
         group = sorted((by_first[name] for name in names), key=_place)
         stream.write_safetensors(place, file, group, metadata, options)
     if len(files) == 1 and not index:

@@ -15,7 +15,7 @@ def check_expressible(
 ) -> None:
     """Refuses a model that the format ``name`` cannot hold as it is.
 
-    ``able`` is the model that reading the written file gives; ``hints`` say by field how to go on.
+    ``able`` is the model that the written file would give when read; ``hints``: field -> the cure.
 
     Raises:
         UserError: names the first field that differs, its value, and what the format has.
@@ -32,7 +32,7 @@ def check_expressible(
 def left_behind(
     opened: Opened, name: str, moments: bool = False, extra: Sequence[str] = (), files: Sequence[str] = ()
 ) -> Iterator[str]:
-    """What of the source the format has no place for; ``moments``, these keys of ``extra`` and ``files`` it has."""
+    """A note of what the format cannot hold; it can hold ``moments``, these keys of ``extra``, and ``files``."""
     given = opened.companions.items()
     lost = [file for file, content in given if file not in files and not _says_nothing(file, content, extra)]
     lost += [f"{key} of config.json" for key, value in opened.extra.items() if value is not None and key not in extra]

@@ -1,4 +1,4 @@
-"""What every reader gives and every writer takes: a model of which no tensor is read before its turn.
+"""The interface of readers and writers: an opened model, whose tensors are read one at a time.
 
 A format is one file of this package with ``recognize(path) -> bool``, ``read(path) -> Opened`` and, where it can be
 written, ``write(opened, place, options)``. Names and layouts are those of mlxgpt/common/model/params.py in between, so
@@ -36,7 +36,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """How a matrix is quantized; ``parts`` is where its words, scales and biases lie, None for one that changed."""
+    """How a matrix is quantized; ``parts``: its packed integers, scales and biases, None if the matrix changed."""
 
     bits: int
     group_size: int
@@ -46,7 +46,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state, by our names and in our layout; ``step`` is the training step that is over, ``t`` the updates.
+    """AdamW's state, by our names and in our layout; ``step`` is the last finished step, ``t`` the number of updates.
 
     ``state`` has the fields of checkpoint.RunState, as far as the source says them; None where it says none.
     """
@@ -60,26 +60,26 @@ class Moments:
 
 @dataclass
 class Opened:
-    """A model in some format, of which everything but the tensors' data has been read and checked."""
+    """A model in some format; everything except the tensors' data has been read and checked."""
 
     path: Path
     format: str  # the name that --to knows it by
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # exactly params.table(config), in its order
-    files: tuple[Path, ...]  # what the weights were read from, for the provenance
+    files: tuple[Path, ...]  # the files of weights, for the provenance
     companions: dict[str, Path | bytes] = field(
         default_factory=dict
     )  # file of a Hugging Face folder -> it, or its bytes
     extra: dict[str, Any] = field(
         default_factory=dict
-    )  # what config.json says beside the model: token ids and the like
+    )  # keys of config.json that do not describe the model: token ids and the like
     moments: Moments | None = None
-    notes: list[str] = field(default_factory=list)  # what a user must know: dropped, rewritten, not expressible
+    notes: list[str] = field(default_factory=list)  # lines to print: what was dropped, rewritten or cannot be expressed
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``convert`` was asked for beside the format."""
+    """Options of ``convert``, apart from the format."""
 
     dtype: str | None = None  # float32, float16, bfloat16; None: as stored
     bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 8 is Q8_0; 0: not quantized
@@ -90,6 +90,6 @@ class Options:
     tokenizer: Path | None = None  # a tokenizer that the source does not have
     hash: bool = True  # sha256 of source and result in the provenance
     allow_nan: bool = False
-    # what a writer finds on its way: sha256 of a file by its name, the values of a tensor that are not finite
+    # filled in by writers: sha256 by file name, number of values that are not finite by tensor name
     digests: dict[str, str] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)

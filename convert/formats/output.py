@@ -1,6 +1,6 @@
-"""Where a result is made and how it gets its name: beside it, by one process at a time, and at once or not at all.
+"""Results are written beside their destination, by one process at a time, and renamed into place when complete.
 
-The disk is waited for only where something is replaced: the source of a new result is still there, as it is for cp.
+Files are flushed to disk only if they replace something; otherwise the source is still there, as after cp.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from mlxgpt.common.errors import UserError
 
 @contextlib.contextmanager
 def workplace(dst: Path, force: bool) -> Iterator[Path]:
-    """The path to make ``dst`` at: in a hidden folder beside it, which is gone afterwards, also what a kill left there.
+    """The path to write ``dst`` at, in a hidden folder beside it that is removed afterwards, with what a kill left.
 
     Raises:
-        UserError: another process is making it, or it is there and there is no ``force``.
+        UserError: another process is writing it, or it exists and ``force`` is not set.
     """
     place = dst.with_name(f".{dst.name}.partial")
     place.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _restore(dst: Path) -> None:
-    """Puts back what a replacement had set aside that was killed between its two renames."""
+    """Restores what was set aside by a replacement that was killed between its two renames."""
     old = files.aside(dst)
     if not os.path.lexists(dst) and os.path.lexists(old):
         os.rename(old, dst)
@@ -62,7 +62,7 @@ def check_free(dst: Path, force: bool) -> None:
     if dst.exists() and not (dst.is_file() or dst.is_dir()):
         raise UserError(f"{dst}: is neither a file nor a folder: nothing can take its place")
     if not force and os.path.lexists(dst):
-        raise UserError(f"{dst}: is there already; --force replaces it")
+        raise UserError(f"{dst}: exists; --force replaces it")
 
 
 def put(made: Path, dst: Path, force: bool) -> None:

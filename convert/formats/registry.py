@@ -1,4 +1,4 @@
-"""Which formats there are, and which one a file or folder is of, from its content."""
+"""The formats, and which of them a file or folder has, recognized by content."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,7 @@ from convert.formats.opened import Opened
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, resolve
 
-# what --to calls a format -> its module, in the order in which a model is held against them
+# name for --to -> module, in the order in which they are tried
 FORMATS = {
     "mlx-lm": "convert.formats.mlx_lm",
     "npz": "convert.formats.npz",
@@ -25,7 +25,7 @@ FORMATS = {
 
 
 def format_of(name: str) -> ModuleType:
-    """The module of a format: recognize, read, and where it can be written KIND and write.
+    """The module of a format: ``recognize``, ``read`` and, if it can be written, ``KIND`` and ``write``.
 
     Raises:
         UserError: there is no such format.

@@ -1,7 +1,7 @@
-"""Tensors from file to file in pieces: scanned for NaN as they pass, written and hashed on a second thread.
+"""Streams tensors from file to file in blocks: checks for NaN, and writes and hashes on a second thread.
 
-What needs no arithmetic never stands in memory whole. What does is read one tensor at a time and worked on in blocks
-of rows, so the peak is that tensor and a constant.
+A tensor that needs no arithmetic is never in memory whole. Others are read one at a time and computed on in blocks of
+rows, so peak memory is one tensor plus a constant.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import DTYPES, Entry, little_endian, pack_header
 from mlxgpt.common.model import affine
 
-BLOCK = 1 << 19  # bytes that are on their way at once, four times; of a size that stays in a core's cache
-_ROWS = 1 << 22  # bytes of a tensor that arithmetic works on at once
+BLOCK = 1 << 19  # bytes of each of the four buffers; fits into a core's cache
+_ROWS = 1 << 22  # bytes of a block that is computed on
 # dtype -> the integers of its size, and the bits that are all set in NaN and Inf alone
 _EXPONENTS = {
     np.dtype(np.float32): (np.uint32, 0x7F800000),
@@ -32,9 +32,9 @@ _EXPONENTS = {
 
 
 class Output:
-    """A new file that a second thread writes and hashes, in the order of ``write``; closed, it is all there.
+    """A new file that a second thread writes and hashes, in the order of ``write``.
 
-    What the thread met, such as a full disk, is raised by a later ``write`` or on leaving.
+    An error of the thread, such as a full disk, is raised by a later ``write`` or on exit.
     """
 
     def __init__(self, path: Path, hashed: bool):
@@ -64,11 +64,11 @@ class Output:
 
     @property
     def sha256(self) -> str | None:
-        """Of all that was written; None where nobody asked for it. To be read after closing."""
+        """sha256 of the file, valid after closing; None if it was not requested."""
         return self._digest.hexdigest() if self._digest else None
 
     def write(self, data: bytes | np.ndarray) -> None:
-        """Takes data over: an array must not change any more."""
+        """Queues data; the caller must not change an array afterwards."""
         flat = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         self._check()
         self._work.put((memoryview(flat), None))  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ class Output:
 
 
 class Part(NamedTuple):
-    """What goes into a file in one go: (dtype, shape) of the tensors that it is, in order, and what sends it."""
+    """One or more adjacent tensors of a file: (dtype, shape) by name, in order, and the function that writes them."""
 
     specs: dict[str, tuple[np.dtype, tuple[int, ...]]]
     send: Callable[[Output], None]
@@ -135,7 +135,7 @@ def note_bad(name: str, count: int, options: Options) -> None:
     if count:
         options.bad[name] = options.bad.get(name, 0) + count
         if not options.allow_nan:
-            raise UserError(f"{name}: {count} values are not finite (NaN or Inf): --allow-nan goes on")
+            raise UserError(f"{name}: {count} values are not finite (NaN or Inf): --allow-nan keeps them")
 
 
 def read_into(file: BinaryIO, entry: Entry, memory: memoryview) -> None:
@@ -149,7 +149,7 @@ def read_into(file: BinaryIO, entry: Entry, memory: memoryview) -> None:
 
 
 def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options: Options) -> Part:
-    """A tensor as ``dtype``, as our layout or as [in, out]; its very bytes where that is how it is stored."""
+    """A tensor as ``dtype``, [out, in] or transposed to [in, out]; bytes that are stored like that are copied."""
     shape = tensor.shape[::-1] if transposed else tensor.shape
     entry = tensor.stored
     if entry and tensor.transposed == (transposed and len(shape) == 2) and tensor.dtype == dtype:
@@ -165,11 +165,11 @@ def plain(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options:
 def quantized(name: str, tensor: Tensor, dtype: np.dtype, bits: int, group_size: int, options: Options) -> Part:
     """A matrix as NAME.weight, NAME.scales and NAME.biases of MLX's affine quantization of its ``dtype``.
 
-    Weights that were quantized so before, and are float32 by now, become what they were.
+    float32 weights that came from the same quantization get their old integers, scales and biases back.
     """
     again = _quantized_before(tensor, bits, group_size, options) if dtype == np.float32 else None
     dtype = again or dtype
-    strict = dataclasses.replace(options, allow_nan=False)  # NaN has no level
+    strict = dataclasses.replace(options, allow_nan=False)  # NaN cannot be quantized
     n_out, n_in = tensor.shape
     specs = {
         f"{name}.weight": (DTYPES["U32"], (n_out, n_in * bits // 32)),
@@ -205,7 +205,7 @@ def copied(name: str, parts: tuple[Entry, Entry, Entry], options: Options) -> Pa
 
 
 def _quantized_before(tensor: Tensor, bits: int, group_size: int, options: Options) -> np.dtype | None:
-    """The dtype of scales and biases of which all of a float32 matrix may have been made; most are seen at once."""
+    """The dtype of scales and biases that reproduce a float32 matrix exactly; None if there is none."""
     if tensor.dtype != np.float32:
         return None
     quiet = dataclasses.replace(options, allow_nan=True, bad={})
@@ -227,7 +227,7 @@ def blocks(name: str, tensor: Tensor, dtype: np.dtype, transposed: bool, options
 
 
 def _copy(name: str, entry: Entry, dtype: np.dtype, out: Output, options: Options) -> None:
-    """The bytes of a tensor as they are."""
+    """Copies the stored bytes of a tensor."""
     bad, left = 0, entry.stop - entry.start
     with open(entry.path, "rb", buffering=0) as file:
         file.seek(entry.start)
@@ -270,7 +270,11 @@ def _rows(name: str, tensor: Tensor, transposed: bool, options: Options) -> Iter
 
 
 def cast(name: str, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The block as ``dtype``, which must be able to hold its finite values."""
+    """The block as ``dtype``.
+
+    Raises:
+        UserError: a finite value overflows.
+    """
     if block.dtype == dtype:
         return block
     with np.errstate(over="ignore", invalid="ignore"):

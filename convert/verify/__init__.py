@@ -1,4 +1,4 @@
-"""``verify A B``: are two models one? Tensors, config and tokenizer from the files; then what frameworks make of them.
+"""``verify A B``: are two models the same? Compares tensors, config and tokenizer, then what the frameworks compute.
 
 from convert import convert
 from convert.verify import verify

@@ -1,4 +1,4 @@
-"""The rungs that run the models: logits, activations, gradients, greedy tokens; programs held against each other.
+"""The rungs that run the models: logits, activations, gradients, greedy tokens; compared between programs.
 
 A figure is a largest difference, relative to the reference's largest value. The gate is ``max(1e-5, 4 * floor)``, where
 the floor is what float32 costs torch against its own float64 on the same weights (docs/parity.md).

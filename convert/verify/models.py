@@ -1,4 +1,4 @@
-"""The rungs that run models: which program runs which side, what it said, and what is held against what."""
+"""The rungs that run models: which program runs which side, its messages, and which results are compared."""
 
 import dataclasses
 import json

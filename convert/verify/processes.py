@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass
 class Runs:
-    """What came of it: arrays by (program, folder's key), and by program what went wrong."""
+    """Results: arrays by (program, folder's key), and errors by program."""
 
     arrays: dict[tuple[str, str], Any] = field(default_factory=dict)
     exact: Any = None  # of the first folder, from torch in float64

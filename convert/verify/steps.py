@@ -1,4 +1,4 @@
-"""Quantized tensors: what a matrix becomes when it is quantized again as a file has it, and how far half a step is."""
+"""Quantized tensors: a matrix quantized again as a file has it, and the size of half a quantization step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

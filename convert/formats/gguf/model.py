@@ -258,7 +258,9 @@ def _pieces(config: ModelConfig, opened: Opened, ours: str, kind: str, allow_nan
     for at in range(0, len(array), rows):
         piece = array[at : at + rows]
         if not np.isfinite(piece).all() and not allow_nan:
-            raise UserError(f"{opened.path}: {ours} has values that are not finite (NaN or Inf); --allow-nan goes on")
+            raise UserError(
+                f"{opened.path}: {ours} has values that are not finite (NaN or Inf); --allow-nan keeps them"
+            )
         if _shifted(config, ours):
             piece = piece.astype(np.float32) + np.float32(1)
         if kind == "Q8_0":

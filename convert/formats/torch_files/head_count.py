@@ -1,4 +1,4 @@
-"""How many heads a model has whose file does not say it: weights alone would do for any number."""
+"""The number of heads of a model whose file does not store it: the weights fit any number."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ _NAMED |= {"gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
 
 
 def find_head_count(path: Path, state: Any, given: int, n_layer: int, n_embd: int) -> tuple[int, list[str]]:
-    """The number of heads and where it is from: --n-head, what was written here, minGPT's config.json, GPT-2's sizes.
+    """(number of heads, notes on its origin): --n-head, our own entry, minGPT's config.json, or GPT-2's sizes.
 
     ``state`` is the file's state dict as it was loaded.
 
@@ -41,12 +41,12 @@ def find_head_count(path: Path, state: Any, given: int, n_layer: int, n_embd: in
 
 
 def own_head_count(state: Any) -> int:
-    """What ``keep_head_count`` wrote down; 0 where it did not."""
+    """The number stored by ``keep_head_count``; 0 if there is none."""
     own = getattr(state, "mlxgpt", None)
     found = own.get("n_head") if isinstance(own, dict) else None
     return found if type(found) is int and found > 0 else 0
 
 
 def keep_head_count(state: Any, n_head: int) -> None:
-    """Writes the number down where ``load_state_dict`` does not look: an attribute, as torch's own ``_metadata``."""
+    """Stores the number in an attribute, as torch does ``_metadata``; ``load_state_dict`` ignores it."""
     state.mlxgpt = {"n_head": n_head}

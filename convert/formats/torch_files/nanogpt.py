@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: weights, sizes, and the optimizer's state, with which its run goes on here or one of ours there.
+"""nanoGPT's ckpt.pt: weights, sizes and the optimizer's state, so that runs resume here or there.
 
 GPT-2's names with matrices [out, in], the head stored beside the embedding that it is, erf GELU. ``iter_num`` counts
 the updates that are over, as our step does; positions in the optimizer are those of its two groups, matrices first.

@@ -1,4 +1,4 @@
-"""Known corpora from their public address, or from a copy, held against a sha256; a broken download is continued."""
+"""Downloads known corpora, or takes a copy, and checks their sha256; an interrupted download resumes."""
 
 import hashlib
 import shutil
@@ -45,7 +45,7 @@ def fetch(known: Known, folder: Path, from_file: Path | None = None, say: Callab
     """The corpus's file in ``folder``: there already, copied from ``from_file``, or downloaded.
 
     Raises:
-        UserError: the checksum is another one, there is no network, or the download broke off (it goes on next time).
+        UserError: the checksum differs, there is no network, or the download was interrupted (a new call resumes).
     """
     final = folder / known.file
     if final.is_file():
@@ -86,7 +86,7 @@ def _download(known: Known, part: Path, say: Callable[[str], None]) -> None:
     request = urllib.request.Request(known.url, headers={"User-Agent": "mlxgpt"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-        say(f"{known.url}: going on at byte {have:,} of {known.size:,}")
+        say(f"{known.url}: resuming at byte {have:,} of {known.size:,}")
     else:
         say(f"{known.url}: {known.size:,} bytes")
     advice = "download it elsewhere and give it with --from FILE"
@@ -104,8 +104,8 @@ def _download(known: Known, part: Path, say: Callable[[str], None]) -> None:
         have = part.stat().st_size if part.exists() else 0
         reason = getattr(error, "reason", None) or error
         if have:
-            raise UserError(f"{known.url}: broke off at byte {have:,} ({reason}): run this again to go on") from None
+            raise UserError(f"{known.url}: interrupted at byte {have:,} ({reason}): run this again to resume") from None
         raise UserError(f"{known.url}: cannot be reached ({reason}): {advice}") from None
     have = part.stat().st_size
     if have < known.size:
-        raise UserError(f"{known.url}: broke off at byte {have:,} of {known.size:,}: run this again to go on")
+        raise UserError(f"{known.url}: interrupted at byte {have:,} of {known.size:,}: run this again to resume")

@@ -101,7 +101,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         found, version = index["sha256"], index["format"]
         splits = index["splits"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not an index of shards: cut off or written by something else") from None
+        raise UserError(f"{path}: not an index of shards: truncated or written by another program") from None
     if version != FORMAT:
         raise UserError(f"{path}: format {version!r}: this version reads format {FORMAT}")
     if found != _sealed(index):
@@ -166,7 +166,7 @@ class Tokens:
         data = os.pread(self._files[part.path], count * width, (part.start + inside) * width)
         if len(data) != count * width:
             raise UserError(
-                f"{part.path}: {len(data)} bytes at token {part.start + inside}: expected {count * width}: cut off"
+                f"{part.path}: {len(data)} bytes at token {part.start + inside}: expected {count * width}: truncated"
             )
         return np.frombuffer(data, self._dtype)
 
@@ -202,7 +202,7 @@ def verify(folder: Path, index: dict[str, Any]) -> int:
                 raise UserError(f"{path}: missing: {folder / 'index.json'} lists it")
             expected, found = shard["tokens"] * dtype.itemsize, path.stat().st_size
             if found != expected:
-                raise UserError(f"{path}: {found} bytes: expected {expected}: the shard is cut off or changed")
+                raise UserError(f"{path}: {found} bytes: expected {expected}: the shard is truncated or changed")
             digest, most = hash_and_largest(path, dtype)
             if digest != shard["sha256"]:
                 raise UserError(
@@ -240,7 +240,9 @@ def open_flat(path: Path, val_fraction: float) -> tuple[Tokens, Tokens, list[Pat
     for file in files:
         size = file.stat().st_size
         if size == 0 or size % 2:
-            raise UserError(f"{file}: {size} bytes: expected uint16 tokens, an even number of bytes: empty or cut off")
+            raise UserError(
+                f"{file}: {size} bytes: expected uint16 tokens, an even number of bytes: empty or truncated"
+            )
         counts.append(size // 2)
     if len(files) == 2:
         return Tokens([Part(train, 0, counts[0])], dtype), Tokens([Part(val, 0, counts[1])], dtype), files

@@ -28,7 +28,7 @@ def find_base(model: str | Path, given: Given = None) -> tuple[Path, list[tuple[
 
 
 def _adapter(path: str | Path) -> Path:
-    """The folder of an adapter: of a run its best, else last.
+    """The folder of an adapter; of a run the best checkpoint, else the last.
 
     Raises:
         UserError: there is none, or it is a model.
@@ -40,7 +40,7 @@ def _adapter(path: str | Path) -> Path:
 
 
 def expect_task(config: ModelConfig, model: str, classifier: bool = False) -> None:
-    """Refuses a classifier where a language model is needed, or the other way round."""
+    """Raises UserError for a classifier where a language model is needed, or the reverse."""
     if config.labels and not classifier:
         raise UserError(f"{model}: a classifier of {len(config.labels)} labels, which mlxgpt classify runs")
     if classifier and not config.labels:

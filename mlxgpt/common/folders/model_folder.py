@@ -202,7 +202,7 @@ def _read_mlx_lm(
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
-    """Whether two tensors are one, bit for bit."""
+    """Whether two tensors are equal, bit for bit."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with open(a.path, "rb") as left, open(b.path, "rb") as right:

@@ -1,4 +1,4 @@
-"""A library as the judge of a folder: what it makes of it, as the .npz that the verb ``probe`` writes.
+"""A reference library run on a folder; its results are written as the .npz of the verb ``probe``.
 
 ``python -m mlxgpt.judge`` asks mlx-lm, ``python -m torch_ref.judge`` asks transformers; ``verify`` starts them, each in
 a process of its own. Beside probing's arrays there is ``report``, a JSON text: what the library said of the tensors,

@@ -1,4 +1,4 @@
-"""What a framework makes of a model on given tokens, as .npz. ``verify`` holds such files together.
+"""What a framework computes of a model on given tokens, as .npz; ``verify`` compares these files.
 
 logits.xS (t, V)                    of the last t tokens, with every matrix times S (x1: as they are)
 hidden.xS.embed, .h.N, .ln_f (t, C) what enters the first block, what block N gives, what the head sees

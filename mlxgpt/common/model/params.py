@@ -141,7 +141,7 @@ def count(config: ModelConfig) -> int:
 def check(
     shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray | Quantized], where: str = "parameters"
 ) -> None:
-    """Holds arrays against the names and shapes that are expected of them; all are float32, or quantized matrices.
+    """Checks arrays against the expected names and shapes; all are float32, or quantized matrices.
 
     Raises:
         UserError: the first name that is missing or unknown, or the first other shape or dtype.

@@ -109,7 +109,7 @@ def write(
 
 
 def size_of(snapshot: State) -> int:
-    """Bytes that a checkpoint of these arrays needs, with a margin for its small files."""
+    """Bytes that a checkpoint of these arrays needs, with a margin for small files."""
     groups = snapshot["params"], snapshot["m"], snapshot["v"]
     return sum(value.nbytes for group in groups for value in group.values()) + 4 * 2**20
 
