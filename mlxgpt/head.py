@@ -1,15 +1,15 @@
 """Losses straight from hidden states: the logits exist for a chunk of the vocabulary at a time, never whole.
 
-Words pass by as keys do in FlashAttention (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018), with a
-running maximum, a running sum and a running p W. One pass gives the losses and all of their gradient by the hidden
-states but the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of logits' size
-where the plain form holds three, or makes it again.
-With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
+Chunks are processed as FlashAttention processes keys (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018),
+with a running maximum, a running sum and a running p W. One pass computes the losses and their gradient by the hidden
+states up to the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of the logits'
+size where whole logits need three, or recomputes it.
+With vocabulary entry v, target y, s = label_smoothing, a = logit_scale (0: 1) and q = 1 + 2 z_loss lse:
 
-    l_v = h w_v + b_v,  z_v = cap tanh(l_v / cap),  p = softmax(z),  loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2
-    d loss / d l_v = (q p_v - (1 - s) [v = y] - s / V) k_v,  k_v = 1 - (z_v / cap)^2
+    l_v = h w_v + b_v,  z_v = cap tanh(a l_v / cap),  p = softmax(z),  k_v = 1 - (z_v / cap)^2
+    loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2,  d loss / d l_v = a (q p_v - (1 - s) [v = y] - s / V) k_v
 
-Sizes: N tokens, C width, V words, n words of a chunk.
+Sizes: N tokens, C width, V vocabulary entries, n of them in a chunk.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 
 from mlxgpt import fast, quant
-from mlxgpt.layers import Array
+from mlxgpt.layers import Array, finish
 
 
 class Options(NamedTuple):
@@ -37,6 +37,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     soft_cap: float = 0.0
+    logit_scale: float = 0.0
     recompute: bool = False
     bits: int = 0
     group_size: int = 0
@@ -53,12 +54,14 @@ class Sweep(NamedTuple):
     tops: list[Array]  # a chunk each: (N, 1)
 
 
-def logits(hidden: Array, weight: Array, bias: Array | None = None, soft_cap: float = 0.0) -> Array:
+def logits(
+    hidden: Array, weight: Array, bias: Array | None = None, logit_scale: float = 0.0, soft_cap: float = 0.0
+) -> Array:
     """z (..., V) in float32 of hidden states (..., C), weight (V, C) and bias (V,)."""
-    z = (hidden @ weight.astype(hidden.dtype).T).astype(mx.float32)
+    z = hidden @ weight.astype(hidden.dtype).T
     if bias is not None:
-        z = z + bias
-    return soft_cap * mx.tanh(z / soft_cap) if soft_cap else z
+        z = z.astype(mx.float32) + bias
+    return finish(z, logit_scale, soft_cap)
 
 
 def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
@@ -91,7 +94,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         chunk = slice(start, start + o.chunk)
         w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
-        z = logits(h, w, b, o.soft_cap)
+        z = logits(h, w, b, o.logit_scale, o.soft_cap)
         inside = (y >= start) & (y < start + n)
         z_y = z_y + mx.where(inside, mx.take_along_axis(z, mx.clip(y - start, 0, n - 1), axis=-1), 0.0)
         if o.label_smoothing:
@@ -125,6 +128,8 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         )
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
+        if o.logit_scale:
+            gradient = gradient * o.logit_scale
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
 
 
@@ -144,6 +149,8 @@ def weight_gradient(
 ) -> tuple[Array, Array | None]:
     """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
     V = weight[0].shape[0]
+    if o.logit_scale:
+        cotangents = cotangents * o.logit_scale
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
     if o.needs == "low":
         x = x[:, -weight[-1].shape[1] :]
@@ -157,7 +164,7 @@ def weight_gradient(
         else:
             chunk = slice(start, start + o.chunk)
             w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
-            z = logits(h, w, b, o.soft_cap)
+            z = logits(h, w, b, o.logit_scale, o.soft_cap)
             e = fast.exp(z - top)
             if o.soft_cap:
                 k = curve(z, o)

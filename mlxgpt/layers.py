@@ -140,3 +140,14 @@ class Norm(nn.Module):
         if self._kind == "rms":
             return mx.fast.rms_norm(x, weight, self._eps)
         return mx.fast.layer_norm(x, weight, self.bias.astype(x.dtype) if "bias" in self else None, self._eps)
+
+
+def finish(logits: Array, scale: float, soft_cap: float) -> Array:
+    """z = cap tanh(scale l / cap) in float32 of raw logits l = h W^T + b; a scale or cap of 0 is off.
+
+    Every path to logits ends here: the whole head (model.py) and its chunks (head.py).
+    """
+    logits = logits.astype(mx.float32)
+    if scale:
+        logits = logits * scale
+    return soft_cap * mx.tanh(logits / soft_cap) if soft_cap else logits

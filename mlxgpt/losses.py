@@ -45,7 +45,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
     module: Any = model.wte if model.config.tied else model.lm_head
     small = not config.loss_chunk or model.config.vocab_size <= config.loss_chunk
-    if small or hasattr(module, "magnitude"):  # dora needs the norms of all words
+    if small or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     bias = module.bias if model.config.head_bias else None
     low = module.adapter.low(module, hidden, drop) if module.adapter else None
@@ -59,8 +59,8 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
         )
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
-    cap, kind = model.config.final_softcap, (module.bits, module.group_size)
-    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, cap, recompute, *kind)
+    finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
+    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
     return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
 
 

@@ -17,7 +17,7 @@ from mlxgpt import fast, noise
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
-from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm
+from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 
 class Cache:
@@ -329,13 +329,11 @@ class Model(nn.Module):
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:
         """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
-        cap = self._config.final_softcap
         if self._config.tied:
             logits = self.wte.head(x)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
-        logits = logits.astype(mx.float32)
-        return cap * mx.tanh(logits / cap) if cap else logits
+        return finish(logits, self._config.logit_scale, self._config.final_softcap)
 
     def __call__(
         self,

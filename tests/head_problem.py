@@ -21,7 +21,7 @@ from mlxgpt.common import rng
 # isort: split
 import mlx.core as mx
 
-B, T, C, V = 3, 7, 24, 101  # tokens and words are no multiples of the chunks below
+B, T, C, V = 3, 7, 24, 101  # tokens and vocabulary entries are no multiples of the chunks below
 LOSS, GRADIENT = 1e-6, 1e-5  # gates: relative, and of the tensor's largest value
 
 CHOICES: dict[str, dict[str, float]] = {
@@ -30,7 +30,8 @@ CHOICES: dict[str, dict[str, float]] = {
     "z-loss": {"z_loss": 0.02},
     "cap": {"soft_cap": 3.0},
     "smoothing and z-loss": {"label_smoothing": 0.15, "z_loss": 0.02},
-    "all": {"label_smoothing": 0.15, "z_loss": 0.02, "soft_cap": 3.0},
+    "scale": {"logit_scale": 0.4},
+    "all": {"label_smoothing": 0.15, "z_loss": 0.02, "soft_cap": 3.0, "logit_scale": 1.7},
 }
 Gradients = dict[str, np.ndarray]
 
@@ -54,6 +55,7 @@ def judge(data: dict[str, np.ndarray], choice: dict[str, float]) -> tuple[np.nda
     """Losses and gradients of the definition, by torch's autograd in float64."""
     leaves = {name: torch.tensor(data[name], dtype=torch.float64, requires_grad=True) for name in leaf_names(data)}
     z = leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", 0.0)
+    z = z * choice.get("logit_scale", 1.0)
     if "soft_cap" in choice:
         z = choice["soft_cap"] * torch.tanh(z / choice["soft_cap"])
     smoothing, log_p = choice.get("label_smoothing", 0.0), torch.log_softmax(z, dim=-1)

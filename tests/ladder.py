@@ -4,6 +4,7 @@ A figure is a largest difference relative to the reference's largest value (comp
 framework are held against torch_ref in float64; the gate follows what float32 costs that model (rounding.py).
 """
 
+import dataclasses
 import functools
 import importlib
 import statistics
@@ -22,8 +23,10 @@ from models import weights
 
 import mlxgpt.losses
 import mlxgpt.model
+import mlxgpt.probe
 import torch_ref.losses
 import torch_ref.model
+import torch_ref.probe
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
@@ -40,6 +43,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 PACKAGES = ("mlxgpt", "torch_ref")
+CHUNK = 16  # vocabulary entries at a time, a few chunks of every case
 LARGEST_COST = 1e-5  # a cost above this would make the gates mean nothing
 
 
@@ -63,10 +67,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one framework makes of a batch: logits (B, T, V), and the mean loss's gradient of every parameter."""
+    """What one framework computes for a batch: logits (B, T, V), the mean loss, and its gradients by name.
+
+    ``activations``: logits and residual stream by layer, as ``verify`` compares them; transformers has none.
+    """
 
     logits: np.ndarray
     gradients: dict[str, np.ndarray]
+    loss: float = float("nan")
+    activations: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def batch(config: ModelConfig, rows: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -76,15 +85,20 @@ def batch(config: ModelConfig, rows: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return drawn[:, :-1], drawn[:, 1:]
 
 
-def mlx_probe(config: ModelConfig, made: Mapping[str, np.ndarray]) -> Probe:
-    """mlxgpt's model and objective."""
+def mlx_probe(config: ModelConfig, made: Mapping[str, np.ndarray], loss_chunk: int = 0) -> Probe:
+    """mlxgpt's model and objective; ``loss_chunk`` > 0 computes the loss through the chunked head."""
     tokens, targets = (mx.array(array) for array in batch(config))
     model = mlxgpt.model.Model(config)
     model.update(tree_unflatten([(name, mx.array(value)) for name, value in made.items()]))
     arrays = mlxgpt.losses.Arrays(tokens, targets, mx.ones(tokens.shape), None, None)
-    mean = nn.value_and_grad(model, lambda: mlxgpt.losses.lm(model, arrays, TrainConfig()).mean())
-    gradients: Any = mean()[1]
-    return Probe(np.array(model(tokens)), {name: np.array(value) for name, value in tree_flatten(gradients)})
+    train = TrainConfig(loss_chunk=loss_chunk)
+    found: Any = nn.value_and_grad(model, lambda: mlxgpt.losses.lm(model, arrays, train).mean())()
+    return Probe(
+        np.array(model(tokens)),
+        {name: np.array(value) for name, value in tree_flatten(found[1])},
+        float(np.array(found[0])),
+        dict(mlxgpt.probe.activations(model, tokens)),
+    )
 
 
 def host(value: torch.Tensor | None) -> np.ndarray:
@@ -102,14 +116,18 @@ def torch_model(config: ModelConfig, made: Mapping[str, np.ndarray], dtype: torc
     return model
 
 
-def torch_probe(config: ModelConfig, made: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Probe:
-    """torch_ref's model and objective."""
+def torch_probe(
+    config: ModelConfig, made: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32, loss_chunk: int = 0
+) -> Probe:
+    """torch_ref's model and objective; ``loss_chunk`` > 0 computes the loss through the chunked head."""
     tokens, targets = (torch.from_numpy(array) for array in batch(config))
     model = torch_model(config, made, dtype)
     arrays = torch_ref.losses.Arrays(tokens, targets, torch.ones(tokens.shape), None, None)
-    torch_ref.losses.lm(model, arrays, TrainConfig()).mean().backward()
+    loss = torch_ref.losses.lm(model, arrays, TrainConfig(loss_chunk=loss_chunk)).mean()
+    loss.backward()
     gradients = {name: host(value.grad) for name, value in model.named_parameters()}
-    return Probe(host(model(tokens)), gradients)
+    activations = dict(torch_ref.probe.activations(model, tokens))
+    return Probe(host(model(tokens)), gradients, float(loss.detach()), activations)
 
 
 def hf_probe(config: ModelConfig, made: Mapping[str, np.ndarray], place: Path) -> Probe:
@@ -143,24 +161,42 @@ def same_tensors(config: ModelConfig, place: Path) -> int:
     return len(stored)
 
 
-def compare(case: str, config: ModelConfig, scale: float, place: Path) -> list[Figure]:
-    """Rungs 2 and 3 of one model with its matrices times ``scale``: MLX, torch and transformers, each to float64."""
+def compare(case: str, config: ModelConfig, scale: float, place: Path | None) -> list[Figure]:
+    """Rungs 2 and 3 of one model with its matrices times ``scale``: each framework against torch_ref in float64.
+
+    MLX and torch also compute the loss in chunks of CHUNK vocabulary entries. No ``place``: without transformers.
+    """
     made = weights(config, scale=scale)
     exact = torch_probe(config, made, torch.float64)
     case = f"{case} x{scale:g}"
-    costs = rounding.costs(case, rounding.rounded(torch_probe, config, made, torch.float64), exact)
+    best = rounding.rounded(torch_probe, config, made, torch.float64)
+    costs = rounding.costs(case, best, exact)
     gates = [rounding.gate(cost) for cost in costs]
     figures = [
         Figure(2, f"{case}: cost of float32, logits", costs[0], LARGEST_COST),
         Figure(3, f"{case}: cost of float32, gradients", costs[1], LARGEST_COST),
     ]
+    assert config.vocab_size > CHUNK
     probes = {
         "MLX": mlx_probe(config, made),
         "torch": torch_probe(config, made),
-        "transformers": hf_probe(config, made, place),
+        "MLX in chunks": mlx_probe(config, made, loss_chunk=CHUNK),
+        "torch in chunks": torch_probe(config, made, loss_chunk=CHUNK),
+    }
+    if place:
+        probes["transformers"] = hf_probe(config, made, place)
+    by_layer = {
+        name: rounding.gate(worst(f"{case}: cost, {name}", best.activations[name], value))
+        for name, value in exact.activations.items()
     }
     for name, found in probes.items():
         what = f"{case}: {name} - float64"
+        for layer, value in found.activations.items():
+            gap = worst(f"{what}, {layer}", value, exact.activations[layer])
+            figures.append(Figure(2, f"{what}, {layer}", gap, by_layer[layer]))
+        if name != "transformers":
+            gap = worst(f"{what}, loss", np.array(found.loss), np.array(exact.loss))
+            figures.append(Figure(3, f"{what}, loss", gap, 1e-5))
         figures.append(Figure(2, f"{what}, logits", worst(what, found.logits, exact.logits), gates[0]))
         figures.append(
             Figure(3, f"{what}, gradients", worst_gradient(what, found.gradients, exact.gradients), gates[1])

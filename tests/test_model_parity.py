@@ -63,7 +63,9 @@ def test_rung_1_what_one_trained_loads_in_the_other(
 def test_rungs_2_and_3_logits_and_gradients(case: str, config: ModelConfig, scale: float, tmp_path: Path) -> None:
     figures = ladder.compare(case, config, scale, tmp_path / "m")
     print(*figures, sep="\n")
-    assert {figure.rung for figure in figures} == {2, 3} and len(figures) == 8
+    assert {figure.rung for figure in figures} == {2, 3}
+    for what in ("in chunks - float64, loss", "in chunks - float64, gradients", "hidden.h.1", "transformers - float64"):
+        assert any(what in figure.what for figure in figures), what
     for figure in figures:
         assert figure.agrees, figure
 

@@ -1,15 +1,15 @@
 """Losses straight from hidden states: the logits exist for a chunk of the vocabulary at a time, never whole.
 
-Words pass by as keys do in FlashAttention (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018), with a
-running maximum, a running sum and a running p W. One pass gives the losses and all of their gradient by the hidden
-states but the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of logits' size
-where the plain form holds three, or makes it again.
-With word v, target y, s = label_smoothing and q = 1 + 2 z_loss lse:
+Chunks are processed as FlashAttention processes keys (Dao et al. 2022; online softmax: Milakov and Gimelshein 2018),
+with a running maximum, a running sum and a running p W. One pass computes the losses and their gradient by the hidden
+states up to the cotangents, so a frozen head needs nothing more; a trainable one keeps exp(z), one array of the logits'
+size where whole logits need three, or recomputes it.
+With vocabulary entry v, target y, s = label_smoothing, a = logit_scale (0: 1) and q = 1 + 2 z_loss lse:
 
-    l_v = h w_v + b_v,  z_v = cap tanh(l_v / cap),  p = softmax(z),  loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2
-    d loss / d l_v = (q p_v - (1 - s) [v = y] - s / V) k_v,  k_v = 1 - (z_v / cap)^2
+    l_v = h w_v + b_v,  z_v = cap tanh(a l_v / cap),  p = softmax(z),  k_v = 1 - (z_v / cap)^2
+    loss = lse - (1 - s) z_y - s mean(z) + z_loss lse^2,  d loss / d l_v = a (q p_v - (1 - s) [v = y] - s / V) k_v
 
-Sizes: N tokens, C width, V words, n words of a chunk.
+Sizes: N tokens, C width, V vocabulary entries, n of them in a chunk.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_ref import quant
-from torch_ref.layers import Array
+from torch_ref.layers import Array, finish
 
 
 class Options(NamedTuple):
@@ -34,6 +34,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     soft_cap: float = 0.0
+    logit_scale: float = 0.0
     recompute: bool = False
     bits: int = 0
     group_size: int = 0
@@ -50,13 +51,14 @@ class Sweep(NamedTuple):
     tops: list[Array]  # a chunk each: (N, 1)
 
 
-def logits(hidden: Array, weight: Array, bias: Array | None = None, soft_cap: float = 0.0) -> Array:
+def logits(
+    hidden: Array, weight: Array, bias: Array | None = None, logit_scale: float = 0.0, soft_cap: float = 0.0
+) -> Array:
     """z (..., V) in float32 (float64 of float64) of hidden states (..., C), weight (V, C) and bias (V,)."""
     z = hidden @ weight.to(hidden.dtype).T
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
     if bias is not None:
-        z = z + bias
-    return soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
+        z = z.to(torch.promote_types(z.dtype, torch.float32)) + bias
+    return finish(z, logit_scale, soft_cap)
 
 
 def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
@@ -85,7 +87,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         chunk = slice(start, start + o.chunk)
         w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
-        z = logits(h, w, b, o.soft_cap)
+        z = logits(h, w, b, o.logit_scale, o.soft_cap)
         inside = (y >= start) & (y < start + n)
         z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(y - start, 0, n - 1), dim=-1), 0.0)
         if o.label_smoothing:
@@ -118,6 +120,8 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         )
         if o.label_smoothing:
             gradient = gradient - o.label_smoothing / V * even
+        if o.logit_scale:
+            gradient = gradient * o.logit_scale
     return Sweep(losses.squeeze(-1), gradient, lse, slope, kept, tops)
 
 
@@ -137,6 +141,8 @@ def weight_gradient(
 ) -> tuple[Array, Array | None]:
     """Gradients of weight (V, C), or "low" (V, r), and of bias (V,), by the cotangents (N, 1) of the losses."""
     V = weight[0].shape[0]
+    if o.logit_scale:
+        cotangents = cotangents * o.logit_scale
     x = cotangents * hidden  # (N, C), and a column more if there is a bias, whose input is 1
     if o.needs == "low":
         x = x[:, -weight[-1].shape[1] :]
@@ -150,7 +156,7 @@ def weight_gradient(
         else:
             chunk = slice(start, start + o.chunk)
             w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
-            z = logits(h, w, b, o.soft_cap)
+            z = logits(h, w, b, o.logit_scale, o.soft_cap)
             e = torch.exp(z - top)
             if o.soft_cap:
                 k = curve(z, o)

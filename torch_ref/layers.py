@@ -119,3 +119,14 @@ class Norm(nn.Module):
         if self._kind == "rms":
             return F.rms_norm(x.to(wide), weight.shape, None, self._eps).to(x.dtype) * weight
         return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self._eps)
+
+
+def finish(logits: Array, scale: float, soft_cap: float) -> Array:
+    """z = cap tanh(scale l / cap) in float32 of raw logits l = h W^T + b; a scale or cap of 0 is off.
+
+    Every path to logits ends here: the whole head (model.py) and its chunks (head.py).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale:
+        logits = logits * scale
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits

@@ -16,7 +16,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
 from torch_ref import noise
-from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm
+from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 
 class Cache:
@@ -350,13 +350,11 @@ class Model(nn.Module):
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:
         """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
-        cap = self._config.final_softcap
         if self._config.tied:
             logits = self.wte.head(x)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
-        logits = logits.to(torch.promote_types(x.dtype, torch.float32))
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return finish(logits, self._config.logit_scale, self._config.final_softcap)
 
     def forward(
         self,

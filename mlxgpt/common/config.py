@@ -75,6 +75,7 @@ class ModelConfig:
     attn_scale: float = _field(0.0, "multiplier of attention scores; 0 = 1 / sqrt(head_dim)")
     attn_softcap: float = _field(0.0, "attention scores become cap * tanh(score / cap); 0 = off")
     final_softcap: float = _field(0.0, "the same for logits")
+    logit_scale: float = _field(0.0, "multiplier of logits, before final_softcap; 0 = off")
     embed_scale: bool = _field(False, "embeddings times sqrt(n_embd)")
     fused_qkv: bool = _field(True, "one matrix c_attn in place of q_proj, k_proj, v_proj")
     qkv_by_head: bool = _field(False, "c_attn's rows are q, k, v of head 0, then of head 1 ...")
@@ -90,7 +91,7 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size", "rotary_dim", "window", "rope_local_theta",
-                     "attn_scale", "attn_softcap", "final_softcap"):  # fmt: skip
+                     "attn_scale", "attn_softcap", "final_softcap", "logit_scale"):  # fmt: skip
             _check("model", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _one_of("model", self, "norm", "layer", "rms", "rms1")
         _one_of("model", self, "placement", "pre", "post", "sandwich", "parallel", "parallel2")
@@ -128,6 +129,7 @@ class ModelConfig:
         if names:  # its head is `score`, whatever the language model had
             object.__setattr__(self, "tied", False)
             object.__setattr__(self, "final_softcap", 0.0)
+            object.__setattr__(self, "logit_scale", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
         unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),

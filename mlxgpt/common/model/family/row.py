@@ -141,6 +141,7 @@ PLAIN: dict[str, Any] = {
     "attn_scale": 0.0,
     "attn_softcap": 0.0,
     "final_softcap": 0.0,
+    "logit_scale": 0.0,
     "rope_local_theta": 0.0,
     "no_rope": (),
 }
