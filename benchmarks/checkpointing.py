@@ -109,7 +109,7 @@ def ours(layers: str, folder: str, reading: str = ""):
 
     def read() -> float:
         checkpoint.verify(place)
-        checkpoint.read(place, config)
+        checkpoint.read_snapshot(place, config)
         return size / 1e6
 
     return read if reading else write

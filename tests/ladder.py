@@ -285,7 +285,7 @@ def crossing(case: str, recipe: Recipe, place: Path) -> tuple[dict[str, np.ndarr
         whole[saver] = np.concatenate([start, curve(engine, first=half + 1)])
         for reader in PACKAGES:
             other = trained(reader, recipe)
-            other.load_state(checkpoint.read(saved, recipe.model))
+            other.load_state(checkpoint.read_snapshot(saved, recipe.model))
             what = f"{case}: {saver} to {reader}"
             gap = worst(what, curve(other, first=half + 1), whole[saver][half:], 1.0)
             figures.append(Figure(5, what, gap, 0.0 if reader == saver else 2e-5))

@@ -201,7 +201,7 @@ def checkpoint() -> Figures:
         run = Path(folder)
         moved = system_bytes(lambda: checkpoint.write(run, snapshot, config, None, state, 0))
         place = resolve.path_of(run, 1)
-        read = system_bytes(lambda: (checkpoint.verify(place), checkpoint.read(place, config)))
+        read = system_bytes(lambda: (checkpoint.verify(place), checkpoint.read_snapshot(place, config)))
         found = {"checkpoint.size": sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) / (3 * size)}
     found["checkpoint.flushes"] = flushes[0]
     if moved:

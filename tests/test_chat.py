@@ -164,7 +164,7 @@ def test_a_script_is_answered_line_by_line(model: Path, tmp_path: Path) -> None:
     code, out, err = script(model, text)
     assert code == 0
     assert len(out.splitlines()) >= 3
-    for said in ("0.8", "Be kind.", "(6 messages in", "cut at 6 tokens"):
+    for said in ("0.8", "Be kind.", "(6 messages in", "truncated at 6 tokens"):
         assert said in err
     messages = json.loads(saved.read_text())["messages"]
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 3]
@@ -262,7 +262,7 @@ def test_a_terminal_gets_a_prompt_and_ctrl_d_leaves(model: Path) -> None:
     wait(b"> ")
     seen = b""
     os.write(mine, b"Hello\n")
-    wait(b"cut at 4 tokens")
+    wait(b"truncated at 4 tokens")
     wait(b"> ")
     os.write(mine, b"\x04")
     assert process.wait(30) == 0

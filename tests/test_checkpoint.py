@@ -77,7 +77,7 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
         "training/optimizer.safetensors", "training/state.json",
     ]  # fmt: skip
     assert checkpoint.verify(place) == state(500)
-    read, written = checkpoint.read(place, CONFIG), snapshot(500)
+    read, written = checkpoint.read_snapshot(place, CONFIG), snapshot(500)
     assert read["t"] == 507
     for group in ("params", "m", "v"):
         assert list(read[group]) and set(read[group]) == set(written[group])
@@ -281,7 +281,7 @@ def test_a_step_is_written_again_over_itself(tmp_path: Path) -> None:
     save(run, 4)
     place, _ = checkpoint.write(run, snapshot(99), CONFIG, Words(), dataclasses.replace(state(4), stale=2), 2)
     assert checkpoint.verify(place).stale == 2
-    assert checkpoint.read(place, CONFIG)["t"] == 106
+    assert checkpoint.read_snapshot(place, CONFIG)["t"] == 106
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000004"]
 
 

@@ -314,7 +314,7 @@ def test_moments_convert_with_the_weights(saved: tuple[Path, dict[str, Any]], tm
     assert moments and (moments.t, moments.step) == (5, 6)
     convert(place, tmp_path / "b", max_shard=60_000)
     assert dataclass_of(checkpoint.verify(tmp_path / "b")) == dataclass_of(checkpoint.verify(place))
-    back = checkpoint.read(tmp_path / "b", CASES["gpt2"])
+    back = checkpoint.read_snapshot(tmp_path / "b", CASES["gpt2"])
     assert same(back["m"], snapshot["m"]) and same(back["v"], snapshot["v"]) and back["t"] == 5
     assert same(back["params"], snapshot["params"])
     assert any("moments are left behind" in note for note in convert(place, tmp_path / "c", "mlx-lm").notes)

@@ -170,7 +170,7 @@ def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--chip", "h100", "--calibrate"], "--calibrate: times this machine, not NVIDIA H100: expected it without"),
+        (["--chip", "h100", "--calibrate"], "--calibrate: times this machine, not NVIDIA H100: expected no --chip"),
         (["--chip", "h1000"], "--chip h1000: unknown (did you mean 'h100'?): expected one of m1, m1-pro"),
         (["--budget", "much", "--chip", "h100", "--price", "2"], "--budget much: expected an amount of money"),
         (["--budget", "5 USD", "--chip", "h100"], "--budget 5 USD: expected --price as well"),

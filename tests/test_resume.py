@@ -54,7 +54,7 @@ def scale_second_moments(run: Path) -> None:
     """A mutation: second moments a thousandth too large, in a checkpoint whose sums hold."""
     place = resolve.path_of(run, STOP)
     state, config = checkpoint.verify(place), build(read_toml(run / "recipe.toml")).model
-    snapshot = checkpoint.read(place, config)
+    snapshot = checkpoint.read_snapshot(place, config)
     snapshot["v"] = {name: array * np.float32(1.001) for name, array in snapshot["v"].items()}
     checkpoint.write(run, snapshot, config, None, state, 0)
 

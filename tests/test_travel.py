@@ -143,7 +143,7 @@ def test_moments_pass_by_value(family: dict[str, Any], route: tuple[str, ...], t
     for n, to in enumerate(route):
         before, place = place, tmp_path / f"{n}{'.pt' * (to != 'hf')}"
         convert_model(before, place, to)
-    back = checkpoint.read(place, config)
+    back = checkpoint.read_snapshot(place, config)
     assert back["t"] == 5
     for group, expected in (("params", snapshot["params"]), *made.items()):
         assert all(np.array_equal(back[group][name], expected[name]) for name in expected), group

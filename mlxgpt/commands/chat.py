@@ -1,6 +1,6 @@
-"""The verb chat: a conversation in the terminal, or lines of a script from standard input.
+"""The verb ``chat``: a conversation in the terminal, or with lines of a script from standard input.
 
-Answers go to stdout, everything else to stderr. A line that ends with a backslash goes on in the next, and three
+Answers go to stdout, everything else to stderr. A line that ends with a backslash continues on the next, and three
 double quotes begin and end a message of several lines.
 """
 
@@ -24,13 +24,13 @@ from mlxgpt.common.train.signals import Signals
 
 QUOTES = '"""'
 COMMANDS = {
-    "/help": "this list",
-    "/reset": "forget the conversation; the system prompt stays",
+    "/help": "list the commands",
+    "/reset": "forget the conversation, but keep the system prompt",
     "/system [TEXT]": "show the system prompt, or set it; /system - removes it",
     "/temp [X]": "show the temperature, or set it; 0 is greedy",
-    "/save FILE": "write the conversation as a row of chat data (JSON)",
-    "/load FILE": "go on with a conversation that /save wrote",
-    "/quit": "leave, as does Ctrl-D; Ctrl-C stops an answer",
+    "/save FILE": "write the conversation as one example of chat data (JSON)",
+    "/load FILE": "resume a conversation that /save wrote",
+    "/quit": "leave, like Ctrl-D; Ctrl-C stops an answer",
 }
 
 
@@ -41,7 +41,7 @@ def chat_command(args: argparse.Namespace) -> int:
         args: model, adapter, force, system, template, the fields of SampleConfig but prompt, backend, device.
 
     Returns:
-        0, or 1 where input that is no terminal's held a message that could not be answered.
+        0, or 1 if input from a script held a message that could not be answered.
     """
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
@@ -70,8 +70,8 @@ def _template(given: str | None, tokenizer: Tokenizer, model: str) -> Template:
     found = template_of(tokenizer, f"{model}: chat template")
     if found is None:
         raise UserError(
-            f"{model}: its tokenizer has no chat template: expected --template FILE, or a model that was tuned to "
-            "chat (finetune gives one ChatML); generate continues plain text"
+            f"{model}: its tokenizer has no chat template: expected --template FILE, or a model fine-tuned on "
+            "chats (finetune adds ChatML); generate continues plain text"
         )
     return found
 
@@ -84,10 +84,10 @@ class Chat:
         self._failed = False
 
     def run(self) -> int:
-        """Until /quit or the end of the input; the exit code."""
+        """Runs until /quit or the end of the input; returns the exit code."""
         if self._terminal:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (input() then has a history, and keys to edit with)
+                import readline  # noqa: F401  (gives input() a history and line editing)
             self._say("/help lists the commands; Ctrl-D leaves")
         for text in self._messages():
             try:
@@ -105,7 +105,7 @@ class Chat:
         print(line, file=sys.stderr, flush=True)
 
     def _messages(self) -> Iterator[str]:
-        """What was typed, an empty one left out."""
+        """The messages typed; empty ones are skipped."""
         while True:
             try:
                 text = self._read()
@@ -122,7 +122,7 @@ class Chat:
                 yield text
 
     def _read(self) -> str:
-        """One message; the last lines of an input that ends in the middle of one count."""
+        """One message; input that ends inside a message completes it."""
         line = self._line("> ")
         if line.lstrip().startswith(QUOTES):
             lines = [line.lstrip().removeprefix(QUOTES)]
@@ -151,7 +151,7 @@ class Chat:
         return line.rstrip("\r\n")
 
     def _answer(self, text: str) -> None:
-        """Streams the answer; Ctrl-C ends it and not the chat."""
+        """Streams the answer; Ctrl-C ends the answer, not the chat."""
         with Signals() as signals:
             answer = self._conversation.answer(
                 text, self._sample, lambda piece: print(piece, end="", flush=True), lambda: bool(signals.received)
@@ -162,18 +162,18 @@ class Chat:
             sys.exit(signals.exit_code)
 
     def _tell(self, answer: Answer) -> None:
-        """What a reader would else not know."""
+        """Notes about a truncated answer or context."""
         if answer.dropped:
             self._say(f"(the context is full: the oldest {answer.dropped} messages were forgotten)")
         if answer.reason == "context":
-            self._say("(the context is full: the answer was cut; /reset begins anew)")
+            self._say("(the context is full: the answer was truncated; /reset starts over)")
         elif answer.reason == "length":
-            self._say(f"(cut at {self._sample.max_tokens} tokens; --max-tokens sets that)")
+            self._say(f"(truncated at {self._sample.max_tokens} tokens; --max-tokens sets that)")
         elif answer.reason == "interrupted":
             self._say("(stopped)")
 
     def _command(self, text: str) -> bool:
-        """Does what a command says; False for /quit."""
+        """Runs a command; False for /quit."""
         word, _, rest = text.strip().partition(" ")
         rest = rest.strip()
         if word in ("/quit", "/exit"):

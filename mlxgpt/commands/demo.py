@@ -1,7 +1,7 @@
 """The demo: one recipe in MLX, resumed in PyTorch from MLX's checkpoint, and from scratch in PyTorch; one loss curve.
 
-Then MLX's model learns to answer questions, with LoRA in both frameworks, and the adapter that MLX trained answers in
-both: one curve and one text. Every leg is the public command in a process of its own; this file starts them and
+Then MLX's model is fine-tuned to answer questions, with LoRA in both frameworks, and the adapter that MLX trained
+answers in both: one curve and one text. Every leg is a public command in its own process; this file starts them and
 compares their metrics.jsonl and answers.
 """
 
@@ -29,11 +29,11 @@ TUNED = ("lora-mlx", "lora-torch")
 COUNT = len(LEGS) + len(TUNED) + 1  # the last one answers
 QUESTIONS = ("What does os.path.join do?", "What does shutil.copyfile do?", "What does random.shuffle do?",
              "What is queue.Queue?")  # fmt: skip
-# Steps, and what else is set: for two cores, or any GPU, in about a minute a leg.
+# Steps and settings: about a minute per leg on two cores or any GPU.
 PRESET = (300, ["train.batch_size=8", "train.eval_batches=20", "train.keep=0"])
-# Of LoRA on questions and answers: a low rank on a model this small wants a high rate.
+# LoRA on questions and answers: a low rank on a model this small needs a high learning rate.
 TUNE_PRESET = (150, ["optim.lr=2e-3", "train.eval_batches=20", "sample.max_tokens=0"])
-# Where MLX multiplies with its reference BLAS, 15 to 30 times slower.
+# If MLX uses its reference BLAS, 15 to 30 times slower.
 SLOW_PRESET = (200, [*PRESET[1], "model.n_layer=2", "model.n_embd=64", "model.block_size=64"])
 
 
@@ -69,11 +69,11 @@ def demo(args: argparse.Namespace) -> int:
     """Runs the three legs under ``args.out`` and prints the comparison.
 
     Returns:
-        0 where every difference is within its gate, else 1.
+        0 if every difference is within its gate, else 1.
 
     Raises:
-        UserError: a framework is missing, or the folder holds something else.
-        RunError: a leg broke.
+        UserError: a framework is missing, or the folder is not a demo's.
+        RunError: a leg failed.
     """
     began = time.perf_counter()
     runs = {leg: Path(args.out) / leg for leg in (*LEGS, *TUNED)}
@@ -124,7 +124,7 @@ def answers(package: str, run: Path) -> list[str]:
     """The greedy answer of a run's model to each question.
 
     Raises:
-        RunError: the command broke.
+        RunError: the command failed.
     """
     prompts = [word for question in QUESTIONS for word in ("--prompt", f"{question}\n")]
     command = [sys.executable, "-m", package, "generate", "--model", str(run), *prompts]
@@ -155,7 +155,7 @@ def losses(run: Path, split: str) -> dict[int, float]:
 
 
 def compare(curves: dict[str, dict[int, float]], steps: int, resumed_at: int, gates: Gates) -> list[Difference]:
-    """What the verdict rests on.
+    """The differences that the verdict is based on.
 
     Raises:
         RunError: a curve lacks a step.
@@ -170,7 +170,7 @@ def compare(curves: dict[str, dict[int, float]], steps: int, resumed_at: int, ga
 
 
 def compare_tuned(curves: dict[str, dict[int, float]], steps: int, gates: Gates) -> list[Difference]:
-    """The same of the two LoRA runs, which start from one model.
+    """The same for the two LoRA runs, which start from one model.
 
     Raises:
         RunError: a curve lacks a step.
@@ -223,14 +223,14 @@ def _verdict(differences: list[Difference], accelerated: bool, same_answers: boo
 
 
 def _leg(number: int, title: str, package: str, arguments: list[str], verb: str = "train") -> None:
-    """One verb in a process of its own, with its display; Ctrl-C lets it save first."""
+    """Runs one verb in its own process, with its display; after Ctrl-C it saves first."""
     command = [sys.executable, "-m", package, verb, *arguments]
     print(f"\n[{number}/{COUNT}] {title}\n      python {shlex.join(command[1:])}", flush=True)
     with subprocess.Popen(command) as process:
         try:
             code = process.wait()
         except BaseException:
-            # Ctrl-C has reached it as well
+            # Ctrl-C reaches the process too
             process.wait()
             raise
     if code:

@@ -1,4 +1,4 @@
-"""The verb ``eval``."""
+"""The verb ``eval``: loss, perplexity and bits per byte."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     stride = args.stride or config.block_size
     if stride > config.block_size:
         raise UserError(
-            f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens are left out"
+            f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens would be skipped"
         )
     rows = evaluation_rows.is_rows(args.data, args.text_key)
     live = sys.stderr.isatty() and not args.json
@@ -49,9 +49,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
         values = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
         print(json.dumps({**values, "bytes": result.size, "block_size": config.block_size, "stride": stride}))
         return 0
-    print(f"loss           {result.loss:.4f} nats a token")
+    print(f"loss           {result.loss:.4f} nats per token")
     print(f"perplexity     {result.perplexity:.2f}")
-    print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: rows, or no tokenizer'}")
+    print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: fine-tuning examples, or no tokenizer'}")
     how = "those of answers" if rows else f"each scored once, in windows of {config.block_size} every {stride}"
     print(f"tokens         {result.tokens}, {how}")
     return 0

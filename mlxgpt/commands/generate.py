@@ -1,4 +1,4 @@
-"""The verb generate: prompts in, text out as it is drawn, or one JSON object."""
+"""The verb ``generate``: continues prompts, as streamed text or one JSON object."""
 
 import argparse
 import dataclasses
@@ -15,10 +15,10 @@ from mlxgpt.common.inference.generation import Result
 
 
 def read_prompts(texts: list[str], files: list[str]) -> list[str]:
-    """The prompts of --prompt, then one prompt a --prompt-file, ``-`` being standard input.
+    """The prompts of --prompt, then one per --prompt-file; ``-`` is standard input.
 
     Raises:
-        UserError: none at all, or a file that is missing or not UTF-8.
+        UserError: no prompt, or a file that is missing or not UTF-8.
     """
     prompts = list(texts)
     for name in files:
@@ -35,7 +35,7 @@ def read_prompts(texts: list[str], files: list[str]) -> list[str]:
 
 
 def summary(results: list[Result], seconds: float, first: float, block_size: int) -> str:
-    """One line: how much, how fast, and why it ended."""
+    """One line: tokens, speed, and why generation ended."""
     reasons = {
         "eos": "end of text",
         "stop": "stop string",
@@ -49,7 +49,7 @@ def summary(results: list[Result], seconds: float, first: float, block_size: int
 
 
 def as_json(result: Result) -> dict[str, object]:
-    """The pinned keys text, tokens (a count) and prompt_tokens (a count), and what else is known."""
+    """The pinned keys text, tokens (a count) and prompt_tokens (a count), and further ones."""
     return {
         "text": result.text,
         "tokens": len(result.tokens),
@@ -60,7 +60,7 @@ def as_json(result: Result) -> dict[str, object]:
 
 
 def generate_command(args: argparse.Namespace) -> int:
-    """Continues every prompt; a single one is streamed. Text goes to stdout, how it went to stderr."""
+    """Continues every prompt; a single one is streamed. Text goes to stdout, statistics to stderr."""
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
     prompts = read_prompts(args.prompt, args.prompt_file)

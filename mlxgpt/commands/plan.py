@@ -1,7 +1,7 @@
-"""The verb ``plan``: memory, time and money before anything runs.
+"""The verb ``plan``: memory, time and cost before anything runs.
 
 The bytes come from the framework's own step, built and not computed (``footprint.py`` of either package), so what is
-predicted is what is run, whatever the model. Nothing here is fitted to a measurement.
+predicted is what is run, whatever the model. Nothing is fitted to measurements.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from mlxgpt.common.plan.gate import room
 from mlxgpt.common.recipes import apply_sets, build, read_toml, to_toml
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 
-_CHAR_VOCABULARY = 128  # what a character tokenizer is taken to have, where the text was not looked at
+_CHAR_VOCABULARY = 128  # assumed for a character tokenizer, since the text is not read
 
 
 def plan_command(args: Namespace) -> int:
-    """Says what a run needs, or with a budget which run to make.
+    """Prints what a run needs or, with a budget, which run to make.
 
     Args:
         args: recipe, model, data, method, set, steps, chip, price, calibrate, budget, hours, memory, out, plot, json,
@@ -43,8 +43,8 @@ def plan_command(args: Namespace) -> int:
     """
     if args.plot:
         plan_show.check_plot(Path(args.plot))
-    backward = args.budget is not None or args.hours is not None or args.memory is not None
-    if args.out and not backward:
+    budgeted = args.budget is not None or args.hours is not None or args.memory is not None
+    if args.out and not budgeted:
         raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
     if args.model and args.recipe:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
@@ -52,14 +52,14 @@ def plan_command(args: Namespace) -> int:
     recipe, notes = _recipe(args)
     backend = backends.load(args.backend)
     device = backend.engine.devices.use(args.device)
-    result = (_backward if backward else _forward)(args, recipe, backend, device, chip)
+    result = (_plan_budget if budgeted else _plan_recipe)(args, recipe, backend, device, chip)
     result = {"backend": backend.name, **result, "notes": [*notes, *result["notes"]]}
     if args.plot:
         plan_show.plot(result, Path(args.plot))
     if args.json:
         print(json.dumps(result))
     else:
-        plan_show.show((plan_show.budget_rows if backward else plan_show.rows)(result))
+        plan_show.show((plan_show.budget_rows if budgeted else plan_show.rows)(result))
         for flag, path in (("recipe", args.out), ("plot", args.plot)):
             if path:
                 print(f"{flag}: {path}")
@@ -67,7 +67,7 @@ def plan_command(args: Namespace) -> int:
 
 
 def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
-    """The recipe to plan, its vocabulary known, and what was assumed."""
+    """The recipe to plan, with its vocabulary size, and notes about assumptions."""
     sections: dict[str, dict[str, Any]] = {}
     where = "--set"
     if not args.model:
@@ -96,16 +96,16 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size)), notes
 
 
-def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
-    """What the recipe needs."""
+def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+    """Memory, time and cost of the recipe."""
     measure, notes = backend.footprint.footprint, []
     described = backend.engine.devices.describe(device)
     timing = None
     if args.calibrate:
         if chip:
-            raise UserError(f"--calibrate: times this machine, not {chip.name}: expected it without --chip")
+            raise UserError(f"--calibrate: times this machine, not {chip.name}: expected no --chip")
         if recipe.tune:
-            raise UserError("--calibrate: of pre-training recipes only; fine-tuning takes --chip")
+            raise UserError("--calibrate: only for pre-training recipes; fine-tuning takes --chip")
         source, _ = plan_calibrate.open_data(recipe)
         model = dataclasses.replace(recipe.model, vocab_size=max(recipe.model.vocab_size, source.vocab_size))
         recipe = dataclasses.replace(recipe, model=model)
@@ -114,9 +114,9 @@ def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chi
     if chip:
         where = {"total": int(chip.memory * 1e9), "free": int(chip.memory * 1e9), "recommended": 0,
                  "limit": int(chip.memory * 1e9)}  # fmt: skip
-        notes.append(f"memory is counted as {backend.name} holds it on this machine's device, not on {chip.name}")
+        notes.append(f"memory is counted for {backend.name} on this machine's device, not on {chip.name}")
     if (backend.name, recipe.train.compile) == ("mlx", "off"):
-        notes.append("train.compile = off: MLX then holds more than this says, a small model up to a third")
+        notes.append("train.compile = off: MLX then needs more than predicted, for a small model up to a third")
     chip = chip or chips.chip_of(described["device"])
     seconds, origin = None, None
     if timing:
@@ -157,8 +157,8 @@ def _forward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chi
     }  # fmt: skip
 
 
-def _backward(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
-    """Which model a budget trains best."""
+def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+    """The best model for a budget."""
     if recipe.tune or args.model:
         raise UserError("--budget, --hours and --memory: choose a model to pre-train: expected no --model")
     described = backend.engine.devices.describe(device)

@@ -1,7 +1,7 @@
 """The verb ``report``: one self-contained page about one run or several, its figures as PNG and its curves as CSV.
 
-The page has no script and asks for nothing: it opens from disk, on a phone and on paper. ``--watch`` serves the same
-page on this machine alone, made anew when a run has written.
+The page has no script and loads nothing: it opens from disk, on a phone and on paper. ``--watch`` serves the same
+page on this machine only, and renders it again when a run has written.
 """
 
 import csv
@@ -23,12 +23,12 @@ from mlxgpt.common.runs.summary import Run
 from mlxgpt.common.units import duration, short
 
 REFRESH = 5
-"""Seconds after which a watched page asks again."""
+"""Seconds between reloads of a watched page."""
 _SHORT_VALUE = 60
 
 
 class Table(NamedTuple):
-    """Rows of text under a heading."""
+    """A table of text with a title."""
 
     title: str
     note: str
@@ -60,7 +60,7 @@ def report_command(args: Namespace) -> int:
 
 
 def _read(paths: list[Path]) -> list[Run]:
-    """The runs; of those with the same name each is called by its path."""
+    """The runs; runs with equal names are named by their paths."""
     runs = [run_summary.read_run(path) for path in paths]
     names = [run.name for run in runs]
     for run, path in zip(runs, paths, strict=True):
@@ -102,7 +102,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What a card says of a run, in words."""
+    """The facts on a run's card: (label, text)."""
     seconds = np.nansum(run.train["seconds"]) if "seconds" in run.train else 0.0
     made = [("status", f"{run.status}, {run.why}"), ("steps", f"{run.step:,} of {run.steps:,}")]
     if run.best:
@@ -134,7 +134,7 @@ def _subtitle(runs: list[Run]) -> str:
 
 
 def _warnings(runs: list[Run]) -> list[str]:
-    """What must not be overlooked."""
+    """Warnings at the top of the page."""
     found = [f"{run.name}: {run.skipped} updates were skipped, not finite" for run in runs if run.skipped]
     return found + [f"{run.name}: {run.why}" for run in runs if run.status == "damaged"]
 
@@ -169,7 +169,7 @@ def _planned(runs: list[Run]) -> Table:
 
 
 def _numbers(values: Any) -> dict[str, float]:
-    """Those of a mapping's values that are numbers."""
+    """The numbers among a mapping's values."""
     given = values.items() if isinstance(values, dict) else ()
     return {str(key): value for key, value in given if type(value) in (int, float)}
 
@@ -183,7 +183,7 @@ def _time(value: float | None) -> str:
 
 
 def _data(runs: list[Run]) -> Table:
-    """What each run learned from."""
+    """The data of each run."""
     columns = []
     for run in runs:
         found = _numbers(run.segments[-1].get("data")) if run.segments else {}
@@ -209,7 +209,7 @@ def _data(runs: list[Run]) -> Table:
 
 
 def _environment(runs: list[Run]) -> Table:
-    """A column a segment: each time that a run was started or went on."""
+    """A column for each segment: each start or resumption of a run."""
     keys = ("framework", "version", "device", "blas", "threads", "compiled", "python", "platform", "chip", "mlxgpt")
     heads, columns = [], []
     for run in runs:
@@ -222,7 +222,7 @@ def _environment(runs: list[Run]) -> Table:
 
 
 def _by_column(title: str, heads: list[str], columns: list[dict[str, str]]) -> Table:
-    """A table whose columns are given; rows in which nothing stands are left out."""
+    """A table from its columns; empty rows are dropped."""
     rows = [[key, *(column[key] for column in columns)] for key in (columns[0] if columns else ())]
     return Table(title, "", ["", *heads], [row for row in rows if any(row[1:])])
 
@@ -248,13 +248,13 @@ def write_csv(run: Run, folder: Path) -> None:
 
 
 def watch(paths: list[Path], port: int) -> int:
-    """Serves the page on 127.0.0.1 until Ctrl-C; a page is drawn again only if a run has written since.
+    """Serves the page on 127.0.0.1 until Ctrl-C; the page is rendered again only if a run has written since.
 
     Raises:
         UserError: the port is taken.
     """
     drawn: dict[str, Any] = {"at": None, "page": b""}
-    _read(paths)  # a wrong path is said now, not in the browser
+    _read(paths)  # reports a wrong path now, not in the browser
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

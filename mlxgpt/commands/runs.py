@@ -1,4 +1,4 @@
-"""The verbs ``runs`` and ``runs check``: which runs there are, and whether every byte of one is as it was written."""
+"""The verbs ``runs`` and ``runs check``: lists runs, and checks the files of one against their checksums."""
 
 import json
 from argparse import Namespace
@@ -15,7 +15,7 @@ from mlxgpt.common.runs import summary as run_summary
 
 
 def list_command(args: Namespace) -> int:
-    """A line a run under a folder, the newest first."""
+    """Lists the runs under a folder, newest first."""
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one that holds runs")
@@ -44,7 +44,7 @@ def list_command(args: Namespace) -> int:
 
 
 def entry(place: Path) -> dict[str, Any]:
-    """What is listed of a run; a damaged one is listed as that."""
+    """The entry of a run in the list; a damaged one has the status damaged."""
     try:
         run = run_summary.read_run(place)
     except UserError as error:
@@ -60,7 +60,7 @@ def entry(place: Path) -> dict[str, Any]:
 
 
 def check_command(args: Namespace) -> int:
-    """Holds every file of every checkpoint, and metrics.jsonl, against what was written; 1 where something differs."""
+    """Checks every file of every checkpoint, and metrics.jsonl; returns 1 if something is damaged."""
     run = Path(args.run)
     if not resolve.is_run(run):
         raise UserError(f"{run}: not a run; expected the --out of a training")
@@ -75,7 +75,7 @@ def check_command(args: Namespace) -> int:
 
 
 def find_damage(run: Path) -> tuple[list[str], list[str]]:
-    """What is damaged, a line each, and what was looked at."""
+    """(damage, one line each; names of what was checked)."""
     damage, checked = [], []
     for step in resolve.steps_of(run):
         place = resolve.path_of(run, step)
@@ -94,19 +94,19 @@ def find_damage(run: Path) -> tuple[list[str], list[str]]:
         if (run / name).is_symlink() or (run / name).exists():
             checked.append(name)
             if resolve.follow(run, name) is None:
-                damage.append(f"{run / name}: names no checkpoint that is there")
+                damage.append(f"{run / name}: points to a checkpoint that does not exist")
     return damage, checked
 
 
 def unlisted(place: Path) -> list[str]:
-    """Files of a checkpoint that its state.json does not know."""
+    """Files of a checkpoint that its state.json does not list."""
     listed = json.loads((place / checkpoint.STATE).read_text(encoding="utf-8"))["files"]
     there = {file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()}
     return [f"{place / name}: not in state.json" for name in sorted(there - set(listed) - {checkpoint.STATE})]
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of metrics.jsonl that are damaged, missing or out of order; half of a last line is what a kill leaves."""
+    """Damaged, missing or misplaced lines of metrics.jsonl; an incomplete last line is what a killed process leaves."""
     expected = run_folder.first_step(path.parent) + 1
     try:
         for line in metrics.read_lines(path):

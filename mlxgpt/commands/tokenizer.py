@@ -10,7 +10,7 @@ from mlxgpt.common.folders import resolve
 
 
 def train_tokenizer(args: Namespace) -> int:
-    """``tokenizer train SOURCE --kind K --vocab-size N --out DIR``: learned from the whole source."""
+    """``tokenizer train SOURCE --kind K --vocab-size N --out DIR``: trained on the whole source."""
     out = resolve.new_path(args.out)
     corpus = corpora.open_corpus(args.source, args.text_key)
     scanned = corpora.scan(corpus)

@@ -237,7 +237,7 @@ def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
             say(f"{place}: damaged, renamed to {aside.name}")
 
 
-def read(checkpoint: Path, config: ModelConfig) -> State:
+def read_snapshot(checkpoint: Path, config: ModelConfig) -> State:
     """The snapshot in a checkpoint that is a model folder: params, m and v by name, and t.
 
     Raises:

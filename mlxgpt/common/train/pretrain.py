@@ -209,7 +209,7 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     Raises:
         UserError: it is damaged, of another optimizer, or of a step that the recipe's schedule does not have.
     """
-    snapshot = checkpoint.read(origin, recipe.model)
+    snapshot = checkpoint.read_snapshot(origin, recipe.model)
     there = checkpoint.verify(origin) if (origin / checkpoint.STATE).is_file() else None
     state.step = state.evaluated = there.step if there else snapshot["t"]
     if state.step >= recipe.train.steps:
