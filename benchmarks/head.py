@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 256")
-    parser.add_argument("--chunk", type=int, default=1024, help="words of the vocabulary in a chunk")
+    parser.add_argument("--chunk", type=int, default=1024, help="vocabulary entries in a chunk")
     parser.add_argument("--frameworks", default="mlx,torch")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--json", action="store_true")

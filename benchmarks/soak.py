@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 30] [--no-write]
 
 Each is `mlxgpt train` at nanoGPT's CPU size on characters of pydocs, with a validation every 200 steps, a checkpoint
-every 100 of which three stay, and in the middle a SIGTERM, after which --resume goes on in a new process. Every step
+every 100 of which three stay, and in the middle a SIGTERM, after which --resume continues in a new process. Every step
 notes its seconds, CPU seconds, resident memory and what the framework counts as allocated. Slopes are Theil and Sen's
 over medians of a hundredth of a segment each, with their 95 % interval, after its first tenth.
 
@@ -37,7 +37,7 @@ PACKAGES = {"mlx": "mlxgpt", "torch": "torch_ref"}
 FIELDS = ("step", "seconds", "cpu", "active", "rss")
 BLOCKS, WARM_UP = 100, 0.1
 LIMITS = {"cpu": 0.05, "seconds": 0.05, "active": 0.02, "rss": 0.02}
-"""By how much of its level a figure may grow over a segment. Seconds by the clock are shown and judge nothing."""
+"""By how much of its level a figure may grow over a segment. Seconds by the clock are only shown."""
 
 
 class Trend(NamedTuple):

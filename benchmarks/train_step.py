@@ -5,7 +5,7 @@
 The peers are what one would write by hand: a GPT of nn.Linear, nn.LayerNorm and the frameworks' own attention, loss,
 clipping and AdamW, compiled with mx.compile in MLX, eager or compiled in PyTorch. ``installed`` is the MLX script with
 the BLAS that its wheel carries. tiny: 4 layers, 4 heads, width 128, block 64, batch 12; baby: 6, 6, 384, 256, 8; both
-have 65 words and are float32.
+have 65 vocabulary entries and are float32.
 """
 
 import argparse

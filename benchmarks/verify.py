@@ -2,10 +2,10 @@
 
     python -m benchmarks.verify [--rounds 5] [--layers 12] [--json]
 
-A llama of width 512 with 32,000 words as a Hugging Face folder, against its copy in mlx-lm's form. The script of the
-first row compares the files' tensors. That of the second runs the one in transformers and the other in mlx-lm on 128
-tokens and compares logits; ours does so in both frameworks at normal and at eightfold weights, and compares tensors
-and config too.
+A llama of width 512 with 32,000 vocabulary entries as a Hugging Face folder, against its copy in mlx-lm's form. The
+script of the first row compares the files' tensors. That of the second runs the one in transformers and the other in
+mlx-lm on 128 tokens and compares logits; ours does so in both frameworks at normal and at eightfold weights, and
+compares tensors and config too.
 """
 
 import argparse
