@@ -65,7 +65,11 @@ def main() -> int:
                         figures = ladder.compare(case, config, scale, Path(place) / f"{case} {scale}")
                     for rung, what in ((2, "logits"), (3, "gradients")):
                         if rung in rungs:
-                            own = [figure for figure in figures if figure.rung == rung]
+                            shown = [figure for figure in figures if "in chunks" not in figure.what]
+                            own = [figure for figure in shown if figure.what.endswith(f", {what}")]
+                            failed += sum(
+                                not figure.agrees for figure in figures if figure.rung == rung and figure not in own
+                            )
                             cells = " | ".join(cell(figure) for figure in own)
                             print(f"| {rung} | {case} x{scale:g}, {what} | {cells} | {own[-1].gate:.1e} |", flush=True)
         if rungs & {4, 5, 9}:

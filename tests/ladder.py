@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -69,7 +69,7 @@ class Figure:
 class Probe:
     """What one framework computes for a batch: logits (B, T, V), the mean loss, and its gradients by name.
 
-    ``activations``: logits and residual stream by layer, as ``verify`` compares them; transformers has none.
+    ``activations``: the residual stream by layer, as ``verify`` compares them; transformers has none.
     """
 
     logits: np.ndarray
@@ -85,6 +85,11 @@ def batch(config: ModelConfig, rows: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return drawn[:, :-1], drawn[:, 1:]
 
 
+def layers(found: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The residual stream by layer, of what a probe yields."""
+    return {name: value for name, value in found if name.startswith("hidden.")}
+
+
 def mlx_probe(config: ModelConfig, made: Mapping[str, np.ndarray], loss_chunk: int = 0) -> Probe:
     """mlxgpt's model and objective; ``loss_chunk`` > 0 computes the loss through the chunked head."""
     tokens, targets = (mx.array(array) for array in batch(config))
@@ -97,7 +102,7 @@ def mlx_probe(config: ModelConfig, made: Mapping[str, np.ndarray], loss_chunk: i
         np.array(model(tokens)),
         {name: np.array(value) for name, value in tree_flatten(found[1])},
         float(np.array(found[0])),
-        dict(mlxgpt.probe.activations(model, tokens)),
+        layers(mlxgpt.probe.activations(model, tokens)),
     )
 
 
@@ -126,7 +131,7 @@ def torch_probe(
     loss = torch_ref.losses.lm(model, arrays, TrainConfig(loss_chunk=loss_chunk)).mean()
     loss.backward()
     gradients = {name: host(value.grad) for name, value in model.named_parameters()}
-    activations = dict(torch_ref.probe.activations(model, tokens))
+    activations = layers(torch_ref.probe.activations(model, tokens))
     return Probe(host(model(tokens)), gradients, float(loss.detach()), activations)
 
 
