@@ -6,7 +6,7 @@ Training is nanoGPT's CPU size, where a step is short: 100 steps with one save b
 it, beside 100 steps without. A checkpoint of float32 weights and moments is hashed, flushed to disk and renamed; cp
 copies the same folder, torch.save and mx.save_safetensors write the same arrays, and none of them hashes or flushes;
 the second cp does both, file by file, for what a save costs beyond a copy is its sha256.
-Reading holds every file against its sha256 first.
+Reading checks every file against its sha256 first.
 """
 
 import argparse

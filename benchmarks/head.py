@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.pairs import Contender, race, row
 from benchmarks.report import Row, finish
 
-WIDTH, WORDS, ROW = 512, 32000, 256
+WIDTH, VOCAB, ROW = 512, 32000, 256
 FORMS = ("frozen", "trainable", "recomputed", "step")
 FEWER = 5  # rounds of recomputed and step, which have no goal
 GOALS = {  # time as a ratio of rates, and memory
@@ -33,8 +33,8 @@ def inputs(tokens: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     return {
         "hidden": draw.standard_normal((tokens, WIDTH), dtype=np.float32),
-        "weight": draw.standard_normal((WORDS, WIDTH), dtype=np.float32) * np.float32(0.05),
-        "targets": draw.integers(0, WORDS, tokens).astype(np.int32),
+        "weight": draw.standard_normal((VOCAB, WIDTH), dtype=np.float32) * np.float32(0.05),
+        "targets": draw.integers(0, VOCAB, tokens).astype(np.int32),
         "weights": draw.random(tokens, dtype=np.float32),
     }
 
@@ -103,11 +103,11 @@ def step(framework: str, chunk: int, tokens: int) -> Callable[[], int]:
     from mlxgpt.common.model import params
     from mlxgpt.common.recipes import build
 
-    model = dict(family="llama", n_layer=2, n_head=8, n_embd=WIDTH, block_size=ROW, vocab_size=WORDS)
+    model = dict(family="llama", n_layer=2, n_head=8, n_embd=WIDTH, block_size=ROW, vocab_size=VOCAB)
     recipe = build({"model": model, "train": {"batch_size": tokens // ROW, "loss_chunk": chunk}})
     package = {"mlx": "mlxgpt", "torch": "torch_ref"}[framework]
     engine = importlib.import_module(f"{package}.engine").Engine(recipe, params.init_params(recipe.model, 0), "cpu")
-    rows = np.random.default_rng(0).integers(0, WORDS, (tokens // ROW, ROW + 1)).astype(np.int32)
+    rows = np.random.default_rng(0).integers(0, VOCAB, (tokens // ROW, ROW + 1)).astype(np.int32)
     batch = Batch(rows[:, :-1], rows[:, 1:], np.ones((tokens // ROW, ROW), np.float32))
 
     def run() -> int:

@@ -1,4 +1,4 @@
-"""LoRA beside mlx_lm.lora and PEFT: real tokens a second and peak memory, the same rows in turns; and loss curves.
+"""LoRA beside mlx_lm.lora and PEFT: real tokens a second, peak memory, the same examples in turns; loss curves.
 
     python -m benchmarks.lora [--rounds 5] [--rows 12] [--json]
     python -m benchmarks.lora --curves [--steps 100]

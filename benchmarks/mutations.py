@@ -3,7 +3,7 @@
     python -m benchmarks.mutations [--only NAME] [--report] [--frameworks mlx,torch]
 
 The mutations are the tests' own (tests/mutations.py): a model is written in a foreign format, converted, and the
-folder broken on purpose; then it is held against its source. --report prints the whole report of each.
+folder broken on purpose; then it is compared with its source. --report prints each full report.
 """
 
 import argparse

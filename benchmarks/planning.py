@@ -5,7 +5,7 @@
 
 Measured is, over the first three steps, the peak of mx.get_peak_memory in MLX; in PyTorch on the CPU the peak of live
 bytes in torch.profiler's memory events of steps 2 and 3, on top of weights and moments. Resident memory is beside it.
-Nothing of the prediction was fitted to a measurement; ``--random`` draws settings that nobody has seen.
+Nothing of the prediction was fitted to a measurement; ``--random`` draws new settings.
 """
 
 import argparse

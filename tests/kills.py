@@ -2,7 +2,7 @@
 
     python tests/kills.py --kills 300 [--seed 1] [--torch-share 0.1]
 
-After every kill -9 each file of the run must still hold its checksum (``runs check``), and the process that goes on
+After every kill -9 each file of the run must still hold its checksum (``runs check``), and the process that resumes
 must arrive at the same losses, weights and shards, bit for bit. One environment key: framework, threads and machine.
 Conversions get Ctrl-C by turns: what has the final name is whole, old or new, and the source is as it was.
 """

@@ -272,7 +272,7 @@ def same_curve(case: str, found: np.ndarray, expected: np.ndarray) -> list[Figur
 
 
 def crossing(case: str, recipe: Recipe, place: Path) -> tuple[dict[str, np.ndarray], list[Figure]]:
-    """Rung 5: each framework saves halfway, and either goes on from there; against the saver's uninterrupted curve.
+    """Rung 5: each framework saves halfway, and either resumes from there; against the saver's uninterrupted curve.
 
     Returns:
         The uninterrupted curve of each framework, and the figures.

@@ -64,7 +64,7 @@ def test_micro_batches_that_forgot_their_place_would_be_seen(backend, monkeypatc
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_the_frameworks_learn_alike_with_every_regulariser(optim):
+def test_the_frameworks_learn_alike_with_every_regularizer(optim):
     config = recipe("llama", optim, dropout=0.1, label_smoothing=0.1, z_loss=1e-3, micro_batch_size=4)
     agree("loss a step", curve("mlxgpt", config, 12), curve("torch_ref", config, 12), 1e-5)
 

@@ -1,4 +1,4 @@
-"""What is broken around a run: it goes on bit for bit, or it is refused in one line; never on from what is damaged.
+"""Faults around a run: it resumes bit for bit or is refused in one line; it never resumes from damage.
 
 docs/reliability.md lists every fault with its outcome and test; kills are in test_kills.py.
 """
@@ -56,7 +56,7 @@ def go(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
 
 @pytest.fixture
 def stopped(go: Go) -> Path:
-    """The run that goes on from step 8."""
+    """The run resumed from step 8."""
     return Path("run")
 
 

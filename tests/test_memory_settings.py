@@ -45,7 +45,7 @@ def trained(**settings: int) -> float:
 
 
 def test_the_memory_limit_is_set_on_a_gpu_alone() -> None:
-    """On a CPU MLX takes the figure, and goes on keeping what it frees: measured, so it is said and not set."""
+    """On a CPU MLX takes the figure, and keeps what it frees: measured, so it is said and not set."""
     before = mx.get_memory_limit()
     assert mlxgpt.device.limit(CPU, TrainConfig(memory_limit=100)) == ["train.memory_limit: no effect in MLX on a CPU"]
     assert mx.get_memory_limit() == before

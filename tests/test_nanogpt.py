@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt in and out: the same function, the same bits, and a run that goes on where it was."""
+"""nanoGPT's ckpt.pt in and out: the same function, the same bits, and a run that resumes where it was."""
 
 import copy
 import json
