@@ -17,7 +17,7 @@ from mlxgpt import device as devices
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model import adapters as adaption
+from mlxgpt.common.model import adapters as adapter_params
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
@@ -44,8 +44,8 @@ class Engine:
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
-        self.table = adaption.trainable(recipe)
-        self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
+        self.table = adapter_params.trainable(recipe)
+        self.adapted = adapter_params.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.objective = losses.classify if recipe.model.labels else losses.lm
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
@@ -55,7 +55,7 @@ class Engine:
         self.m = {name: mx.zeros(param.shape) for name, param in self.table.items()}
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
         self.t = 0
-        parameters.check(adaption.shapes(recipe), params)
+        parameters.check(adapter_params.shapes(recipe), params)
         base, self.note = quantize_base.prepare(recipe, params, self.device == mx.Device(mx.cpu))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")

@@ -95,7 +95,7 @@ def _like(arrays: list[mx.array]) -> list[mx.array]:
 
 def outlined(recipe: Recipe) -> dict[str, Any]:
     """The base's tensors without values: quantized where the engine would have them so."""
-    adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
+    adapter, trains = recipe.adapter, engines.adapter_params.trainable(recipe)
     stay = adapter and adapter.bits and (adapter.dequantize == "never" or mx.default_device() == mx.Device(mx.gpu))
     made: dict[str, Any] = {}
     for name, param in engines.parameters.table(recipe.model).items():
@@ -117,7 +117,7 @@ class Outline(engines.Engine):
         kept = engines.quantize_base.prepare
         engines.quantize_base.prepare = lambda *_: (outlined(recipe), "")
         try:
-            tensors: Any = {name: mx.zeros(shape) for name, shape in engines.adaption.shapes(recipe).items()}
+            tensors: Any = {name: mx.zeros(shape) for name, shape in engines.adapter_params.shapes(recipe).items()}
             super().__init__(recipe, tensors, "auto")
         finally:
             engines.quantize_base.prepare = kept

@@ -72,8 +72,8 @@ def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
-def curve(z: Array, o: Options) -> Array:
-    """k of capped logits."""
+def cap_slope(z: Array, o: Options) -> Array:
+    """k, the derivative of capped logits by what is capped."""
     return 1 - mx.square(z / o.soft_cap)
 
 
@@ -100,7 +100,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         if o.label_smoothing:
             z_sum = z_sum + z.sum(axis=-1, keepdims=True)
         last, top = top, mx.maximum(top, z.max(axis=-1, keepdims=True))
-        k = curve(z, o) if o.soft_cap else None
+        k = cap_slope(z, o) if o.soft_cap else None
         e, fade = fast.exp(z - top), fast.exp(last - top)
         total = total * fade + e.sum(axis=-1, keepdims=True)
         if o.needs != "none":
@@ -114,7 +114,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
             kept, tops = [*kept, e] if keeps(o) else [], [*tops, top]
         h, pull = after([z_y, z_sum, total, even], h, pull)
     lse = top + mx.log(total)
-    slope = curve(z_y, o) if o.soft_cap else mx.ones((N, 1))
+    slope = cap_slope(z_y, o) if o.soft_cap else mx.ones((N, 1))
     losses = lse - (1 - o.label_smoothing) * z_y
     gradient = mx.zeros((N, C))
     if o.label_smoothing:
@@ -167,7 +167,7 @@ def weight_gradient(
             z = logits(h, w, b, o.logit_scale, o.soft_cap)
             e = fast.exp(z - top)
             if o.soft_cap:
-                k = curve(z, o)
+                k = cap_slope(z, o)
                 e = e * k
         scale = (1 + 2 * o.z_loss * done.lse) * fast.exp(top - done.lse)
         part = (e.astype(h.dtype).T @ (scale * x).astype(h.dtype)).astype(mx.float32)  # (n, C)
@@ -193,7 +193,7 @@ def token_losses(
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
 
     Args:
-        weight: or its words, scales and biases; see Options.bits.
+        weight: or its packed words, scales and biases; see Options.bits.
         low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
     assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")

@@ -26,12 +26,12 @@ class Words(Matrix):
         self.bits, self.group_size = matrix.bits, matrix.group_size
         self.words, self.scales, self.biases = parts(matrix)
 
-    def times(self, x: Array, bias: Array | None = None) -> Array:
+    def matmul(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
-        y = product(self.bits, self.group_size)(x, *self.stored())
+        y = product(self.bits, self.group_size)(x, *self.tensors())
         return y if bias is None else y + bias.astype(x.dtype)
 
-    def stored(self) -> list[Array]:
+    def tensors(self) -> list[Array]:
         """Words, scales and biases."""
         return [self.words, self.scales, self.biases]
 

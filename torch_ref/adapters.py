@@ -34,10 +34,10 @@ class LowRankUpdate:
         if hasattr(module, "start_a"):
             z = z - low_rank(x, module.start_a, module.start_b, self.scale)
         if self.squares is None:
-            return module.times(x, bias) + z
+            return module.matmul(x, bias) + z
         g = self.gain(module, module.lora_a, module.lora_b, *start(module)).to(x.dtype)
         # as PEFT has it: what dropout left is what the whole of dora's change reads
-        y = g * (module.times(x) + z) if given is x else module.times(x) + (g - 1) * module.times(given) + g * z
+        y = g * (module.matmul(x) + z) if given is x else module.matmul(x) + (g - 1) * module.matmul(given) + g * z
         return y if bias is None else y + bias.to(x.dtype)
 
     def rows(self, module: Embedding, index: Array) -> Array:
@@ -58,12 +58,12 @@ class LowRankUpdate:
     def head(self, module: Embedding, x: Array) -> Array:
         """x (W + scale A^T B^T)^T; dora: its rows at their magnitude."""
         turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
-        y = module.times(x) + low_rank(x, turned[0], turned[1], self.scale)
+        y = module.matmul(x) + low_rank(x, turned[0], turned[1], self.scale)
         if turned[2:]:
             y = y - low_rank(x, turned[2], turned[3], self.scale)
         return y if self.squares is None else y * self.gain(module, *turned).to(x.dtype)
 
-    def low(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
+    def factors(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
         """u (..., r) and B (n_out, r) of what is added to x W^T, u B^T, where the module is a head."""
         if isinstance(module, Embedding):
             turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
@@ -96,7 +96,7 @@ class LowRankUpdate:
         if start_a is not None and start_b is not None:
             a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
         a, b = a.detach(), b.detach()
-        cross = (b * module.times(a).T).sum(dim=-1)
+        cross = (b * module.matmul(a).T).sum(dim=-1)
         own = ((b @ (a @ a.T)) * b).sum(dim=-1)
         return module.magnitude / (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
 

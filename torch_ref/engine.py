@@ -9,7 +9,7 @@ import torch
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model import adapters as adaption
+from mlxgpt.common.model import adapters as adapter_params
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
@@ -41,14 +41,14 @@ class Engine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.recipe = recipe
-        self.table = adaption.trainable(recipe)
-        self.adapted = adaption.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
+        self.table = adapter_params.trainable(recipe)
+        self.adapted = adapter_params.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.objective = losses.classify if recipe.model.labels else losses.lm
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
         self.model.requires_grad_(False)
-        parameters.check(adaption.shapes(recipe), params)
+        parameters.check(adapter_params.shapes(recipe), params)
         base, self.note = quantize_base.prepare(recipe, params, self.device.type == "cpu")
         for name, each in base.items():
             path, _, kind = name.rpartition(".")

@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
 
 def outlined(recipe: Recipe) -> dict[str, Any]:
     """The base's tensors without values: quantized where the engine would have them so."""
-    adapter, trains = recipe.adapter, engines.adaption.trainable(recipe)
+    adapter, trains = recipe.adapter, engines.adapter_params.trainable(recipe)
     stay = adapter and adapter.bits and adapter.dequantize == "never"
     made: dict[str, Any] = {}
     for name, param in engines.parameters.table(recipe.model).items():
@@ -87,7 +87,7 @@ class Outline(engines.Engine):
             (torch, "from_numpy", lambda a: torch.empty(a.shape, dtype=_DTYPES[a.dtype.name], device="meta")),
         ]
         kept = [(place, name, getattr(place, name)) for place, name, _ in patches]
-        shapes = engines.adaption.shapes(recipe)
+        shapes = engines.adapter_params.shapes(recipe)
         try:
             for place, name, value in patches:
                 setattr(place, name, value)

@@ -69,8 +69,8 @@ def rows(weight: list[Array], at: "slice | Array", o: Options) -> Array:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def curve(z: Array, o: Options) -> Array:
-    """k of capped logits."""
+def cap_slope(z: Array, o: Options) -> Array:
+    """k, the derivative of capped logits by what is capped."""
     return 1 - torch.square(z / o.soft_cap)
 
 
@@ -93,7 +93,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         if o.label_smoothing:
             z_sum = z_sum + z.sum(dim=-1, keepdim=True)
         last, top = top, torch.maximum(top, z.amax(dim=-1, keepdim=True))
-        k = curve(z, o) if o.soft_cap else None
+        k = cap_slope(z, o) if o.soft_cap else None
         e, fade = z.sub_(top).exp_(), torch.exp(last - top)
         total = total * fade + e.sum(dim=-1, keepdim=True)
         if o.needs != "none":
@@ -106,7 +106,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
             pull.mul_(fade).add_(e @ w)
             kept, tops = [*kept, e] if keeps(o) else [], [*tops, top]
     lse = top + torch.log(total)
-    slope = curve(z_y, o) if o.soft_cap else torch.ones_like(z_y)
+    slope = cap_slope(z_y, o) if o.soft_cap else torch.ones_like(z_y)
     losses = lse - (1 - o.label_smoothing) * z_y
     gradient = torch.zeros((N, C), **like)
     if o.label_smoothing:
@@ -159,7 +159,7 @@ def weight_gradient(
             z = logits(h, w, b, o.logit_scale, o.soft_cap)
             e = torch.exp(z - top)
             if o.soft_cap:
-                k = curve(z, o)
+                k = cap_slope(z, o)
                 e = e * k
         scale = (1 + 2 * o.z_loss * done.lse) * torch.exp(top - done.lse)
         part = e.to(h.dtype).T @ (scale * x).to(h.dtype)  # (n, C)
@@ -209,7 +209,7 @@ def token_losses(
     Equal to losses.cross_entropy of ``logits``, for any cotangents. What ``needs`` leaves out gets no gradient.
 
     Args:
-        weight: or its words, scales and biases; see Options.bits.
+        weight: or its packed words, scales and biases; see Options.bits.
         low: (u, B), (..., r) and (V, r): u B^T is added to the logits.
     """
     assert o.chunk > 0 and o.needs in ("none", "hidden", "both", "low")

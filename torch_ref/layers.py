@@ -41,7 +41,7 @@ class Update(Protocol):
         """The logits (..., V) of a tied head for hidden states x (..., C)."""
         ...
 
-    def low(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
+    def factors(self, module: Any, x: Array, drop: Dropout | None) -> tuple[Array, Array]:
         """u (..., r) and B (V, r): a head's update adds u B^T to the logits of hidden states x (..., C)."""
         ...
 
@@ -61,12 +61,12 @@ class Matrix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros((n_out, n_in)))
 
-    def times(self, x: Array, bias: Array | None = None) -> Array:
+    def matmul(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def stored(self) -> list[Array]:
-        """The weight, or a quantized one's words, scales and biases."""
+    def tensors(self) -> list[Array]:
+        """The weight, or a quantized one's packed words, scales and biases."""
         return [self.weight]
 
     def matrix(self) -> Array:
@@ -84,7 +84,7 @@ class Linear(Matrix):
     def forward(self, x: Array, drop: Dropout | None = None) -> Array:
         if self.adapter is not None:
             return self.adapter.linear(self, x, drop)
-        return self.times(x, self.bias)
+        return self.matmul(x, self.bias)
 
 
 class Embedding(Matrix):
@@ -98,8 +98,8 @@ class Embedding(Matrix):
         return F.embedding(index, self.weight)
 
     def head(self, x: Array) -> Array:
-        """x W^T: what a tied head makes of x."""
-        return self.times(x) if self.adapter is None else self.adapter.head(self, x)
+        """x W^T: the logits of a tied head."""
+        return self.matmul(x) if self.adapter is None else self.adapter.head(self, x)
 
 
 class Norm(nn.Module):

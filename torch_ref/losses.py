@@ -45,7 +45,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     if small or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     bias = module.bias if model.config.head_bias else None
-    low = module.adapter.low(module, hidden, drop) if module.adapter else None
+    low = module.adapter.factors(module, hidden, drop) if module.adapter else None
     trained = {name for name, each in module.named_parameters() if each.requires_grad}
     if "bias" in trained and "weight" not in trained:  # a bias is a column of B whose input is 1
         one, column = hidden.new_ones((*hidden.shape[:-1], 1)), module.bias[:, None]
@@ -54,7 +54,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
     finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
     options = head.Options(config.loss_chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
-    return head.token_losses(hidden, module.stored(), batch.targets, options, bias, low)
+    return head.token_losses(hidden, module.tensors(), batch.targets, options, bias, low)
 
 
 def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:

@@ -25,12 +25,12 @@ class Words(Matrix):
         for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
             self.register_buffer(name, part)
 
-    def times(self, x: Array, bias: Array | None = None) -> Array:
+    def matmul(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
-        y = Product.apply(x, *self.stored(), self.bits, self.group_size)
+        y = Product.apply(x, *self.tensors(), self.bits, self.group_size)
         return y if bias is None else y + bias.to(x.dtype)
 
-    def stored(self) -> list[Array]:
+    def tensors(self) -> list[Array]:
         """Words, scales and biases."""
         return [self.words, self.scales, self.biases]
 
