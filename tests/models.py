@@ -43,6 +43,16 @@ CASES: dict[str, ModelConfig] = {
     "phi3": tiny(family="phi3", n_kv_head=2, tied=False, **LONG),
     "olmo2": tiny(family="olmo2", n_kv_head=2, tied=False, **LONG),
     "smollm3": tiny(family="smollm3", n_kv_head=2, no_rope=[1], **LONG),
+    "granite": tiny(
+        family="granite",
+        n_kv_head=2,
+        embed_multiplier=6.0,
+        residual_multiplier=0.22,
+        logit_divisor=3.0,
+        attn_scale=0.0625,
+        tied=True,
+        **LONG,
+    ),
 }
 
 # what the families can say besides; at normal weights the attention of some is so flat that its gradients are rounding

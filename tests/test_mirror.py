@@ -28,6 +28,7 @@ ONLY = {
         "token_losses.run_vjp",
     },
     "judge.py": {"judge.parts"},
+    "model.py": {"Model.device"},
     "layers.py": {"Embedding.__init__", "gather", "_gather_vjp"},
     "quant.py": {
         "Product",

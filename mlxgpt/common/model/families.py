@@ -179,6 +179,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         values[key] = getattr(config, name)
     if family.scale_key:
         values[family.scale_key] = round(config.attn_scale**-2) if config.attn_scale else config.head_dim
+    if family.score_key:
+        values[family.score_key] = config.attn_scale or config.head_dim**-0.5
     if family.parallel_key:
         values[family.parallel_key] = config.placement == "parallel2"
     if family.rope:
@@ -275,6 +277,9 @@ def _choices(where: str, family: Family, values: Mapping[str, Any], made: Mappin
         if type(scalar) not in (int, float) or scalar < 1 or scalar % 1:
             raise UserError(f"{where}: {family.scale_key} = {scalar!r}: expected a positive whole number")
         found["attn_scale"] = 0.0 if scalar == head_dim else int(scalar) ** -0.5
+    if family.score_key:
+        scale = typed(where, family.score_key, "attn_scale", values.get(family.score_key, 1.0))
+        found["attn_scale"] = 0.0 if scale == head_dim**-0.5 else scale
     if family.parallel_key:
         parallel = typed(where, family.parallel_key, "gated", values.get(family.parallel_key, True))
         found["placement"] = "parallel2" if parallel else "pre"
