@@ -53,6 +53,9 @@ CASES: dict[str, ModelConfig] = {
         tied=True,
         **LONG,
     ),
+    "stablelm": tiny(family="stablelm", n_kv_head=2, qkv_bias=True, **LONG),
+    "olmo": tiny(family="olmo", n_kv_head=2, tied=False, **LONG),
+    "starcoder2": tiny(family="starcoder2", n_kv_head=2, **WINDOW),
 }
 
 # what the families can say besides; at normal weights the attention of some is so flat that its gradients are rounding
@@ -72,6 +75,12 @@ VARIANTS: dict[str, ModelConfig] = {
     "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
     "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16, **LONG),
     "smollm3-window": tiny(family="smollm3", no_rope=[0], window_layers=[0], mlp_bias=True, **WINDOW),
+    "granite-plain": tiny(family="granite", tied=False, mlp_bias=True, **LONG),
+    "stablelm-nobias": tiny(family="stablelm", **LONG),
+    "olmo-tied": tiny(family="olmo", tied=True, qkv_bias=True, out_bias=True, **LONG),
+    "starcoder2-nobias": tiny(
+        family="starcoder2", qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, window=0, **LONG
+    ),
 }
 
 

@@ -79,8 +79,13 @@ def check(config: ModelConfig) -> None:
     for name, always in family.biases.items():
         if always is False and getattr(config, name):
             raise UserError(f"model.{name} = True: family {config.family} has no such biases; expected false")
-    if family.one_head_size:
-        for name, value in (("n_kv_head", config.n_head), ("head_dim", config.n_embd // config.n_head)):
+    if config.labels and not family.classifies:
+        raise UserError(f"model.labels = {config.labels!r}: transformers has no classifier of family {config.family}")
+    if family.one_head_size or family.derived_head:
+        sizes = {"head_dim": config.n_embd // config.n_head}
+        if family.one_head_size:
+            sizes["n_kv_head"] = config.n_head
+        for name, value in sizes.items():
             if getattr(config, name) != value:
                 raise UserError(
                     f"model.{name} = {getattr(config, name)}: family {config.family} has only {value} with these sizes"
@@ -94,7 +99,7 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
     def refuse(name: str, expected: str) -> None:
         raise UserError(f"model.{name} = {getattr(config, name)!r}: family {config.family} {expected}")
 
-    if (family.one_head_size or family.whole_heads) and config.n_embd % config.n_head:
+    if (family.one_head_size or family.derived_head or family.whole_heads) and config.n_embd % config.n_head:
         raise UserError(f"model.n_embd = {config.n_embd}: expected a multiple of model.n_head = {config.n_head}")
     if family.gelu_is_tanh and config.activation == "gelu":
         refuse("activation", "can only be saved with 'gelu_tanh' or 'silu'")

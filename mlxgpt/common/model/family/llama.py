@@ -108,6 +108,7 @@ ROWS: dict[str, Family] = {
         writes=IDLE,
         ignored=OLD_BUFFERS,
         score_key="attention_multiplier",
+        classifies=False,
         gguf=Gguf(
             arch="granite",
             permuted=True,
