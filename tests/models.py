@@ -48,14 +48,14 @@ CASES: dict[str, ModelConfig] = {
         n_kv_head=2,
         embed_multiplier=6.0,
         residual_multiplier=0.22,
-        logit_divisor=3.0,
+        logit_scale=1 / 3,
         attn_scale=0.0625,
         tied=True,
         **LONG,
     ),
     "stablelm": tiny(family="stablelm", n_kv_head=2, qkv_bias=True, **LONG),
     "olmo": tiny(family="olmo", n_kv_head=2, tied=False, **LONG),
-    "starcoder2": tiny(family="starcoder2", n_kv_head=2, qkv_bias=False, **WINDOW),
+    "starcoder2": tiny(family="starcoder2", n_kv_head=2, qkv_bias=False, out_bias=False, mlp_bias=False, **WINDOW),
 }
 
 # what the families can say besides; at normal weights the attention of some is so flat that its gradients are rounding
@@ -78,10 +78,7 @@ VARIANTS: dict[str, ModelConfig] = {
     "granite-plain": tiny(family="granite", tied=False, mlp_bias=True, **LONG),
     "stablelm-nobias": tiny(family="stablelm", **LONG),
     "olmo-tied": tiny(family="olmo", tied=True, qkv_bias=True, out_bias=True, **LONG),
-    "starcoder2-bias": tiny(family="starcoder2", n_kv_head=2, **WINDOW),
-    "starcoder2-nobias": tiny(
-        family="starcoder2", qkv_bias=False, out_bias=False, mlp_bias=False, tied=False, window=0, **LONG
-    ),
+    "starcoder2-bias": tiny(family="starcoder2", n_kv_head=2, tied=False, **WINDOW),
 }
 
 

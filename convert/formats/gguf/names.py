@@ -136,6 +136,8 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     made |= {key: Value("f32", getattr(config, ours)) for key, ours in _SOFTCAPS.items() if getattr(config, ours)}
     for key, ours in row.gguf.multipliers.items():
         made[key] = Value("f32", getattr(config, ours) or config.head_dim**-0.5)  # attn_scale 0 is that
+    if row.divisor_key:
+        made["logit_scale"] = Value("f32", families.divisor_of(config.logit_scale))
     if row.gguf.needs_window or config.window:
         made["attention.sliding_window"] = Value("u32", config.window)
     if row.gguf.window or (config.window and row.gguf.windows != "all"):
@@ -223,7 +225,7 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         raise UserError(f"{where}: general.architecture = {_shown(arch)}: expected one of {', '.join(ARCHS)}")
     keys, row, notes = Keys(where, values, arch), families.FAMILIES[ARCHS[arch][0]], []
     for key, neutral in _NEUTRAL.items():
-        if key in row.gguf.multipliers:
+        if key in row.gguf.multipliers or (key == "logit_scale" and row.divisor_key):
             continue
         found = values.get(f"{arch}.{key}", neutral)
         if isinstance(found, np.ndarray) or found != neutral:
@@ -248,6 +250,9 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
     made |= _biases(tensors) | _rope(keys, row, sizes) | _attention(keys, row, sizes)
     for key, ours in row.gguf.multipliers.items():
         made[ours] = keys.get(key, float, 0.0 if ours == "attn_scale" else 1.0)
+    if row.divisor_key:
+        divisor = keys.get("logit_scale", float, 1.0)
+        made["logit_scale"] = 0.0 if divisor in (0.0, 1.0) else 1 / divisor
     if made.get("attn_scale") == float(str(np.float32(made["head_dim"] ** -0.5))):
         made["attn_scale"] = 0.0
     if row.no_rope_every:

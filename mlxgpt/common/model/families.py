@@ -6,6 +6,7 @@ this file only renames them. What is not in the table is refused by name, never 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -111,8 +112,17 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
         refuse("rope_local_theta", "needs a positive number")
     if family.windows and not family.windows.types and config.window and len(config.window_layers) != config.n_layer:
         refuse("window_layers", "has one window for all blocks")
+    if family.divisor_key and not divisor_of(config.logit_scale):
+        refuse("logit_scale", "needs the reciprocal of a number")
     if family.scale_key and config.attn_scale and round(config.attn_scale**-2) ** -0.5 != config.attn_scale:
         refuse("attn_scale", "needs the root of 1 / a whole number")
+
+
+def divisor_of(scale: float) -> float:
+    """The number whose reciprocal is ``scale``, the shortest that is one; 1 for 0, which is off. 0 if there is none."""
+    divisor = 1 / scale if scale else 1.0
+    near = (float(f"{divisor:.12g}"), divisor, math.nextafter(divisor, 0), math.nextafter(divisor, math.inf))
+    return next((one for one in near if not scale or 1 / one == scale), 0.0)
 
 
 def on_disk(config: ModelConfig) -> ModelConfig:
@@ -186,6 +196,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         values[family.scale_key] = round(config.attn_scale**-2) if config.attn_scale else config.head_dim
     if family.score_key:
         values[family.score_key] = config.attn_scale or config.head_dim**-0.5
+    if family.divisor_key:
+        values[family.divisor_key] = divisor_of(config.logit_scale)
     if family.parallel_key:
         values[family.parallel_key] = config.placement == "parallel2"
     if family.rope:
@@ -285,6 +297,9 @@ def _choices(where: str, family: Family, values: Mapping[str, Any], made: Mappin
     if family.score_key:
         scale = typed(where, family.score_key, "attn_scale", values.get(family.score_key, 1.0))
         found["attn_scale"] = 0.0 if scale == head_dim**-0.5 else scale
+    if family.divisor_key:
+        divisor = typed(where, family.divisor_key, "logit_scale", values.get(family.divisor_key, 1.0))
+        found["logit_scale"] = 0.0 if divisor == 1 else 1 / divisor
     if family.parallel_key:
         parallel = typed(where, family.parallel_key, "gated", values.get(family.parallel_key, True))
         found["placement"] = "parallel2" if parallel else "pre"

@@ -98,16 +98,16 @@ ROWS: dict[str, Family] = {
         | {
             "embed_multiplier": "embedding_multiplier",
             "residual_multiplier": "residual_multiplier",
-            "logit_divisor": "logits_scaling",
         },
-        absent=ABSENT | {"embed_multiplier": 1.0, "residual_multiplier": 1.0, "logit_divisor": 1.0},
-        fixed=without(FIXED, "attn_scale", "embed_multiplier", "residual_multiplier", "logit_divisor") | NO_WINDOW,
+        absent=ABSENT | {"embed_multiplier": 1.0, "residual_multiplier": 1.0},
+        fixed=without(FIXED, "attn_scale", "embed_multiplier", "residual_multiplier", "logit_scale") | NO_WINDOW,
         defaults=DEFAULTS | {"norm_eps": 1e-6},
         biases=ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
         rope=Rope(),
         writes=IDLE,
         ignored=OLD_BUFFERS,
         score_key="attention_multiplier",
+        divisor_key="logits_scaling",
         classifies=False,
         gguf=Gguf(
             arch="granite",
@@ -117,7 +117,6 @@ ROWS: dict[str, Family] = {
             multipliers={
                 "embedding_scale": "embed_multiplier",
                 "residual_scale": "residual_multiplier",
-                "logit_scale": "logit_divisor",
                 "attention.scale": "attn_scale",
             },
         ),

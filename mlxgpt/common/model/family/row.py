@@ -105,6 +105,7 @@ class Family:
     classifies: bool = True  # transformers has a classifier of this architecture
     scale_key: str = ""  # attention scores are divided by the root of this whole number
     score_key: str = ""  # attention scores are multiplied by this number
+    divisor_key: str = ""  # logits are divided by this number
     parallel_key: str = ""  # true: placement parallel2; false: pre
 
     @property
