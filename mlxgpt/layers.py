@@ -129,11 +129,14 @@ class Norm(nn.Module):
     def __init__(self, size: int, config: ModelConfig, bias: bool):
         super().__init__()
         self._kind, self._eps = config.norm, config.norm_eps
-        self.weight = mx.zeros((size,))
+        if config.norm_weight:
+            self.weight = mx.zeros((size,))
         if bias:
             self.bias = mx.zeros((size,))
 
     def __call__(self, x: Array) -> Array:
+        if "weight" not in self:
+            return mx.fast.layer_norm(x, None, None, self._eps)
         if self._kind == "rms1":  # Gemma scales before it rounds
             return mx.fast.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self._eps).astype(x.dtype)
         weight = self.weight.astype(x.dtype)

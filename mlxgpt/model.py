@@ -173,7 +173,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         bias = config.norm == "layer" and config.norm_bias
-        self._placement = config.placement
+        self._placement, self._multiplier = config.placement, config.residual_multiplier
         self.ln_1 = Norm(config.n_embd, config, bias)
         self.attn = Attention(config)
         if config.placement == "sandwich":
@@ -201,6 +201,8 @@ class Block(nn.Module):
             y = self.ln_1_post(y)
         if drop and drop.rate:
             y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
+        if self._multiplier != 1:
+            y = y * self._multiplier
         after = x + y
         before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
         if place == "post":
@@ -211,6 +213,8 @@ class Block(nn.Module):
             z = self.ln_2_post(z)
         if drop and drop.rate:
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
+        if self._multiplier != 1:
+            z = z * self._multiplier
         return after + z
 
 
@@ -317,6 +321,8 @@ class Model(nn.Module):
         x = x.astype(self._dtype)
         if config.embed_scale:
             x = x * mx.array(config.n_embd**0.5, x.dtype)
+        if config.embed_multiplier != 1:
+            x = x * config.embed_multiplier
         if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):

@@ -43,6 +43,19 @@ CASES: dict[str, ModelConfig] = {
     "phi3": tiny(family="phi3", n_kv_head=2, tied=False, **LONG),
     "olmo2": tiny(family="olmo2", n_kv_head=2, tied=False, **LONG),
     "smollm3": tiny(family="smollm3", n_kv_head=2, no_rope=[1], **LONG),
+    "granite": tiny(
+        family="granite",
+        n_kv_head=2,
+        embed_multiplier=6.0,
+        residual_multiplier=0.22,
+        logit_scale=1 / 3,
+        attn_scale=0.0625,
+        tied=True,
+        **LONG,
+    ),
+    "stablelm": tiny(family="stablelm", n_kv_head=2, qkv_bias=True, **LONG),
+    "olmo": tiny(family="olmo", n_kv_head=2, tied=False, **LONG),
+    "starcoder2": tiny(family="starcoder2", n_kv_head=2, qkv_bias=False, out_bias=False, mlp_bias=False, **WINDOW),
 }
 
 # what the families can say besides; at normal weights the attention of some is so flat that its gradients are rounding
@@ -62,6 +75,10 @@ VARIANTS: dict[str, ModelConfig] = {
     "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
     "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16, **LONG),
     "smollm3-window": tiny(family="smollm3", no_rope=[0], window_layers=[0], mlp_bias=True, **WINDOW),
+    "granite-plain": tiny(family="granite", tied=False, mlp_bias=True, **LONG),
+    "stablelm-nobias": tiny(family="stablelm", **LONG),
+    "olmo-tied": tiny(family="olmo", tied=True, qkv_bias=True, out_bias=True, **LONG),
+    "starcoder2-bias": tiny(family="starcoder2", n_kv_head=2, tied=False, **WINDOW),
 }
 
 

@@ -28,7 +28,19 @@ from mlxgpt.common.tokenizers.load import train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BACKENDS = ["mlxgpt", "torch_ref"]
-FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi", "olmo2"]
+FAMILIES = [
+    "gpt2",
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "phi",
+    "olmo2",
+    "olmo",
+    "starcoder2",
+]
 LABELS = ("bad", "good", "so so")
 
 

@@ -75,9 +75,15 @@ def test_a_config_on_the_hub_that_is_refused_by_name(name: str, tmp_path: Path) 
 
 # sizes that are a multiple of nothing; a head as wide as it likes where the family allows it
 ODD = {
-    family: tiny(family=family, n_layer=1, n_head=3, n_embd=45, vocab_size=83, block_size=37, n_hidden=71, **more)
-    for family in families.FAMILIES
-    for more in [{} if family in ("gpt2", "gpt_neox") else dict(n_kv_head=1, head_dim=10)]
+    family: tiny(family=family, n_layer=1, n_head=3, vocab_size=83, block_size=37, n_hidden=71, **more)
+    for family, row in families.FAMILIES.items()
+    for more in [
+        dict(n_embd=45)
+        if row.one_head_size
+        else dict(n_embd=42, n_kv_head=1)
+        if row.derived_head
+        else dict(n_embd=45, n_kv_head=1, head_dim=10)
+    ]
 }
 ODD["gpt_neox"] = dataclasses.replace(ODD["gpt_neox"], rotary_dim=14)
 
@@ -172,11 +178,11 @@ GAPS: dict[str, ModelConfig] = {
 }
 
 
-def mlx_lm_logits(place: Path, tokens: np.ndarray) -> np.ndarray | Exception:
+def mlx_lm_logits(place: Path, tokens: np.ndarray) -> np.ndarray | BaseException:
     """mlx-lm's logits, or what it fails with."""
     try:
         return np.array(load_model(place)[0](mx.array(tokens)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # its olmo leaves where a package of AI2's is missing
         return error
 
 
@@ -189,10 +195,10 @@ def test_mlx_lm_computes_the_same_or_we_say_what_it_does_otherwise(case: str, tm
     with torch.no_grad():
         expected = ladder.torch_model(config, made, torch.float32)(torch.from_numpy(tokens)).numpy()
     found, said = mlx_lm_logits(tmp_path, tokens), families.mlx_lm_deviations(config)
-    gap = np.inf if isinstance(found, Exception) else worst(case, found, expected)
-    print(said, repr(found)[:200] if isinstance(found, Exception) else "")
+    gap = np.inf if isinstance(found, BaseException) else worst(case, found, expected)
+    print(said, repr(found)[:200] if isinstance(found, BaseException) else "")
     assert gap > 1e-4 if said else gap <= 1e-5
-    assert isinstance(found, Exception) == any("cannot" in line for line in said)
+    assert isinstance(found, BaseException) == any("cannot" in line for line in said)
 
 
 def test_where_mlx_lm_differs_is_named() -> None:

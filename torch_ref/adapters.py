@@ -113,7 +113,7 @@ def start(module: Any) -> tuple[Array, ...]:
 
 def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]) -> None:
     """Gives the modules at the targets their updates, of whose tensors ``params`` are the values; weights are set."""
-    device = model.ln_f.weight.device
+    device = model.device
     for site, (path, target) in enumerate(targets.items()):
         module, squares = model.at(path), None
         for kind in adapters.KINDS:

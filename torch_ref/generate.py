@@ -27,7 +27,7 @@ def prepare(model: Model) -> None:
 
     Names, shapes and values stay. For a model that will only generate: an update would undo it.
     """
-    if model.ln_f.weight.device.type == "cpu":
+    if model.device.type == "cpu":
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.data = weight.data.T.contiguous().T
@@ -88,7 +88,7 @@ def decode(
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
     """
-    device = model.ln_f.weight.device
+    device = model.device
     width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
@@ -156,7 +156,7 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
 @torch.no_grad()
 def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
-    device = model.ln_f.weight.device
+    device = model.device
     hidden, labels = model.hidden(torch.tensor(tokens, device=device)), torch.tensor(targets, device=device)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):
@@ -168,7 +168,7 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
-    device = model.wte.weight.device
+    device = model.device
     hidden = model.hidden(torch.tensor(tokens, device=device))
     last = hidden[torch.arange(len(tokens), device=device), torch.tensor(lengths - 1, device=device)]
     return model.head(last).cpu().numpy()

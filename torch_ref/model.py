@@ -4,6 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class Cache:
 
 def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:
     """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    device = model.ln_f.weight.device
+    device = model.device
     return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
 
 
@@ -177,7 +178,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         bias = config.norm == "layer" and config.norm_bias
-        self._placement = config.placement
+        self._placement, self._multiplier = config.placement, config.residual_multiplier
         self.ln_1 = Norm(config.n_embd, config, bias)
         self.attn = Attention(config)
         if config.placement == "sandwich":
@@ -205,6 +206,8 @@ class Block(nn.Module):
             y = self.ln_1_post(y)
         if drop and drop.rate:
             y = noise.dropout(y, drop.rate, drop.keys[1], drop.first_row)
+        if self._multiplier != 1:
+            y = y * self._multiplier
         after = x + y
         before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
         if place == "post":
@@ -215,6 +218,8 @@ class Block(nn.Module):
             z = self.ln_2_post(z)
         if drop and drop.rate:
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
+        if self._multiplier != 1:
+            z = z * self._multiplier
         return after + z
 
 
@@ -259,6 +264,11 @@ class Model(nn.Module):
         """The dtype that the blocks compute in."""
         return self._dtype
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the weights are on."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
     def at(self, path: str) -> Any:
         """The module at a path such as h.0.attn.q_proj."""
         found: Any = self
@@ -286,8 +296,8 @@ class Model(nn.Module):
             if fused and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
         i, j = (
-            torch.arange(S - T, S, device=self.ln_f.weight.device)[:, None],
-            torch.arange(S, device=self.ln_f.weight.device)[None, :],
+            torch.arange(S - T, S, device=self.device)[:, None],
+            torch.arange(S, device=self.device)[None, :],
         )
         mask = j <= i
         if slides:
@@ -338,6 +348,8 @@ class Model(nn.Module):
         x = x.to(self._dtype)
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
+        if config.embed_multiplier != 1:
+            x = x * config.embed_multiplier
         if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):

@@ -41,10 +41,10 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
     config = base.config
     for each, _ in read:
         config = adapter_folder.with_adapter(config, each)
-    tensors = {}
+    tensors, norm = {}, base.tensors.get("ln_f.weight", base.tensors["wte.weight"])
     for name, param in params.table(config).items():
         # a classifier's score matrix, which the base lacks, gets the dtype of its norms
-        tensor, path = base.tensors.get(name, base.tensors["ln_f.weight"]), name.removesuffix(".weight")
+        tensor, path = base.tensors.get(name, norm), name.removesuffix(".weight")
         kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
         if name in whole:
             tensor = _given(name, whole[name], tensor, kept)

@@ -77,12 +77,15 @@ class ModelConfig:
     final_softcap: float = _field(0.0, "the same for logits")
     logit_scale: float = _field(0.0, "multiplier of logits, before final_softcap; 0 = off")
     embed_scale: bool = _field(False, "embeddings times sqrt(n_embd)")
+    embed_multiplier: float = _field(1.0, "multiplier of embeddings")
+    residual_multiplier: float = _field(1.0, "multiplier of both branches before they are added to the residual")
     fused_qkv: bool = _field(True, "one matrix c_attn in place of q_proj, k_proj, v_proj")
     qkv_by_head: bool = _field(False, "c_attn's rows are q, k, v of head 0, then of head 1 ...")
     qkv_bias: bool = _field(True, "biases on the query, key and value projections")
     out_bias: bool = _field(True, "bias on the attention's output projection")
     mlp_bias: bool = _field(True, "biases in the MLP")
     norm_bias: bool = _field(True, "biases in LayerNorm")
+    norm_weight: bool = _field(True, "weights in norms")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
     labels: tuple = _field((), "labels of a classifier, in the order of its outputs; empty = a language model")
@@ -100,7 +103,8 @@ class ModelConfig:
         for name in ("no_rope", "window_layers"):
             known = all(isinstance(n, int) and 0 <= n < self.n_layer for n in getattr(self, name))
             _check("model", known, name, getattr(self, name), f"blocks 0 to {self.n_layer - 1}")
-        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original"):
+        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "embed_multiplier",
+                     "residual_multiplier"):  # fmt: skip
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu")
         _one_of("model", self, "position", "learned", "rope")
@@ -123,6 +127,8 @@ class ModelConfig:
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
         _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
+        bare = self.norm_weight or (self.norm == "layer" and not self.norm_bias and self.qk_norm == "none")
+        _check("model", bare, "norm_weight", self.norm_weight, "true, but for LayerNorm without biases or qk_norm")
         names = self.labels
         known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
         _check("model", known, "labels", names, "two different names or more, or none")

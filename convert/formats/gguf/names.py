@@ -134,6 +134,10 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     if row.parallel_key:
         made["use_parallel_residual"] = Value("bool", config.placement == "parallel2")
     made |= {key: Value("f32", getattr(config, ours)) for key, ours in _SOFTCAPS.items() if getattr(config, ours)}
+    for key, ours in row.gguf.multipliers.items():
+        made[key] = Value("f32", getattr(config, ours) or config.head_dim**-0.5)  # attn_scale 0 is that
+    if row.divisor_key:
+        made["logit_scale"] = Value("f32", families.divisor_of(config.logit_scale))
     if row.gguf.needs_window or config.window:
         made["attention.sliding_window"] = Value("u32", config.window)
     if row.gguf.window or (config.window and row.gguf.windows != "all"):
@@ -157,7 +161,8 @@ def deviations(config: ModelConfig) -> list[str]:
         found.append(f"llama.cpp sees everything in {arch}, this model has a window of {config.window} tokens")
     if config.rope_scaling == "llama3" and not does.factors:
         found.append(f"llama.cpp ignores {ROPE_FACTORS} in {arch}, this model has llama3 rope scaling")
-    if config.attn_scale and config.attn_scale != _default_scale(does, config.n_layer, config.n_embd, config.n_head):
+    scaled = config.attn_scale and "attention.scale" not in does.multipliers
+    if scaled and config.attn_scale != _default_scale(does, config.n_layer, config.n_embd, config.n_head):
         found.append(f"llama.cpp knows no other scale of attention scores in {arch}, this model has one")
     if does.capped and not (config.attn_softcap and config.final_softcap):
         found.append(f"llama.cpp caps scores and logits in {arch}, this model does not")
@@ -220,6 +225,8 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         raise UserError(f"{where}: general.architecture = {_shown(arch)}: expected one of {', '.join(ARCHS)}")
     keys, row, notes = Keys(where, values, arch), families.FAMILIES[ARCHS[arch][0]], []
     for key, neutral in _NEUTRAL.items():
+        if key in row.gguf.multipliers or (key == "logit_scale" and row.divisor_key):
+            continue
         found = values.get(f"{arch}.{key}", neutral)
         if isinstance(found, np.ndarray) or found != neutral:
             raise UserError(f"{where}: {arch}.{key} = {_shown(found)} is not supported: expected {neutral}")
@@ -241,6 +248,13 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
     if row.parallel_key:
         made["placement"] = "parallel2" if keys.get("use_parallel_residual", bool, True) else "pre"
     made |= _biases(tensors) | _rope(keys, row, sizes) | _attention(keys, row, sizes)
+    for key, ours in row.gguf.multipliers.items():
+        made[ours] = keys.get(key, float, 0.0 if ours == "attn_scale" else 1.0)
+    if row.divisor_key:
+        divisor = keys.get("logit_scale", float, 1.0)
+        made["logit_scale"] = 0.0 if divisor in (0.0, 1.0) else 1 / divisor
+    if made.get("attn_scale") == float(str(np.float32(made["head_dim"] ** -0.5))):
+        made["attn_scale"] = 0.0
     if row.no_rope_every:
         made["no_rope"] = _no_rope(row, sizes["n_layer"])
     try:

@@ -6,6 +6,7 @@ this file only renames them. What is not in the table is refused by name, never 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -79,8 +80,13 @@ def check(config: ModelConfig) -> None:
     for name, always in family.biases.items():
         if always is False and getattr(config, name):
             raise UserError(f"model.{name} = True: family {config.family} has no such biases; expected false")
-    if family.one_head_size:
-        for name, value in (("n_kv_head", config.n_head), ("head_dim", config.n_embd // config.n_head)):
+    if config.labels and not family.classifies:
+        raise UserError(f"model.labels = {config.labels!r}: transformers has no classifier of family {config.family}")
+    if family.one_head_size or family.derived_head:
+        sizes = {"head_dim": config.n_embd // config.n_head}
+        if family.one_head_size:
+            sizes["n_kv_head"] = config.n_head
+        for name, value in sizes.items():
             if getattr(config, name) != value:
                 raise UserError(
                     f"model.{name} = {getattr(config, name)}: family {config.family} has only {value} with these sizes"
@@ -94,7 +100,7 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
     def refuse(name: str, expected: str) -> None:
         raise UserError(f"model.{name} = {getattr(config, name)!r}: family {config.family} {expected}")
 
-    if (family.one_head_size or family.whole_heads) and config.n_embd % config.n_head:
+    if (family.one_head_size or family.derived_head or family.whole_heads) and config.n_embd % config.n_head:
         raise UserError(f"model.n_embd = {config.n_embd}: expected a multiple of model.n_head = {config.n_head}")
     if family.gelu_is_tanh and config.activation == "gelu":
         refuse("activation", "can only be saved with 'gelu_tanh' or 'silu'")
@@ -106,8 +112,17 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
         refuse("rope_local_theta", "needs a positive number")
     if family.windows and not family.windows.types and config.window and len(config.window_layers) != config.n_layer:
         refuse("window_layers", "has one window for all blocks")
+    if family.divisor_key and not divisor_of(config.logit_scale):
+        refuse("logit_scale", "needs the reciprocal of a number")
     if family.scale_key and config.attn_scale and round(config.attn_scale**-2) ** -0.5 != config.attn_scale:
         refuse("attn_scale", "needs the root of 1 / a whole number")
+
+
+def divisor_of(scale: float) -> float:
+    """The number whose reciprocal is ``scale``, the shortest that is one; 1 for 0, which is off. 0 if there is none."""
+    divisor = 1 / scale if scale else 1.0
+    near = (float(f"{divisor:.12g}"), divisor, math.nextafter(divisor, 0), math.nextafter(divisor, math.inf))
+    return next((one for one in near if not scale or 1 / one == scale), 0.0)
 
 
 def on_disk(config: ModelConfig) -> ModelConfig:
@@ -179,6 +194,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         values[key] = getattr(config, name)
     if family.scale_key:
         values[family.scale_key] = round(config.attn_scale**-2) if config.attn_scale else config.head_dim
+    if family.score_key:
+        values[family.score_key] = config.attn_scale or config.head_dim**-0.5
+    if family.divisor_key:
+        values[family.divisor_key] = divisor_of(config.logit_scale)
     if family.parallel_key:
         values[family.parallel_key] = config.placement == "parallel2"
     if family.rope:
@@ -275,6 +294,12 @@ def _choices(where: str, family: Family, values: Mapping[str, Any], made: Mappin
         if type(scalar) not in (int, float) or scalar < 1 or scalar % 1:
             raise UserError(f"{where}: {family.scale_key} = {scalar!r}: expected a positive whole number")
         found["attn_scale"] = 0.0 if scalar == head_dim else int(scalar) ** -0.5
+    if family.score_key:
+        scale = typed(where, family.score_key, "attn_scale", values.get(family.score_key, 1.0))
+        found["attn_scale"] = 0.0 if scale == head_dim**-0.5 else scale
+    if family.divisor_key:
+        divisor = typed(where, family.divisor_key, "logit_scale", values.get(family.divisor_key, 1.0))
+        found["logit_scale"] = 0.0 if divisor == 1 else 1 / divisor
     if family.parallel_key:
         parallel = typed(where, family.parallel_key, "gated", values.get(family.parallel_key, True))
         found["placement"] = "parallel2" if parallel else "pre"

@@ -15,6 +15,8 @@ def mlx_lm_deviations(config: ModelConfig) -> list[str]:
     """What mlx-lm does otherwise with the folder of this model, a line each to print; empty where it does the same."""
     family, does = config.family, FAMILIES[config.family].mlx_lm
     found = []
+    if not does.loads:
+        return [f"mlx-lm cannot load {family} from a folder of transformers: it reads another layout under this name"]
     if config.activation != does.activation:
         found.append(f"mlx-lm computes {does.activation} in {family}, this model has {config.activation}")
     if config.window and config.window < config.block_size and not does.windows:

@@ -3,7 +3,7 @@
 Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] everywhere. h.N stands for a block:
 
     wte.weight (V, C)   wpe.weight (P, C)                         embeddings; wpe only with learned positions
-    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,); placement parallel has no ln_2
+    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,); none without norm_weight; parallel: one
     h.N.ln_1_post   h.N.ln_2_post                                 placement sandwich: norms of the branches' outputs
     h.N.attn.c_attn ((H + 2 K) D, C)                              fused_qkv: rows are q, k, v
     h.N.attn.q_proj (H D, C)  k_proj  v_proj (K D, C)             otherwise
@@ -58,7 +58,8 @@ def table(config: ModelConfig) -> dict[str, Param]:
             params[f"{name}.bias"] = Param((n_out,))
 
     def norm(name: str, size: int = c, bias: bool = config.norm == "layer" and config.norm_bias) -> None:
-        params[f"{name}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
+        if config.norm_weight:
+            params[f"{name}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
         if bias:
             params[f"{name}.bias"] = Param((size,))
 

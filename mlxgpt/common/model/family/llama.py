@@ -90,6 +90,38 @@ ROWS: dict[str, Family] = {
         gguf=Gguf(arch="llama", permuted=True, windows="all", factors=True, biases=ALL_BUT_NORM),
         mlx_lm=MlxLm(windows=False),
     ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        about="as llama; embeddings, residual branches, attention scores and logits have multipliers",
+        modules=MODULES,
+        fields=FIELDS
+        | {
+            "embed_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+        },
+        absent=ABSENT | {"embed_multiplier": 1.0, "residual_multiplier": 1.0},
+        fixed=without(FIXED, "attn_scale", "embed_multiplier", "residual_multiplier", "logit_scale") | NO_WINDOW,
+        defaults=DEFAULTS | {"norm_eps": 1e-6},
+        biases=ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
+        rope=Rope(),
+        writes=IDLE,
+        ignored=OLD_BUFFERS,
+        score_key="attention_multiplier",
+        divisor_key="logits_scaling",
+        classifies=False,
+        gguf=Gguf(
+            arch="granite",
+            permuted=True,
+            factors=True,
+            biases=ALL_BUT_NORM,
+            multipliers={
+                "embedding_scale": "embed_multiplier",
+                "residual_scale": "residual_multiplier",
+                "attention.scale": "attn_scale",
+            },
+        ),
+        mlx_lm=MlxLm(whole_heads=True),
+    ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         about="as llama; biases on q, k, v; windows by layer",

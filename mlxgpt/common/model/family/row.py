@@ -48,6 +48,7 @@ class Gguf:
     capped: bool = False  # it caps scores and logits whatever the keys say
     factors: bool = False  # it reads the factors of llama3 scaling
     biases: tuple[str, ...] = ()  # our bias fields that it loads
+    multipliers: Mapping[str, str] = field(default_factory=dict)  # its key -> our field
     head: str = ""  # tied or untied, if it loads no other
     whole_heads: bool = False  # it loads only head_dim = n_embd / n_head
 
@@ -57,6 +58,7 @@ class MlxLm:
     """What mlx-lm 0.32.2 does with a family whatever config.json says, and what it does not load."""
 
     activation: str = "silu"
+    loads: bool = True  # False: it reads another layout under this name
     windows: bool = True  # False: it sees everything
     scaling: bool = True  # False: it ignores rope scaling
     caps_logits: bool = True  # False: it ignores final_softcap
@@ -98,8 +100,12 @@ class Family:
     tanh: str = "gelu_pytorch_tanh"  # what config.json calls gelu_tanh
     gelu_is_tanh: bool = False  # "gelu" in config.json means gelu_tanh
     one_head_size: bool = False  # head_dim = n_embd / n_head and n_kv_head = n_head, with no key to say otherwise
+    derived_head: bool = False  # head_dim = n_embd / n_head, with no key to say otherwise
     whole_heads: bool = False  # transformers refuses an n_embd that n_head does not divide
+    classifies: bool = True  # transformers has a classifier of this architecture
     scale_key: str = ""  # attention scores are divided by the root of this whole number
+    score_key: str = ""  # attention scores are multiplied by this number
+    divisor_key: str = ""  # logits are divided by this number
     parallel_key: str = ""  # true: placement parallel2; false: pre
 
     @property
@@ -138,6 +144,9 @@ PLAIN: dict[str, Any] = {
     "fused_mlp": False,
     "head_bias": False,
     "embed_scale": False,
+    "embed_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "norm_weight": True,
     "attn_scale": 0.0,
     "attn_softcap": 0.0,
     "final_softcap": 0.0,
