@@ -1,18 +1,7 @@
-"""Every verb: its help, the function that runs it, its arguments and examples of use."""
+"""The arguments of every verb, one function each; verbs.py says which verb uses which."""
 
 import argparse
 import re
-from collections.abc import Callable
-from typing import NamedTuple
-
-
-class Verb(NamedTuple):
-    """A command: its help, the module:function that runs it, what declares its arguments, examples of use."""
-
-    help: str
-    function: str
-    declare: Callable[[argparse.ArgumentParser], None]
-    examples: tuple[str, ...]
 
 
 def _positive(text: str) -> int:
@@ -49,7 +38,7 @@ def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
     )
 
 
-def _train(parser: argparse.ArgumentParser) -> None:
+def train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
     add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/RECIPE")
@@ -77,7 +66,7 @@ def _positive_number(text: str) -> float:
     return number
 
 
-def _plan(parser: argparse.ArgumentParser) -> None:
+def plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
     add(
@@ -103,7 +92,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _finetune(parser: argparse.ArgumentParser) -> None:
+def finetune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", "--model", metavar="DIR", help="the model to fine-tune: a run, a checkpoint, a model folder or a hub id")
     add("-d", "--data", metavar="PATH", help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")
@@ -139,7 +128,7 @@ def _add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
             parser.add_argument(*flags, type=type(field.default), default=default, metavar="X", help=text)
 
 
-def _chat(parser: argparse.ArgumentParser) -> None:
+def chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
@@ -149,7 +138,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _generate(parser: argparse.ArgumentParser) -> None:
+def generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
@@ -167,7 +156,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _eval(parser: argparse.ArgumentParser) -> None:
+def evaluate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
@@ -190,7 +179,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _classify(parser: argparse.ArgumentParser) -> None:
+def classify(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
@@ -203,13 +192,13 @@ def _classify(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _data_fetch(parser: argparse.ArgumentParser) -> None:
+def data_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="name of the corpus, such as tinyshakespeare")
     parser.add_argument("--from", dest="from_file", metavar="FILE", help="use this copy if its checksum matches")
     parser.add_argument("-o", "--out", metavar="DIR", help="folder to write to; default: the cache folder")
 
 
-def _data_inspect(parser: argparse.ArgumentParser) -> None:
+def data_inspect(parser: argparse.ArgumentParser) -> None:
     _add_source(parser, ", or a folder of shards")
     parser.add_argument("--tokenizer", metavar="PATH",
         help="count tokens with this .json, .model, folder or run; default: train one on the source")  # fmt: skip
@@ -225,7 +214,7 @@ def _data_inspect(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _data_prepare(parser: argparse.ArgumentParser) -> None:
+def data_prepare(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     add = parser.add_argument
     add("-o", "--out", required=True, metavar="DIR", help="the folder of shards to write")
@@ -241,13 +230,13 @@ def _data_prepare(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=_positive, metavar="N", help="processes; default: one per core")
 
 
-def _data_export(parser: argparse.ArgumentParser) -> None:
+def data_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run whose shards are packed")
     parser.add_argument("-o", "--out", required=True, metavar="FILE.tar",
         help="the archive to write; elsewhere: tar -xf FILE.tar -C RUN, then train --resume RUN")  # fmt: skip
 
 
-def _tokenizer_train(parser: argparse.ArgumentParser) -> None:
+def tokenizer_train(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     add = parser.add_argument
     add("-o", "--out", required=True, metavar="DIR", help="the tokenizer folder to write; transformers loads it")
@@ -255,25 +244,25 @@ def _tokenizer_train(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=_positive, default=2048, metavar="N", help="default: 2048; char ignores it")
 
 
-def _tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
+def tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, a folder that holds one, or a run")
     parser.add_argument("--text", metavar="TEXT", help="show the tokens of this text")
     _add_json(parser)
 
 
-def _runs(parser: argparse.ArgumentParser) -> None:
+def runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", default="runs", metavar="DIR", help="folder that holds the runs; default: runs"
     )
     _add_json(parser)
 
 
-def _runs_check(parser: argparse.ArgumentParser) -> None:
+def runs_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run to check")
     _add_json(parser)
 
 
-def _report(parser: argparse.ArgumentParser) -> None:
+def report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="runs to overlay; the others are compared with the first")
     add("-o", "--out", metavar="FILE", help="the page to write; default: RUN.html")
@@ -292,7 +281,7 @@ def _bytes(text: str) -> int:
     return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2].upper()]
 
 
-def _convert(parser: argparse.ArgumentParser) -> None:
+def convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "src",
@@ -326,7 +315,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _fuse(parser: argparse.ArgumentParser) -> None:
+def fuse(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
@@ -336,7 +325,7 @@ def _fuse(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _verify(parser: argparse.ArgumentParser) -> None:
+def verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     for name in ("a", "b"):
         add(name, metavar=name.upper(),
@@ -356,7 +345,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _probe(parser: argparse.ArgumentParser) -> None:
+def probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", nargs="+", metavar="FOLDER", help="a model folder, a run or a checkpoint")
     add("--tokens", required=True, metavar="FILE", help="token ids, a .npy of one dimension; each predicts the next")
@@ -371,100 +360,6 @@ def _probe(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
-def _demo(parser: argparse.ArgumentParser) -> None:
+def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
         help="folder for its runs, replacing those of an earlier demo; default: runs/demo")  # fmt: skip
-
-
-VERBS = {
-    "train": Verb("train a GPT from a recipe, or resume a run", "mlxgpt.commands.train:train", _train, (
-        "train pydocs --out runs/first",
-        "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
-        "train --resume runs/first --backend torch",
-    )),
-    "finetune": Verb("fine-tune a model: LoRA, DoRA or all weights", "mlxgpt.commands.finetune:finetune", _finetune, (
-        "finetune --model runs/first --data pydocs-qa --out runs/qa",
-        "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
-        "finetune --config lora_config.yaml",
-        "finetune --resume runs/qa --backend torch",
-    )),
-    "plan": Verb("predict memory, time and cost before anything runs", "mlxgpt.commands.plan:plan_command", _plan, (
-        "plan llama-10m --calibrate",
-        "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
-        "plan llama-10m --budget '100 USD' --chip h100 --price 2.5 --out recipe.toml",
-    )),
-    "generate": Verb("continue a prompt", "mlxgpt.commands.generate:generate_command", _generate, (
-        "generate -m runs/first -p 'The list is'",
-        "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
-    )),
-    "chat": Verb("chat with a model that has a chat template", "mlxgpt.commands.chat:chat_command", _chat, (
-        "chat -m runs/qa",
-        "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
-        "chat -m runs/qa --temperature 0 --seed 1",
-    )),
-    "eval": Verb("loss, perplexity and bits per byte on data", "mlxgpt.commands.eval:evaluate_command", _eval, (
-        "eval -m runs/first -d book.txt",
-        "eval -m runs/first -d book.txt --backend torch --json",
-    )),
-    "classify": Verb("classify texts", "mlxgpt.commands.classify:classify_command", _classify, (
-        "classify -m runs/spam -t 'You have won a prize'",
-        "classify -m models/small --adapter runs/spam -f test.csv --json",
-    )),
-    "data fetch": Verb(
-        "download a known corpus and check its sha256", "mlxgpt.commands.data:fetch_command", _data_fetch, (
-        "data fetch tinyshakespeare",
-        "data fetch tinyshakespeare --from input.txt",
-    )),
-    "data inspect": Verb("show what a corpus contains", "mlxgpt.commands.data:inspect_command", _data_inspect, (
-        "data inspect pydocs",
-        "data inspect corpus/ --tokenizer runs/first --json",
-        "data inspect rows.jsonl --model models/small --rows 5",
-    )),
-    "data prepare": Verb("tokenize a corpus into shards", "mlxgpt.commands.data:prepare_command", _data_prepare, (
-        "data prepare corpus.jsonl --out shards --vocab-size 8192",
-    )),
-    "data export": Verb(
-        "pack a run's shards for another machine", "mlxgpt.commands.data:export_command", _data_export, (
-        "data export runs/first --out first.tar",
-    )),
-    "tokenizer train": Verb(
-        "train a tokenizer on a corpus", "mlxgpt.commands.tokenizer:train_tokenizer", _tokenizer_train, (
-        "tokenizer train corpus/ --out tok --kind sp-unigram --vocab-size 4096",
-    )),
-    "tokenizer inspect": Verb(
-        "describe a tokenizer, and show how it splits a text", "mlxgpt.commands.tokenizer:inspect_tokenizer",
-        _tokenizer_inspect, ("tokenizer inspect runs/first --text 'Hello world'",
-    )),
-    "runs": Verb("list runs: status, best loss, size, age", "mlxgpt.commands.runs:list_command", _runs, (
-        "runs",
-        "runs experiments --json",
-    )),
-    "runs check": Verb("check every file of a run against its checksums", "mlxgpt.commands.runs:check_command",
-        _runs_check, ("runs check runs/first",)),
-    "report": Verb(
-        "write one page about runs: curves, settings, samples", "mlxgpt.commands.report:report_command", _report, (
-        "report runs/first",
-        "report runs/mlx runs/torch --out both.html --export figures",
-        "report runs/first --watch",
-    )),
-    "convert": Verb("convert a model from one format to another", "convert.commands:convert_command", _convert, (
-        "convert out/ckpt.pt model",
-        "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
-        "convert model model.gguf --dtype bfloat16",
-        "convert adapters peft-adapter --to peft",
-    )),
-    "fuse": Verb("merge adapters into a model", "convert.commands:fuse_command", _fuse, (
-        "fuse -m runs/qa -o tuned",
-        "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
-    )),
-    "verify": Verb("compare two models", "convert.commands:verify_command", _verify, (
-        "verify out/ckpt.pt model",
-        "verify model transformers:model --html report.html",
-        "verify model model-q4 --frameworks mlx --json",
-    )),
-    "probe": Verb(
-        "write what a framework computes from a model, as .npz", "mlxgpt.commands.probe:probe_command", _probe, (
-        "probe model --tokens ids.npy --out .",
-    )),
-    "demo": Verb("train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", _demo, ("demo",)),
-}  # fmt: skip

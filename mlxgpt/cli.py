@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mlxgpt import __version__
-from mlxgpt.arguments import VERBS
 from mlxgpt.common.errors import RunError, UserError, nearest
+from mlxgpt.verbs import VERBS
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from mlxgpt.common.model import adapters as adapter_params
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
-from mlxgpt.common.sft import confusion
+from mlxgpt.common.scores import confusion
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
 from mlxgpt.noise import SITES

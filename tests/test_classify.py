@@ -21,7 +21,7 @@ from mlxgpt.common.config import AdapterConfig, ModelConfig, OptimConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.sft import confusion
+from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers.load import train_tokenizer

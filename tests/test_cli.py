@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxgpt import __version__, arguments, cli
+from mlxgpt import __version__, cli, verbs
 from mlxgpt.common import backend, recipes
 from mlxgpt.common.errors import RunError, UserError
 
@@ -89,7 +89,7 @@ def verb(monkeypatch: pytest.MonkeyPatch):
     def set_function(function) -> None:
         calls["function"] = function
 
-    monkeypatch.setitem(cli.VERBS, "act", arguments.Verb("acts", f"{__name__}:act", declare, ()))
+    monkeypatch.setitem(cli.VERBS, "act", verbs.Verb("acts", f"{__name__}:act", declare, ()))
     monkeypatch.setattr(sys.modules[__name__], "act", lambda args: calls["function"](args), raising=False)
     return set_function
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALONE = {
-    *("__init__.py", "__main__.py", "arguments.py", "cli.py", "blas.py", "fast.py", "mlx_memory.py"),
+    *("__init__.py", "__main__.py", "arguments.py", "cli.py", "verbs.py", "blas.py", "fast.py", "mlx_memory.py"),
     "footprint.py",  # two programs: MLX's graph is exported and walked, PyTorch's operations are watched
 }
 

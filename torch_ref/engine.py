@@ -13,7 +13,7 @@ from mlxgpt.common.model import adapters as adapter_params
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
-from mlxgpt.common.sft import confusion
+from mlxgpt.common.scores import confusion
 from torch_ref import adapters, losses, optim, quant
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout

@@ -13,7 +13,7 @@ from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.data.corpus import decoded
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
-from mlxgpt.common.sft import confusion
+from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.sft.rows import Row

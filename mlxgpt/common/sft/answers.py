@@ -6,7 +6,7 @@ from typing import Any
 
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.sft import confusion, text_metrics
+from mlxgpt.common.scores import confusion, text_metrics
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.train.job import Job

@@ -15,7 +15,8 @@ from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters, families
 from mlxgpt.common.recipes import apply_sets
 from mlxgpt.common.runs.checkpoint import Checkpoint
-from mlxgpt.common.sft import answers, settings, text_metrics
+from mlxgpt.common.scores import text_metrics
+from mlxgpt.common.sft import answers, settings
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft import weights as sft_weights
 from mlxgpt.common.sft.answers import Answers

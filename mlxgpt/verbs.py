@@ -1,0 +1,195 @@
+"""Every verb: what it is for, the function that runs it, what declares its arguments, and examples of use."""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mlxgpt import arguments
+
+
+class Verb(NamedTuple):
+    """A command: its help, the module:function that runs it, what declares its arguments, examples of use."""
+
+    help: str
+    function: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+
+
+VERBS = {
+    "train": Verb(
+        "train a GPT from a recipe, or resume a run",
+        "mlxgpt.commands.train:train",
+        arguments.train,
+        (
+            "train pydocs --out runs/first",
+            "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
+            "train --resume runs/first --backend torch",
+        ),
+    ),
+    "finetune": Verb(
+        "fine-tune a model: LoRA, DoRA or all weights",
+        "mlxgpt.commands.finetune:finetune",
+        arguments.finetune,
+        (
+            "finetune --model runs/first --data pydocs-qa --out runs/qa",
+            "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
+            "finetune --config lora_config.yaml",
+            "finetune --resume runs/qa --backend torch",
+        ),
+    ),
+    "plan": Verb(
+        "predict memory, time and cost before anything runs",
+        "mlxgpt.commands.plan:plan_command",
+        arguments.plan,
+        (
+            "plan llama-10m --calibrate",
+            "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
+            "plan llama-10m --budget '100 USD' --chip h100 --price 2.5 --out recipe.toml",
+        ),
+    ),
+    "generate": Verb(
+        "continue a prompt",
+        "mlxgpt.commands.generate:generate_command",
+        arguments.generate,
+        (
+            "generate -m runs/first -p 'The list is'",
+            "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
+        ),
+    ),
+    "chat": Verb(
+        "chat with a model that has a chat template",
+        "mlxgpt.commands.chat:chat_command",
+        arguments.chat,
+        (
+            "chat -m runs/qa",
+            "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
+            "chat -m runs/qa --temperature 0 --seed 1",
+        ),
+    ),
+    "eval": Verb(
+        "loss, perplexity and bits per byte on data",
+        "mlxgpt.commands.eval:evaluate_command",
+        arguments.evaluate,
+        (
+            "eval -m runs/first -d book.txt",
+            "eval -m runs/first -d book.txt --backend torch --json",
+        ),
+    ),
+    "classify": Verb(
+        "classify texts",
+        "mlxgpt.commands.classify:classify_command",
+        arguments.classify,
+        (
+            "classify -m runs/spam -t 'You have won a prize'",
+            "classify -m models/small --adapter runs/spam -f test.csv --json",
+        ),
+    ),
+    "data fetch": Verb(
+        "download a known corpus and check its sha256",
+        "mlxgpt.commands.data:fetch_command",
+        arguments.data_fetch,
+        (
+            "data fetch tinyshakespeare",
+            "data fetch tinyshakespeare --from input.txt",
+        ),
+    ),
+    "data inspect": Verb(
+        "show what a corpus contains",
+        "mlxgpt.commands.data:inspect_command",
+        arguments.data_inspect,
+        (
+            "data inspect pydocs",
+            "data inspect corpus/ --tokenizer runs/first --json",
+            "data inspect rows.jsonl --model models/small --rows 5",
+        ),
+    ),
+    "data prepare": Verb(
+        "tokenize a corpus into shards",
+        "mlxgpt.commands.data:prepare_command",
+        arguments.data_prepare,
+        ("data prepare corpus.jsonl --out shards --vocab-size 8192",),
+    ),
+    "data export": Verb(
+        "pack a run's shards for another machine",
+        "mlxgpt.commands.data:export_command",
+        arguments.data_export,
+        ("data export runs/first --out first.tar",),
+    ),
+    "tokenizer train": Verb(
+        "train a tokenizer on a corpus",
+        "mlxgpt.commands.tokenizer:train_tokenizer",
+        arguments.tokenizer_train,
+        ("tokenizer train corpus/ --out tok --kind sp-unigram --vocab-size 4096",),
+    ),
+    "tokenizer inspect": Verb(
+        "describe a tokenizer, and show how it splits a text",
+        "mlxgpt.commands.tokenizer:inspect_tokenizer",
+        arguments.tokenizer_inspect,
+        ("tokenizer inspect runs/first --text 'Hello world'",),
+    ),
+    "runs": Verb(
+        "list runs: status, best loss, size, age",
+        "mlxgpt.commands.runs:list_command",
+        arguments.runs,
+        (
+            "runs",
+            "runs experiments --json",
+        ),
+    ),
+    "runs check": Verb(
+        "check every file of a run against its checksums",
+        "mlxgpt.commands.runs:check_command",
+        arguments.runs_check,
+        ("runs check runs/first",),
+    ),
+    "report": Verb(
+        "write one page about runs: curves, settings, samples",
+        "mlxgpt.commands.report:report_command",
+        arguments.report,
+        (
+            "report runs/first",
+            "report runs/mlx runs/torch --out both.html --export figures",
+            "report runs/first --watch",
+        ),
+    ),
+    "convert": Verb(
+        "convert a model from one format to another",
+        "convert.commands:convert_command",
+        arguments.convert,
+        (
+            "convert out/ckpt.pt model",
+            "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
+            "convert model model.gguf --dtype bfloat16",
+            "convert adapters peft-adapter --to peft",
+        ),
+    ),
+    "fuse": Verb(
+        "merge adapters into a model",
+        "convert.commands:fuse_command",
+        arguments.fuse,
+        (
+            "fuse -m runs/qa -o tuned",
+            "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
+        ),
+    ),
+    "verify": Verb(
+        "compare two models",
+        "convert.commands:verify_command",
+        arguments.verify,
+        (
+            "verify out/ckpt.pt model",
+            "verify model transformers:model --html report.html",
+            "verify model model-q4 --frameworks mlx --json",
+        ),
+    ),
+    "probe": Verb(
+        "write what a framework computes from a model, as .npz",
+        "mlxgpt.commands.probe:probe_command",
+        arguments.probe,
+        ("probe model --tokens ids.npy --out .",),
+    ),
+    "demo": Verb(
+        "train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", arguments.demo, ("demo",)
+    ),
+}
