@@ -129,20 +129,18 @@ class Norm(nn.Module):
     def __init__(self, size: int, config: ModelConfig, bias: bool):
         super().__init__()
         self._kind, self._eps = config.norm, config.norm_eps
-        if config.norm_weight:
-            self.weight = mx.zeros((size,))
-        if bias:
-            self.bias = mx.zeros((size,))
+        self.weight = mx.zeros((size,)) if config.norm_weight else None
+        self.bias = mx.zeros((size,)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        if "weight" not in self:
+        if self.weight is None:
             return mx.fast.layer_norm(x, None, None, self._eps)
         if self._kind == "rms1":  # Gemma scales before it rounds
             return mx.fast.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self._eps).astype(x.dtype)
         weight = self.weight.astype(x.dtype)
         if self._kind == "rms":
             return mx.fast.rms_norm(x, weight, self._eps)
-        return mx.fast.layer_norm(x, weight, self.bias.astype(x.dtype) if "bias" in self else None, self._eps)
+        return mx.fast.layer_norm(x, weight, None if self.bias is None else self.bias.astype(x.dtype), self._eps)
 
 
 def finish(logits: Array, scale: float, soft_cap: float) -> Array:

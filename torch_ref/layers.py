@@ -107,13 +107,13 @@ class Norm(nn.Module):
 
     def __init__(self, size: int, config: ModelConfig, bias: bool):
         super().__init__()
-        self._kind, self._eps, self._size = config.norm, config.norm_eps, (size,)
+        self._kind, self._eps = config.norm, config.norm_eps
         self.weight = nn.Parameter(torch.zeros((size,))) if config.norm_weight else None
         self.bias = nn.Parameter(torch.zeros((size,))) if bias else None
 
     def forward(self, x: Array) -> Array:
         if self.weight is None:
-            return F.layer_norm(x, self._size, None, None, self._eps)
+            return F.layer_norm(x, x.shape[-1:], None, None, self._eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         if self._kind == "rms1":  # Gemma scales before it rounds
             return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self._eps).to(x.dtype)

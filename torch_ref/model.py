@@ -295,10 +295,7 @@ class Model(nn.Module):
                 return None
             if fused and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
-        i, j = (
-            torch.arange(S - T, S, device=self.device)[:, None],
-            torch.arange(S, device=self.device)[None, :],
-        )
+        i, j = torch.arange(S - T, S, device=self.device)[:, None], torch.arange(S, device=self.device)[None, :]
         mask = j <= i
         if slides:
             mask = mask & (i - j < window)
