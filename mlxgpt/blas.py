@@ -19,8 +19,9 @@ from mlxgpt.common.errors import UserError
 _ADVICE = "install OpenBLAS (Debian: apt install libopenblas0-pthread) or, on x86-64, pip install 'mlxgpt[cpu-fast]'"
 # A function that only this library exports tells it from the others.
 _MARKS = {"openblas": "openblas_get_config", "mkl": "MKL_Get_Max_Threads"}
-# MKL_THREADING_INTEL: its OpenMP comes with the wheel. The sequential layer would also slow a PyTorch imported later.
-_MKL_THREADING_INTEL = 0
+# Its OpenMP comes with the wheel; the sequential layer would also slow a PyTorch imported later. By the variable only:
+# after MKL_Set_Threading_Layer(INTEL), products of two threads with a bias are wrong once PyTorch is imported as well.
+_LAYER = {"MKL_THREADING_LAYER": "INTEL"}
 
 
 @functools.cache
@@ -100,8 +101,11 @@ def _load_mkl() -> bool:
             library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        if "MKL_THREADING_LAYER" not in os.environ:
-            library.MKL_Set_Threading_Layer(_MKL_THREADING_INTEL)
+        chosen = {name: value for name, value in _LAYER.items() if name not in os.environ}
+        os.environ.update(chosen)
+        library.MKL_Get_Max_Threads()  # the first call loads the layer
+        for name in chosen:  # a child process chooses for itself
+            del os.environ[name]
         return True
     return False
 

@@ -1,6 +1,7 @@
 """The BLAS on Linux: which library is chosen, what is said where there is none, and that MLX multiplies with it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,20 @@ def test_what_is_loaded_multiplies() -> None:
         assert int(auto["threads"]) >= 1
         assert auto["version"]
         assert auto["bits"] != none["bits"]
+
+
+def test_both_frameworks_in_one_process_multiply_right_with_two_threads() -> None:
+    """With MKL's layer set by MKL_Set_Threading_Layer, products with a bias were wrong by their own size here."""
+    code = """
+from mlxgpt import blas
+import mlx.core as mx, numpy as np, torch
+draw = np.random.default_rng(0)
+for m, n, k in ((1, 192, 64), (3, 384, 384), (124, 192, 64)):
+    a, w, b = (draw.standard_normal(shape).astype(np.float32) for shape in ((m, k), (n, k), (n,)))
+    exact = a.astype(np.float64) @ w.T.astype(np.float64) + b
+    ours = np.array(mx.addmm(mx.array(b), mx.array(a), mx.array(w).T, stream=mx.cpu))
+    theirs = torch.nn.functional.linear(*map(torch.from_numpy, (a, w, b))).numpy()
+    for found in (ours, theirs):
+        assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max(), (blas.load(), m, n, k)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"}, cwd=ROOT, check=True)
