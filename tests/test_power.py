@@ -167,6 +167,16 @@ def test_mutated_logits_are_caught(mutation: str, monkeypatch: pytest.MonkeyPatc
     assert disagreements(ladder.compare("scaled", config, 1.0, None)) == rungs
 
 
+def test_a_bias_forgotten_in_the_chunked_path_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch_ref.head.logits
+    assert CASES["phi"].head_bias
+    assert disagreements(ladder.compare("phi", CASES["phi"], 1.0, None)) == set()
+    monkeypatch.setattr(torch_ref.head, "logits", lambda h, w, b, *rest: plain(h, w, None, *rest))
+    figures = ladder.compare("phi", CASES["phi"], 1.0, None)
+    assert disagreements(figures) == {3}
+    assert all("torch in chunks" in figure.what for figure in figures if not figure.agrees)
+
+
 def test_both_frameworks_wrong_alike_is_caught_by_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Gate and up swapped in the table of names: MLX and torch agree with each other, and with nobody else."""
     row = families.FAMILIES["llama"]

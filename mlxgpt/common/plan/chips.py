@@ -33,10 +33,10 @@ def _apple(name: str, tflops: float, bandwidth: float | None, memory: int) -> tu
 
 # Apple: float32 TFLOP/s of the largest GPU sold under the name (huggingface.js, packages/tasks/src/hardware.ts, PR
 # 1044); bfloat16 at the same rate (philipturner/metal-benchmarks; without the M5's matrix units). Bandwidth: Apple's
-# specifications, None where none was found. Utilisation 0.35: 0.28 to 0.47 was worked out from reports of MLX training
+# specifications, None where none was found. Utilization 0.35: 0.28 to 0.47 was worked out from reports of MLX training
 # (ml-explore/mlx-examples issue 127 and others). There was no M4 Ultra or M5 Ultra to list.
 # NVIDIA: data sheets of A100 80GB SXM, H100 SXM, H200 SXM, and the Ada architecture's whitepaper (RTX 4090; bfloat16
-# summed in float32), dense. Utilisation 0.35: PaLM (Chowdhery et al. 2022) lists 0.21 to 0.46 of large models.
+# summed in float32), dense. Utilization 0.35: PaLM (Chowdhery et al. 2022) lists 0.21 to 0.46 of large models.
 CHIPS = dict(
     [
         _apple("M1", 2.6, 68, 16), _apple("M1 Pro", 5.2, 200, 32), _apple("M1 Max", 10.4, 400, 64),
