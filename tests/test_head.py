@@ -65,7 +65,9 @@ def test_frozen_head_gives_the_hidden_states_the_same_gradient(framework, choice
 @pytest.mark.parametrize("framework", CHUNKED)
 def test_any_chunk_gives_the_same_without_a_bias(framework, chunk):
     data = problem(bias=False)
-    hold(CHUNKED[framework](data, leaf_names(data), chunk=chunk), judge(data, {}))
+    # each chunk compiles kernels of its own, half a second apiece: many small chunks run uncompiled
+    found = CHUNKED[framework](data, leaf_names(data), compiled=chunk >= 50, chunk=chunk)
+    hold(found, judge(data, {}))
 
 
 @pytest.mark.parametrize("framework", CHUNKED)

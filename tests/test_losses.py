@@ -70,7 +70,7 @@ def test_memory_inside_the_compiled_step(options, argnums, gate):
         return mlxgpt.losses.cross_entropy(mlxgpt.head.logits(h, w), targets).sum()
 
     def chunked(h: mx.array, w: mx.array) -> mx.array:
-        return mlxgpt.head.token_losses(h, w, targets, mlxgpt.head.Options(64, **options)).sum()
+        return mlxgpt.head.token_losses(h, w, targets, mlxgpt.head.Options(128, **options)).sum()
 
     mx.eval(hidden, weight, targets)
     costs = [peak(mx.grad(each, argnums=argnums), hidden, weight) - own for each in (chunked, plain)]
