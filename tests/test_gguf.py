@@ -280,6 +280,7 @@ def test_a_dtype_is_for_matrices(case: str, tmp_path: Path) -> None:
         ("mistral", "llama.cpp sees everything in llama, this model has a window of 12 tokens"),
         ("smollm3", "every 4th layer"),
         ("gemma2", "no other scale of attention scores"),
+        ("starcoder2", "cannot load starcoder2 without out_bias and mlp_bias"),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_said(case: str, says: str, tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ def deviations(config: ModelConfig) -> list[str]:
         found.append(f"llama.cpp cannot load {arch} with {'an untied' if does.head == 'tied' else 'a tied'} head")
     if any(getattr(config, name) for name in ("qkv_bias", "out_bias", "mlp_bias") if name not in does.biases):
         found.append(f"llama.cpp may not load {arch} with these biases, which {config.family} seldom has")
+    if missing := [name for name in does.needs if not getattr(config, name)]:
+        found.append(f"llama.cpp cannot load {arch} without {' and '.join(missing)}")
     if does.whole_heads and config.head_dim * config.n_head != config.n_embd:
         found.append(f"llama.cpp cannot load {arch} with head_dim = {config.head_dim}, only n_embd / n_head")
     return found

@@ -191,7 +191,13 @@ ROWS: dict[str, Family] = {
         writes=IDLE | {"residual_dropout": 0.0, "embedding_dropout": 0.0},
         ignored=OLD_BUFFERS,
         derived_head=True,
-        gguf=Gguf(arch="starcoder2", activation="gelu_tanh", biases=BIASES, whole_heads=True),
+        gguf=Gguf(
+            arch="starcoder2",
+            activation="gelu_tanh",
+            biases=BIASES,
+            needs=("out_bias", "mlp_bias"),
+            whole_heads=True,
+        ),
         mlx_lm=MlxLm(activation="gelu_tanh", windows=False, attention_bias="always", whole_heads=True),
     ),
 }

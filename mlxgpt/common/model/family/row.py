@@ -48,6 +48,7 @@ class Gguf:
     capped: bool = False  # it caps scores and logits whatever the keys say
     factors: bool = False  # it reads the factors of llama3 scaling
     biases: tuple[str, ...] = ()  # our bias fields that it loads
+    needs: tuple[str, ...] = ()  # those of them that it does not load without
     multipliers: Mapping[str, str] = field(default_factory=dict)  # its key -> our field
     head: str = ""  # tied or untied, if it loads no other
     whole_heads: bool = False  # it loads only head_dim = n_embd / n_head
