@@ -64,7 +64,7 @@ def start(
         return hidden(this, tokens, *args, **more)
 
     monkeypatch.setattr(type(loaded), "hidden", counting)
-    template = sft_template.Template({"default": source}, tokenizer, sft_template.special_tokens(tokenizer), "test")
+    template = sft_template.Template({"default": source}, tokenizer, tokenizer.named, "test")
     return Conversation(backend, loaded, tokenizer, template, set(), system), read, loaded, tokenizer
 
 

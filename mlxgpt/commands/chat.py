@@ -17,7 +17,7 @@ from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.inference.conversation import Answer, Conversation
-from mlxgpt.common.sft.template import Template, special_tokens, template_of
+from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers.load import generation_ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.signals import Signals
@@ -66,7 +66,7 @@ def _template(given: str | None, tokenizer: Tokenizer, model: str) -> Template:
             text = Path(given).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--template {given}: {getattr(error, 'strerror', None) or error}") from None
-        return Template({"default": text}, tokenizer, special_tokens(tokenizer), given)
+        return Template({"default": text}, tokenizer, tokenizer.named, given)
     found = template_of(tokenizer, f"{model}: chat template")
     if found is None:
         raise UserError(

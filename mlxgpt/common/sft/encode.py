@@ -48,7 +48,7 @@ class Encoder:
     label_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        named = sft_template.special_tokens(self.tokenizer).get("bos_token")
+        named = self.tokenizer.named.get("bos_token")
         ids = self.tokenizer.encode(named) if named else []
         self.bos_id = ids[0] if len(ids) == 1 else None
 

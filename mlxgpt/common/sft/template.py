@@ -33,7 +33,6 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, around what {% generation %} encloses
 _SAID = "2f6b51c8"  # an answer that no template alters
 _UNROLL = "tune.unroll = true makes an example of each answer and what precedes it"
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 Messages = Sequence[dict[str, Any]]
 
@@ -272,34 +271,9 @@ def _tags(source: str) -> set[str]:
 
 
 def template_of(tokenizer: Tokenizer, where: str = "chat template", date: str = "") -> Template | None:
-    """The tokenizer's own template: chat_template.jinja, else tokenizer_config.json's; None if it has none."""
-    config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
-    found = config.get("chat_template")
-    if "chat_template.jinja" in tokenizer.files:
-        found = tokenizer.files["chat_template.jinja"].decode()
-    if not found:
-        return None
-    if isinstance(found, list) and all(isinstance(item, dict) and {"name", "template"} <= set(item) for item in found):
-        found = {item["name"]: item["template"] for item in found}
-    sources = {"default": found} if isinstance(found, str) else found
-    if not isinstance(sources, dict) or not all(isinstance(source, str) for source in sources.values()):
-        raise UserError(f"tokenizer_config.json: chat_template is a {type(found).__name__}: expected text")
-    return Template(sources, tokenizer, special_tokens(tokenizer), where, date)
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token and the like, from the tokenizer's settings."""
-    made = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings = read_json(tokenizer.files, file, Path("."))
-        for name in _NAMES:
-            value = settings.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                made[name] = value
-    if "eos_token" not in made and tokenizer.eos_id is not None:
-        made["eos_token"] = tokenizer.decode([tokenizer.eos_id])
-    return made
+    """The tokenizer's own template; None if it has none."""
+    sources = tokenizer.templates
+    return Template(sources, tokenizer, tokenizer.named, where, date) if sources else None
 
 
 def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
@@ -326,7 +300,7 @@ def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
         "special_tokens_map.json",
         "added_tokens.json",
     )  # tokenizer_config.json replaces them
-    config = special_tokens(tokenizer) | config
+    config = tokenizer.named | config
     config |= {"chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
     files = {name: data for name, data in tokenizer.files.items() if name not in stale}
     files |= {

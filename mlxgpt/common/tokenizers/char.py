@@ -75,6 +75,10 @@ class CharTokenizer:
         self.characters = characters
         self.n_vocab = len(characters)
         self.before: list[int] = []
+        self.after: list[int] = []
+        self.named: dict[str, str] = {}
+        self.templates: dict[str, str] = {}
+        self.notes: list[str] = []
         self.digest = sha256_of(b"char", characters.encode())
         self.files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
         self._ids = np.full(0x110000, -1, np.int32)  # code point -> id
@@ -87,6 +91,15 @@ class CharTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32."""
         return [self._array(text) for text in texts]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same: no token is special."""
+        return self.encode_batch(texts)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a character."""
+        found = self.characters.find(token) if len(token) == 1 else -1
+        return found if found >= 0 else None
 
     def _array(self, text: str) -> np.ndarray:
         ids = self._ids.take(_codes(text))

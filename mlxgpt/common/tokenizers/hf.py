@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.specification import chat_templates, named_tokens
 
 EOS = "<|endoftext|>"
 _MAX_ID = 1 << 22  # `tokenizers` counts through all ids, also those that no token has
@@ -52,7 +53,13 @@ class JsonTokenizer:
         self.special = frozenset(i for i, token in added.items() if token.special)
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
         around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
-        self.before = around[:-1] if around[-1:] == [self.eos_id] else around
+        last = around[-1:] == [self.eos_id]
+        self.before, self.after = (around[:-1], around[-1:]) if last else (around, [])
+        self.named = named_tokens(files, where)
+        if "eos_token" not in self.named and self.eos_id is not None:
+            self.named["eos_token"] = self.decode([self.eos_id])
+        self.notes: list[str] = []
+        self._where = where
         model = type(self.backend.model).__name__
         over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
         self.kind = "byte-level BPE" if over_bytes else model
@@ -61,6 +68,22 @@ class JsonTokenizer:
     def fast(self) -> FastBPE | None:
         """tiktoken's twin of this tokenizer, if its ids are provably the same; proving takes up to a second."""
         return FastBPE.of(self.backend)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name."""
+        return chat_templates(self.files, self._where)
+
+    @functools.cached_property
+    def _splitting(self) -> tokenizers.Tokenizer:
+        """The backend for which the text of special tokens is text."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact text."""
+        return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token's text gives that token."""
@@ -75,9 +98,13 @@ class JsonTokenizer:
         slow = iter(self._slow([text for text, ids in zip(texts, found, strict=True) if ids is None]))
         return [next(slow) if ids is None else ids for ids in found]
 
-    def _slow(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text; the text of a special token is text."""
+        return self._slow(texts, self._splitting)
+
+    def _slow(self, texts: Sequence[str], backend: tokenizers.Tokenizer | None = None) -> list[np.ndarray]:
         try:
-            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = (backend or self.backend).encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # what `tokenizers` raises where a text has no tokens
             raise UserError(f"this {self.kind} tokenizer cannot encode the text: {error}") from None
         return [np.asarray(item.ids, dtype=np.int32) for item in encoded]

@@ -30,7 +30,13 @@ class Tokenizer(Protocol):
     eos_id: int | None
     """The token between documents, where there is one."""
     before: list[int]
-    """What a model is given before a text, such as Llama's <s>; ``encode`` does not add it."""
+    """What AutoTokenizer puts before a text, such as Llama's <s>; ``encode`` does not add it."""
+    after: list[int]
+    """What AutoTokenizer puts after a text, such as T5's </s>; ``encode`` does not add it."""
+    named: dict[str, str]
+    """bos_token, eos_token, pad_token, unk_token and so on, as transformers resolves them; templates write them."""
+    notes: list[str]
+    """Where two files of the folder disagree: which one is taken."""
     ends: frozenset[int]
     """What ends a generated text beside ``eos_id``: the ids that the model folder's generation_config.json lists."""
     kind: str
@@ -42,6 +48,19 @@ class Tokenizer(Protocol):
     special: frozenset[int]
     """Tokens that mark a place and stand for no text, such as the one between documents."""
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """Chat templates (jinja) by name, as transformers resolves them: ``default``, ``tool_use``; {} for none.
+
+        Raises:
+            UserError: the folder's templates are not text.
+        """
+        ...
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact text; None where there is no such token."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, no special token added.
 
@@ -52,6 +71,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as an integer array; the fast way for many."""
+        ...
+
+    def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As ``encode_batch``, but the text of a special token is text (transformers' split_special_tokens)."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

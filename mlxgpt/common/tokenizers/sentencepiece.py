@@ -20,6 +20,7 @@ from tokenizers import decoders, models
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.hf import JsonTokenizer, made
 from mlxgpt.common.tokenizers.protocol import checked, read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.specification import chat_templates, named_tokens
 
 _SPACE = "\u2581"
 _SPECIAL = ("<unk>", "<s>", "</s>")
@@ -66,6 +67,13 @@ class SentencePieceTokenizer:
         self.eos_id: int | None = eos if eos >= 0 else None
         begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
         self.before = [self._model.bos_id()] if begins else []
+        self.after: list[int] = []
+        self.notes: list[str] = []
+        self._where = where
+        self._pieces = pieces
+        self.named = named_tokens(files, where)
+        if "eos_token" not in self.named and self.eos_id is not None:
+            self.named["eos_token"] = self._model.id_to_piece(self.eos_id)
         if not config and self._is_bpe():
             self.files["tokenizer_config.json"] = self._settings()
         self._controls = {
@@ -83,6 +91,19 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32."""
         return [np.asarray(self._ids(text), dtype=np.int32) for text in texts]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32; the text of a control token is text."""
+        return [np.asarray(self._model.encode(text), dtype=np.int32) for text in texts]
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name."""
+        return chat_templates(self.files, self._where)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a piece by its exact text."""
+        return self._pieces.get(token)
 
     def _ids(self, text: str) -> list[int]:
         if self._control is None or not self._control.search(text):
