@@ -21,6 +21,7 @@ from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft import weights as sft_weights
 from mlxgpt.common.sft.answers import Answers
 from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.train.job import Job, Kind, Weights
 
@@ -35,6 +36,7 @@ class Finetuning(Kind[SftSource]):
     source: SftSource
     _base: Path  # the base model's folder
     _adapter: Adapter | None = None  # the one that a new run trains on
+    _earlier: tuple[int, ...] = ()  # what ends a text by the adapter that is trained on
     _frozen: Weights  # of the adapter, what does not train: PiSSA's start
 
     def __init__(self, args: Namespace):
@@ -63,6 +65,7 @@ class Finetuning(Kind[SftSource]):
         config = model_folder.read_config(self._base)
         recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
         self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
+        self._earlier = tuple(generation_ends(given)) if given else ()
         assert self.recipe.adapter
         adapters.targets(config, self.recipe.adapter)  # what matches nothing is refused before examples are read
         for note in chosen.notes:
@@ -75,8 +78,19 @@ class Finetuning(Kind[SftSource]):
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, labels=self.source.labels))
         self.recipe = _with_new_tokens(recipe, self.source)
         if not self._whole:
-            for line in adapter_folder.limits(self.recipe):
+            limits = adapter_folder.limits(self.recipe)
+            for line in limits or self._unknown_to_mlx_lm():
                 print(line)
+
+    def _unknown_to_mlx_lm(self) -> list[str]:
+        """A line where mlx-lm with base and adapter would not end an answer: of the adapter's folder it reads no ends."""
+        tokenizer = self.source.tokenizer
+        known = union(generation_ends(self._base), [load_tokenizer(self._base).eos_id])
+        new = [end for end in union([tokenizer.eos_id], sorted(tokenizer.ends)) if end not in known]
+        if self.source.labels or not new:
+            return []
+        flags = " ".join(f"--extra-eos-token '{tokenizer.decode([end])}'" for end in new)
+        return [f"mlx-lm reads what ends an answer from the model's folder only: {flags} with the adapter, or fuse it"]
 
     def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
         """The run's recipe with --set; --model and --data say where base and examples are now."""
@@ -89,6 +103,7 @@ class Finetuning(Kind[SftSource]):
         assert newest
         place, state = newest
         self._base = place if self._whole else sft_weights.locate(self.recipe)[0]
+        self._earlier = tuple(generation_ends(place))
         config = self.recipe.model if self._whole else model_folder.read_config(self._base)
         self._open_examples(load_tokenizer(self._base), config, self.recipe.model.labels)
         before, after = state.data.get(_BASE), self.digests().get(_BASE)
@@ -99,6 +114,7 @@ class Finetuning(Kind[SftSource]):
 
     def _open_examples(self, tokenizer: Any, config: ModelConfig, labels: tuple[str, ...]) -> None:
         assert self.recipe.tune
+        tokenizer.ends |= set(self._earlier) - {tokenizer.eos_id}
         self.source = sft_source.open_source(self.recipe.tune, self.recipe.train, tokenizer, config, print, labels)
 
     @property
@@ -132,12 +148,14 @@ class Finetuning(Kind[SftSource]):
         """A model folder where every weight trains, else an adapter; with the tokenizer where tokens were added."""
         recipe, tokenizer = self.recipe, self.source.tokenizer
         assert recipe.tune
+        ends = union(generation_ends(self._base), self._earlier, [tokenizer.eos_id], sorted(tokenizer.ends))
+        ends = [] if recipe.model.labels else ends
         if self._whole:
-            model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer)
+            model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer, ends=ends)
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
         own = tokenizer if self.source.added else None
-        adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id)
+        adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
     def sample(self, job: Job) -> str | None:
         """A question and the model's answer."""
