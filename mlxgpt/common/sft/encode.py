@@ -7,10 +7,9 @@ import numpy as np
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft import rows as sft_rows
+from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -77,7 +76,7 @@ class Encoder:
         if self.template is None:
             yield from self._plain(rows)
             return
-        rows = [sft_rows.as_messages(row) for row in rows]
+        rows = [as_messages(row) for row in rows]
         talks = [(row.where, row.messages, row.tools) for row in rows]
         if self.tune.train_on_prompt:
             texts = [self._whole(*talk) for talk in talks]
