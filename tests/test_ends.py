@@ -123,9 +123,9 @@ def of_transformers(folder: Path) -> list[list[int]]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     given = torch.tensor(prompts(folder))
-    made: Any = model.generate(
+    made = model.generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=LENGTH, do_sample=False, pad_token_id=0
     )
     return [[token for token in row[given.shape[1] :].tolist() if token] for row in made]

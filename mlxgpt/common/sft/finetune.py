@@ -83,7 +83,7 @@ class Finetuning(Kind[SftSource]):
                 print(line)
 
     def _unknown_to_mlx_lm(self) -> list[str]:
-        """A line where mlx-lm with base and adapter would not end an answer: of the adapter's folder it reads no ends."""
+        """A line where mlx-lm would not end an answer: it reads no ends from an adapter's folder."""
         tokenizer = self.source.tokenizer
         known = union(generation_ends(self._base), [load_tokenizer(self._base).eos_id])
         new = [end for end in union([tokenizer.eos_id], sorted(tokenizer.ends)) if end not in known]
