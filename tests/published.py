@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF001  (templates are written as they are)
 """The structure of published chat templates, in words of our own, each with the assistant's turns marked.
 
 ``MARKED`` encloses in {% generation %} what the model writes: the turn behind the generation prompt, its end tokens with
@@ -27,7 +28,7 @@ _IM = ("<|im_start|>", "<|im_end|>")
 # tool calls and their results, as the ChatML models after Hermes write them
 _CALLS = r"""
 {%- for call in m.tool_calls or [] -%}
-  {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' -}}{{- call.function.arguments | tojson -}}
+  {{- '\n' if m.content or not loop.first -}}{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' -}}{{- call.function.arguments | tojson -}}
   {{- '}\n</tool_call>' -}}
 {%- endfor -%}
 """
@@ -90,7 +91,8 @@ _LAST = (
     "{%- set at.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
 )
 # the reasoning of answers behind the last question, an empty one where there is none
-_QWEN3_ASSISTANT = r"""
+_QWEN3_ASSISTANT = (
+    r"""
 {%- set said = m.content -%}{%- set thought = '' -%}
 {%- if m.reasoning_content is string -%}{%- set thought = m.reasoning_content -%}
 {%- elif '</think>' in said -%}
@@ -102,7 +104,10 @@ OPENED
 {%- if loop.index0 > at.last and (loop.last or thought) -%}
   {{- '<think>\n' -}}BEGUN{{- thought.strip('\n') + '\n</think>\n\n' + said.lstrip('\n') -}}
 {%- else -%}{{- said -}}{%- endif -%}
-""" + _CALLS + "{{- '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}"
+"""
+    + _CALLS
+    + "{{- '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}"
+)
 QWEN3 = (
     _im_system("")
     + _LAST
@@ -111,32 +116,44 @@ QWEN3 = (
     "enable_thinking -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}{%- endif -%}"
 )
 # the generation prompt opens the reasoning, so that the model writes what follows
-_THINKING = r"""
+_THINKING = (
+    r"""
 {%- set thought = m.reasoning_content if m.reasoning_content is string else '' -%}
 {{- '<|im_start|>assistant\n' -}}
 {%- if loop.index0 > at.last -%}{{- '<think>\n' -}}{%- generation -%}
-{{- thought.strip('\n') + '\n</think>\n\n' + m.content.lstrip('\n') -}}""" + _CALLS + r"""
+{{- thought.strip('\n') + '\n</think>\n\n' + m.content.lstrip('\n') -}}"""
+    + _CALLS
+    + r"""
 {{- '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}{%- generation -%}{{- m.content -}}""" + _CALLS + r"""{{- '<|im_end|>' -}}{%- endgeneration -%}{%- endif -%}
+{%- else -%}{%- generation -%}{{- m.content -}}"""
+    + _CALLS
+    + r"""{{- '<|im_end|>' -}}{%- endgeneration -%}{%- endif -%}
 {{- '\n' -}}"""
+)
 QWEN3_THINKING = (
     _im_system("")
     + _LAST
     + _im_turns(_THINKING)
     + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
 )
-SMOLLM3 = r"""
+SMOLLM3 = (
+    r"""
 {{- '<|im_start|>system\n## Metadata\n\nToday Date: ' + strftime_now('%d %B %Y') + '\nReasoning Mode: /think\n\n' -}}
 {{- messages[0].content if messages[0].role == 'system' else 'You are a small model.' -}}
-{%- if tools -%}""" + _TOOLS + r"""{%- endif -%}{{- '\n<|im_end|>\n' -}}
+{%- if tools -%}"""
+    + _TOOLS
+    + r"""{%- endif -%}{{- '\n<|im_end|>\n' -}}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' -}}
 {%- elif m.role == 'assistant' -%}{{- '<|im_start|>assistant\n' -}}
   {%- generation -%}{{- m.content.lstrip('\n') + '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
 {%- elif m.role == 'tool' -%}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}
 {%- endfor -%}
-""" + _PROMPT
-LFM2 = r"""
+"""
+    + _PROMPT
+)
+LFM2 = (
+    r"""
 {{- bos_token -}}
 {%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
 {%- if tools -%}{%- set system = system + '\nList of tools: <|tool_list_start|>' + (tools | tojson) + '<|tool_list_end|>' -%}
@@ -148,7 +165,9 @@ LFM2 = r"""
   {{- m.content + '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
 {%- elif m.role != 'system' -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}
 {%- endfor -%}
-""" + _PROMPT
+"""
+    + _PROMPT
+)
 
 LLAMA2 = r"""
 {%- if messages[0].role == 'system' -%}{%- set rest = messages[1:] -%}{%- set system = messages[0].content -%}
@@ -212,16 +231,24 @@ def _mistral(system: str, before_tools: str, call: str, asked: str) -> str:
     """v3 and later: tools before the last question, calls and results between special tokens."""
     return (
         r"{%- set rest = messages[1:] if messages[0].role == 'system' else messages -%}"
-        r"{%- set asks = rest | selectattr('role', 'equalto', 'user') | list -%}{{- bos_token -}}" + system + r"""
+        r"{%- set asks = rest | selectattr('role', 'equalto', 'user') | list -%}{{- bos_token -}}"
+        + system
+        + r"""
 {%- set at = namespace(n=0) -%}
 {%- for m in rest -%}{%- if m.role != 'tool' and not m.tool_calls -%}
   {%- if (m.role == 'user') != (at.n % 2 == 0) -%}{{- raise_exception('Roles must alternate') -}}{%- endif -%}
   {%- set at.n = at.n + 1 -%}{%- endif -%}{%- endfor -%}
 {%- for m in rest -%}
 {%- if m.role == 'user' -%}
-  {%- if tools and m == asks[-1] -%}{{- '[AVAILABLE_TOOLS]""" + before_tools + r"""' -}}{{- tools | tojson -}}{{- '[/AVAILABLE_TOOLS]' -}}{%- endif -%}
-""" + asked + r"""
-{%- elif m.tool_calls -%}{%- generation -%}{{- '[TOOL_CALLS]""" + call + r"""' -}}{{- m.tool_calls | tojson -}}{{- eos_token -}}{%- endgeneration -%}
+  {%- if tools and m == asks[-1] -%}{{- '[AVAILABLE_TOOLS]"""
+        + before_tools
+        + r"""' -}}{{- tools | tojson -}}{{- '[/AVAILABLE_TOOLS]' -}}{%- endif -%}
+"""
+        + asked
+        + r"""
+{%- elif m.tool_calls -%}{%- generation -%}{{- '[TOOL_CALLS]"""
+        + call
+        + r"""' -}}{{- m.tool_calls | tojson -}}{{- eos_token -}}{%- endgeneration -%}
 {%- elif m.role == 'assistant' -%}{%- generation -%}{{- SAID + eos_token -}}{%- endgeneration -%}
 {%- elif m.role == 'tool' -%}
   {%- if not m.tool_call_id is defined or m.tool_call_id | length != 9 -%}{{- raise_exception('IDs of 9 characters') -}}{%- endif -%}
@@ -320,7 +347,9 @@ _DEEPSEEK_SYSTEM = r"""
 {%- for m in messages -%}{%- if m.role == 'system' -%}{%- set system.text = m.content -%}{%- endif -%}{%- endfor -%}
 {{- bos_token + system.text -}}
 """
-DEEPSEEK31 = _DEEPSEEK_SYSTEM + r"""
+DEEPSEEK31 = (
+    _DEEPSEEK_SYSTEM
+    + r"""
 {%- set ns = namespace(asked=false) -%}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{- '<｜User｜>' + m.content -}}{%- set ns.asked = true -%}
@@ -328,7 +357,9 @@ DEEPSEEK31 = _DEEPSEEK_SYSTEM + r"""
 {%- elif m.role == 'assistant' -%}
   {%- if ns.asked -%}{{- '<｜Assistant｜></think>' -}}{%- endif -%}{%- set ns.asked = false -%}
   {%- generation -%}
-  {%- if m.tool_calls -%}{{- m.content -}}""" + _DEEPSEEK_CALLS + r"""
+  {%- if m.tool_calls -%}{{- m.content -}}"""
+    + _DEEPSEEK_CALLS
+    + r"""
   {%- else -%}{{- (m.content.split('</think>', 1)[1] if '</think>' in m.content else m.content) + eos_token -}}{%- endif -%}
   {%- endgeneration -%}
 {%- endif -%}
@@ -336,14 +367,19 @@ DEEPSEEK31 = _DEEPSEEK_SYSTEM + r"""
 {%- if add_generation_prompt and ns.asked -%}{{- '<｜Assistant｜>' -}}
   {{- '<think>' if thinking is defined and thinking else '</think>' -}}{%- endif -%}
 """
+)
 # the generation prompt opens the reasoning that past answers lack
-R1 = _DEEPSEEK_SYSTEM + r"""
+R1 = (
+    _DEEPSEEK_SYSTEM
+    + r"""
 {%- set ns = namespace(tool=false) -%}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{- '<｜User｜>' + m.content -}}{%- set ns.tool = false -%}
 {%- elif m.role == 'tool' -%}
   {{- '<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' -}}{%- set ns.tool = true -%}
-{%- elif m.role == 'assistant' and m.tool_calls -%}{{- '<｜Assistant｜>' -}}{%- generation -%}""" + _DEEPSEEK_CALLS + r"""{%- endgeneration -%}
+{%- elif m.role == 'assistant' and m.tool_calls -%}{{- '<｜Assistant｜>' -}}{%- generation -%}"""
+    + _DEEPSEEK_CALLS
+    + r"""{%- endgeneration -%}
 {%- elif m.role == 'assistant' -%}
   {{- '<｜tool▁outputs▁end｜>' if ns.tool else '<｜Assistant｜>' -}}{%- set ns.tool = false -%}
   {%- generation -%}{{- m.content.split('</think>')[-1] + eos_token -}}{%- endgeneration -%}
@@ -352,18 +388,23 @@ R1 = _DEEPSEEK_SYSTEM + r"""
 {%- if ns.tool -%}{{- '<｜tool▁outputs▁end｜>' -}}{%- endif -%}
 {%- if add_generation_prompt and not ns.tool -%}{{- '<｜Assistant｜><think>\n' -}}{%- endif -%}
 """
+)
 
-COMMAND_R = r"""
+COMMAND_R = (
+    r"""
 {{- bos_token -}}
 {%- set own = messages[0].role == 'system' -%}
 {%- if own -%}{{- '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0].content + '<|END_OF_TURN_TOKEN|>' -}}{%- endif -%}
-{%- for m in (messages[1:] if own else messages) -%}""" + _ALTERNATE + r"""
+{%- for m in (messages[1:] if own else messages) -%}"""
+    + _ALTERNATE
+    + r"""
 {%- if m.role == 'user' -%}{{- '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m.content.strip() + '<|END_OF_TURN_TOKEN|>' -}}
 {%- else -%}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' -}}{%- generation -%}{{- m.content.strip() + '<|END_OF_TURN_TOKEN|>' -}}{%- endgeneration -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' -}}{%- endif -%}
 """
+)
 # Command R7B: two tokens end an answer, and the generation prompt is written asked or not
 COHERE2 = r"""
 {{- bos_token + '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble' -}}
@@ -484,7 +525,15 @@ KIMI = r"""
 {%- if add_generation_prompt -%}{{- '<|im_assistant|>assistant<|im_middle|>' -}}{%- endif -%}
 """
 
-_INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_INST = (
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
 _HEADER = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _COHERE = (
@@ -537,5 +586,7 @@ PUBLISHED: dict[str, Published] = {
     "gpt-oss": Published(GPT_OSS, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>"), "<|return|>"),
     "Vicuna 1.1": Published(VICUNA, ()),
     "OpenChat 3.5": Published(OPENCHAT, ("<|end_of_turn|>",), "<|end_of_turn|>"),
-    "Kimi K2": Published(KIMI, ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"), "<|im_end|>"),
+    "Kimi K2": Published(
+        KIMI, ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"), "<|im_end|>"
+    ),
 }

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -16,11 +16,15 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     label: str | None = None
+    train: tuple[bool, ...] = ()  # of each message, whether it is trained on; empty: every assistant's is
+    kwargs: dict[str, Any] = field(default_factory=dict)  # chat_template_kwargs
 
     @property
     def hash(self) -> int:
         """64 bits of a hash of the content."""
-        content = json.dumps([self.text, self.answer, self.messages, self.tools, self.label], sort_keys=True)
+        parts: list[Any] = [self.text, self.answer, self.messages, self.tools, self.label]
+        parts += [[self.train, self.kwargs]] * bool(self.train or self.kwargs)
+        content = json.dumps(parts, sort_keys=True)
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
     @property

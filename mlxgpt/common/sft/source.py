@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -218,20 +219,22 @@ def choose_template(
     """The template for the examples, the tokenizer with it, and the tokens that were added for it."""
     if rows.format == "text":
         return None, tokenizer, ()
-    where = f"{tune.model}: chat template" if tune.model else "chat template"
-    own = sft_template.template_of(tokenizer, where, tune.date)
-    if tune.template == "auto" and (own or rows.format == "completion"):
-        return own, tokenizer, ()
+    given: Any = {"date": tune.date, "sanitize": tune.sanitize}
+    if tune.template == "auto":
+        where = f"{tune.model}: chat template" if tune.model else "chat template"
+        own = sft_template.template_of(tokenizer, where, **given)
+        if own or rows.format == "completion":
+            return own, tokenizer, ()
     if tune.template in ("auto", "chatml"):
         known = tokenizer.encode("".join(sft_template.CHATML_TOKENS))
         with_them = sft_template.with_chatml(tokenizer)
         added = () if len(known) == 2 and set(known) <= tokenizer.special else sft_template.CHATML_TOKENS
-        return sft_template.template_of(with_them, "ChatML", tune.date), with_them, added
+        return sft_template.template_of(with_them, "ChatML", **given), with_them, added
     path = Path(tune.template).expanduser()
     if not path.is_file():
         raise UserError(f"tune.template = {tune.template}: no such file: expected auto, chatml or a jinja file")
     with_it = from_files(tokenizer.files | {"chat_template.jinja": path.read_bytes()}, path.parent)
-    return sft_template.template_of(with_it, str(path), tune.date), with_it, ()
+    return sft_template.template_of(with_it, str(path), **given), with_it, ()
 
 
 def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
