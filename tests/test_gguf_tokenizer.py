@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from convert.formats.gguf import model as gguf
 from convert.formats.gguf.file import read_gguf
-from convert.formats.gguf.tokenizer import _LLAMA3, _QWEN2
+from convert.formats.gguf.pre import _LLAMA3, _QWEN2
 from convert.formats.opened import Options
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
