@@ -27,10 +27,7 @@ _QWEN35 = (
 )
 _TEKKEN = _CASED.replace("END", "") + r"|\p{N}" + _REST_SLASH
 _GPT4O = _CASED.replace("END", _CASES + "?") + r"|\p{N}{1,3}" + _REST_SLASH
-_SEED = (
-    _CASES
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SEED = _CASES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -179,7 +176,7 @@ def written(name: str) -> tuple[Any, dict[str, Any]]:
     """Normalizer and pre-tokenizer of a tokenizer.json that splits as ``name`` says."""
     rule = RULES[name]
     made: list[dict[str, Any]] = []
-    for n, (kind, what) in enumerate(rule.steps):
+    for kind, what in rule.steps:
         if kind == "digits":
             made.append({"type": "Digits", "individual_digits": False})
         elif kind == "punctuation":

@@ -166,6 +166,8 @@ def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
         return {}
     made: dict[str, Value] = {}
     for name, source in found.items():
-        made[TEMPLATE if name == "default" else f"{TEMPLATE}.{re.sub(r'[^A-Za-z0-9]', '_', name)}"] = Value("str", source)
+        made[TEMPLATE if name == "default" else f"{TEMPLATE}.{re.sub(r'[^A-Za-z0-9]', '_', name)}"] = Value(
+            "str", source
+        )
     others = [key.removeprefix(TEMPLATE + ".") for key in made if key != TEMPLATE]
     return made | ({TEMPLATES: Value("str[]", others)} if others else {})

@@ -59,9 +59,7 @@ class Vocabulary:
         return {GGML + key: value for key, value in made.items()}
 
 
-def of(
-    tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str, proven: bool = True
-) -> Vocabulary:
+def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str, proven: bool = True) -> Vocabulary:
     """What llama.cpp needs of a tokenizer.
 
     Args:
@@ -107,7 +105,9 @@ def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str) -> Vocabulary:
     made.tokens, made.types = [""] * n_vocab, [0] * n_vocab
     if made.scores:
         made.scores += [_PADDED] * (n_vocab - len(made.scores))
-    tokens = enumerate(token for token, _ in model["vocab"]) if kind == "Unigram" else map(_turned, model["vocab"].items())
+    tokens = (
+        enumerate(token for token, _ in model["vocab"]) if kind == "Unigram" else map(_turned, model["vocab"].items())
+    )
     for i, token in tokens:
         made.tokens[i], made.types[i] = token, NORMAL
         if made.model != "gpt2" and model.get("byte_fallback") and _is_byte(token):
@@ -193,15 +193,16 @@ def _add(made: Vocabulary, added: list[dict[str, Any]]) -> None:
             raise UserError(f"token {token!r} has id {i}, the model {len(made.tokens)} rows")
         special = one.get("special")
         made.tokens[i] = token if special or made.model == "gpt2" else token.replace(SPACE, " ")
-        if made.scores and made.types[i] in (0, NORMAL):
+        if made.scores and not made.types[i]:
             made.scores[i] = _ADDED
         if made.types[i] not in (UNKNOWN, UNUSED, BYTE):
             made.types[i] = CONTROL if special else USER
         flagged += [token] if any(one.get(flag) for flag in ("lstrip", "rstrip", "single_word")) else []
     if flagged:
+        shown = ", ".join([*map(repr, flagged[:3]), *(["..."] if len(flagged) > 3 else [])])
         made.notes.append(
-            f"llama.cpp takes {', '.join(map(repr, flagged[:3]))}{' ...' if len(flagged) > 3 else ''} wherever the text "
-            "stands and keeps the spaces beside it, this tokenizer does not (lstrip, rstrip, single_word)"
+            f"llama.cpp takes {shown} wherever the text stands and keeps the spaces beside it, this tokenizer does not "
+            "(lstrip, rstrip, single_word)"
         )
 
 
