@@ -1,18 +1,14 @@
 """SentencePiece's kinds as llama.cpp runs them, held against the tokenizer that a GGUF file is written from."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from convert.formats import sp_model
+from convert.formats.gguf.vocabulary import SPACE, Vocabulary
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import Tokenizer
-
-if TYPE_CHECKING:
-    from convert.formats.gguf.vocabulary import Vocabulary
-
-SPACE = "\u2581"
 
 
 class LlamaCpp:
@@ -21,7 +17,7 @@ class LlamaCpp:
     So each gets its own space in front, unlike in transformers; spaces that the text has stay beside it.
     """
 
-    def __init__(self, made: "Vocabulary") -> None:
+    def __init__(self, made: Vocabulary) -> None:
         import sentencepiece
 
         marks = {made.tokens[i]: i for i, kind in enumerate(made.types) if kind in sp_model.MARKS}
@@ -63,12 +59,14 @@ class LlamaCpp:
         return ids
 
 
-def observe(made: "Vocabulary", tokenizer: Tokenizer) -> None:
-    """Sets what the tokenizer does with spaces, and notes for which texts llama.cpp will have other ids.
+def observe(made: Vocabulary, tokenizer: Tokenizer) -> None:
+    """Sets what a tokenizer of SentencePiece's kinds does with spaces; notes where llama.cpp will have other ids.
 
     Raises:
         UserError: it will have others for words with one space between them.
     """
+    if made.model == "gpt2":
+        return
     first = tokenizer.encode("a")
     made.add_space_prefix = bool(first) and made.tokens[first[0]].startswith(SPACE)
     made.remove_extra_whitespaces = made.model == "t5" and tokenizer.encode("a  a ") == tokenizer.encode("a a")
@@ -82,7 +80,7 @@ def observe(made: "Vocabulary", tokenizer: Tokenizer) -> None:
         made.notes.append(f"llama.cpp gives other ids than this tokenizer to text with {', '.join(edges)}")
 
 
-def _words(made: "Vocabulary") -> list[str]:
+def _words(made: Vocabulary) -> list[str]:
     """Texts of tokens of the vocabulary, picked at random, with one space between words."""
     words = [
         token.replace(SPACE, " ")
@@ -95,7 +93,7 @@ def _words(made: "Vocabulary") -> list[str]:
     return [" ".join("".join(words[i] for i in rng.integers(0, len(words), 12)).split()) for _ in range(64)]
 
 
-def _edges(made: "Vocabulary") -> dict[str, str]:
+def _edges(made: Vocabulary) -> dict[str, str]:
     found = {
         "spaces at its beginning": "  a",
         "several spaces": "a   b",

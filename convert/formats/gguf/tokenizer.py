@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.gguf import vocabulary
+from convert.formats.gguf import observed, vocabulary
 from convert.formats.gguf.file import Value
 from convert.formats.gguf.vocabulary import CONTROL, GGML, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
@@ -61,6 +61,8 @@ def describe(
     try:
         tokenizer = tokenizer_of(files)
         found = vocabulary.of(tokenizer, files, n_vocab, arch) if tokenizer else None
+        if tokenizer and found:
+            observed.observe(found, tokenizer)
     except UserError as error:
         notes.append(f"llama.cpp gets no tokenizer: {error}")
         tokenizer = found = None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert.formats import sp_model
-from convert.formats.gguf import observed, pre
+from convert.formats.gguf import pre
 from convert.formats.gguf.file import Value
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -59,14 +59,13 @@ class Vocabulary:
         return {GGML + key: value for key, value in made.items()}
 
 
-def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str, proven: bool = True) -> Vocabulary:
-    """What llama.cpp needs of a tokenizer.
+def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str) -> Vocabulary:
+    """What llama.cpp needs of a tokenizer, but what it does with spaces: see ``observed.observe``.
 
     Args:
         tokenizer: the one that ``files`` make.
         n_vocab: rows of the embedding.
         arch: llama.cpp's architecture.
-        proven: hold llama.cpp's ids against the tokenizer's; else the settings for spaces stay open.
 
     Raises:
         UserError: llama.cpp has no such kind, splits text otherwise, or the model has too few rows.
@@ -81,8 +80,6 @@ def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str
     else:
         raise UserError(f"it has no kind for {tokenizer.kind}")
     _pad(made, n_vocab)
-    if made.model != "gpt2" and proven:
-        observed.observe(made, tokenizer)
     return made
 
 
