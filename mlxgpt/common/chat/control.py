@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows.messages import text_of
 from mlxgpt.common.tokenizers.hf import JsonTokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -43,9 +44,7 @@ class Control:
 
     def spelled(self, message: dict[str, Any]) -> str | None:
         """A control token in a message's content; of an assistant's only a special one, since it writes the others."""
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [content]
-        text = "\n".join(str(part.get("text", "")) if isinstance(part, dict) else str(part or "") for part in parts)
+        text = text_of(message.get("content"))
         found = (self._special if message.get("role") == "assistant" else self._found).search(text)
         return found.group() if found else None
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mlxgpt.common.rows.messages import reasoning_of, text_of
+
 # what encloses an answer's reasoning: Qwen3 and R1, Cohere, Mistral, Seed, gpt-oss
 THOUGHTS = (
     ("<think>", "</think>"),
@@ -18,7 +20,6 @@ THOUGHTS = (
     ("<thinking>", "</thinking>"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
 )
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,9 @@ def chosen(spans: Sequence[Span], part: str) -> list[tuple[int, int]]:
 
 def reasoning(message: dict[str, Any]) -> str:
     """The reasoning of an assistant's message: of its own key, or between tags at the content's beginning."""
-    for key in REASONING:
-        if isinstance(message.get(key), str) and message[key].strip():
-            return message[key].strip()
-    content = message.get("content")
-    if isinstance(content, str) and "</think>" in content:
-        return content.split("</think>")[0].split("<think>")[-1].strip()
-    return ""
+    content = text_of(message.get("content"))
+    inside = content.split("</think>")[0].split("<think>")[-1] if "</think>" in content else ""
+    return (reasoning_of(message) or inside).strip()
 
 
 def unrolled(

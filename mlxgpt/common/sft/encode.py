@@ -78,6 +78,8 @@ class Encoder:
             return
         rows = [as_messages(row) for row in rows]
         talks = [Talk(row.where, row.messages, row.tools, row.train, row.kwargs) for row in rows]
+        for row in rows:
+            self.template.check_kwargs(row.kwargs, f"{row.where}: chat_template_kwargs")
         if self.tune.train_on_prompt:
             for talk, ids in zip(talks, self.template.encode_whole(talks), strict=True):
                 yield talk.where, np.asarray(ids, np.int32), np.ones(len(ids), bool)

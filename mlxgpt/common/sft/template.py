@@ -23,6 +23,8 @@ from mlxgpt.common.chat.control import Control
 from mlxgpt.common.chat.locate import Locator, Messages, Talk
 from mlxgpt.common.chat.turns import Plan
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft import forms
+from mlxgpt.common.sft.forms import Reads
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
 
@@ -70,12 +72,14 @@ class Template:
     ) -> None:
         self.sources, self.tokenizer, self.special, self.name = sources, tokenizer, special, name
         self.kwargs, self.sanitize = dict(kwargs), sanitize
+        self._reads: dict[str, Reads] = {}
         self._day = datetime.fromisoformat(date) if date else None
         for source in sources.values():
             try:
                 jinja.compiled(source, False)
             except jinja2.TemplateError as error:
                 raise UserError(f"{name}: not a template: {jinja.said(error)}") from None
+        self.check_kwargs(self.kwargs, f"{name}: chat_template_kwargs")
         self.marked = any("generation" in jinja.tags(source) for source in sources.values())
         self.control = Control(tokenizer, "\0".join(map(jinja.literals, sources.values())))
         self._locator = Locator(self)
@@ -83,6 +87,13 @@ class Template:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its text."""
         return self.tokenizer.id_of(token)
+
+    def check_kwargs(self, kwargs: Mapping[str, Any], where: str) -> None:
+        """Refuses values for the template that it does not read; see forms.check_kwargs."""
+        if kwargs:
+            sources = list(self.sources.values())
+            known = forms.variables(jinja.compiled(sources[0], False).environment, sources)
+            forms.check_kwargs(kwargs, known, where, self.name)
 
     @property
     def end(self) -> str:
@@ -105,9 +116,22 @@ class Template:
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise UserError(f"{self.name}: templates {', '.join(self.sources)}: expected one called default")
+        fitted = self.reads(name).fitted(messages)
+        return self._rendered(self.sources[name], fitted, tools, generation, marks, more)
+
+    def reads(self, name: str = "default") -> Reads:
+        """What the template reads of a message."""
+        if name not in self._reads:
+            source = self.sources[name]
+            self._reads[name] = Reads(lambda messages: self._rendered(source, messages, (), False, False, {}))
+        return self._reads[name]
+
+    def _rendered(
+        self, source: str, messages: Messages, tools: Messages, generation: bool, marks: bool, more: Mapping[str, Any]
+    ) -> str:
         given = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
         try:
-            return jinja.compiled(self.sources[name], marks).render(
+            return jinja.compiled(source, marks).render(
                 {**self.special, "strftime_now": self._now, **self.kwargs, **more, **given},
                 add_generation_prompt=generation,
             )
