@@ -26,7 +26,7 @@ from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.peft_adapter import by_suffix, suffixes, tidy, usual
 from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
-from mlxgpt.common.model import adapters, families, params
+from mlxgpt.common.model import adapters, families, params, quantization_methods
 from mlxgpt.common.model.adapters import Target
 from mlxgpt.common.recipes import SECTIONS
 
@@ -403,7 +403,9 @@ def base_sha256(base: Path | str) -> str:
 def _hashed(base: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     config = model_folder.read_config(base)
     head = families.to_foreign(config, "lm_head.weight")[0] if config.tied else None
-    entries = {families.strip(config, name): entry for name, entry in model_folder.find_tensors(base).items()}
+    own = quantization_methods.is_mlx_lm(read_json(base / "config.json"))  # then names are those of mlx-lm's modules
+    found = model_folder.find_tensors(base)
+    entries = {name if own else families.strip(config, name): entry for name, entry in found.items()}
     digest = hashlib.sha256()
     for name in sorted(name for name in entries if name not in (None, head)):
         entry = entries[name]
