@@ -11,7 +11,7 @@ import numpy as np
 from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.adapter import Adapter
 from mlxgpt.common.model import adapters, families
 from mlxgpt.common.recipes import apply_sets
 from mlxgpt.common.runs.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder, resolve
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.adapter import Adapter
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.sft.settings import Chosen
