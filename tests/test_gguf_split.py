@@ -1,4 +1,4 @@
-"""GGUF models in several files, written by the gguf package: whichever is named, the model is read whole, or refused."""
+"""GGUF models in several files, written by the gguf package: whichever is named is read whole, or refused."""
 
 import shutil
 from collections.abc import Callable

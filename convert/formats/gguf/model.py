@@ -27,6 +27,7 @@ from mlxgpt.common.folders.tensors import Entry
 from mlxgpt.common.model import families, params
 
 KIND = "file"
+BESIDE = ".Modelfile"
 _OWN, _WIDENED, _NORM = "mlxgpt.config", "mlxgpt.widened", "mlxgpt.norm."
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32} | blocks.FILE_TYPES  # general.file_type, of most matrices
 _BITS = {4: "Q4_0", 8: "Q8_0"}
@@ -199,6 +200,11 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     if digest:
         options.digests[place.name] = digest
     return notes + left
+
+
+def beside(opened: Opened, dst: Path) -> bytes | None:
+    """The Modelfile for the GGUF file at ``dst``; None where it has no tokenizer, which Ollama cannot do without."""
+    return gguf_tokenizer.modelfile_of(opened.companions, opened.extra, dst.name, opened.config.block_size)
 
 
 def _quantized_type(options: Options) -> str | None:

@@ -109,6 +109,23 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
         return None
 
 
+def modelfile_of(
+    companions: Mapping[str, Path | bytes], extra: Mapping[str, Any], file: str, context: int
+) -> bytes | None:
+    """The Modelfile that stands beside ``file``; None where there is no tokenizer. ``context``: tokens at the most."""
+    from convert.formats.gguf.modelfile import modelfile
+
+    files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in companions.items()}
+    try:
+        tokenizer = tokenizer_of(files)
+    except UserError:
+        return None
+    if tokenizer is None:
+        return None
+    ends = [tokenizer.eos_id, *ends_of(files, extra), turn_end(tokenizer)]
+    return modelfile(tokenizer, file, list(dict.fromkeys(i for i in ends if i is not None)), context).encode()
+
+
 def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mapping[str, Any]) -> dict[str, Value]:
     """Special ids, and what is put before and after a text. Adds notes to ``found`` for what llama.cpp cannot do."""
     count, notes = len(found.tokens), found.notes
