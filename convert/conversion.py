@@ -162,7 +162,7 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
     """Refuses a destination that exists, or that overlaps the source."""
     there = Path(os.path.realpath(dst))  # unlike resolve(), accepts a link that points to itself
-    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
+    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser(), *opened.files)}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
@@ -177,7 +177,7 @@ def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]
     if writer.KIND == "folder":
         return {}
     made = {dst.with_name(dst.name + SIDECAR): (json.dumps(block, indent=2) + "\n").encode()}
-    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened)} if hasattr(writer, "BESIDE") else {})
+    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened, dst)} if hasattr(writer, "BESIDE") else {})
 
 
 def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) -> None:
