@@ -143,7 +143,8 @@ def test_a_long_question_loses_its_middle(tmp_path: Path, tokenizer: Tokenizer) 
     (row,) = source.rows("train")
     text, trained = only(source)
     head, tail = re.fullmatch(
-        r"<\|im_start\|>user\n(.+) \.\.\. (.+)<\|im_end\|>\n<\|im_start\|>assistant\nHe goes to the park\.<\|im_end\|>\n",
+        r"<\|im_start\|>user\n(.+) \.\.\. (.+)<\|im_end\|>\n<\|im_start\|>assistant\n"
+        r"He goes to the park\.<\|im_end\|>\n",
         text,
     ).groups()  # type: ignore[union-attr]
     assert LONG["instruction"].startswith(head) and LONG["instruction"].endswith(tail) and len(row) <= 50
@@ -317,7 +318,8 @@ def test_what_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert lines == [
         f"examples: {tmp_path}: alpaca: 41 train, 1 valid; {counts.trained / counts.tokens:.1%} of {counts.tokens:,} "
         "tokens are trained on",
-        f"train: dropped 1 of 42 examples longer than 40 tokens ({counts.lost} tokens); tune.block_size = 160 keeps all",
+        f"train: dropped 1 of 42 examples longer than 40 tokens ({counts.lost} tokens); "
+        "tune.block_size = 160 keeps all",
         "near-duplicates: 1 of 1 validation examples have a similar training example: "
         f"{tmp_path / 'valid.jsonl'} row 1 and {tmp_path / 'train.jsonl'} row 2",
         "template: ChatML, an answer ends with <|im_end|>, with the new tokens <|im_start|> and <|im_end|>",
@@ -376,10 +378,14 @@ def test_damaged_rows_are_batches_or_one_line(tmp_path: Path, tokenizer: Tokeniz
 
 MUTATIONS = {
     "mask off by one": (encode, "ids[1:], mask[1:]", "ids[1:], mask[:-1]"),
-    "missing end token": (encode, "beginning.end(self.tokenizer, begin(whole))", "begin(whole)"),
-    "the prompt trained on": (encode, "self.tokenizer.before if self.tune.train_on_prompt else prompt", "()"),
+    "missing end token": (encode, "whole = np.append(whole, np.int32(eos))", "pass"),
+    "the prompt trained on": (encode, "mask[: len(prompt)] = False", "pass"),
     "the newest turns given up": (shorten, "rest = _without(talk, first, starts[low])", "rest = talk"),
-    "the end of a long question lost": (shorten, "return head.rstrip() + GAP + tail.lstrip()", "return head + tail[:0]"),
+    "the end of a long question lost": (
+        shorten,
+        "return head.rstrip() + GAP + tail.lstrip()",
+        "return head + tail[:0]",
+    ),
     "no room for the question": (shorten, "least = most // 4\n    ids", "least = 0\n    ids"),
     "a prompt's end lost": (shorten, "head = before + (kept + 1) // 2", "head = before + kept"),
 }
@@ -425,10 +431,10 @@ def test_inspect_marks_what_is_trained(tmp_path: Path, model: Path, capsys: pyte
     path = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"{n}?", "output": "He [goes]."} for n in range(30)] + [LONG]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, _ = inspected(capsys, path, "-m", model, "--rows", 2)
+    code, out, _ = inspected(capsys, path, "-m", model, "--rows", 2, "--set", "tune.overflow=truncate")
     assert code == 0 and out.count("[[He [goes].<|im_end|>]]") == 2 and "with the new tokens <|im_start|>" in out
     assert re.search(r"^train +\d+ +[\d,]+ +[\d,]+ +\d+ +1 +0 +0$", out, re.MULTILINE)
-    code, out, _ = inspected(capsys, path, "-m", model, "--json", "--set", "tune.overflow=drop")
+    code, out, _ = inspected(capsys, path, "-m", model, "--json")
     found = json.loads(out)
     assert code == 0 and found["splits"]["train"]["dropped"] + found["splits"]["valid"]["dropped"] == 1
     assert found["rows"][0]["pieces"][1] == {"trained": True, "text": "He [goes].<|im_end|>"}
