@@ -141,8 +141,8 @@ def split(pieces: Iterator[Piece], scanned: Scan, val_fraction: float) -> Iterat
     """Each piece with its split, ``train`` or ``val``; empty documents are dropped.
 
     A document validates when its hash is below ``val_fraction`` of all hashes; where that is true of none or of all,
-    the one with the smallest hash validates and the others train; of equal documents the first does. A single document is cut: its first
-    int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
+    the one with the smallest hash validates and the others train; of equal documents the first does. A single document
+    is cut: its first int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
     """
     if scanned.documents == 1:
         yield from _cut(pieces, int((1 - val_fraction) * scanned.characters))
