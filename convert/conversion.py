@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert.formats import output, stream
+from convert.formats import generation, output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.registry import format_of, open_model
 from mlxgpt.common.errors import RunError, UserError
@@ -30,6 +30,7 @@ from mlxgpt.common.files import atomic_write, read_json
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers.protocol import FILES
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
@@ -212,6 +213,8 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
     opened.companions.update(files)
     if tokenizer.eos_id is not None:
         opened.extra["eos_token_id"] = tokenizer.eos_id
+        if ends.FILE in opened.companions:
+            generation.set_ends(opened, ends.union([tokenizer.eos_id], sorted(tokenizer.ends)))
     if dropped:
         opened.notes.append(f"{path}: in place of the source's {', '.join(dropped)}")
 
