@@ -267,8 +267,8 @@ def test_what_a_template_leaves_out_is_said_once_with_its_row(tokenizer: Any, tm
     found = [line.replace(str(tmp_path), "") for line in written.lines(template(tokenizer, silent), rows)]
     assert found == [
         "/rows.jsonl row 2: tools: the template does not write them, so they are not trained on",
-        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on: tags of its own in "
-        "content, such as <think>...</think>, would be",
+        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on; in content, as "
+        "<think>...</think>, it would be",
         "/rows.jsonl row 1: role system: the template does not write it, so the model does not see it",
         "/rows.jsonl row 1: role tool: the template does not write it, so the model does not see it",
     ]
