@@ -187,9 +187,9 @@ def _call(call: Message, where: str) -> Message:
 
 
 def read_tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    """The tools of a row, a list or JSON text of one, or of its entries; ``functions`` are OpenAI's form before ``tools``."""
+    """The tools of a row: objects, or JSON text of each or of all; ``functions`` are OpenAI's form before ``tools``."""
     key = "tools" if row.get("tools") or not row.get("functions") else "functions"
-    tools = row.get(key) or []
+    tools: Any = row.get(key) or []
     if isinstance(tools, str):
         tools = parse_json(tools, f"{where}: {key}") if tools.strip() else []
     if isinstance(tools, list):
