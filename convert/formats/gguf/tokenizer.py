@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import sp_model
 from convert.formats.gguf.file import Value
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import sp_model
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # also SentencePiece's numbers
 _HF_JSON = "tokenizer.huggingface.json"
