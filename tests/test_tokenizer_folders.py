@@ -145,3 +145,38 @@ def test_settings_that_are_no_tokens_are_named(tmp_path: Path) -> None:
         folder = write(SHAPES["json"] | {"tokenizer_config.json": json.dumps(settings)}, tmp_path / str(number))
         with pytest.raises(UserError, match=says):
             load_tokenizer(folder)
+
+
+GROWN = [
+    "model, Llama",
+    "model, Llama, legacy and flags",
+    "model, Llama, map and added",
+    "model, Llama, config.json mistral",
+    "model, Gemma",
+    "json, names only in the settings",
+    "json, Qwen2",
+    "json of a model, Llama",
+    "json, config.json qwen2, plain class",
+    "pair, OPT",
+    "templates as files",
+]
+
+
+@pytest.mark.parametrize("shape", GROWN)
+def test_chatml_is_added_with_the_ids_that_transformers_gives(shape: str, tmp_path: Path) -> None:
+    from mlxgpt.common.sft.template import with_chatml
+
+    before = load_tokenizer(write(SHAPES[shape], tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    with_chatml(before).save(tmp_path / "b")
+    ours, theirs = load_tokenizer(tmp_path / "b"), auto(tmp_path / "b")
+    assert ours.eos_id == theirs.eos_token_id == ours.id_of("<|im_end|>") == ours.encode("<|im_end|>")[0]
+    assert ours.before == before.before and ours.named == before.named | {"eos_token": "<|im_end|>"}
+    for text, one, other in zip(
+        TEXTS, ours.encode_batch(TEXTS), theirs(TEXTS, add_special_tokens=False)["input_ids"], strict=True
+    ):
+        assert one.tolist() == other, repr(text)
+        if "<|im_" not in text:
+            assert one.tolist() == before.encode(text), repr(text)
+    turns = [{"role": "user", "content": "it  was"}]
+    assert theirs.apply_chat_template(turns, tokenize=False) == "<|im_start|>user\nit  was<|im_end|>\n"

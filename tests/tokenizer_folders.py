@@ -85,7 +85,8 @@ class Sources:
         self.user_defined = _model(**as_it_is, user_defined_symbols=["<|user|>", "[INST]"], control_symbols=["<extra>"])
         self.gemma = _model(
             **as_it_is, add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>",
-            eos_piece="<eos>", bos_piece="<bos>", user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\u2581\u2581"],
+            eos_piece="<eos>", bos_piece="<bos>",
+            user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\u2581\u2581"],
         )  # fmt: skip
         self.nfkc = _model()
         self.unigram = _model(model_type="unigram", vocab_size=400)

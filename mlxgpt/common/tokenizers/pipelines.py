@@ -34,7 +34,6 @@ class Vocabulary:
     post_processor: Any = None
     padding: dict[str, Any] | None = None
     charsmap: bytes = b""
-    model: sp_model.Model | None = None  # where a tokenizer.model is read
 
 
 @dataclass
@@ -230,14 +229,14 @@ def of_model(spec: Specification, model: sp_model.Model) -> Made:
     settings = spec.settings
     plain = spec.class_name == PLAIN
     unigram = model.kind == sp_model.UNIGRAM if plain else CLASSES[spec.class_name].unigram
-    given = Vocabulary(model.scores(), charsmap=model.charsmap, model=model)
+    given = Vocabulary(model.scores(), charsmap=model.charsmap)
     if not unigram:
         given.pieces = {piece.text: i for i, piece in enumerate(model.pieces)}
         given.merges = merges_of(given.pieces)
     settings["additional_special_tokens"] = [
         tokenizers.AddedToken(piece.text, normalized=False, special=piece.kind == sp_model.CONTROL)
         for piece in model.pieces
-        if piece.kind in (sp_model.CONTROL, sp_model.USER_DEFINED)
+        if piece.kind in (sp_model.CONTROL, sp_model.USER)
     ]
     if not plain:
         if unigram:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MARKS = (UNKNOWN, CONTROL, USER)  # what stands for itself in a text
 UNIGRAM, BPE = 1, 2
 
 
@@ -36,21 +37,29 @@ class Model:
         return [(piece.text, struct.unpack("<f", piece.score)[0]) for piece in self.pieces]
 
 
+def parse(message: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
+    """The pieces of a model, and the fields of its trainer and normalizer by number.
+
+    Raises:
+        UnicodeDecodeError: a piece is not UTF-8.
+    """
+    pieces, specs = [], {2: dict[int, Any](), 3: dict[int, Any]()}
+    for field, value in _fields(message):
+        if field == 1 and isinstance(value, bytes):
+            piece = dict(_fields(value))
+            pieces.append(Piece(_text(piece, 1), piece.get(2, bytes(4)), _whole(piece, 3, NORMAL)))
+        elif field in specs and isinstance(value, bytes):
+            specs[field] |= dict(_fields(value))
+    return pieces, specs[2], specs[3]
+
+
 def read(message: bytes) -> Model:
     """The model in the bytes of a file; what is no protocol buffer has no pieces.
 
     Raises:
         UnicodeDecodeError: a piece is not UTF-8.
     """
-    pieces: list[Piece] = []
-    parts: dict[int, dict[int, Any]] = {2: {}, 3: {}}  # the trainer's settings, the normalizer's
-    for field, value in _fields(message):
-        if field == 1 and isinstance(value, bytes):
-            piece = dict(_fields(value))
-            pieces.append(Piece(_text(piece, 1), piece.get(2, bytes(4)), _whole(piece, 3, NORMAL)))
-        elif field in parts and isinstance(value, bytes):
-            parts[field] |= dict(_fields(value))
-    trainer, spaces = parts[2], parts[3]
+    pieces, trainer, spaces = parse(message)
     charsmap = spaces.get(2, b"")
     return Model(
         pieces=pieces,
@@ -82,14 +91,17 @@ def build(
     byte_fallback: bool = True,
     add_prefix_space: bool = True,
     trim_spaces: bool = False,
+    charsmap: bytes = b"",
+    unigram: bool = False,
 ) -> bytes:
-    """The model as BPE that normalizes nothing; ``ids`` are of <unk>, <s> and </s>, -1 for none."""
+    """The model; ``ids`` are of <unk>, <s> and </s>, -1 for none; ``charsmap``: compiled normalizing, b"" for none."""
     message = b"".join(
         _bytes(1, _bytes(1, piece.text.encode()) + b"\x15" + piece.score + _number(3, piece.kind)) for piece in pieces
     )
-    trainer = _number(3, 2) + _number(35, int(byte_fallback))
+    trainer = _number(3, 1 if unigram else 2) + _number(35, int(byte_fallback))
     trainer += b"".join(_number(field, i) for field, i in zip((40, 41, 42, 43), (*ids, -1), strict=True))
-    spaces = _bytes(1, b"identity") + _number(3, int(add_prefix_space)) + _number(4, int(trim_spaces))
+    spaces = _bytes(1, b"user_defined" if charsmap else b"identity") + (_bytes(2, charsmap) if charsmap else b"")
+    spaces += _number(3, int(add_prefix_space)) + _number(4, int(trim_spaces))
     return message + _bytes(2, trainer) + _bytes(3, spaces)
 
 
