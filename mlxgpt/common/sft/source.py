@@ -23,6 +23,7 @@ from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Template
+from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -171,7 +172,8 @@ def open_source(
     """The examples of ``tune.source`` as batches for a model of ``config``.
 
     ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: those of ChatML, if examples are conversations and
-    it has no template. ``labels``: those of an existing classifier; by default the sorted labels of the training split.
+    it has no template; its ``ends`` are those of ``tokenizer``, of the template and of tune.end_tokens. ``labels``:
+    those of an existing classifier; by default the sorted labels of the training split.
 
     Raises:
         UserError: anything wrong with source, examples, template or window.
@@ -182,7 +184,11 @@ def open_source(
         raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
     template, added = None, ()
     if tune.task == "lm":
+        before = {tokenizer.eos_id, *tokenizer.ends}
         template, tokenizer, added = choose_template(tune, rows, tokenizer)
+        after = {template.end_id} if template else set()
+        after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
+        tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
     encoder = Encoder(tune, tokenizer, template, size)
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
