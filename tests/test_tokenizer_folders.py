@@ -180,3 +180,9 @@ def test_chatml_is_added_with_the_ids_that_transformers_gives(shape: str, tmp_pa
             assert one.tolist() == before.encode(text), repr(text)
     turns = [{"role": "user", "content": "it  was"}]
     assert theirs.apply_chat_template(turns, tokenize=False) == "<|im_start|>user\nit  was<|im_end|>\n"
+
+
+def test_bytes_that_are_no_text_do_not_take_good_ones_with_them(tmp_path: Path) -> None:
+    ours = load_tokenizer(write(SHAPES["model, Llama"], tmp_path))
+    ids = [ours.id_of(f"<0x{byte:02X}>") or 0 for byte in b"q\xff\xe4\xbd\xa0\xe4\xbd!"]
+    assert ours.decode(ids) == "q\ufffd\u4f60\ufffd\ufffd!"

@@ -166,7 +166,32 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text; ids outside the vocabulary are left out."""
         text = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        if "\ufffd" in text and self._bytes:
+            tokens = [token for i in ids if (token := self.backend.id_to_token(int(i))) is not None]
+            text = self.backend.decoder.decode(self._without_bad_bytes(tokens))
         return functools.reduce(lambda made, pair: made.replace(*pair), _TIDIED, text) if self._tidy else text
+
+    @functools.cached_property
+    def _bytes(self) -> dict[str, int]:
+        """Tokens that stand for a byte, such as <0x0A>, where the decoder joins them."""
+        if "ByteFallback" not in json.dumps(_part(self.backend.decoder)):
+            return {}
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+    def _without_bad_bytes(self, tokens: list[str]) -> list[str]:
+        """Bytes that are no UTF-8 as U+FFFD each: `tokenizers` would give up on good ones beside them, too."""
+        at = 0
+        while at < len(tokens):
+            end = at
+            while end < len(tokens) and tokens[end] in self._bytes:
+                end += 1
+            try:
+                bytes(self._bytes[token] for token in tokens[at:end]).decode()
+                at = end + 1
+            except UnicodeDecodeError as error:
+                tokens[at + error.start : at + error.end] = ["\ufffd"] * (error.end - error.start)
+                at += error.end
+        return tokens
 
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
