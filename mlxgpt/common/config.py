@@ -303,7 +303,7 @@ class TuneConfig:
     unroll: bool = _field(False, "one example per answer, with its history: for templates that rewrite history")
     date: str = _field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = _field(0, "maximum tokens of an example; 0 = the model's context, at most 2048")
-    overflow: str = _field("truncate", "longer examples: truncate (the prompt, from the left), drop or refuse")
+    overflow: str = _field("drop", "longer examples: drop, truncate (oldest turns, then the prompt's middle) or refuse")
     packing: bool = _field(
         True, "pack several examples into a sequence, each attending only to itself; false = padding"
     )

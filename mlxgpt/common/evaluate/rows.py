@@ -26,7 +26,7 @@ def is_rows(path: str, text_key: str) -> bool:
     if place.suffix.lower() != ".jsonl":
         return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
-        with open(place, encoding="utf-8") as file:
+        with open(place, encoding="utf-8-sig") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError):
         return False
@@ -41,7 +41,7 @@ def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCon
     """
     if tokenizer is None:
         raise UserError(f"{path}: rows need a tokenizer, and this model has none")
-    tune = TuneConfig(source=path)
+    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
     if Path(path).is_file():
