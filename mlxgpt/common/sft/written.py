@@ -11,9 +11,18 @@ from mlxgpt.common.sft.template import Template
 _THINK = "tags of its own in content, such as <think>...</think>, would be"
 
 
-def lines(template: Template, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each kind of content that the template leaves out, with the first row that has it."""
+def lines(template: Template, rows: Sequence[Row], unrolled: bool = False) -> Iterator[str]:
+    """A line for each kind of content that the template leaves out, with the first row that has it.
+
+    ``unrolled``: answers stand behind their generation prompt, with their reasoning where the prompt opens it.
+    """
     for key, has, without, cure in _KINDS:
+        if key == "reasoning" and template.opening:
+            if unrolled:
+                continue
+            cure = (
+                "it in answers, so it is not trained on: tune.unroll = true trains it behind the prompt that opens it"
+            )
         row = next((as_messages(row) for row in rows if has(row)), None)
         if row is not None and _same(template, row, without(row)):
             yield f"{row.where}: {key}: {template.name} does not write {cure}"
