@@ -154,6 +154,8 @@ def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mappin
         if len(around) > 1:
             shown = " ".join(found.tokens[i] for i in around)
             notes.append(f"llama.cpp can put one token {what} a text, this tokenizer puts {shown}: it gets none there")
+    if "eos_token_id" not in ids and tokenizer.eos_id is not None and tokenizer.eos_id < count:
+        ids["eos_token_id"] = tokenizer.eos_id
     if "eos_token_id" not in ids:
         ids["eos_token_id"] = ends[0] if ends else _no_end(found)
     eos = ids["eos_token_id"]
