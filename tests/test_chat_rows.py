@@ -169,7 +169,7 @@ def test_a_message_that_means_nothing_here_is_named(message: dict[str, Any], exp
 
 
 @pytest.mark.parametrize("source", [templates.SMOLLM2, templates.MARKED, templates.LLAMA3])
-@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_turns_of_weight_0_are_context(source: str, key: str, folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     no, yes = (0, 1) if key == "weight" else (False, True)
     talk = said("q1", "a1", "q2", "a2", "q3", "a3")
@@ -267,8 +267,8 @@ def test_what_a_template_leaves_out_is_said_once_with_its_row(tokenizer: Any, tm
     found = [line.replace(str(tmp_path), "") for line in written.lines(template(tokenizer, silent), rows)]
     assert found == [
         "/rows.jsonl row 2: tools: the template does not write them, so they are not trained on",
-        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on: tags of its own in "
-        "content, such as <think>...</think>, would be",
+        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on; in content, as "
+        "<think>...</think>, it would be",
         "/rows.jsonl row 1: role system: the template does not write it, so the model does not see it",
         "/rows.jsonl row 1: role tool: the template does not write it, so the model does not see it",
     ]
@@ -344,6 +344,8 @@ def test_conversations_of_every_tool(tmp_path: Path) -> None:
     ):
         assert [one.messages for one in opened(write(path, row))] == [expected], row
     tool = {"name": "add", "parameters": {"type": "object"}}
+    told = {"conversations": valued, "tools": [json.dumps(tool)]}  # as Parquet files often hold them
+    assert opened(write(path, told))[0].tools == (tool,)
     call = {"from": "function_call", "value": '[{"name": "add", "arguments": {"a": 1}}]'}
     row = {
         "conversations": [valued[0], call, {"from": "observation", "value": "3"}, valued[1]],

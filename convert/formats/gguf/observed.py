@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import sp_model
 from convert.formats.gguf.vocabulary import SPACE, Vocabulary
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import sp_model
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
@@ -25,6 +25,7 @@ class LlamaCpp:
         self._marks, self._mark = marks, re.compile(f"({found})") if found else None
         unigram = made.model == "t5"
         kinds = {sp_model.USER: sp_model.CONTROL, sp_model.UNUSED: sp_model.NORMAL}
+        kinds |= {sp_model.BYTE: sp_model.CONTROL} if unigram else {}  # what is no piece of text is no byte either
         pieces = [
             sp_model.Piece(token, np.float32(score).tobytes(), kinds.get(kind, kind))
             for token, score, kind in zip(made.tokens, made.scores, made.types, strict=True)
