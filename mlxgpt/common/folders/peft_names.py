@@ -129,6 +129,8 @@ def parse(config: ModelConfig, names: Iterable[str], where: str) -> dict[str, Ke
         UserError: the model has no such module, and which prefix is unknown if it is that; two adapters in one file.
     """
     loose = {families.strip(config, f"{name}.weight"): path for name, path in modules(config).items()}
+    for name, path in modules(config).items():  # of a model without its head: no `model.` above the blocks
+        loose.setdefault(families.strip(config, f"{name.partition('.')[2] or name}.weight"), path)
 
     def find(plain: str) -> Key | None:
         for pattern, kind in _ENDS:

@@ -65,7 +65,7 @@ class Finetuning(Kind[SftSource]):
         recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
         self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
         assert self.recipe.adapter
-        adapters.targets(config, self.recipe.adapter)  # what matches nothing is refused before examples are read
+        adapters.targets(self.recipe.model, self.recipe.adapter)  # what matches nothing is refused before examples are read
         for note in chosen.notes:
             print(f"{chosen.where}: {note}")
 
