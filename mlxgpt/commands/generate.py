@@ -12,6 +12,7 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.inference.generation import Result
+from mlxgpt.common.tokenizers import ends
 
 
 def read_prompts(texts: list[str], files: list[str]) -> list[str]:
@@ -73,6 +74,7 @@ def generate_command(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"
         )
+    tokenizer.ends |= set(ends.named(args.stop_token, tokenizer, "--stop-token"))
     backend.generate.prepare(model)
     start, first = time.perf_counter(), 0.0
 

@@ -41,7 +41,7 @@ def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCon
     """
     if tokenizer is None:
         raise UserError(f"{path}: rows need a tokenizer, and this model has none")
-    tune = TuneConfig(source=path)
+    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
     if Path(path).is_file():
