@@ -17,18 +17,21 @@ import numpy as np
 import peft
 import pytest
 import safetensors.numpy
+import templates
 import torch
 import transformers
 from interop import GATE, MODELS
-from models import CASES
+from models import CASES, tiny, weights
 
 from convert import adapters as convert_adapters
+from convert.conversion import convert
 from convert.fuse import fuse
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import adapter_folder, model_folder, peft_settings
-from mlxgpt.common.folders.adapter import Adapter, Together, add_up
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.folders import adapter_folder, model_folder, peft_settings, resolve
+from mlxgpt.common.folders.adapter import Adapter, add_up
+from mlxgpt.common.model import adapters
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 Tensors = dict[str, np.ndarray]
 # by a name: the model, rows that are added, LoraConfig's arguments, whether the fused model is tied
@@ -88,21 +91,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
         place = tmp_path_factory.mktemp(choice)
         config = MODELS.get(name) or CASES[name]
         base = interop.write_base(place / "base", config)
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            given = copy.deepcopy({"target_modules": ["q_proj"], "r": 4, "task_type": "CAUSAL_LM"} | settings)
-            model = peft.get_peft_model(resized(base, config.vocab_size + more), peft.LoraConfig(**given))
-            with torch.no_grad():
-                for _, each in model.named_parameters():
-                    if each.requires_grad:
-                        each.add_(0.05 * torch.randn(each.shape))
-            model.save_pretrained(str(place / "adapter"))
-            expected = logits(model)
-            done[choice] = Made(base, place / "adapter", expected, logits(model.merge_and_unload()))
+        done[choice] = write(base, place / "adapter", config.vocab_size + more, **settings)
         return done[choice]
 
     return make
+
+
+def write(base: Path, place: Path, size: int, **settings: Any) -> Made:
+    """An adapter as PEFT saves it, off its start, for ``base`` with so many tokens."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = copy.deepcopy({"target_modules": ["q_proj"], "r": 4, "task_type": "CAUSAL_LM"} | settings)
+        model = peft.get_peft_model(resized(base, size), peft.LoraConfig(**given))
+        with torch.no_grad():
+            for _, each in model.named_parameters():
+                if each.requires_grad:
+                    each.add_(0.05 * torch.randn(each.shape))
+        model.save_pretrained(str(place))
+        expected = logits(model)
+        return Made(base, place, expected, logits(model.merge_and_unload()))
 
 
 def loaded(base: Path, adapter: Path, size: int) -> Any:
@@ -230,8 +238,8 @@ def test_a_whole_state_dict_is_read(made: Callable[[str], Made], tmp_path: Path)
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A{}.weight"
 DAMAGED: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], Any], str]] = {
-    "prefix": ("rows", renamed(lambda n: f"policy.{n}"), "prefix 'policy.base_model.model.' of tensor .* is not known"),
-    "two": ("rows", lambda v, t: t.update({LORA.format(".one"): t[LORA.format("")], LORA.format(".two"): np.ones(1, "f4")}),
+    "prefix": ("rows", renamed(lambda n: f"policy.{n}"), r"prefix 'policy\.(base_model\.model\.)?' of tensor"),
+    "two": ("rows", lambda v, t: t.update({LORA.format(f".{n}"): np.ones((4, 48), np.float32) for n in ("one", "two")}),
             r"2 adapters in one file \(one, two\)"),
     "twice": ("rows", lambda v, t: t.update({LORA.format(".one"): t[LORA.format("")] + 1}), "is there twice"),
     "no-ids": ("rows", lambda v, t: v.update(trainable_token_indices=None), "trainable_token_indices does not name it"),
@@ -331,3 +339,81 @@ def test_what_replaces_a_matrix_is_alone_with_it(made: Callable[[str], Made]) ->
         UserError, match=r"the update of lm_head is for \[80, 48\], but with the others it is \[85, 48\]"
     ):
         add_up(untied, [(grown, 1.0), (plain, 1.0)])
+
+
+def test_a_copy_of_the_base_is_left_out_and_another_takes_its_place(
+    made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    it = made("head-dora")
+    assert "lm_head.weight" not in read(it).params
+    shutil.copytree(it.base, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
+    _, notes = convert_adapters.convert(it.adapter, tmp_path / "peft", "peft", model=tmp_path / "sizes")
+    told = {f"{name}.weight is a copy of the base's, and left out" for name in ("wte", "lm_head")}
+    assert {note.partition(": ")[2] for note in notes} == told
+    assert same(read(it), read(it, tmp_path / "peft"))
+    base = "base_model.model.lm_head.base_layer.weight"
+    other = read(it, changed(it, tmp_path / "other", lambda v, t: t.update({base: t[base] + np.float32(0.5)})))
+    assert set(other.carried) == {"wte.weight", "lm_head.weight"}
+    assert "lm_head.weight is not the base's, and takes its place (as in PEFT)" in " ".join(other.notes)
+
+
+def test_a_quantized_base_takes_them_too(made: Callable[[str], Made], tmp_path: Path) -> None:
+    config = tiny(family="llama", n_embd=64, n_hidden=128, block_size=32, vocab_size=96)
+    model_folder.write_model(tmp_path / "plain", config, weights(config))
+    convert(tmp_path / "plain", tmp_path / "base", to="mlx-lm", bits=8, group_size=64)
+    kinds = {"rows": {"trainable_token_indices": [3, 5]}, "head": {"target_modules": ["q_proj", "lm_head"]}}
+    for name, settings in kinds.items():
+        write(tmp_path / "plain", tmp_path / name, 96, **settings)
+        values = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert values["peft_type"] == "LORA"
+        tensors = safetensors.numpy.load_file(tmp_path / name / "adapter_model.safetensors")
+        kept = {key: array for key, array in tensors.items() if "base_layer" not in key}  # of the plain base
+        safetensors.numpy.save_file(kept, tmp_path / name / "adapter_model.safetensors")
+        fuse(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-exact", dequantize=True, dtype="float32")
+        fuse(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-fused")
+        expected = ours(interop.torch_ref, tmp_path / f"{name}-exact")
+        for package in (interop.mlxgpt, interop.torch_ref):
+            found = ours(package, tmp_path / "base", tmp_path / name)
+            assert interop.worst("with the adapter", found, expected) <= GATE
+        assert model_folder.read_config(tmp_path / f"{name}-fused").tied is (name == "rows")
+        assert interop.worst("8 bits", ours(interop.mlxgpt, tmp_path / f"{name}-fused"), expected) <= 0.05
+
+
+def test_finetune_goes_on_with_them_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer("bpe", [templates.TEXT], 300)
+    config = tiny(family="llama", vocab_size=tokenizer.n_vocab)
+    model_folder.write_model(Path("base"), config, weights(config), tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained("base")
+    theirs.add_tokens(["<|call|>", "<|done|>"], special_tokens=True)
+    base, size = Path("base"), len(theirs)
+    write(base, Path("parted"), size, modules_to_save=["embed_tokens", "lm_head"])
+    theirs.save_pretrained("parted")
+    write(base, Path("head"), config.vocab_size, target_modules=["q_proj", "lm_head"])
+    write(base, Path("rows"), config.vocab_size, trainable_token_indices=[4])
+    rows = [{"prompt": f"the {n} <|call|>", "completion": f" {n} dogs <|done|>"} for n in range(12)]
+    Path("data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = ["-d", "data.jsonl", "--steps", "3", "--device", "cpu", "--set", "train.batch_size=4"]
+    words += ["--set", "sample.max_tokens=0"]
+    for name, backend in (("parted", "mlx"), ("head", "torch")):
+        run = f"run-{name}"
+        more = ["--stop-after", "2", "--backend", backend, "-o", run]
+        assert cli.main(["finetune", "-m", "base", "--adapter", name, *words, *more]) == 0
+        assert cli.main(["finetune", "--resume", run, "--backend", backend, "--device", "cpu"]) == 0
+        place = resolve.resolve_model(run)
+        found = adapter_folder.read_adapter(place, base, config)
+        assert found.apart
+        assert not same(found, adapter_folder.read_adapter(Path(name), base, config))
+        expected = logits(loaded(base, place, found.vocab_size or config.vocab_size))
+        assert worst(Made(base, place, expected, expected), base, place) <= GATE
+        assert (place / "tokenizer.json").is_file() is (name == "parted")
+    assert load_tokenizer(resolve.resolve_model("run-parted")).n_vocab == size
+    capsys.readouterr()
+    assert cli.main(["finetune", "-m", "base", "--adapter", "rows", *words, "-o", "no"]) == 2
+    said = capsys.readouterr().err
+    assert "has single rows of wte (trainable_token_indices), which does not train here" in said
+    assert "mlxgpt fuse -m" in said and not Path("no").exists()
+    assert cli.main(["fuse", "-m", "base", "--adapter", "rows", "-o", "merged"]) == 0
+    assert cli.main(["finetune", "-m", "merged", *words, "-o", "yes"]) == 0
