@@ -68,7 +68,9 @@ class Finetuning(Kind[SftSource]):
         self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
         self._earlier = tuple(generation_ends(given)) if given else ()
         assert self.recipe.adapter
-        adapters.targets(config, self.recipe.adapter)  # what matches nothing is refused before examples are read
+        adapters.targets(
+            self.recipe.model, self.recipe.adapter
+        )  # what matches nothing is refused before examples are read
         for note in chosen.notes:
             print(f"{chosen.where}: {note}")
 
