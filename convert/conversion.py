@@ -31,7 +31,7 @@ from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers import ends
-from mlxgpt.common.tokenizers.protocol import FILES
+from mlxgpt.common.tokenizers.protocol import FILES, is_tokenizer_file, read_files
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -207,8 +207,8 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
         raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
-        files = {file.name: file.read_bytes() for file in sorted(Path(place).iterdir())}
-    dropped = [name for name in opened.companions if name in FILES]
+        files = read_files(Path(place))
+    dropped = [name for name in opened.companions if is_tokenizer_file(name)]
     for name in dropped:
         del opened.companions[name]
     opened.companions.update(files)

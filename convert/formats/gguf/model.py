@@ -241,7 +241,7 @@ def _metadata(
     matrices = [kind for kind, shape in tensors.values() if len(shape) > 1]
     most = max(_FILE_TYPES, key=matrices.count)
     arch = gguf_names.arch_of(config)
-    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch)
+    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch, config.family)
     made = {
         "general.architecture": Value("str", arch),
         "general.type": Value("str", "model"),

@@ -16,7 +16,7 @@ from convert.formats.gguf.file import Value
 from convert.formats.gguf.vocabulary import CONTROL, GGML, UNKNOWN, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import ends as token_ends
-from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_json
+from mlxgpt.common.tokenizers.protocol import Tokenizer, is_tokenizer_file, read_json
 
 HF_JSON, FILE = "tokenizer.huggingface.json", "mlxgpt.file."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
@@ -35,7 +35,7 @@ _DEFAULT_EOS = {"gpt2": 11, "llama": 2, "t5": 1}  # llama.cpp's, where no key sa
 
 
 def describe(
-    companions: Mapping[str, Path | bytes], n_vocab: int, extra: Mapping[str, Any], arch: str
+    companions: Mapping[str, Path | bytes], n_vocab: int, extra: Mapping[str, Any], arch: str, family: str = ""
 ) -> tuple[dict[str, Value], list[str]]:
     """The metadata that says the companions, and what llama.cpp cannot follow.
 
@@ -44,6 +44,7 @@ def describe(
         n_vocab: rows of the embedding.
         extra: config.json's keys beside the model's.
         arch: llama.cpp's architecture.
+        family: config.json's model_type, which has a say in how transformers reads the files.
     """
     files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in companions.items()}
     made: dict[str, Value] = {}
@@ -60,7 +61,7 @@ def describe(
     notes: list[str] = []
     tokenizer = found = None
     try:
-        tokenizer = tokenizer_of(files)
+        tokenizer = tokenizer_of(files, family)
         found = vocabulary.of(tokenizer, files, n_vocab, arch) if tokenizer else None
         if tokenizer and found:
             observed.observe(found, tokenizer)
@@ -81,17 +82,17 @@ def loadable_name(name: str, values: Mapping[str, Value]) -> str:
     return name if tokens >= _PHI3 else re.sub("(?i)phi-?3", "phi_3", name)
 
 
-def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
-    """The tokenizer that a folder of these files has; None for none.
+def tokenizer_of(files: Mapping[str, bytes], family: str = "") -> Tokenizer | None:
+    """The tokenizer that a folder of these files has; None for none. ``family``: see ``describe``.
 
     Raises:
         UserError: see ``load.from_files``.
     """
     from mlxgpt.common.tokenizers import load  # imports `tokenizers`, which takes longer than a small model's copy
 
-    own = {name: data for name, data in files.items() if name in FILES}
+    own = {name: data for name, data in files.items() if is_tokenizer_file(name)}
     there = {"tokenizer.json", "tokenizer.model"} & set(own) or {"vocab.json", "merges.txt"} <= set(own)
-    return load.from_files(own, Path()) if there else None
+    return load.from_files(own, Path(), {"model_type": family}) if there else None
 
 
 def ends_of(files: Mapping[str, bytes], extra: Mapping[str, Any]) -> list[int]:

@@ -96,6 +96,11 @@ def sha256_of(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a folder's file of this name, with / as the separator, is its tokenizer's."""
+    return name in FILES or (name.startswith(TEMPLATES) and name.endswith(".jinja"))
+
+
 def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of ``folder``: name -> bytes."""
     found = [*(folder / name for name in FILES), *sorted((folder / TEMPLATES).glob("*.jinja"))]
