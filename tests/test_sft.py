@@ -263,8 +263,8 @@ def test_damaged_rows_are_batches_or_one_line(tmp_path: Path, tokenizer: Tokeniz
 
 MUTATIONS = {
     "mask off by one": ("weights = mask[1:]", "weights = mask[:-1]"),
-    "missing end token": ("whole = np.append(whole, np.int32(eos))", "pass"),
-    "the prompt trained on": ("mask[: len(prompt)] = False", "pass"),
+    "missing end token": ("beginning.end(self.tokenizer, begin(whole))", "begin(whole)"),
+    "the prompt trained on": ("self.tune.train_on_prompt else prompt", "True else prompt"),
     "an answer without its beginning trained on": (
         "mask[keep + left : keep + left + int(following[0])] = False",
         "pass",

@@ -17,6 +17,7 @@ from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.sft.rows import Row
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BATCH = 4096  # tokens in one forward pass
@@ -36,9 +37,9 @@ def classify_command(args: argparse.Namespace) -> int:
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
-    texts = _encoded(rows, tokenizer)
+    texts = [beginning.wrap(tokenizer, ids) for ids in _encoded(rows, tokenizer)]
     cut = sum(len(ids) > block_size for ids in texts)
-    shares = probabilities(backend, model, [ids[:block_size] for ids in texts])
+    shares = probabilities(backend, model, [beginning.wrap(tokenizer, ids, block_size) for ids in texts])
     sums = _confusions(rows, labels, shares)
     if args.json:
         found: dict[str, Any] = {"labels": list(labels), "rows": _as_dicts(rows, labels, shares), "cut": cut}

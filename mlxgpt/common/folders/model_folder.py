@@ -42,6 +42,9 @@ class _Tokenizer(Protocol):
     @property
     def ends(self) -> frozenset[int]: ...
 
+    @property
+    def before(self) -> list[int]: ...
+
     def save(self, folder: Path, /) -> None: ...
 
 
@@ -257,7 +260,8 @@ def write_model(
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
     eos = tokenizer.eos_id if tokenizer else None
     # a classifier's last token is the last that is no padding
-    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
+    bos = tokenizer.before[0] if tokenizer and tokenizer.before else None
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer
 
 CONTEXT = 16  # tokens of the prompt that the decoder is shown
@@ -114,11 +115,9 @@ def start_rows(
             if tokenizer is None:
                 raise UserError(f"{where}: text needs a tokenizer, and this model has none; expected token ids")
             try:
-                ids = tokenizer.encode(prompt)
+                ids = beginning.start(tokenizer, prompt)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            if ids[: len(tokenizer.before)] != tokenizer.before:
-                ids = [*tokenizer.before, *ids]
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:

@@ -14,6 +14,7 @@ from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import load_last
 
 _MARKS = ("[[", "]]")  # around trained tokens, without color
@@ -49,7 +50,8 @@ def inspect_examples(args: Namespace) -> int:
 
 
 def _table(source: SftSource) -> None:
-    """A line per split."""
+    """What examples begin with, and a line per split."""
+    print(f"begins with: {beginning.shown(source.tokenizer, source.begins_with)}")
     print(
         f"\n{'split':<8}{'examples':>9}{'tokens':>12}{'trained':>12}{'longest':>9}{'truncated':>11}{'cut':>7}{'dropped':>9}"
     )

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import separator
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
 from mlxgpt.common.tokenizers.specification import chat_templates, named_tokens
@@ -29,7 +30,7 @@ class JsonTokenizer:
 
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
         self.files = files
-        self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
+        self.digest = sha256_of(b"tokenizer.json", separator.taken_out(files["tokenizer.json"]))
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except (KeyboardInterrupt, SystemExit):
@@ -52,9 +53,7 @@ class JsonTokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
         self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
-        around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
-        last = around[-1:] == [self.eos_id]
-        self.before, self.after = (around[:-1], around[-1:]) if last else (around, [])
+        self.before, self.after = _around(self.backend)
         self.named = named_tokens(files, where)
         if "eos_token" not in self.named and self.eos_id is not None:
             self.named["eos_token"] = self.decode([self.eos_id])
@@ -116,6 +115,19 @@ class JsonTokenizer:
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
         write_files(folder, self.files)
+
+
+def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the post-processor puts before and after a text."""
+    if not backend.num_special_tokens_to_add(False):
+        return [], []
+    try:
+        whole, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+    except Exception:  # a vocabulary without the letter
+        whole, plain = backend.encode("").ids, []
+    starts = range(len(whole) - len(plain), -1, -1)
+    start = next((n for n in starts if whole[n : n + len(plain)] == plain), len(whole))
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: dict, where: Path) -> None:

@@ -65,13 +65,13 @@ class SentencePieceTokenizer:
         if isinstance(named, str):
             eos = pieces.get(named, eos)
         self.eos_id: int | None = eos if eos >= 0 else None
-        begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
-        self.before = [self._model.bos_id()] if begins else []
         self.after: list[int] = []
         self.notes: list[str] = []
         self._where = where
         self._pieces = pieces
         self.named = named_tokens(files, where)
+        bos = pieces.get(self.named.get("bos_token", ""), int(self._model.bos_id()))
+        self.before = [bos] if config.get("add_bos_token") is True and bos >= 0 else []
         if "eos_token" not in self.named and self.eos_id is not None:
             self.named["eos_token"] = self._model.id_to_piece(self.eos_id)
         if not config and self._is_bpe():

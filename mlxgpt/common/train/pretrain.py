@@ -20,6 +20,7 @@ from mlxgpt.common.model import families, params
 from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import session
@@ -62,7 +63,7 @@ class Pretraining(Kind[TokenSource]):
         """The corpus, tokenized; the vocabulary's size follows from it."""
         self._open_data()
         if self._origin:
-            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source.vocab_size)
+            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
         self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
         _check_sample(self.recipe, self.tokenizer)
 
@@ -85,7 +86,8 @@ class Pretraining(Kind[TokenSource]):
 
     def _open_data(self, run: Path | None = None) -> None:
         recipe = self.recipe
-        self.source, self.tokenizer = token_source.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
+        self.source, tokenizer = token_source.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
+        self.tokenizer = _as_trained(self.source, tokenizer)
 
     @property
     def seeded(self) -> bool:
@@ -223,21 +225,43 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
-def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, size: int) -> None:
-    """Weights mean nothing under another tokenizer.
+def _as_trained(source: TokenSource, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer that the checkpoints get: a text begins as documents do in the data, after the separator."""
+    if tokenizer is None:
+        return None
+    _compare_beginnings(source, tokenizer, "their tokenizer")
+    separated = source.separator is not None and source.separator == tokenizer.eos_id
+    return beginning.with_separator(tokenizer) if separated and not source.begins_with else tokenizer
+
+
+def _compare_beginnings(source: TokenSource, tokenizer: Tokenizer, name: str) -> None:
+    """Says where documents begin otherwise in the data than ``tokenizer`` has it."""
+    found, wanted = source.begins_with, beginning.opening(tokenizer)
+    if found is not None and found != wanted:
+        before, after = (beginning.shown(tokenizer, ids) for ids in (found, wanted))
+        print(
+            f"data: documents in {source.folder} begin with {before}, where {name} has {after}: "
+            "mlxgpt data prepare makes them anew"
+        )
+
+
+def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: TokenSource) -> None:
+    """Weights mean nothing under another tokenizer; says where it begins documents otherwise.
 
     Raises:
         UserError: the data's tokenizer is not the one of the weights, or has more tokens.
     """
     if tokenizer and has_tokenizer(origin):
-        digest = load_tokenizer(origin).digest
-        if digest != tokenizer.digest:
+        own = load_tokenizer(origin)
+        if own.digest != tokenizer.digest:
             raise UserError(
-                f"--init-from {origin}: its tokenizer has sha256 {digest[:12]}..., "
+                f"--init-from {origin}: its tokenizer has sha256 {own.digest[:12]}..., "
                 f"the data's {tokenizer.digest[:12]}...: expected the same vocabulary"
             )
-    if size > model.vocab_size:
-        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {size}")
+        if own.before != tokenizer.before:
+            _compare_beginnings(source, own, str(origin))
+    if source.vocab_size > model.vocab_size:
+        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {source.vocab_size}")
 
 
 def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
@@ -250,7 +274,7 @@ def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
         return
     where = f"sample.prompt = {recipe.sample.prompt!r}"
     try:
-        count = len(tokenizer.encode(recipe.sample.prompt))
+        count = len(beginning.start(tokenizer, recipe.sample.prompt))
     except UserError as error:
         raise UserError(f"{where}: {error}; set another, or sample.max_tokens=0") from None
     if count == 0 and tokenizer.eos_id is None:
