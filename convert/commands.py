@@ -20,15 +20,15 @@ def convert_command(args: argparse.Namespace) -> int:
     """Converts and says in the last line what was written.
 
     Args:
-        args: src, dst, to, tokenizer, dtype, bits, group_size, max_shard, version, n_head, no_hash, allow_nan, verify,
-            force, json.
+        args: src, dst, to, tokenizer, dtype, bits, gguf_type, group_size, max_shard, version, n_head, no_hash,
+            allow_nan, verify, force, json.
     """
     if adapters.is_adapter(args.src):
         return _adapter(args)
     if args.to == "peft" or args.model:
         found = "is no adapter" if Path(args.src).exists() else "does not exist"
         raise UserError(f"{'--to peft' if args.to == 'peft' else '--model'}: {args.src} {found}")
-    names = ("dtype", "bits", "group_size", "max_shard", "version")
+    names = ("dtype", "bits", "gguf_type", "group_size", "max_shard", "version")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.tokenizer:
         options["tokenizer"] = Path(args.tokenizer).expanduser()
@@ -49,7 +49,18 @@ def convert_command(args: argparse.Namespace) -> int:
 
 def _adapter(args: argparse.Namespace) -> int:
     """Moves an adapter between layouts."""
-    for name in ("dtype", "bits", "group_size", "max_shard", "version", "n_head", "tokenizer", "verify", "allow_nan"):
+    for name in (
+        "dtype",
+        "bits",
+        "gguf_type",
+        "group_size",
+        "max_shard",
+        "version",
+        "n_head",
+        "tokenizer",
+        "verify",
+        "allow_nan",
+    ):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {args.src} is an adapter: expected --to, --model or --force")
     adapter, notes = adapters.convert(args.src, args.dst, args.to, args.model, args.force)

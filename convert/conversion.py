@@ -37,6 +37,7 @@ _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gpt
 # option -> the formats that read it
 _ONLY = {
     "bits": ("mlx-lm", "gguf"),
+    "gguf_type": ("gguf",),
     "keep_bits": ("mlx-lm",),
     "group_size": ("mlx-lm",),
     "max_shard": ("hf", "mlx-lm"),
@@ -224,7 +225,9 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
     needed = _MARGIN
     for tensor in opened.tensors.values():
         wide = model_folder.DTYPES[options.dtype].itemsize if options.dtype else tensor.dtype.itemsize
-        each = options.bits / 8 + 2 * wide / options.group_size if options.bits and len(tensor.shape) == 2 else wide
+        matrix = len(tensor.shape) == 2
+        each = options.bits / 8 + 2 * wide / options.group_size if options.bits and matrix else wide
+        each = 34 / 32 if options.gguf_type and matrix else each  # the widest, q8_0
         needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
     if opened.moments and to in ("hf", "nanogpt", "gptmodel"):
         needed += 8 * params.count(opened.config)

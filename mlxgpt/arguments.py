@@ -293,7 +293,12 @@ def convert(parser: argparse.ArgumentParser) -> None:
         help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; adapters: both layouts")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="use this .json, .model or folder instead of the source's tokenizer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of the weights; default: unchanged")
-    add("--bits", type=int, choices=[4, 8], help="quantize the matrices (mlx-lm: 4 or 8; gguf: 8)")
+    add("--bits", type=int, choices=[4, 8], help="quantize the matrices (mlx-lm; gguf: 4 is q4_0, 8 is q8_0)")
+    add(
+        "--gguf-type",
+        choices=["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"],
+        help="quantize the matrices as this type of GGUF",
+    )
     add("--group-size", type=int, choices=[32, 64, 128], help="inputs that share a scale (mlx-lm); default: 64")
     add("--max-shard", type=_bytes, metavar="SIZE", help="maximum size of a weights file (hf, mlx-lm); default: 5GB")
     add("--version", type=int, choices=[0, 1], help="version of the llama2c format; default: 0")

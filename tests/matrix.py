@@ -40,13 +40,14 @@ FORMATS = {
     "npz": Format("npz"),
     "gguf": Format("gguf", file="model.gguf"),
     "gguf, Q8_0": Format("gguf", {"bits": 8}, "model.gguf", rounds=True),
+    "gguf, Q4_0": Format("gguf", {"gguf_type": "q4_0"}, "model.gguf", rounds=True),
     "nanogpt": Format("nanogpt", file="ckpt.pt"),
     "mingpt": Format("mingpt", file="model.pt"),
     "gptmodel": Format("gptmodel", file="model.pth"),
     "llama2c, version 0": Format("llama2c", {"version": 0}, "model.bin", widens=True),
     "llama2c, version 1": Format("llama2c", {"version": 1}, "model.bin", widens=True),
 }
-EVERYWHERE = ("hf", "mlx-lm", "mlx-lm, 4 bits", "mlx-lm, 8 bits", "npz", "gguf", "gguf, Q8_0")
+EVERYWHERE = ("hf", "mlx-lm", "mlx-lm, 4 bits", "mlx-lm, 8 bits", "npz", "gguf", "gguf, Q8_0", "gguf, Q4_0")
 OWN = {
     "gpt2": ("mingpt", "gptmodel"),
     "gpt2-nobias-erf": ("nanogpt",),

@@ -16,8 +16,9 @@ import torch
 import transformers
 from compare import agree
 
+from convert.formats.gguf import blocks
 from convert.formats.gguf import model as gguf
-from convert.formats.gguf.file import PIECE, Value, quantized, read_gguf, read_stored, write_gguf
+from convert.formats.gguf.file import PIECE, Value, read_gguf, read_stored, write_gguf
 from convert.formats.gguf.names import arch_of, name_of
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
@@ -235,27 +236,74 @@ def test_one_tensor_at_a_time(options: Options, tmp_path: Path) -> None:
     assert peak < 2.5 * largest + 8 * 4 * PIECE, peak / largest
 
 
-def test_q8_0_is_rounded_as_the_reference_does() -> None:
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((64, 96)).astype(np.float32) * np.exp(rng.standard_normal((64, 1))).astype(np.float32)
-    values[0] = 0
-    values[1, :32] = np.arange(-16, 16) * np.float32(0.5)  # halves
-    values[2, :32] = 1e-9  # a scale that float16 does not have
-    expected = package.quants.quantize(values, package.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(quantized(values), expected.reshape(-1))
+def random_blocks(kind: str, rows: int, width: int) -> np.ndarray:
+    """Bytes (rows, ...) of a type that only llama.cpp writes, with scales that are finite."""
+    block = blocks.readable()[kind]
+    made = np.random.default_rng(1).integers(0, 256, (rows, width // block.values, block.bytes), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)  # at the start or the end of a block
+    for at in (0, 2, -4, -2):
+        made[..., block.bytes + at if at < 0 else at :][..., :2] = scale
+    return made.reshape(rows, -1)
 
 
-def test_q8_0_is_stable_after_the_first_rounding(tmp_path: Path) -> None:
-    config = models.tiny(family="llama", n_embd=64, n_kv_head=2)
-    gguf.write(opened(config), tmp_path / "a.gguf", Options(bits=8))
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "Q4_1", "Q5_1"])
+def test_a_file_of_any_quantized_type_is_read_exactly(kind: str, tmp_path: Path) -> None:
+    config = models.tiny(family="llama", n_embd=256, n_hidden=256, n_kv_head=2)
+    source = opened(config)
+    gguf.write(source, tmp_path / "a.gguf", Options())
+    number = package.GGMLQuantizationType[kind]
+    values, stored = package.GGUFReader(tmp_path / "a.gguf"), {}
+    writer = package.GGUFWriter(tmp_path / "b.gguf", "llama")
+    for field in values.fields.values():
+        if field.name.startswith(("GGUF.", "general.architecture")):
+            continue
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in values.tensors:
+        if tensor.data.ndim == 1:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        raw = random_blocks(kind, *tensor.data.shape)
+        stored[tensor.name] = package.quants.dequantize(raw, number)
+        writer.add_tensor(tensor.name, raw, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = gguf.read(tmp_path / "b.gguf").tensors
+    for name in ("token_embd.weight", "blk.1.ffn_down.weight", "blk.0.attn_v.weight"):
+        ours = next(each for each in found if name_of(config, each) == name)
+        assert np.isfinite(stored[name]).all() and np.array_equal(found[ours].read(), stored[name]), name
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+def test_a_quantized_type_is_written_as_the_package_does_and_stable(kind: str, tmp_path: Path) -> None:
+    config = models.tiny(family="gpt2", n_embd=64)  # no rows are permuted
+    source = opened(config)
+    gguf.write(source, tmp_path / "a.gguf", Options(gguf_type=kind))
+    number = package.GGMLQuantizationType[kind.upper()]
+    matrices = {
+        tensor.name: tensor for tensor in package.GGUFReader(tmp_path / "a.gguf").tensors if tensor.data.ndim > 1
+    }
+    assert {tensor.tensor_type for tensor in matrices.values()} - {package.GGMLQuantizationType.F32} == {number}
+    weight = arrays_of(source)["h.0.mlp.c_fc.weight"]
+    assert np.array_equal(matrices["blk.0.ffn_up.weight"].data, package.quants.quantize(weight, number))
     first = gguf.read(tmp_path / "a.gguf")
-    reader = package.GGUFReader(tmp_path / "a.gguf")
-    by_name = {tensor.name: package.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"Q8_0", "F32"}
-    assert np.array_equal(by_name["blk.0.ffn_up.weight"], first.tensors["h.0.mlp.c_fc.weight"].read())
-    gguf.write(first, tmp_path / "b.gguf", Options(bits=8))
+    gguf.write(first, tmp_path / "b.gguf", Options(gguf_type=kind))
     assert_same(gguf.read(tmp_path / "b.gguf"), first)
-    assert not np.array_equal(arrays_of(opened(config))["wte.weight"], first.tensors["wte.weight"].read())
+    error = np.abs(first.tensors["h.0.mlp.c_fc.weight"].read() - weight)
+    assert (error <= blocks.largest_error(weight, kind.upper())).all() and error.any()
+
+
+def test_bits_stand_for_a_type_and_must_agree_with_it(tmp_path: Path) -> None:
+    source = opened(models.tiny(family="llama", n_embd=64, n_kv_head=2))
+    for bits, kind in ((4, "Q4_0"), (8, "Q8_0")):
+        gguf.write(source, tmp_path / f"{bits}.gguf", Options(bits=bits))
+        values, stored = read_gguf(tmp_path / f"{bits}.gguf")
+        assert stored["blk.0.ffn_up.weight"].type == kind
+        assert values["general.file_type"] == package.LlamaFileType[f"MOSTLY_{kind}"]
+    with pytest.raises(UserError, match="--gguf-type q4_1 with --bits 8, which is Q8_0: expected one"):
+        gguf.write(source, tmp_path / "c.gguf", Options(bits=8, gguf_type="q4_1"))
 
 
 def test_rows_that_are_no_whole_blocks_stay_and_it_is_said(tmp_path: Path) -> None:
@@ -399,8 +447,8 @@ BIG = (1 << 60).to_bytes(8, "little")
         (lambda d: replaced(d, b"\1\0\0\0\0\0\0\0y", b"\1\0\0\0\0\0\0\0x"), "tensor x is there twice"),
         (lambda d: replaced(d, b"\1\0\0\0\0\0\0\0a", b"\1\0\0\0\0\0\0\0\xff"), "metadata key: not UTF-8"),
         (lambda d: replaced(d, b"y\1\0\0\0", b"y\5\0\0\0"), "y: 5 dimensions, expected 1 to 4"),
-        (lambda d: at(d, d.index(b"y\1\0") + 13, b"\x0c"), "y is Q4_K, expected one of F32, F16, Q8_0, BF16"),
-        (lambda d: at(d, d.index(b"y\1\0") + 13, b"\x63"), "y is type 99"),
+        (lambda d: at(d, d.index(b"y\1\0") + 13, b"\x09"), "y is Q8_1, expected one of F32, F16, BF16, Q4_0"),
+        (lambda d: at(d, d.index(b"y\1\0") + 13, b"\x63"), "y is of type 99"),
         (lambda d: at(d, d.index(b"y\1\0") + 5, BIG), "y: truncated"),
         (lambda d: at(d, d.index(b"y\1\0") + 17, b"\x20"), "y: data starts at byte"),
         (lambda d: at(d, d.index(b"y\1\0") + 5, bytes(8)), "y: shape [0]: expected positive numbers"),

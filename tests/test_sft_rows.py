@@ -10,8 +10,9 @@ import pytest
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows.formats import open_rows
+from mlxgpt.common.rows.row import Row, as_messages, split_rows
 from mlxgpt.common.sft.duplicates import near_duplicates
-from mlxgpt.common.sft.rows import Row, as_messages, open_rows, split_rows
 
 ALPACA = [
     {"instruction": f"Double {n}.", "input": "" if n % 2 else f"n = {n}", "output": str(2 * n)} for n in range(40)

@@ -82,7 +82,8 @@ class Options:
     """Options of ``convert``, apart from the format."""
 
     dtype: str | None = None  # float32, float16, bfloat16; None: as stored
-    bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 8 is Q8_0; 0: not quantized
+    bits: int = 0  # mlx-lm: 4 or 8 bits a weight; gguf: 4 is Q4_0, 8 is Q8_0; 0: not quantized
+    gguf_type: str | None = None  # q4_0, q4_1, q5_0, q5_1 or q8_0
     keep_bits: bool = False  # mlx-lm: quantized as the source is, what did not change bit for bit
     group_size: int = 64  # mlx-lm: inputs that share a scale
     max_shard: int = 5 * 10**9  # bytes of a file of weights at the most

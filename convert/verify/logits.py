@@ -17,6 +17,8 @@ from mlxgpt.common.inference.probe import SCALES, spell
 
 GATE = 1e-5
 NO_GATE = 1e-2  # a floor above this is rounding alone: nothing can be said
+# a trained model at x8: the same weights in MLX and torch were 5 floors apart where the worst floor was 2.4e-3
+NO_GRADIENTS = 1e-3
 SHOWN = 5  # findings a rung and pair
 
 
@@ -141,7 +143,10 @@ def compare_gradients(pair: Pair, floors: Floors, report: Report) -> None:
             return
         for name in sorted(set(names) ^ others):
             report.find("gradients", name.removeprefix(prefix), f"{pair.name}: only one side has it")
-        figures = list(_gradients(pair, [name for name in names if name in others], prefix, floors))
+        figures, floor = _gradients(pair, [name for name in names if name in others], prefix, floors)
+        if floor > NO_GRADIENTS and scale != 1:
+            report.skip(f"gradients {spell(scale)}: {pair.name}", f"float32 alone moves torch's by {floor:.1e}", False)
+            continue
         report.figures += sorted(figures, key=lambda figure: figure.gate - figure.value)[:1]
         wrong = sorted((figure for figure in figures if not figure.agrees), key=lambda figure: -figure.value)
         for figure in wrong[:SHOWN]:
@@ -154,17 +159,20 @@ def compare_gradients(pair: Pair, floors: Floors, report: Report) -> None:
     )
 
 
-def _gradients(pair: Pair, names: list[str], prefix: str, floors: Floors) -> Iterator[Figure]:
+def _gradients(pair: Pair, names: list[str], prefix: str, floors: Floors) -> tuple[list[Figure], float]:
+    """A figure for each name, and the floor of them all: the worst, since one sample of rounding says little."""
     tops = {name: float(np.abs(pair.a[name]).max(initial=0.0)) for name in names}
     largest = max((top for top in tops.values() if math.isfinite(top)), default=1.0) or 1.0
+    scales = {name: top if top >= 1e-7 * largest else largest for name, top in tops.items()}
+    found = {name: floors.of(name, scale) for name, scale in scales.items()}
+    scales |= {name: largest for name, floor in found.items() if floor > NO_GATE}
+    floor = max((each for each in found.values() if each <= NO_GATE), default=0.0)
+    figures = []
     for name in names:
-        own = tops[name] if tops[name] >= 1e-7 * largest else largest
-        floor = floors.of(name, own)
-        if floor > NO_GATE:
-            own, floor = largest, 0.0
-        value, mean, where = worst(pair.b[name], pair.a[name], own)
+        value, mean, where = worst(pair.b[name], pair.a[name], scales[name])
         what = f"{prefix.split('.')[1]} {name.removeprefix(prefix)}"
-        yield Figure("gradients", pair.name, what, value, gate_of(floor), mean, where=where)
+        figures.append(Figure("gradients", pair.name, what, value, gate_of(floor), mean, where=where))
+    return figures, floor
 
 
 def compare_greedy(pair: Pair, floors: Floors, report: Report) -> None:

@@ -13,7 +13,7 @@ from mlxgpt.common.model import affine, params
 
 @dataclass(frozen=True)
 class Step:
-    """How a file quantizes one tensor. ``again`` gives float32; ``half`` is half a step at every value of a matrix."""
+    """How a file quantizes one tensor. ``again`` gives float32; ``half`` is what rounding may change each value by."""
 
     kind: str
     again: Callable[[np.ndarray], np.ndarray]
@@ -33,7 +33,7 @@ def steps_of(opened: Opened) -> Steps:
     if opened.format == "mlx-lm":
         return _affine(opened)
     if opened.format == "gguf":
-        return _q8_0(opened)
+        return _blocks(opened)
     return {}
 
 
@@ -73,24 +73,19 @@ def _affine_step(scales: Entry, biases: Entry, bits: int, group_size: int) -> St
     return Step(f"{bits} bits in groups of {group_size}", again, half)
 
 
-def _q8_0(opened: Opened) -> dict[str, Step]:
-    """GGUF: blocks of 32 inputs with one float16 scale."""
-    from convert.formats.gguf.file import BLOCK, quantized, read_gguf
+def _blocks(opened: Opened) -> dict[str, Step]:
+    """GGUF: the types of blocks of 32 inputs that are written here, too."""
+    from convert.formats.gguf import blocks
+    from convert.formats.gguf.file import read_gguf
     from convert.formats.gguf.names import name_of
 
-    def again(array: np.ndarray) -> np.ndarray:
-        block = np.dtype([("d", "<f2"), ("q", "i1", BLOCK)])
-        blocks = quantized(np.ascontiguousarray(array, dtype=np.float32).reshape(-1)).view(block)
-        values = blocks["d"].astype(np.float32)[:, None] * blocks["q"].astype(np.float32)
-        return values.reshape(array.shape)
+    def step(kind: str) -> Step:
+        def again(array: np.ndarray) -> np.ndarray:
+            made = blocks.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
+            return blocks.dequantize(made, kind).reshape(array.shape)
 
-    def half(array: np.ndarray) -> np.ndarray:
-        top = np.abs(array.astype(np.float64)).reshape(-1, BLOCK).max(axis=1, keepdims=True)
-        return np.repeat(top * (0.5 / 127 + 2.0**-10), BLOCK, axis=1).reshape(array.shape)
+        return Step(kind, again, lambda array: blocks.largest_error(array, kind))
 
     stored = read_gguf(opened.path)[1]
-    return {
-        name: Step("Q8_0", again, half)
-        for name in params.table(opened.config)
-        if stored[name_of(opened.config, name)].type == "Q8_0"
-    }
+    kinds = {name: stored[name_of(opened.config, name)].type for name in params.table(opened.config)}
+    return {name: step(kind) for name, kind in kinds.items() if kind in blocks.FILE_TYPES}

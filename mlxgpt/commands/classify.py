@@ -13,10 +13,11 @@ from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.data.corpus import decoded
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.rows import files as row_files
+from mlxgpt.common.rows import formats as row_formats
+from mlxgpt.common.rows.row import Row
 from mlxgpt.common.scores import confusion
-from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft.pack import bucket
-from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -67,10 +68,10 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         if path.suffix.lower() == ".txt":
             text, _ = decoded(path.read_bytes(), 0, str(path), final=True)
             rows += [Row(f"{path} row {n}", text=line) for n, line in enumerate(text.splitlines(), 1)]
-        elif path.suffix.lower() in sft_rows.SUFFIXES:
-            rows += [sft_rows.text_to_classify(value, where, tune) for where, value in sft_rows.read_values(path)]
+        elif path.suffix.lower() in row_files.SUFFIXES:
+            rows += [row_formats.text_to_classify(value, where, tune) for where, value in row_files.read_values(path)]
         else:
-            known = " ".join((".txt", *sft_rows.SUFFIXES))
+            known = " ".join((".txt", *row_files.SUFFIXES))
             raise UserError(f"--file {path}: unknown format {path.suffix or 'without a suffix'}: expected {known}")
     if not rows:
         raise UserError("nothing to classify: expected --text TEXT, or --file FILE with texts")

@@ -3,7 +3,7 @@
     magic "GGUF", u32 version, u64 tensors, u64 values; the values (key, type, value); the table (name, dimensions with
     the innermost first, type, offset); padding; data. All little-endian; a string is a u64 length and UTF-8.
 
-Source: the specification, docs/gguf.md of ggml. Q8_0: blocks of 32 values, a float16 scale d and 32 int8 q; d * q.
+Source: the specification, docs/gguf.md of ggml. Quantized types are those of blocks.py.
 """
 
 import math
@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from convert.formats.gguf import blocks
 from convert.formats.stream import Output
 from mlxgpt.common.errors import UserError
 
 MAGIC = b"GGUF"
-BLOCK = 32
 PIECE = 1 << 18  # values that are converted at once
 
 # number of a value's type -> name here and numpy's; bool, string and array are read on their own
@@ -40,27 +40,22 @@ _SCALARS = {
 _NUMBERS = {name: (number, dtype) for number, (name, dtype) in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
 
-# the tensor types that are read and written, beside Q8_0
+# the tensor types beside the quantized ones
 DTYPES = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}
-TYPE_NUMBERS = {name: number for number, name in _TYPES.items()}
-_QUANTIZED = (
-    "? ? Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 ? Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL "
-    "IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M ? Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 "
-    "IQ4_NL_8_8 MXFP4 NVFP4"
-)
-_OTHER_TYPES = dict(enumerate(_QUANTIZED.split()))  # only to name what is refused
+_TYPES = {0: "F32", 1: "F16", 30: "BF16"}
+_NUMBERS_OF = {name: number for number, name in _TYPES.items()}
 _MAX_HEADER = 1 << 28  # bytes; the largest vocabularies with their merges take about 20 MB
 _ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: ``shape`` as numpy has it, type one of F32, F16, BF16, Q8_0; bytes [start, stop)."""
+    """One tensor of a file: ``shape`` as numpy has it, type one of F32, F16, BF16 or of blocks.readable(); bytes
+    [start, stop)."""
 
     path: Path
     type: str
@@ -78,9 +73,12 @@ class Value:
 
 
 def size_of(kind: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor; rows of Q8_0 are whole blocks."""
+    """Bytes of a tensor; rows of a quantized one are whole blocks."""
     count = math.prod(shape)
-    return count // BLOCK * (BLOCK + 2) if kind == "Q8_0" else count * DTYPES[kind].itemsize
+    if kind in DTYPES:
+        return count * DTYPES[kind].itemsize
+    block = blocks.readable()[kind]
+    return count // block.values * block.bytes
 
 
 class _Reader:
@@ -209,15 +207,16 @@ def _table(reader: _Reader, count: int) -> dict[str, tuple[str, tuple[int, ...],
             raise reader.fail(f"{name}: {n_dims} dimensions, expected 1 to 4")
         shape = tuple(reader.number("<u8", name) for _ in range(n_dims))[::-1]
         number = reader.number("<u4", name)
-        if number not in _TYPES:
-            kind = _OTHER_TYPES.get(number, "?")
-            spelled = f"type {number}" if kind == "?" else kind
-            raise reader.fail(f"{name} is {spelled}, expected one of {', '.join(TYPE_NUMBERS)}")
+        kind = _TYPES.get(number) or blocks.named(number)
+        if kind is None or (kind not in DTYPES and kind not in blocks.readable()):
+            known = ", ".join([*DTYPES, *blocks.readable()])
+            raise reader.fail(f"{name} is {kind or f'of type {number}'}, expected one of {known}")
         if not all(shape) or math.prod(shape) >= 1 << 63:
             raise reader.fail(f"{name}: shape {list(shape)}: expected positive numbers")
-        if _TYPES[number] == "Q8_0" and shape[-1] % BLOCK:
-            raise reader.fail(f"{name}: Q8_0 with rows of {shape[-1]}, expected a multiple of {BLOCK}")
-        table[name] = _TYPES[number], shape, reader.number("<u8", name)
+        whole = 1 if kind in DTYPES else blocks.readable()[kind].values
+        if shape[-1] % whole:
+            raise reader.fail(f"{name}: {kind} with rows of {shape[-1]}, expected a multiple of {whole}")
+        table[name] = kind, shape, reader.number("<u8", name)
     return table
 
 
@@ -244,17 +243,16 @@ def _placed(reader: _Reader, table: Mapping[str, tuple[str, tuple[int, ...], int
 
 
 def read_stored(stored: Stored) -> np.ndarray:
-    """The tensor; Q8_0 as float32, a piece at a time."""
-    if stored.type != "Q8_0":
+    """The tensor; a quantized one as float32, a piece at a time."""
+    if stored.type in DTYPES:
         return _bytes(stored, stored.start, stored.stop).view(DTYPES[stored.type]).reshape(stored.shape)
     made = np.empty(math.prod(stored.shape), np.float32)
-    block = np.dtype([("d", "<f2"), ("q", "i1", BLOCK)])
+    block = blocks.readable()[stored.type]
     for at in range(0, made.size, PIECE):
-        count = min(PIECE, made.size - at) // BLOCK
-        start = stored.start + at // BLOCK * block.itemsize
-        blocks = _bytes(stored, start, start + count * block.itemsize).view(block)
-        piece = blocks["d"].astype(np.float32)[:, None] * blocks["q"].astype(np.float32)
-        made[at : at + count * BLOCK] = piece.reshape(-1)
+        count = min(PIECE, made.size - at) // block.values
+        start = stored.start + at // block.values * block.bytes
+        raw = _bytes(stored, start, start + count * block.bytes)
+        made[at : at + count * block.values] = blocks.dequantize(raw, stored.type)
     return made.reshape(stored.shape)
 
 
@@ -266,25 +264,6 @@ def _bytes(stored: Stored, start: int, stop: int) -> np.ndarray:
     if found.size != stop - start:
         raise UserError(f"{stored.path}: truncated while it was read")
     return found
-
-
-def quantized(values: np.ndarray) -> np.ndarray:
-    """Float32 values, a multiple of 32 of them, as the bytes of Q8_0, rounded as ggml's reference does.
-
-    d = max |x| / 127 as float16; q = x / d with the unrounded d, halves away from zero.
-    """
-    blocks = values.reshape(-1, BLOCK)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-        stored = scale.astype("<f2")
-    scaled = blocks * inverse
-    whole = np.floor(np.abs(scaled))
-    whole += np.floor(2 * (np.abs(scaled) - whole))
-    made = np.empty((len(blocks), BLOCK + 2), np.uint8)
-    made[:, :2] = stored.view(np.uint8)
-    made[:, 2:] = (np.sign(scaled) * whole).astype(np.int8).view(np.uint8)
-    return made.reshape(-1)
 
 
 def _text(value: str) -> bytes:
@@ -323,7 +302,7 @@ def write_gguf(
     table, offset = [], 0
     for name, (kind, shape) in tensors.items():
         dims = b"".join(size.to_bytes(8, "little") for size in shape[::-1])
-        number = TYPE_NUMBERS[kind].to_bytes(4, "little")
+        number = (_NUMBERS_OF[kind] if kind in DTYPES else blocks.number_of(kind)).to_bytes(4, "little")
         table.append(_text(name) + len(shape).to_bytes(4, "little") + dims + number + offset.to_bytes(8, "little"))
         offset += -(-size_of(kind, shape) // _ALIGNMENT) * _ALIGNMENT
     counts = len(tensors).to_bytes(8, "little") + len(metadata).to_bytes(8, "little")

@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: the weights in F32, F16, BF16 or Q8_0, the tokenizer and chat template in the metadata.
+"""GGUF files of llama.cpp: the weights in F32, F16, BF16 or quantized, the tokenizer and chat template in the metadata.
 
 Vectors and learned positions are F32, as llama.cpp's converter has them. What the standard keys cannot say stands under
 ``mlxgpt.config`` (our config.json), and is held against the standard keys when it is read; without it they are enough.
@@ -11,20 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from convert.formats.gguf import blocks
 from convert.formats.gguf import names as gguf_names
 from convert.formats.gguf import tokenizer as gguf_tokenizer
-from convert.formats.gguf.file import (
-    BLOCK,
-    DTYPES,
-    PIECE,
-    Stored,
-    Value,
-    is_gguf,
-    quantized,
-    read_gguf,
-    read_stored,
-    write_gguf,
-)
+from convert.formats.gguf.blocks import BLOCK
+from convert.formats.gguf.file import DTYPES, PIECE, Stored, Value, is_gguf, read_gguf, read_stored, write_gguf
 from convert.formats.gguf.names import ROPE_FACTORS
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
@@ -35,7 +26,8 @@ from mlxgpt.common.model import families, params
 
 KIND = "file"
 _OWN, _WIDENED, _NORM = "mlxgpt.config", "mlxgpt.widened", "mlxgpt.norm."
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type, of most matrices
+_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32} | blocks.FILE_TYPES  # general.file_type, of most matrices
+_BITS = {4: "Q4_0", 8: "Q8_0"}
 
 
 def recognize(path: Path) -> bool:
@@ -168,8 +160,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: settings that GGUF does not have, or a weight that is not finite or does not fit its type.
     """
     config = opened.config
-    if options.bits not in (0, 8):
-        raise UserError(f"gguf with {options.bits} bits: expected 8 (Q8_0), or none")
+    quantized = _quantized_type(options)
     if options.dtype is not None and options.dtype not in NAMED:
         raise UserError(f"dtype {options.dtype!r}: expected one of {', '.join(NAMED)}")
     notes = gguf_names.deviations(config)
@@ -177,8 +168,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     names = {gguf_names.name_of(config, name): name for name in wanted}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, ours in names.items():
-        tensors[name] = _type(opened, ours, wanted[ours].shape, options), wanted[ours].shape
-    kept = [name for name, (kind, shape) in tensors.items() if len(shape) > 1 and shape[-1] % BLOCK and options.bits]
+        tensors[name] = _type(opened, ours, wanted[ours].shape, options, quantized), wanted[ours].shape
+    kept = [name for name, (_, shape) in tensors.items() if quantized and len(shape) > 1 and shape[-1] % BLOCK]
     if kept:
         notes.append(
             f"{len(kept)} matrices have rows that 32 does not divide and are not quantized: {', '.join(kept[:3])}"
@@ -206,11 +197,29 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     return notes + left
 
 
-def _type(opened: Opened, name: str, shape: tuple[int, ...], options: Options) -> str:
+def _quantized_type(options: Options) -> str | None:
+    """The type that --gguf-type or --bits names; None for none.
+
+    Raises:
+        UserError: both name one, and not the same; or bits that stand for no type.
+    """
+    if options.bits and options.bits not in _BITS:
+        raise UserError(f"gguf with {options.bits} bits: expected 4 (Q4_0), 8 (Q8_0), or none")
+    by_bits = _BITS.get(options.bits)
+    named = options.gguf_type.upper() if options.gguf_type else by_bits
+    if named is not None and named not in blocks.FILE_TYPES:
+        known = ", ".join(kind.lower() for kind in blocks.FILE_TYPES)
+        raise UserError(f"--gguf-type {options.gguf_type}: expected one of {known}")
+    if by_bits and named != by_bits:
+        raise UserError(f"--gguf-type {options.gguf_type} with --bits {options.bits}, which is {by_bits}: expected one")
+    return named
+
+
+def _type(opened: Opened, name: str, shape: tuple[int, ...], options: Options, quantized: str | None) -> str:
     if len(shape) == 1 or name == "wpe.weight":
         return "F32"
-    if options.bits and shape[-1] % BLOCK == 0:
-        return "Q8_0"
+    if quantized and shape[-1] % BLOCK == 0:
+        return quantized
     dtype = NAMED[options.dtype] if options.dtype else opened.tensors[name].dtype
     return next((kind for kind, one in DTYPES.items() if one == dtype), "F32")
 
@@ -263,9 +272,9 @@ def _pieces(config: ModelConfig, opened: Opened, ours: str, kind: str, allow_nan
             )
         if _shifted(config, ours):
             piece = piece.astype(np.float32) + np.float32(1)
-        if kind == "Q8_0":
-            made = quantized(np.ascontiguousarray(piece, dtype=np.float32).reshape(-1))
-            fits = np.isfinite(made.reshape(-1, BLOCK + 2)[:, :2].copy().view("<f2")).all()
+        if kind in blocks.FILE_TYPES:
+            made = blocks.quantize(np.ascontiguousarray(piece, dtype=np.float32), kind)
+            fits = blocks.scales_fit(made, kind)
         else:
             with np.errstate(over="ignore"):
                 cast = np.ascontiguousarray(piece, dtype=DTYPES[kind])

@@ -7,8 +7,9 @@ from pathlib import Path
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import files as row_files
+from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.sft import encode, pack
-from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -23,7 +24,7 @@ def is_rows(path: str, text_key: str) -> bool:
     if place.is_dir():
         return (place / "train.jsonl").is_file()
     if place.suffix.lower() != ".jsonl":
-        return place.suffix.lower() in sft_rows.SUFFIXES and place.suffix.lower() != ".parquet"
+        return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
         with open(place, encoding="utf-8") as file:
             first = json.loads(file.readline())
@@ -41,7 +42,7 @@ def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCo
     if tokenizer is None:
         raise UserError(f"{path}: rows need a tokenizer, and this model has none")
     tune = TuneConfig(source=path)
-    rows = sft_rows.open_rows(tune)
+    rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
     if Path(path).is_file():
         held = [*rows.splits["train"], *rows.splits["valid"]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.sft.rows import Row
+from mlxgpt.common.rows.row import Row
 
 NEAR = 0.8
 _WORDS = 3

@@ -8,11 +8,9 @@ import numpy as np
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.sft import rows as sft_rows
-from mlxgpt.common.sft import template as sft_template
+from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.sft.rows import Row
-from mlxgpt.common.sft.template import Template
+from mlxgpt.common.sft.template import Talk, Template
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -79,30 +77,29 @@ class Encoder:
         if self.template is None:
             yield from self._plain(rows)
             return
-        rows = [sft_rows.as_messages(row) for row in rows]
-        talks = [(row.where, row.messages, row.tools) for row in rows]
+        rows = [as_messages(row) for row in rows]
+        talks = [Talk(row.where, row.messages, row.tools, row.train, row.kwargs) for row in rows]
         if self.tune.train_on_prompt:
-            texts = [self._whole(*talk) for talk in talks]
+            texts = [self._whole(talk) for talk in talks]
             for row, ids in zip(rows, self._ids(rows, texts), strict=True):
                 yield row.where, ids, np.ones(len(ids), bool)
             return
         if self.tune.unroll:
             talks = [
-                (where, messages[: k + 1], tools)
-                for where, messages, tools in talks
-                for k, message in enumerate(messages)
-                if message["role"] == "assistant"
+                talk._replace(messages=talk.messages[: k + 1], train=talk.train[: k + 1])
+                for talk in talks
+                for k in talk.turns
             ]
         encoded = self.template.encode_turns(talks, last_only=self.tune.unroll)
-        for (where, _, _), one in zip(talks, encoded, strict=True):
+        for (where, *_), one in zip(talks, encoded, strict=True):
             yield where, one.ids, one.mask
 
-    def _whole(self, where: str, messages: sft_template.Messages, tools: sft_template.Messages) -> str:
+    def _whole(self, talk: Talk) -> str:
         assert self.template
         try:
-            return self.template.render(messages, tools)
+            return self.template.render(talk.messages, talk.tools, **talk.kwargs)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{talk.where}: {error}") from None
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Text from its beginning to the end-of-text token; a prompt is tokenized on its own."""

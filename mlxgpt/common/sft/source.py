@@ -14,13 +14,13 @@ from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import formats as row_formats
+from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft import duplicates as sft_duplicates
 from mlxgpt.common.sft import pack
-from mlxgpt.common.sft import rows as sft_rows
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.sft.rows import Row
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import from_files
@@ -182,7 +182,7 @@ def open_source(
     Raises:
         UserError: anything wrong with source, examples, template or window.
     """
-    rows = sft_rows.open_rows(tune)
+    rows = row_formats.open_rows(tune)
     size = tune.block_size or min(config.block_size, _LONGEST)
     if size > config.block_size:
         raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
@@ -220,7 +220,7 @@ def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
 
 
 def choose_template(
-    tune: TuneConfig, rows: sft_rows.Rows, tokenizer: Tokenizer
+    tune: TuneConfig, rows: row_formats.Rows, tokenizer: Tokenizer
 ) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
     """The template for the examples, the tokenizer with it, and the tokens that were added for it."""
     if rows.format == "text":
@@ -259,7 +259,7 @@ def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tupl
     return labels, tuple(len(found) / (len(labels) * found.count(label)) for label in labels)
 
 
-def _lines(tune: TuneConfig, source: SftSource, rows: sft_rows.Rows) -> Iterator[str]:
+def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Iterator[str]:
     """Lines about the examples, printed before training."""
     counts = source.counts
     sizes = ", ".join(f"{counts[name].rows - counts[name].dropped:,} {name}" for name in counts if counts[name].rows)
@@ -299,7 +299,7 @@ def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
     for key, found in (("tools", given), ("tool_calls", called)):
         if found is None:
             continue
-        row = sft_rows.as_messages(found)
+        row = as_messages(found)
         bare = [{name: value for name, value in message.items() if name != key} for message in row.messages]
         try:
             whole = template.render(row.messages, row.tools)

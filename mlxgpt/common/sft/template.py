@@ -9,11 +9,12 @@ that mark turns with {% generation %} give the positions themselves.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -81,6 +82,22 @@ class Encoded:
     mask: np.ndarray  # (n,) bool
 
 
+class Talk(NamedTuple):
+    """A conversation to encode: ``where`` names its row, ``kwargs`` are values that the row gives its template."""
+
+    where: str
+    messages: Messages
+    tools: Messages = ()
+    train: Sequence[bool] = ()  # one for each message, whether it is trained on; empty: every assistant's is
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def turns(self) -> list[int]:
+        """The assistant's messages that are trained on, as indexes."""
+        asked = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [k for k in asked if not self.train or self.train[k]]
+
+
 class Template:
     """A chat template and its tokenizer.
 
@@ -89,15 +106,23 @@ class Template:
         special: bos_token and the like, which templates write.
         name: for messages.
         date: the date that templates may write, such as 2026-11-25; default: today.
+        kwargs: values that the template may read, such as enable_thinking.
 
     Raises:
         UserError: not jinja, or an error of the template.
     """
 
     def __init__(
-        self, sources: dict[str, str], tokenizer: Tokenizer, special: dict[str, str], name: str, date: str = ""
+        self,
+        sources: dict[str, str],
+        tokenizer: Tokenizer,
+        special: dict[str, str],
+        name: str,
+        date: str = "",
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.sources, self.tokenizer, self.special, self.name = sources, tokenizer, special, name
+        self.kwargs = dict(kwargs)
         self._day = datetime.fromisoformat(date) if date else None
         for source in sources.values():
             try:
@@ -128,7 +153,8 @@ class Template:
         given = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
         try:
             return _compile(self.sources[name], marks).render(
-                **self.special, **given, add_generation_prompt=generation, strftime_now=self._now, **more
+                {**self.special, "strftime_now": self._now, **self.kwargs, **more, **given},
+                add_generation_prompt=generation,
             )
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"{self.name}: {_said(error)}") from None
@@ -157,21 +183,20 @@ class Template:
             )
         return found
 
-    def encode_turns(
-        self, conversations: Sequence[tuple[str, Messages, Messages]], last_only: bool = False
-    ) -> list[Encoded]:
-        """Tokens and assistant masks of (where, messages, tools); ``last_only``: train only the last turn.
+    def encode_turns(self, conversations: Sequence[tuple[Any, ...]], last_only: bool = False) -> list[Encoded]:
+        """Tokens and assistant masks of conversations, each a Talk; ``last_only``: train only the last turn.
 
         If template and answer would share a token, the text is split there, as it is in generation.
 
         Raises:
             UserError: names the row whose turns cannot be located exactly.
         """
-        plans = [self._plan(where, messages, tools, last_only) for where, messages, tools in conversations]
+        talks = [Talk(*each) for each in conversations]
+        plans = [self._plan(talk, last_only) for talk in talks]
         texts = list(dict.fromkeys(text for plan in plans for text in plan))
         encoded = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
         made = []
-        for (where, _, _), plan in zip(conversations, plans, strict=True):
+        for (where, *_), plan in zip(talks, plans, strict=True):
             cuts: list[int] = []
             ids = [encoded[text] for text in plan]
             while isinstance(found := self._masked(where, plan, ids), int):
@@ -195,16 +220,20 @@ class Template:
             self.tokenizer.encode_batch([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
         )
 
-    def _plan(self, where: str, messages: Messages, tools: Messages, last_only: bool) -> list[str]:
-        """The texts to encode: the whole, then for each turn the text before it and the text up to its end."""
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    def _plan(self, talk: Talk, last_only: bool) -> list[str]:
+        """The texts to encode: the whole, then for each trained turn the text before it and the text up to its end."""
+        where, messages, tools, _, more = talk
         try:
             if self.marked:
-                texts = self._marked_plan(self.render(messages, tools, marks=True))
+                texts = self._marked_plan(self.render(messages, tools, marks=True, **more))
+                texts = self._marked_trained(talk, texts)
             else:
-                texts = [self.render(messages, tools)]
-                for k in turns:
-                    texts += [self.render(messages[:k], tools, generation=True), self.render(messages[: k + 1], tools)]
+                texts = [self.render(messages, tools, **more)]
+                for k in talk.turns:
+                    texts += [
+                        self.render(messages[:k], tools, generation=True, **more),
+                        self.render(messages[: k + 1], tools, **more),
+                    ]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if len(texts) < 3:
@@ -228,6 +257,19 @@ class Template:
                 texts += [text + part[:skip], text + part]
             text += part
         return [text, *texts]
+
+    def _marked_trained(self, talk: Talk, texts: list[str]) -> list[str]:
+        """``texts`` without the pairs of turns that are not trained on."""
+        asked = [k for k, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        if len(talk.turns) == len(asked):
+            return texts
+        if len(texts) - 1 != 2 * len(asked):
+            raise UserError(
+                f"{self.name} encloses {(len(texts) - 1) // 2} parts of {len(asked)} answers in {{% generation %}}, so "
+                f"a turn of weight 0 cannot be located: {_UNROLL}"
+            )
+        pairs = [texts[1 + 2 * n : 3 + 2 * n] for n, k in enumerate(asked) if k in talk.turns]
+        return [texts[0], *(text for pair in pairs for text in pair)]
 
     def _masked(self, where: str, texts: list[str], encoded: Sequence[np.ndarray]) -> Encoded | int:
         """The tokens of the whole and the assistant's mask; or the character at which the text must be split."""
@@ -270,10 +312,15 @@ def _tags(source: str) -> set[str]:
     return set(names)
 
 
-def template_of(tokenizer: Tokenizer, where: str = "chat template", date: str = "") -> Template | None:
+def template_of(
+    tokenizer: Tokenizer,
+    where: str = "chat template",
+    date: str = "",
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Template | None:
     """The tokenizer's own template; None if it has none."""
     sources = tokenizer.templates
-    return Template(sources, tokenizer, tokenizer.named, where, date) if sources else None
+    return Template(sources, tokenizer, tokenizer.named, where, date, kwargs) if sources else None
 
 
 def with_chatml(tokenizer: Tokenizer) -> Tokenizer:

@@ -1,0 +1,93 @@
+"""The files of fine-tuning data, and the values of their rows.
+
+A folder is mlx-lm's: train.jsonl, and valid.jsonl and test.jsonl where they exist. Every message names file and row;
+rows of .csv, .tsv, .json and .parquet count from 1 without a header.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common.data.corpus import decoded, open_parquet, parse_json
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows.values import shown
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "valid", "test")
+csv.field_size_limit(1 << 30)
+
+
+def find_files(path: Path) -> dict[str, Path]:
+    """Split -> file."""
+    if path.is_dir():
+        for name in ("train.jsonl", "train.json", "train.csv", "train.tsv", "train.parquet"):
+            if (path / name).is_file():
+                suffix = Path(name).suffix
+                others = {split: path / f"{split}{suffix}" for split in SPLITS}
+                return {split: file for split, file in others.items() if file.is_file()}
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        raise UserError(f"{path}: found {found}: expected train.jsonl, and optionally valid.jsonl and test.jsonl")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder: expected data to fine-tune on")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: unknown format {path.suffix or 'without a suffix'}: expected {' '.join(SUFFIXES)}")
+    return {"train": path}
+
+
+def read_values(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and row, its keys and values) of one file."""
+    suffix = path.suffix.lower()
+    read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}.get(suffix, _read_table)
+    for number, value in read(path):
+        where = f"{path} row {number}"
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {shown(value)}: expected an object with keys")
+        if not value:
+            raise UserError(f"{where}: empty: expected keys and values")
+        yield where, value
+
+
+def _text(path: Path) -> str:
+    text, _ = decoded(path.read_bytes(), 0, str(path), final=True)
+    return text.removeprefix("\ufeff")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(_text(path).rstrip().split("\n") if path.stat().st_size else [], 1):
+        if not line.strip():
+            raise UserError(f"{path} row {number}: an empty line: expected a JSON object")
+        yield number, parse_json(line, f"{path} row {number}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, object]]:
+    value = parse_json(_text(path), str(path))
+    if not isinstance(value, list):
+        raise UserError(f"{path}: {shown(value)}: expected a list of objects")
+    yield from enumerate(value, 1)
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, object]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    number, names = 0, None
+    try:
+        for fields in reader:
+            if not fields:
+                continue
+            if names is None:
+                names = fields
+                if len(set(names)) < len(names):
+                    raise UserError(f"{path}: duplicate column names: {', '.join(names[:8])}")
+                continue
+            number += 1
+            if len(fields) != len(names):
+                raise UserError(f"{path} row {number}: {len(fields)} columns: expected {len(names)} as in the header")
+            yield number, dict(zip(names, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} row {number + 1}: not {path.suffix[1:]}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    with open_parquet(path) as file:
+        yield from enumerate((row for batch in file.iter_batches(1024) for row in batch.to_pylist()), 1)
