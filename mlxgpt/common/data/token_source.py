@@ -17,6 +17,7 @@ from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.shards import Tokens
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -65,6 +66,21 @@ class TokenSource:
                     "a longer corpus, another data.val_fraction or a smaller block"
                 )
         self._windows = (len(train) - 1) // block_size
+
+    def compare_beginnings(self, tokenizer: Tokenizer, name: str, say: Callable[[str], None]) -> None:
+        """Says where documents begin otherwise in the data than ``tokenizer``, called ``name``, has it."""
+        found, wanted = self.begins_with, beginning.opening(tokenizer)
+        if found is not None and found != wanted:
+            before, after = (beginning.shown(tokenizer, ids) for ids in (found, wanted))
+            say(
+                f"data: documents in {self.folder} begin with {before}, where {name} has {after}: "
+                "mlxgpt data prepare makes them anew"
+            )
+
+    def as_trained(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer of a model trained on this: where it begins texts with nothing, the separator begins them."""
+        separated = self.separator is not None and self.separator == tokenizer.eos_id
+        return beginning.with_separator(tokenizer) if separated and not self.begins_with else tokenizer
 
     @property
     def statistics(self) -> dict[str, int]:
@@ -205,6 +221,7 @@ def open_data(
 ) -> tuple[TokenSource, Tokenizer | None]:
     """The source of a recipe's batches and its tokenizer; prepares shards, or reuses those in the cache.
 
+    The tokenizer begins texts as the model learns it: where it put nothing there, with the separator of documents.
     The tokenizer is None for a flat .bin without one. ``out`` is the run's folder: where shards that ``data export``
     packed were unpacked into it (as ``data/``), they are the source.
 
@@ -250,7 +267,8 @@ def open_data(
     )
     counts = f"{source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate"
     say(f"data: {index['source']['name']}: {counts}, {tokenizer.kind} of {tokenizer.n_vocab:,}")
-    return source, tokenizer
+    source.compare_beginnings(tokenizer, "their tokenizer", say)
+    return source, source.as_trained(tokenizer)
 
 
 def _separator(tokens: Tokens, tokenizer: Tokenizer | None) -> int | None:
@@ -299,4 +317,4 @@ def _open_flat(
         separator=_separator(first, tokenizer),
     )  # fmt: skip
     say(f"data: {path}: {source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate")
-    return source, tokenizer
+    return source, source.as_trained(tokenizer) if tokenizer else None

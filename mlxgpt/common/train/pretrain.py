@@ -86,8 +86,7 @@ class Pretraining(Kind[TokenSource]):
 
     def _open_data(self, run: Path | None = None) -> None:
         recipe = self.recipe
-        self.source, tokenizer = token_source.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
-        self.tokenizer = _as_trained(self.source, tokenizer)
+        self.source, self.tokenizer = token_source.open_data(recipe.data, recipe.model.block_size, recipe.train, run)
 
     @property
     def seeded(self) -> bool:
@@ -225,26 +224,6 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
-def _as_trained(source: TokenSource, tokenizer: Tokenizer | None) -> Tokenizer | None:
-    """The tokenizer that the checkpoints get: a text begins as documents do in the data, after the separator."""
-    if tokenizer is None:
-        return None
-    _compare_beginnings(source, tokenizer, "their tokenizer")
-    separated = source.separator is not None and source.separator == tokenizer.eos_id
-    return beginning.with_separator(tokenizer) if separated and not source.begins_with else tokenizer
-
-
-def _compare_beginnings(source: TokenSource, tokenizer: Tokenizer, name: str) -> None:
-    """Says where documents begin otherwise in the data than ``tokenizer`` has it."""
-    found, wanted = source.begins_with, beginning.opening(tokenizer)
-    if found is not None and found != wanted:
-        before, after = (beginning.shown(tokenizer, ids) for ids in (found, wanted))
-        print(
-            f"data: documents in {source.folder} begin with {before}, where {name} has {after}: "
-            "mlxgpt data prepare makes them anew"
-        )
-
-
 def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: TokenSource) -> None:
     """Weights mean nothing under another tokenizer; says where it begins documents otherwise.
 
@@ -259,7 +238,7 @@ def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenize
                 f"the data's {tokenizer.digest[:12]}...: expected the same vocabulary"
             )
         if own.before != tokenizer.before:
-            _compare_beginnings(source, own, str(origin))
+            source.compare_beginnings(own, str(origin), print)
     if source.vocab_size > model.vocab_size:
         raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {source.vocab_size}")
 
