@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from convert.formats.gguf import model as gguf
 from convert.formats.gguf.file import read_gguf
-from convert.formats.gguf.tokenizer import _LLAMA3, _QWEN2
+from convert.formats.gguf.pre import _LLAMA3, _QWEN2
 from convert.formats.opened import Options
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
@@ -145,12 +145,12 @@ def test_published_rules_for_splitting_are_named_and_rebuilt(pre: str, tmp_path:
 
 def test_a_rule_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:
     content = json.loads(as_published("qwen2").to_str())
-    content["normalizer"] = None
+    content["normalizer"] = {"type": "NFKC"}
     made = opened(
         models.tiny(family="llama", vocab_size=420), companions={"tokenizer.json": json.dumps(content).encode()}
     )
     notes = gguf.write(made, tmp_path / "a.gguf", Options())
-    assert any("llama.cpp gets no tokenizer: its rule for splitting" in note for note in notes)
+    assert any("llama.cpp gets no tokenizer: it normalizes text (NFKC)" in note for note in notes)
     assert list(gguf.read(tmp_path / "a.gguf").companions) == ["tokenizer.json"]
 
 
@@ -205,7 +205,10 @@ def test_an_unknown_kind_is_left_out_and_said(kinds: dict[str, Tokenizer], tmp_p
 
     def both(values: dict[str, Any], tensors: dict[str, Any]) -> None:
         without_ours(values, tensors)
-        values["tokenizer.ggml.pre"] = "tekken"
+        values["tokenizer.ggml.pre"] = "viking"
 
     found = gguf.read(rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", both))
-    assert found.companions == {} and "tokenizer.ggml.pre = 'tekken' is not supported" in found.notes[0]
+    assert (
+        found.companions == {}
+        and "tokenizer.ggml.pre = 'viking' is not supported (expected one of gpt-2," in found.notes[0]
+    )

@@ -10,9 +10,9 @@ import pytest
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows.duplicates import near_duplicates
 from mlxgpt.common.rows.formats import open_rows
 from mlxgpt.common.rows.row import Row, as_messages, split_rows
-from mlxgpt.common.sft.duplicates import near_duplicates
 
 ALPACA = [
     {"instruction": f"Double {n}.", "input": "" if n % 2 else f"n = {n}", "output": str(2 * n)} for n in range(40)
@@ -167,7 +167,10 @@ GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
             "message 1: unknown role 'bot': expected one of system, developer, user, assistant, tool",
         ),
         ({"messages": [{"role": "user"}]}, "message 1: no key 'content': found 'role'"),
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "message 1: content is list \"['q']\": expected a string"),
+        (
+            {"messages": [{"role": "user", "content": ["q"]}]},
+            'message 1: content part 1 is str \'q\': expected {"type": "text", "text": ...}',
+        ),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
             "message 2: content is empty: expected text",
@@ -208,9 +211,13 @@ def test_a_bad_row_17_is_named(row: Any, message: str, tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"conversations": [{"from": "alien", "value": "q"}]}',
-            "row 1: turn 1: unknown role 'alien': expected one of human",
+            "row 1: conversations: message 1: unknown role 'alien': expected one of system",
         ),
-        ("a.jsonl", '{"conversations": [{"from": "gpt"}]}', "row 1: turn 1 is dict"),
+        (
+            "a.jsonl",
+            '{"conversations": [{"from": "gpt"}]}',
+            "row 1: conversations: message 1: no key 'value': found 'from'",
+        ),
     ],
 )
 def test_bad_files_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from mlxgpt.common.data import pydocs
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import pydocs_qa
 from mlxgpt.common.scores import text_metrics
-from mlxgpt.common.sft import pydocs_qa
 from mlxgpt.common.train import loop
 
 NAMES = ("exact", "bleu", "chrf", "rouge_l")

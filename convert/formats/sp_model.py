@@ -1,9 +1,10 @@
-"""A SentencePiece BPE model from its pieces: the protocol buffer of a tokenizer.model, written without protobuf."""
+"""A SentencePiece model and its pieces: the protocol buffer of a tokenizer.model, read and written without protobuf."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MARKS = (UNKNOWN, CONTROL, USER)  # what stands for itself in a text
 
 
 class Piece(NamedTuple):
@@ -20,15 +21,34 @@ def build(
     byte_fallback: bool = True,
     add_prefix_space: bool = True,
     trim_spaces: bool = False,
+    charsmap: bytes = b"",
+    unigram: bool = False,
 ) -> bytes:
-    """The model as BPE that normalizes nothing; ``ids`` are of <unk>, <s> and </s>, -1 for none."""
+    """The model; ``ids`` are of <unk>, <s> and </s>, -1 for none; ``charsmap``: compiled normalizing, b"" for none."""
     message = b"".join(
         _bytes(1, _bytes(1, piece.text.encode()) + b"\x15" + piece.score + _number(3, piece.kind)) for piece in pieces
     )
-    trainer = _number(3, 2) + _number(35, int(byte_fallback))
+    trainer = _number(3, 1 if unigram else 2) + _number(35, int(byte_fallback))
     trainer += b"".join(_number(field, i) for field, i in zip((40, 41, 42, 43), (*ids, -1), strict=True))
-    spaces = _bytes(1, b"identity") + _number(3, int(add_prefix_space)) + _number(4, int(trim_spaces))
+    spaces = _bytes(1, b"user_defined" if charsmap else b"identity") + (_bytes(2, charsmap) if charsmap else b"")
+    spaces += _number(3, int(add_prefix_space)) + _number(4, int(trim_spaces))
     return message + _bytes(2, trainer) + _bytes(3, spaces)
+
+
+def parse(message: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
+    """The pieces of a model, and the fields of its trainer and normalizer by number.
+
+    Raises:
+        UnicodeDecodeError: a piece is not UTF-8.
+    """
+    pieces, specs = [], {2: dict[int, Any](), 3: dict[int, Any]()}
+    for field, value in _fields(message):
+        if field == 1:
+            one = dict(_fields(value))
+            pieces.append(Piece(one.get(1, b"").decode(), one.get(2, bytes(4)), one.get(3, NORMAL)))
+        elif field in specs:
+            specs[field] = dict(_fields(value))
+    return pieces, specs[2], specs[3]
 
 
 def merges_as_run_c(message: bytes) -> bool:

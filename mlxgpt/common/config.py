@@ -285,7 +285,13 @@ class TuneConfig:
     completion_key: str = _field("completion", "completion: key of the answer")
     messages_key: str = _field("messages", "chat: key of the list of messages")
     label_key: str = _field("label", "classify: key of the label")
+    drop_nulls: str = _field(
+        "auto", "leave out keys that are null, at any depth: true, false, or auto (in .parquet and .arrow alone)"
+    )
     template: str = _field("auto", "chat template: auto (the tokenizer's, else ChatML), chatml, or a jinja file")
+    chat_template_kwargs: dict = dataclasses.field(
+        default_factory=dict, metadata={"help": "values that the template reads, such as {enable_thinking = false}"}
+    )
     train_on_prompt: bool = _field(False, "train on all tokens, not only on those of the assistant")
     unroll: bool = _field(False, "one example per answer, with its history: for templates that rewrite history")
     date: str = _field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
@@ -312,6 +318,7 @@ class TuneConfig:
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
+        _one_of("tune", self, "drop_nulls", "auto", "true", "false")
         if not self.date:  # a run resumed tomorrow renders the same examples
             object.__setattr__(self, "date", datetime.date.today().isoformat())
         _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")

@@ -78,9 +78,42 @@ def _implied(values: dict[str, Any]) -> dict[str, Any]:
     return row.implied_by(n_layer, n_head, head_dim or n_embd // max(n_head, 1), window) | made
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a setting."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def parse_table(text: str, where: str) -> dict[str, Any]:
+    """The keys and values of a JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} = {text}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where} = {text}: expected a JSON object, such as {{"enable_thinking": false}}')
+    return value
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON and TOML both hold the value: no dates and no nulls."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(each) for key, each in value.items())
+    return all(map(_is_json, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
+
+
 def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
     """``value`` as the field's type; int passes for float, and nothing else is bent."""
-    kind = type(field.default)
+    kind = type(default_of(field))
+    if kind is dict:
+        value = parse_table(value, f"{section}.{field.name}") if isinstance(value, str) else value
+        if not _is_json(value):
+            raise UserError(f"{section}.{field.name} = {value!r}: expected text, numbers, true, false, lists, tables")
+    if kind is str and isinstance(value, bool) and field.default == "auto":
+        value = str(value).lower()  # auto, true or false
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):
@@ -137,11 +170,15 @@ def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str
             raise UserError(f"--set {item}: expected section.key=value, such as train.steps=200")
         if section not in SECTIONS:
             raise UserError(f"--set {item}: unknown section {section!r}{nearest(section, SECTIONS)}")
-        names = [field.name for field in dataclasses.fields(SECTIONS[section])]
-        if key not in names:
+        fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+        key, inside, entry = key.partition(".")
+        if key not in fields or (inside and type(default_of(fields[key])) is not dict):
+            key, names = key + inside + entry, list(fields)
             raise UserError(f"--set {item}: unknown key {section}.{key}{nearest(key, names)}")
         value = parse_value(text.strip())
-        wants_text = isinstance(next(f.default for f in dataclasses.fields(SECTIONS[section]) if f.name == key), str)
+        wants_text = isinstance(fields[key].default, str)
+        if inside:
+            value = _convert(section, fields[key], result.get(section, {}).get(key, {})) | {entry: value}
         result.setdefault(section, {})[key] = text.strip() if wants_text and not isinstance(value, str) else value
     return result
 
@@ -163,8 +200,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        pairs = [f"{_toml_value(str(key))} = {_toml_value(each)}" for key, each in value.items()]
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

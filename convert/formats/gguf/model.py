@@ -13,6 +13,7 @@ import numpy as np
 
 from convert.formats.gguf import blocks
 from convert.formats.gguf import names as gguf_names
+from convert.formats.gguf import restore as gguf_restore
 from convert.formats.gguf import tokenizer as gguf_tokenizer
 from convert.formats.gguf.blocks import BLOCK
 from convert.formats.gguf.file import DTYPES, PIECE, Stored, Value, is_gguf, read_gguf, read_stored, write_gguf
@@ -76,7 +77,9 @@ def read(path: Path) -> Opened:
             tensors[ours] = _tensor(config, ours, name, stored[name], widened.get(name), exact)
         elif read_stored(stored[name]).any():
             raise UserError(f"{where}: {name} is not zero, but {_OWN} says so under mlxgpt")
-    files, left = gguf_tokenizer.restore(values, path, config.vocab_size)
+    files, left = gguf_restore.restore(values, path, config.vocab_size, gguf_names.arch_of(config))
+    if _OWN not in values and (ends := gguf_restore.ends_of(values, files)) is not None:
+        extra["eos_token_id"] = ends
     tensors = {name: tensors[name] for name in params.table(config)}
     return Opened(path, "gguf", config, tensors, (path,), dict(files), extra, None, notes + left)
 
@@ -238,7 +241,8 @@ def _metadata(
         "general.quantization_version": Value("u32", 2),
     }
     made |= gguf_names.metadata(config)
-    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra)
+    arch = gguf_names.arch_of(config)
+    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch)
     made |= files
     values = families.config_to_hf(config)
     made[_OWN] = Value(

@@ -1,25 +1,30 @@
 """The files of fine-tuning data, and the values of their rows.
 
 A folder is mlx-lm's: train.jsonl, and valid.jsonl and test.jsonl where they exist. Every message names file and row;
-rows of .csv, .tsv, .json and .parquet count from 1 without a header.
+rows of .csv, .tsv, .json, .parquet and .arrow count from 1 without a header.
 """
 
 import csv
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common.data.corpus import decoded, open_parquet, parse_json
+from mlxgpt.common.data.corpus import decoded, parse_json
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import arrow
+from mlxgpt.common.rows.arrow import without_nulls
 from mlxgpt.common.rows.values import shown
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SPLITS = ("train", "valid", "test")
 csv.field_size_limit(1 << 30)
 
 
 def find_files(path: Path) -> dict[str, Path]:
-    """Split -> file."""
+    """Split -> file, or the folder of a split that datasets wrote."""
+    if path.is_dir() and arrow.is_dataset(path):
+        return arrow.dataset_splits(path)
     if path.is_dir():
         for name in ("train.jsonl", "train.json", "train.csv", "train.tsv", "train.parquet"):
             if (path / name).is_file():
@@ -35,12 +40,18 @@ def find_files(path: Path) -> dict[str, Path]:
     return {"train": path}
 
 
-def read_values(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and row, its keys and values) of one file."""
-    suffix = path.suffix.lower()
-    read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}.get(suffix, _read_table)
-    for number, value in read(path):
+def read_values(path: Path, drop_nulls: str = "auto") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and row, its keys and values) of one file, or of a folder that datasets wrote.
+
+    Keys whose value is null are left out, at any depth, where ``drop_nulls`` is true, or auto and the file is Arrow's:
+    there every row has every key, and null says that it had none.
+    """
+    suffix = ".arrow" if path.is_dir() else path.suffix.lower()
+    read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    drop = drop_nulls == "true" or (drop_nulls == "auto" and suffix in (".parquet", ".arrow"))
+    for number, value in read.get(suffix, _read_table)(path):
         where = f"{path} row {number}"
+        value = without_nulls(value) if drop else value
         if not isinstance(value, dict):
             raise UserError(f"{where}: {shown(value)}: expected an object with keys")
         if not value:
@@ -89,5 +100,18 @@ def _read_table(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
-    with open_parquet(path) as file:
-        yield from enumerate((row for batch in file.iter_batches(1024) for row in batch.to_pylist()), 1)
+    yield from enumerate(arrow.read_parquet(path), 1)
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[int, object]]:
+    yield from enumerate((row for file in arrow.files_of(path) for row in arrow.read_arrow(file)), 1)
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of each file by its name; of a split that datasets wrote, by its folder's and the file's."""
+    found = {}
+    for place in files:
+        for file in arrow.files_of(place):
+            name = f"{place.name}/{file.name}" if place.is_dir() else file.name
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found

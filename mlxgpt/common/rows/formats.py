@@ -5,7 +5,6 @@ keys select the format, in mlx-lm's order (prompt and completion, messages, text
 without those keys are errors.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.rows.files import SPLITS, SUFFIXES, find_files, read_values
-from mlxgpt.common.rows.messages import SHAREGPT, read_messages, read_tools
+from mlxgpt.common.rows.files import SPLITS, SUFFIXES, digests, find_files, read_values
+from mlxgpt.common.rows.messages import read_kwargs, read_messages, read_tools
 from mlxgpt.common.rows.row import Row, split_rows
-from mlxgpt.common.rows.values import list_at, shown, string_at, unicode, value_at
+from mlxgpt.common.rows.values import shown, string_at, unicode, value_at
+
+_ANSWERS = ("output", "response")  # Alpaca's key of the answer, and Dolly's
 
 
 @dataclass
@@ -39,8 +40,8 @@ def open_rows(tune: TuneConfig) -> Rows:
         raise UserError("tune.source is empty: expected a folder with train.jsonl, or one of " + " ".join(SUFFIXES))
     path = Path(tune.source).expanduser()
     files = find_files(path)
-    digest = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()}
-    raw = {split: list(read_values(file)) for split, file in files.items()}
+    digest = digests(files.values())
+    raw = {split: list(read_values(file, tune.drop_nulls)) for split, file in files.items()}
     if not raw["train"]:
         raise UserError(f"{files['train']}: no rows: expected at least one")
     kind = tune.format
@@ -51,6 +52,8 @@ def open_rows(tune: TuneConfig) -> Rows:
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for split, rows in raw.items():
         splits[split] = [_FORMATS[kind](value, where, tune) for where, value in rows]
+    if kind == "completion" and any(row.messages for rows in splits.values() for row in rows):
+        kind = "chat"  # its prompts and completions are messages
     notes = []
     if not splits["valid"]:
         splits["train"], splits["valid"] = split_rows(splits["train"], tune.val_fraction)
@@ -62,21 +65,34 @@ def open_rows(tune: TuneConfig) -> Rows:
 def _detect(first: tuple[str, dict[str, Any]], tune: TuneConfig) -> str:
     """The format, by the first row's keys."""
     where, row = first
-    for kind, keys in _keys(tune).items():
-        if all(key in row for key in keys):
+    for kind, ways in _keys(tune).items():
+        if any(all(key in row for key in keys) for keys in ways):
             return kind
-    known = "; ".join(" and ".join(keys) for keys in _keys(tune).values())
+    if "chosen" in row:
+        raise UserError(_preference(row, where, tune))
+    known = "; ".join(" and ".join(ways[0]) for ways in _keys(tune).values())
     raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}: expected {known}")
 
 
-def _keys(tune: TuneConfig) -> dict[str, tuple[str, ...]]:
+def _keys(tune: TuneConfig) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Format -> the sets of keys by which it is known."""
     return {
-        "completion": (tune.prompt_key, tune.completion_key),
-        "chat": (tune.messages_key,),
-        "text": (tune.text_key,),
-        "alpaca": ("instruction", "output"),
-        "sharegpt": ("conversations",),
+        "completion": ((tune.prompt_key, tune.completion_key),),
+        "chat": ((tune.messages_key,),),
+        "text": ((tune.text_key,),),
+        "alpaca": tuple(("instruction", answer) for answer in _ANSWERS),
+        "sharegpt": (("conversations",),),
     }
+
+
+def _preference(row: dict[str, Any], where: str, tune: TuneConfig) -> str:
+    """Why a row of preference data is refused, and how to train on its chosen answer."""
+    talk = isinstance(row["chosen"], list)
+    if tune.prompt_key in row and talk == isinstance(row[tune.prompt_key], list):
+        cure = "tune.completion_key=chosen"
+    else:
+        cure = "tune.messages_key=chosen" if talk else "tune.text_key=chosen"
+    return f"{where}: preference data (chosen, rejected): finetune trains on answers: --set {cure} trains on the chosen"
 
 
 def _text_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
@@ -84,38 +100,118 @@ def _text_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
 
 
 def _completion_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
-    prompt = string_at(row, tune.prompt_key, where, empty=True)
-    return Row(where, text=prompt, answer=string_at(row, tune.completion_key, where), tools=read_tools(row, where))
+    """Two texts, or trl's two lists of messages."""
+    asked, answered = tune.prompt_key, tune.completion_key
+    if isinstance(row.get("label"), bool) and "label" not in (asked, answered):
+        raise UserError(
+            f"{where}: preference data (label is {row['label']}): finetune trains on every completion: expected rows "
+            "with the good ones alone, without the key label"
+        )
+    lists = [isinstance(value_at(row, key, where), list) for key in (asked, answered)]
+    if all(lists):
+        return _prompt_and_completion(row, where, tune)
+    if any(lists):
+        text, role = (answered, "assistant") if lists[0] else (asked, "user")
+        expected = f'[{{"role": "{role}", "content": ...}}]'
+        other = asked if lists[0] else answered
+        raise UserError(f"{where}: {text} is {shown(row[text])}, and {other} a list of messages: expected {expected}")
+    prompt = string_at(row, asked, where, empty=True)
+    answer = string_at(row, answered, where)
+    return Row(where, text=prompt, answer=answer, tools=read_tools(row, where), kwargs=read_kwargs(row, where))
+
+
+def _prompt_and_completion(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+    """A conversation of which only the completion is trained on."""
+    prompt, asked = read_messages(row, tune.prompt_key, where)
+    answer, train = read_messages(row, tune.completion_key, where)
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: {tune.prompt_key} ends with the assistant's message: expected it at the start of "
+            f"{tune.completion_key}"
+        )
+    _check_weights(asked, prompt, where, tune)
+    return _talk(row, where, tune, (*prompt, *answer), (*(False for _ in prompt), *train), answer)
 
 
 def _alpaca_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+    """Alpaca's columns; ``response`` and ``context`` are Dolly's, ``system`` and ``history`` LLaMA-Factory's."""
     asked = string_at(row, "instruction", where)
-    given = row.get("input") or ""
+    key = "input" if row.get("input") or not row.get("context") else "context"
+    given = row.get(key) or ""
     if not isinstance(given, str):
-        raise UserError(f"{where}: input is {shown(given)}: expected a string")
+        raise UserError(f"{where}: {key} is {shown(given)}: expected a string")
     if given.strip():
-        asked = f"{asked}\n\n{unicode(given, f'{where}: input')}"
-    answer = string_at(row, "output", where)
-    return Row(where, messages=({"role": "user", "content": asked}, {"role": "assistant", "content": answer}))
+        asked = f"{asked}\n\n{unicode(given, f'{where}: {key}')}"
+    answer = string_at(row, next((name for name in _ANSWERS if name in row), _ANSWERS[0]), where)
+    turns = [*_history(row, where), ("user", asked), ("assistant", answer)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return Row(where, messages=tuple(_with_system(row, messages)))
+
+
+def _history(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    """Earlier turns: a list of pairs of question and answer."""
+    history = row.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
+        raise UserError(f"{where}: history is {shown(history)}: expected a list of pairs of question and answer")
+    roles = ("user", "assistant")
+    return [
+        (role, unicode(text, f"{where}: history")) for pair in history for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` after the row's system prompt, where they do not begin with one."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _chat_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
-    messages = list_at(row, tune.messages_key, where)
-    return Row(where, messages=read_messages(messages, where), tools=read_tools(row, where))
+    messages, train = read_messages(row, tune.messages_key, where)
+    return _talk(row, where, tune, messages, train, messages)
 
 
 def _sharegpt_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
-    messages = []
-    for number, turn in enumerate(list_at(row, "conversations", where), 1):
-        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-            raise UserError(f"{where}: turn {number} is {shown(turn)}: expected an object with from and value")
-        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT:
-            known = ", ".join(SHAREGPT)
-            raise UserError(f"{where}: turn {number}: unknown role {turn['from']!r}: expected one of {known}")
-        messages.append({"role": SHAREGPT[turn["from"]], "content": turn["value"]})
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return Row(where, messages=read_messages(messages, where), tools=read_tools(row, where))
+    held, train = read_messages(row, "conversations", where)
+    messages = _with_system(row, list(held))
+    added = len(messages) - len(held)
+    return _talk(row, where, tune, tuple(messages), (*[False] * added, *train), held)
+
+
+def _talk(
+    row: dict[str, Any],
+    where: str,
+    tune: TuneConfig,
+    messages: tuple[dict[str, Any], ...],
+    train: tuple[bool, ...],
+    answers: tuple[dict[str, Any], ...],
+) -> Row:
+    """A conversation; ``answers`` are the messages that may be trained on."""
+    if not any(message["role"] == "assistant" for message in answers):
+        raise UserError(f"{where}: no assistant turn: expected at least one to train on")
+    if not any(train):
+        raise UserError(f"{where}: every assistant turn has weight 0 or train false: expected one to train on")
+    _check_weights(train[len(train) - len(answers) :], answers, where, tune)
+    usual = all(asked == (message["role"] == "assistant") for asked, message in zip(train, messages, strict=True))
+    return Row(
+        where,
+        messages=messages,
+        tools=read_tools(row, where),
+        train=() if usual else train,
+        kwargs=read_kwargs(row, where),
+    )
+
+
+def _check_weights(train: tuple[bool, ...], messages: tuple[dict[str, Any], ...], where: str, tune: TuneConfig) -> None:
+    """Refuses weights where everything is trained on."""
+    for number, (asked, message) in enumerate(zip(train, messages, strict=True), 1):
+        if tune.train_on_prompt and message["role"] == "assistant" and not asked:
+            raise UserError(
+                f"{where}: message {number}: weight 0 or train false, and tune.train_on_prompt trains on every token: "
+                "expected one of them"
+            )
 
 
 def text_to_classify(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:

@@ -79,6 +79,8 @@ class Encoder:
             return
         rows = [as_messages(row) for row in rows]
         talks = [Talk(row.where, row.messages, row.tools, row.train, row.kwargs) for row in rows]
+        for row in rows:
+            self.template.check_kwargs(row.kwargs, f"{row.where}: chat_template_kwargs")
         if self.tune.train_on_prompt:
             texts = [self._whole(talk) for talk in talks]
             for row, ids in zip(rows, self._ids(rows, texts), strict=True):

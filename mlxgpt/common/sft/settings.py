@@ -9,7 +9,7 @@ from mlxgpt.common import recipes
 from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.recipes import apply_sets, build, read_toml
-from mlxgpt.common.sft import pydocs_qa
+from mlxgpt.common.rows import pydocs_qa
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.train import schedule
 

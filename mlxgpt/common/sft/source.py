@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import duplicates as row_duplicates
 from mlxgpt.common.rows import formats as row_formats
-from mlxgpt.common.rows.row import Row, as_messages
-from mlxgpt.common.sft import duplicates as sft_duplicates
-from mlxgpt.common.sft import pack
+from mlxgpt.common.rows.row import Row
+from mlxgpt.common.sft import pack, written
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
@@ -45,7 +46,7 @@ class SftSource:
     counts: dict[str, Counts]
     digest: dict[str, str]
     added: tuple[str, ...] = ()
-    duplicates: list[sft_duplicates.Pair] = field(default_factory=list)
+    duplicates: list[row_duplicates.Pair] = field(default_factory=list)
     _plans: dict[int, list[pack.Plan]] = field(default_factory=dict)
     _steps: list[int] = field(default_factory=list)
 
@@ -201,7 +202,7 @@ def open_source(
     if tune.packing:
         size = min(size, _bin(tune.block_size, examples))
     digest = rows.digest | {"tokenizer": tokenizer.digest}
-    duplicates = sft_duplicates.near_duplicates(rows.splits["train"], rows.splits["valid"])
+    duplicates = row_duplicates.near_duplicates(rows.splits["train"], rows.splits["valid"])
     source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
     source.digest["rows"] = pack.digest(examples["train"])
     source.digest["valid rows"] = pack.digest(examples["valid"])
@@ -223,22 +224,31 @@ def choose_template(
     tune: TuneConfig, rows: row_formats.Rows, tokenizer: Tokenizer
 ) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
     """The template for the examples, the tokenizer with it, and the tokens that were added for it."""
+    kwargs = tune.chat_template_kwargs
     if rows.format == "text":
+        _unused(kwargs, "rows of text are not rendered")
         return None, tokenizer, ()
     where = f"{tune.model}: chat template" if tune.model else "chat template"
-    own = sft_template.template_of(tokenizer, where, tune.date)
-    if tune.template == "auto" and (own or rows.format == "completion"):
+    if tune.template == "auto" and (tokenizer.templates or rows.format == "completion"):
+        own = sft_template.template_of(tokenizer, where, tune.date, kwargs)
+        if own is None:
+            _unused(kwargs, f"{where}: there is none: prompts and completions are plain text")
         return own, tokenizer, ()
     if tune.template in ("auto", "chatml"):
         known = tokenizer.encode("".join(sft_template.CHATML_TOKENS))
         with_them = sft_template.with_chatml(tokenizer)
         added = () if len(known) == 2 and set(known) <= tokenizer.special else sft_template.CHATML_TOKENS
-        return sft_template.template_of(with_them, "ChatML", tune.date), with_them, added
+        return sft_template.template_of(with_them, "ChatML", tune.date, kwargs), with_them, added
     path = Path(tune.template).expanduser()
     if not path.is_file():
         raise UserError(f"tune.template = {tune.template}: no such file: expected auto, chatml or a jinja file")
     with_it = from_files(tokenizer.files | {"chat_template.jinja": path.read_bytes()}, path.parent)
-    return sft_template.template_of(with_it, str(path), tune.date), with_it, ()
+    return sft_template.template_of(with_it, str(path), tune.date, kwargs), with_it, ()
+
+
+def _unused(kwargs: dict[str, Any], why: str) -> None:
+    if kwargs:
+        raise UserError(f"tune.chat_template_kwargs = {kwargs}: {why}: expected none")
 
 
 def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -285,26 +295,8 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
-        yield from _unwritten(source.template, rows.splits["train"])
+        yield from written.lines(source.template, rows.splits["train"])
     form = f"packed into {source.size} tokens" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
     yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
-
-
-def _unwritten(template: Template, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for ``tools`` and one for ``tool_calls`` if examples have them and the template omits them."""
-    given = next((row for row in rows if row.tools), None)
-    called = next((row for row in rows if any(message.get("tool_calls") for message in row.messages)), None)
-    for key, found in (("tools", given), ("tool_calls", called)):
-        if found is None:
-            continue
-        row = as_messages(found)
-        bare = [{name: value for name, value in message.items() if name != key} for message in row.messages]
-        try:
-            whole = template.render(row.messages, row.tools)
-            without = template.render(bare, () if key == "tools" else row.tools)
-        except UserError:
-            continue  # the template requires them, or needs tune.unroll
-        if whole == without:
-            yield f"{row.where}: {key}: {template.name} does not write them, so they are not trained on"

@@ -23,6 +23,8 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft import forms
+from mlxgpt.common.sft.forms import Reads
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
 
@@ -123,16 +125,25 @@ class Template:
     ) -> None:
         self.sources, self.tokenizer, self.special, self.name = sources, tokenizer, special, name
         self.kwargs = dict(kwargs)
+        self._reads: dict[str, Reads] = {}
         self._day = datetime.fromisoformat(date) if date else None
         for source in sources.values():
             try:
                 _compile(source, False)
             except jinja2.TemplateError as error:
                 raise UserError(f"{name}: not a template: {_said(error)}") from None
+        self.check_kwargs(self.kwargs, f"{name}: chat_template_kwargs")
         self.marked = any("generation" in _tags(source) for source in sources.values())
         start = self.render([{"role": "user", "content": _SAID}])
         asked = self.render([{"role": "user", "content": _SAID}], generation=True)
         self._header = asked[len(start) :] if asked.startswith(start) else ""
+
+    def check_kwargs(self, kwargs: Mapping[str, Any], where: str) -> None:
+        """Refuses values for the template that it does not read; see forms.check_kwargs."""
+        if kwargs:
+            sources = list(self.sources.values())
+            known = forms.variables(_compile(sources[0], False).environment, sources)
+            forms.check_kwargs(kwargs, known, where, self.name)
 
     @property
     def end(self) -> str:
@@ -150,9 +161,22 @@ class Template:
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise UserError(f"{self.name}: templates {', '.join(self.sources)}: expected one called default")
+        fitted = self.reads(name).fitted(messages)
+        return self._rendered(self.sources[name], fitted, tools, generation, marks, more)
+
+    def reads(self, name: str = "default") -> Reads:
+        """What the template reads of a message."""
+        if name not in self._reads:
+            source = self.sources[name]
+            self._reads[name] = Reads(lambda messages: self._rendered(source, messages, (), False, False, {}))
+        return self._reads[name]
+
+    def _rendered(
+        self, source: str, messages: Messages, tools: Messages, generation: bool, marks: bool, more: Mapping[str, Any]
+    ) -> str:
         given = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
         try:
-            return _compile(self.sources[name], marks).render(
+            return _compile(source, marks).render(
                 {**self.special, "strftime_now": self._now, **self.kwargs, **more, **given},
                 add_generation_prompt=generation,
             )
