@@ -50,8 +50,7 @@ def chat_command(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     template = _template(args.template, tokenizer, str(args.model))
     backend.generate.prepare(model)
     ends = {token for folder in (place, *(folder for folder, _ in found)) for token in generation_ends(folder)}

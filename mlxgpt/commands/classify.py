@@ -33,8 +33,7 @@ def classify_command(args: argparse.Namespace) -> int:
     )
     labels, block_size = model.config.labels, model.config.block_size
     base_and_adapters.expect_task(model.config, args.model, classifier=True)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")

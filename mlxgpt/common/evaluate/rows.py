@@ -40,7 +40,9 @@ def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCo
         UserError: no tokenizer, no such split, or a row that cannot be rendered or fitted.
     """
     if tokenizer is None:
-        raise UserError(f"{path}: rows need a tokenizer, and this model has none")
+        raise UserError(
+            f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
+        )
     tune = TuneConfig(source=path)
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]

@@ -46,7 +46,10 @@ def open_text(path: str, tokenizer: Tokenizer | None, text_key: str, split: str)
     if place.suffix == ".bin" or (place / f"{split}.bin").is_file():
         return _flat(place if place.is_file() else place / f"{split}.bin", tokenizer)
     if tokenizer is None:
-        raise UserError(f"{path}: text needs a tokenizer, and this model has none; expected shards or a flat .bin")
+        raise UserError(
+            f"{path}: text needs a tokenizer, and this model has none; expected shards or a flat .bin, or a model with "
+            "one: mlxgpt convert MODEL NEW --tokenizer FILE"
+        )
     return _corpus(path, tokenizer, text_key)
 
 

@@ -3,7 +3,7 @@
 No framework here; mlxgpt/generate.py and torch_ref/generate.py draw the tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,10 +94,14 @@ class Row:
 
 
 def start_rows(
-    config: ModelConfig, tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | Sequence[int]],
+    stop: Sequence[str],
+    ends: Collection[int] = (),
 ) -> list[Row]:
     """A row a prompt; text or token ids. A text begins with what its tokenizer puts before one, an empty one else
-    with the end-of-text token.
+    with the end-of-text token. ``ends``: tokens that end a text besides the tokenizer's.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
@@ -133,6 +137,7 @@ def start_rows(
             )
         copy = sum(row.prompt == ids for row in rows)
         rows.append(Row(index, ids, copy, tokenizer, stop))
+        rows[-1].ends |= set(ends)
     return rows
 
 

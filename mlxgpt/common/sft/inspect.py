@@ -26,8 +26,7 @@ def inspect_examples(args: Namespace) -> int:
         raise UserError("--tokenizer: only for a corpus; examples are shown in the tokens of --model")
     place, adapters = base_and_adapters.find_base(args.model)
     tokenizer = load_last([place, *(each for each, _ in adapters)])
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     sections = recipes.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
     other = next((name for name in sections if name not in ("tune", "train")), None)
     if other:

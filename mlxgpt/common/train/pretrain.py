@@ -128,6 +128,12 @@ class Pretraining(Kind[TokenSource]):
         except RunError as error:
             return f"(none: {error})"
 
+    def trial(self, run: Path) -> str:
+        """Documents are continued, also where the first weights came with a chat template; ids without a tokenizer."""
+        if self.tokenizer is None:
+            return f"generate --model {run} --prompt-ids IDS"
+        return f"generate --model {run} {'--raw ' if self.tokenizer.templates else ''}--prompt TEXT"
+
 
 def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
     """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move.
