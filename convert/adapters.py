@@ -1,4 +1,4 @@
-"""Converts adapters between PEFT's layout and mlx-lm's; of the base only the sizes are read."""
+"""Converts adapters between PEFT's layout and mlx-lm's; of the base the sizes are read, and what an adapter copied."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import adapter_folder, peft_adapter, resolve
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders import adapter_folder, model_folder, peft_adapter, resolve
+from mlxgpt.common.folders.adapter import Adapter, with_adapter
 from mlxgpt.common.model import families
 from mlxgpt.common.tokenizers import protocol as tokenizer_protocol
 
@@ -51,8 +51,11 @@ def convert(
         raise UserError(f"{dst.parent}: no such folder")
     base = Path(model).expanduser() if model else adapter_folder.base_of(place)
     pickled = _pickled(place / PICKLED) if (place / PICKLED).is_file() else None
-    adapter = adapter_folder.read_adapter(place, None, _config(base), pickled=pickled)
-    config = adapter_folder.with_adapter(_config(base), adapter)
+    weights = any((base / file).is_file() for file in (model_folder.SINGLE, model_folder.INDEX))
+    known = model_folder.read_config(base) if weights else _config(base)
+    # of other weights is fine here: only what an adapter carries of its base's is held against them
+    adapter = adapter_folder.read_adapter(place, base if weights else None, known, force=True, pickled=pickled)
+    config = with_adapter(known, adapter)
     with output.workplace(dst, force) as made:
         made.mkdir()
         gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
@@ -79,5 +82,5 @@ def line(adapter: Adapter, dst: Path | str) -> str:
         for name, file in (("peft", peft_adapter.TENSORS), ("mlx-lm", adapter_folder.mlx_lm_adapter.TENSORS))
         if (Path(dst) / file).is_file()
     ]
-    count = sum(array.size for array in adapter.params.values())
+    count = sum(array.size for name, array in adapter.params.items() if not name.endswith(".tokens"))
     return f"{dst}: {' and '.join(layouts)}, {adapter.method} of {len(adapter.targets)} matrices, {count:,} parameters"

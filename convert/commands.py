@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert import adapters
 from convert.conversion import convert, line
+from convert.formats.rounding import Rounding
 from convert.fuse import fuse
 from convert.verify import html as verify_html
 from convert.verify import text as verify_text
@@ -81,18 +82,21 @@ def fuse_command(args: argparse.Namespace) -> int:
     Args:
         args: model, adapter, out, dtype, dequantize, force, json.
     """
+    rounding = Rounding()
     report, loss = fuse(
         args.model, base_and_adapters.parse_adapters(args.adapter), args.out,
         dtype=args.dtype, dequantize=args.dequantize, force=args.force,
+        rounding=rounding,
     )  # fmt: skip
     if args.json:
         made = dataclasses.asdict(report) | {"loss": dataclasses.asdict(loss) if loss else None}
+        made["rounding"] = rounding.to_json()
         print(json.dumps(made, default=str))
         return 0
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    if loss:
-        print(loss)
+    for told in filter(None, (loss, str(rounding))):
+        print(told)
     print(line(report))
     return 0
 

@@ -11,6 +11,7 @@ from convert.conversion import Report, convert_opened
 from convert.formats.adapter import fused
 from convert.formats.opened import Opened
 from convert.formats.registry import open_model
+from convert.formats.rounding import Rounding
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 
@@ -41,6 +42,7 @@ def fuse(
     dtype: str | None = None,
     dequantize: bool = False,
     force: bool = False,
+    rounding: Rounding | None = None,
 ) -> tuple[Report, Loss | None]:
     """Writes the model that ``model`` is with the adapters ``given`` (a folder, or folders with weights) to ``out``.
 
@@ -51,6 +53,10 @@ def fuse(
         dtype: float32, float16 or bfloat16 of all weights; default: the base's.
         dequantize: write a quantized base as plain weights, of bfloat16 unless ``dtype`` says otherwise.
         force: also with a base of other weights than the adapter was trained on.
+        rounding: gathers what storing the weights loses of the update.
+
+    Returns:
+        What was written; the error of matrices quantized again, if there are any.
 
     Raises:
         UserError: no adapter, one of another model, ones that cannot be added up; see ``convert``.
@@ -58,28 +64,31 @@ def fuse(
     place, found = base_and_adapters.find_base(model, given)
     if not found:
         raise UserError(f"{place}: a model without an adapter: expected --adapter DIR")
-    base = open_model(place)
-    opened = fused(base, found, force, dtype)
+    base, rounding = open_model(place), Rounding() if rounding is None else rounding
+    opened = fused(base, found, force, dtype, rounding)
     packed = any(tensor.packed for tensor in base.tensors.values())
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
     if packed and not dequantize:
         if dtype:
             raise UserError(f"--dtype {dtype}: {place} is quantized and stays so: expected --dequantize with it")
         report = convert_opened(opened, place, out, "mlx-lm", keep_bits=True)
-        return report, _loss(base, opened, open_model(out))
+        return report, _loss(base, opened, open_model(out), rounding)
     if packed and not dtype:
         options = {"dtype": "bfloat16"}
-        opened = fused(base, found, force, "bfloat16")
+        opened = fused(base, found, force, "bfloat16", rounding)
     return convert_opened(opened, place, out, "hf", **options), None
 
 
-def _loss(base: Opened, merged: Opened, written: Opened) -> Loss | None:
-    """Compares the quantized matrices that changed with their exact values."""
+def _loss(base: Opened, merged: Opened, written: Opened, rounding: Rounding) -> Loss | None:
+    """Compares the quantized matrices that changed with their exact values, and adds them to ``rounding``."""
     count, error, size, change, worst = 0, 0.0, 0.0, 0.0, (0.0, "")
     for name, tensor in merged.tensors.items():
         if not tensor.packed or tensor.packed.parts:
             continue
-        exact, before, after = (each.tensors[name].read().astype(np.float64) for each in (merged, base, written))
+        old = "wte.weight" if name not in base.tensors else name  # a head of its own that was tied
+        exact, after = (each.tensors[name].read().astype(np.float64) for each in (merged, written))
+        before = base.tensors[old].read().astype(np.float64)
+        rounding.add(name, before, exact, after, "packed")
         count += 1
         off = exact - after
         error, size = error + float((off**2).sum()), size + float((exact**2).sum())

@@ -3,7 +3,7 @@
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 
 from mlxgpt import noise
-from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model.adapters import Target
 from mlxgpt.layers import Array, Dropout, Embedding, Linear, gather
@@ -148,16 +147,3 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
             squares = mx.square(module.matrix().astype(mx.float32)).sum(axis=-1)
             mx.eval(squares)
         module.adapter = LowRankUpdate(target.scale, site, squares)
-
-
-def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:
-    """Adds adapters, each times its weight, to a model whose weights are there.
-
-    Raises:
-        UserError: they cannot be added up; see common.adapters.add_up.
-    """
-    targets, params, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in given])
-    for name, array in whole.items():
-        path, _, kind = name.rpartition(".")
-        setattr(model.at(path), kind, mx.array(array).astype(model.dtype))
-    adapt(model, targets, params)

@@ -1,6 +1,5 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
-import functools
 from pathlib import Path
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -12,6 +11,7 @@ from mlxgpt import adapters, quant
 from mlxgpt import device as devices
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.folders.adapter import add_up
 from mlxgpt.common.folders.base_and_adapters import Given
 from mlxgpt.common.model import params, quantize_base
 from mlxgpt.common.model.affine import Quantized
@@ -50,16 +50,16 @@ def load(
     place, found = base_and_adapters.find_base(path, adapter)
     base = model_folder.read_config(place)
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
-    config = functools.reduce(adapter_folder.with_adapter, (each for each, _ in given), base)
-    brought = {name for each, _ in given for name in each.params}
-    model = Model(config, getattr(mx, dtype))
+    both = add_up(base, given)
+    model = Model(both.config, getattr(mx, dtype))
     arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where == mx.Device(mx.cpu), dequantize)
-    for name in (name for name in params.table(config) if name not in brought):
+    arrays = both.onto(arrays)
+    for name in params.table(both.config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantized):
             quant.place(model, module, each)
         else:
             setattr(model.at(module), kind, mx.array(each).astype(model.dtype))
-    adapters.attach(model, given)
+    adapters.adapt(model, both.targets, both.params)
     mx.eval(model.parameters())
     return model, tokenizer.load_last([place, *(each for each, _ in found)])

@@ -43,7 +43,7 @@ from convert.formats.gguf.file import read_gguf, write_gguf
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.adapter import Adapter
 from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer

@@ -52,7 +52,7 @@ PEFT: list[tuple[str, Callable[[dict[str, Any], Tensors], Any], str]] = [
     ("none", lambda v, t: v.pop("peft_type"), "peft_type None"),
     ("lora_bias", lambda v, t: v.update(lora_bias=True), "lora_bias = True is not supported"),
     ("moe", lambda v, t: v.update(target_parameters=["experts.gate"]), "target_parameters = "),
-    ("tokens", lambda v, t: v.update(trainable_token_indices=[1]), "trainable_token_indices = "),
+    ("tokens", lambda v, t: v.update(trainable_token_indices=[1]), "trainable_tokens_delta of wte is missing"),
     ("future", lambda v, t: v.update(use_warp=True), "use_warp = True is not supported"),
     ("pissa", lambda v, t: v.update(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base model"),
     ("rank", lambda v, t: v.update(r=3), r"lora_a of h.0.attn.c_attn has shape \[4, 48\], expected \[3, 48\]"),

@@ -18,7 +18,7 @@ from benchmarks.head import mlx_peak, torch_peak
 from mlxgpt import noise
 from mlxgpt.common.config import OptimConfig, Recipe
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.adapter import Adapter, add_up
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.train import guards
@@ -240,7 +240,9 @@ def test_several_adapters_add_up(package: str) -> None:
             base[f"{path}.weight"] += (weight * adapters.delta(target, own, path)).astype(np.float32)
     plain = Recipe(model=config.model, train=config.train)
     model = engine(package, plain, {name: fused[name] for name in base}).model
-    importlib.import_module(f"{package}.adapters").attach(model, given)
+    both = add_up(config.model, given)
+    assert not both.whole
+    importlib.import_module(f"{package}.adapters").adapt(model, both.targets, both.params)
     tokens = packed(config).tokens
     found = (
         np.array(model(mx.array(tokens))) if package == "mlxgpt" else model(torch.from_numpy(tokens)).detach().numpy()

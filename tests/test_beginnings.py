@@ -216,7 +216,8 @@ def test_rows_are_those_of_mlx_lm(form: str, shape: tuple[Path, Tokenizer, Any],
         pytest.skip("ChatML is added here; mlx-lm refuses")
     source = examples(tokenizer, tmp_path, ROWS[form])
     if form != "completion" or tokenizer.templates:
-        dataset = mlx_lm.tuner.datasets.create_dataset(ROWS[form], mlx_lm.tokenizer_utils.load(folder), None)
+        peer: Any = mlx_lm.tokenizer_utils.load(folder)
+        dataset = mlx_lm.tuner.datasets.create_dataset(ROWS[form], peer, None)
         expected = [dataset.process(row)[0] for row in ROWS[form]]
     else:  # mlx-lm needs a template
         expected = [judge(row["prompt"] + row["completion"]).input_ids for row in ROWS[form]]
@@ -326,9 +327,8 @@ def test_a_model_of_documents_says_that_its_texts_begin_with_the_separator(kind:
     source, tokenizer = token_source.open_data(data, 16, TrainConfig(batch_size=2), say=lambda line: None)
     assert tokenizer and source.begins_with == index["begins_with"] == []
     write_model(tmp_path / "m", *fresh(tokenizer), tokenizer=tokenizer)
-    judge, peer = (
-        load(tmp_path / "m") for load in (transformers.AutoTokenizer.from_pretrained, mlx_lm.tokenizer_utils.load)
-    )
+    judge: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    peer = mlx_lm.tokenizer_utils.load(tmp_path / "m")
     again = load_tokenizer(tmp_path / "m")
     for text in (TEXT, "", "a"):
         expected = [plain.eos_id, *plain.encode(text)]

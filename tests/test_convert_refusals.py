@@ -288,13 +288,21 @@ def quantized(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mode 'mxfp4' is not supported"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp5"}}, "mode 'mxfp5' is not supported"),
+        (
+            {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}},
+            "mode 'mxfp4', expected scales and no biases",
+        ),
         ({"quantization": {"group_size": 32, "bits": 7}}, "7 bits and group_size 32"),
         ({"quantization": {"group_size": 0, "bits": 4}}, "4 bits and group_size 0"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "found F32 [80, 2], expected F32 or F16 or BF16 [80, 1]"),
         ({"quantization": {"group_size": 32, "bits": 8}}, "found U32 [80, 8], expected U32 [80, 16]"),
-        ({"quantization": None}, "quantization is missing, but model.embed_tokens.scales is there"),
-        ({"quantization": [1]}, "expected a table"),
+        ({"quantization": None}, "quantization is missing, which mlx-lm reads, beside an equal quantization_config"),
+        (
+            {"quantization": None, "quantization_config": None},
+            "model.embed_tokens.scales is there, but config.json has no",
+        ),
+        ({"quantization": [1]}, "weights quantized by a method that is not named"),
     ],
 )
 def test_quantized_folders_that_do_not_hold(

@@ -200,13 +200,15 @@ REFUSED = [
     ),
     (
         "llama",
-        {"quantization_config": {"bits": 4}},
-        "c.json: quantization_config: quantized weights are not supported: expected float32, float16 or bfloat16",
+        {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+        "c.json: quantization_config: weights quantized by GPTQ, 4 bits are not supported: expected float32, "
+        "float16 or bfloat16, fp8 with scales, or mlx-lm's own quantization",
     ),
     (
         "gpt2",
         {"quantization": {"bits": 4}},
-        "c.json: quantization: quantized weights are not supported: expected float32, float16 or bfloat16",
+        "c.json: quantization: weights quantized by a method that is not named are not supported: expected float32, "
+        "float16 or bfloat16, fp8 with scales, or mlx-lm's own quantization",
     ),
     ("gpt2", {"scale_attn_weights": False}, "c.json: scale_attn_weights = False is not supported: expected True"),
     (

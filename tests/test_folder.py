@@ -211,7 +211,11 @@ def test_old_llama_buffers_are_ignored(tmp_path: Path) -> None:
 def test_the_heads_tensor_decides_whether_it_is_tied(written: Path) -> None:
     table = weights(CASES["gpt2"])["wte.weight"]
     edit(written, tie_word_embeddings=False)
-    assert model_folder.read_config(written).tied, "no head in the file"
+    missing = "expected the head, or tie_word_embeddings = true in config.json for one that is the embedding"
+    expected = f"tensor lm_head.weight is missing, and config.json has tie_word_embeddings = false: {missing}"
+    assert refusal(model_folder.read_config, written) == f"{written}: {expected}"
+    edit(written, tie_word_embeddings=None)
+    assert model_folder.read_config(written) == CASES["gpt2"], "gpt2 ties where nothing is said"
     edit(written, tie_word_embeddings=True)
     edit_weights(written, **{"lm_head.weight": table})
     assert model_folder.read_config(written) == CASES["gpt2"]
@@ -225,6 +229,19 @@ def test_the_heads_tensor_decides_whether_it_is_tied(written: Path) -> None:
     tied = dataclasses.replace(config, tied=True)
     expected = f"{written}: lm_head.weight differs from the embedding, expected an equal or no head for a tied model"
     assert refusal(model_folder.read_params, written, tied) == expected
+
+
+def test_an_index_of_one_file_must_be_true_of_it(written: Path) -> None:
+    names = list(tensors.read_tensors(written / model_folder.SINGLE))
+
+    def read(*held: str) -> str:
+        weight_map = dict.fromkeys(held, model_folder.SINGLE)
+        (written / model_folder.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        return refusal(model_folder.read_config, written)
+
+    place = written / model_folder.SINGLE
+    assert read(*names[1:]) == f"{place}: {names[0]} is there, but {model_folder.INDEX} says 'nothing'"
+    assert read(*names, "head") == f"{place}: head is missing, which {model_folder.INDEX} says is there"
 
 
 def test_zero_biases_do_not_survive_and_others_are_not_lost(tmp_path: Path) -> None:
@@ -311,7 +328,8 @@ def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path, written: Pa
     assert refusal(model_folder.read_config, tmp_path) == f"{tmp_path / 'config.json'}: No such file or directory"
     (written / model_folder.SINGLE).rename(written / "pytorch_model.bin")
     expected = f"expected {model_folder.SINGLE} or {model_folder.INDEX}"
-    assert refusal(model_folder.read_config, written) == f"{written}: found pytorch_model.bin, {expected}"
+    cure = f"mlxgpt convert {written} NEW makes them"
+    assert refusal(model_folder.read_config, written) == f"{written}: found pytorch_model.bin, {expected}: {cure}"
     (written / "pytorch_model.bin").unlink()
     assert refusal(model_folder.read_config, written) == f"{written}: {expected}"
     file.write_text("[1]")
@@ -357,5 +375,8 @@ def test_an_index_that_is_not_true_is_refused(sharded: Path) -> None:
     assert read({name: true[name] for name in true if name != "wte.weight"}) == (
         f"{sharded / true['wte.weight']}: wte.weight is there, but {model_folder.INDEX} says 'nothing'"
     )
+    without = {name: file for name, file in true.items() if file != last}
+    head = min(set(true) - set(without))
+    assert read(without) == f"{sharded / last}: {head} is there, but {model_folder.INDEX} says 'nothing'"
     (sharded / last).unlink()
     assert read(true) == f"{sharded / last}: No such file or directory"

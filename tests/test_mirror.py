@@ -43,7 +43,7 @@ ONLY = {
 
 # the largest share of lines that may differ
 SHARE = {
-    "adapters.py": 0.31,
+    "adapters.py": 0.33,
     "device.py": 0.66,  # each names its own memory limits
     "engine.py": 0.43,
     "generate.py": 0.28,

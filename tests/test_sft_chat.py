@@ -10,6 +10,7 @@ import templates
 from templates import FAMILIES, made, tokenizer_folder
 from transformers import AutoTokenizer
 
+from mlxgpt.common.chat import locate
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.template import Template, template_of, with_chatml
@@ -122,7 +123,10 @@ def test_templates_that_rewrite_what_was_asked_are_refused(tmp_path: Path) -> No
     rewriting = "{% for m in messages %}{{ loop.length ~ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     template = template_of(made(tmp_path, rewriting, []))
     assert template
-    with pytest.raises(UserError, match="f row 1: chat template changes what precedes an answer"):
+    with pytest.raises(
+        UserError,
+        match="f row 1: chat template writes the prompt of an answer otherwise when the answer follows.* tune.unroll",
+    ):
         template.encode_turns([("f row 1", TALK, ())])
 
 
@@ -238,27 +242,37 @@ def test_chatml_takes_the_place_of_another_template(tmp_path: Path) -> None:
 
 
 MUTATIONS = {
-    "mask begins one token late": ("mask[start:stop] = True", "mask[start + 1 : stop] = True"),
-    "mask begins one token early": ("mask[start:stop] = True", "mask[start - 1 : stop] = True"),
-    "no end token": ("mask[start:stop] = True", "mask[start : stop - 1] = True"),
-    "the last turn alone": (
-        "for number in range(1, len(texts), 2)",
-        "for number in range(len(texts) - 2, len(texts), 2)",
+    "mask begins one token late": (
+        sft_template,
+        "mask[_reached(whole, before) :",
+        "mask[_reached(whole, before) + 1 :",
     ),
-    "the newline after the end too": ("mask[start:stop] = True", "mask[start : stop + 1] = True"),
-    "rewritten history accepted": ("if not np.array_equal(whole[:stop], upto[:stop])", "if False"),
-    "a prompt's tokens not compared": ("if not np.array_equal(whole[:start], before)", "if False"),
+    "mask begins one token early": (
+        sft_template,
+        "mask[_reached(whole, before) :",
+        "mask[_reached(whole, before) - 1 :",
+    ),
+    "no end token": (sft_template, "_reached(whole, upto)] = True", "_reached(whole, upto) - 1] = True"),
+    "the newline after the end too": (
+        sft_template,
+        "_reached(whole, upto)] = True",
+        "_reached(whole, upto) + 1] = True",
+    ),
+    "the last turn alone": (sft_template, "in enumerate(pairs):", "in list(enumerate(pairs))[-1:]:"),
+    "a prompt's tokens not compared": (sft_template, "if start in begins and not np", "if False and not np"),
+    "rewritten history accepted": (locate, "if not text.startswith(upto[:stop])", "if False"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_mask_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = MUTATIONS[name]
-    source = Path(sft_template.__file__).read_text()
+    module, old, new = MUTATIONS[name]
+    source = Path(str(module.__file__)).read_text()
     assert source.count(old) == 1
     space: dict[str, Any] = {"__name__": "mutant"}
-    exec(compile(source.replace(old, new), sft_template.__file__, "exec"), space)
-    monkeypatch.setattr(Template, "_masked", space["Template"]._masked)
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), space)
+    changed = "_masked" if module is sft_template else "Locator"
+    monkeypatch.setattr(sft_template, changed, space[changed])
     with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
         test_every_answer_and_its_end_token_are_trained_and_nothing_else("smollm2", tmp_path / "a")
         test_qwen3_rewrites_history_and_is_refused_unless_unrolled(tmp_path / "b")

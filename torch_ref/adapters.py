@@ -3,7 +3,7 @@
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mlxgpt.common.folders.adapter_folder import Adapter
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model.adapters import Target
 from torch_ref import noise
@@ -124,16 +123,3 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
         if f"{path}.magnitude" in params:
             squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
         module.adapter = LowRankUpdate(target.scale, site, squares)
-
-
-def attach(model: Model, given: Sequence[tuple[Adapter, float]]) -> None:
-    """Adds adapters, each times its weight, to a model whose weights are there.
-
-    Raises:
-        UserError: they cannot be added up; see common.adapters.add_up.
-    """
-    targets, params, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in given])
-    for name, array in whole.items():
-        path, _, kind = name.rpartition(".")
-        getattr(model.at(path), kind).data.copy_(torch.from_numpy(array))
-    adapt(model, targets, params)

@@ -1,12 +1,12 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
-import functools
 from pathlib import Path
 
 import torch
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.folders.adapter import add_up
 from mlxgpt.common.folders.base_and_adapters import Given
 from mlxgpt.common.model import params, quantize_base
 from mlxgpt.common.model.affine import Quantized
@@ -47,15 +47,15 @@ def load(
     place, found = base_and_adapters.find_base(path, adapter)
     base = model_folder.read_config(place)
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
-    config = functools.reduce(adapter_folder.with_adapter, (each for each, _ in given), base)
-    brought = {name for each, _ in given for name in each.params}
-    model = Model(config, getattr(torch, dtype))
+    both = add_up(base, given)
+    model = Model(both.config, getattr(torch, dtype))
     arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where.type == "cpu", dequantize)
-    for name in (name for name in params.table(config) if name not in brought):
+    arrays = both.onto(arrays)
+    for name in params.table(both.config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
         if isinstance(each, Quantized):
             quant.place(model, module, each)
         else:
             getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
-    adapters.attach(model, given)
+    adapters.adapt(model, both.targets, both.params)
     return model.to(where).eval(), tokenizer.load_last([place, *(each for each, _ in found)])

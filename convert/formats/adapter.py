@@ -5,17 +5,19 @@ the base's.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from convert.formats import hf, stream
-from convert.formats.opened import Opened, Packed, Tensor
+from convert.formats.opened import Opened, Tensor
+from convert.formats.rounding import Rounding
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
+from mlxgpt.common.folders.adapter import Together, add_up
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.model.adapters import Target
 from mlxgpt.common.tokenizers.protocol import FILES
 
 FORMAT = "adapter"
@@ -31,25 +33,28 @@ def read(path: Path, base: Opened) -> Opened:
     return dataclasses.replace(made, path=path, format=FORMAT)
 
 
-def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False, dtype: str | None = None) -> Opened:
+def fused(
+    base: Opened,
+    given: Sequence[tuple[Path, float]],
+    force: bool = False,
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+) -> Opened:
     """``base`` merged with the adapters in these folders, each multiplied by its weight.
 
-    Merged matrices are rounded once, to ``dtype`` or the base's dtype.
+    Merged matrices are rounded once, to ``dtype`` or the base's dtype; ``rounding`` gathers what that loses of those
+    that are not quantized again. A tied base whose head they change apart becomes an untied model.
     """
     read = [(adapter_folder.read_adapter(path, base.path, base.config, force), weight) for path, weight in given]
-    targets, arrays, whole = adapters.add_up([(each.targets, each.params, weight) for each, weight in read])
-    config = base.config
-    for each, _ in read:
-        config = adapter_folder.with_adapter(config, each)
+    both = add_up(base.config, read)
     tensors, norm = {}, base.tensors.get("ln_f.weight", base.tensors["wte.weight"])
-    for name, param in params.table(config).items():
-        # a classifier's score matrix, which the base lacks, gets the dtype of its norms
-        tensor, path = base.tensors.get(name, norm), name.removesuffix(".weight")
-        kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
-        if name in whole:
-            tensor = _given(name, whole[name], tensor, kept)
-        elif path in targets and path != name:
-            tensor = _merged(tensor, targets[path], arrays, path, kept)
+    for name, param in params.table(both.config).items():
+        # a head of its own begins as the embedding; a classifier's score matrix gets the dtype of its norms
+        tied = name == "lm_head.weight" and base.config.tied
+        tensor, path = base.tensors.get("wte.weight" if tied else name, norm), name.removesuffix(".weight")
+        if name in both.whole or (path != name and (path in both.targets or f"{path}.rows" in both.whole)):
+            kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
+            tensor = _changed(name, tensor, param.shape, both, kept, rounding)
         if tensor.shape != param.shape:
             raise UserError(f"{given[0][0]}: {name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
         tensors[name] = tensor
@@ -61,26 +66,31 @@ def fused(base: Opened, given: Sequence[tuple[Path, float]], force: bool = False
     files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
     notes = [*(note for each, _ in read for note in each.notes), *hf.left_in_folder(base.path, base)]
     return dataclasses.replace(
-        base, config=config, tensors=tensors,
+        base, config=both.config, tensors=tensors,
         files=(*base.files, *files), companions=companions, moments=None, notes=notes,
     )  # fmt: skip
 
 
-def _given(name: str, array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> Tensor:
-    """A tensor that was trained whole."""
-    return Tensor(array.shape, dtype, lambda: stream.cast(name, array, dtype), packed=_anew(tensor))
-
-
-def _merged(tensor: Tensor, target: Target, arrays: Mapping[str, np.ndarray], path: str, dtype: np.dtype) -> Tensor:
-    """A matrix with its update."""
+def _changed(
+    name: str, tensor: Tensor, shape: tuple[int, ...], both: Together, dtype: np.dtype, rounding: Rounding | None
+) -> Tensor:
+    """A tensor of the base with what the adapters do to it, of ``shape``."""
+    path, packed = name.removesuffix(".weight"), tensor.packed
 
     def read() -> np.ndarray:
-        made = adapters.fuse(tensor.read().astype(np.float32), target, arrays, path)
-        return stream.cast(f"{path}.weight", made, dtype)
+        exact: np.ndarray | None = both.whole.get(name)
+        before = None if name.startswith("score.") else tensor.read().astype(np.float32, copy=False)
+        if exact is None:
+            assert before is not None
+            exact = cast(np.ndarray, params.resize_vocab({name: before}, shape[0])[name])
+        if f"{path}.rows" in both.whole:
+            exact = adapters.with_rows(exact, both.whole, path)
+        if path in both.targets and path != name:
+            exact = adapters.merged(exact, both.targets[path], both.params, path)
+        stored = stream.cast(name, exact.astype(np.float32, copy=False), dtype)
+        if rounding is not None and before is not None and packed is None:
+            rounding.add(name, before, exact, stored, dtype.name)
+        return stored
 
-    return Tensor(tensor.shape, dtype, read, packed=_anew(tensor))
-
-
-def _anew(tensor: Tensor) -> Packed | None:
-    """How a merged matrix is quantized again."""
-    return dataclasses.replace(tensor.packed, parts=None) if tensor.packed else None
+    # how a quantized matrix is quantized again
+    return Tensor(shape, dtype, read, packed=dataclasses.replace(packed, parts=None) if packed else None)

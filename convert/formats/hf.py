@@ -12,13 +12,12 @@ from convert.formats.opened import Moments, Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import model_folder
-from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header, read_tensor
+from mlxgpt.common.folders import model_folder, quantized
+from mlxgpt.common.folders.tensors import DTYPES, Entry, Stored, read_header, read_tensor
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 
 KIND = "folder"
-FLOATS = ("F32", "F16", "BF16")
 NO_MOMENTS = "AdamW's moments are left behind: --to hf, nanogpt and gptmodel have a place for them"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NARROW = ("float16", "bfloat16")
@@ -52,9 +51,8 @@ def read(path: Path) -> Opened:
         UserError: see ``model_folder.read_config`` and ``model_folder.locate``.
     """
     values = read_json(path / "config.json")
-    config, extra = read_values(values, str(path / "config.json"))
-    config = model_folder.read_config(path)
-    return open_folder(path, "hf", config, model_folder.find_tensors(path), extra)
+    config, extra = read_values(quantized.plain_values(path, values), str(path / "config.json"))
+    return open_folder(path, "hf", values, config, model_folder.read_entries(path, values, config), extra)
 
 
 class _Watched(dict[str, Any]):
@@ -90,20 +88,32 @@ def read_values(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, dic
 
 
 def open_folder(
-    path: Path, name: str, config: ModelConfig, entries: Mapping[str, Entry], extra: dict[str, Any]
+    path: Path,
+    name: str,
+    values: Mapping[str, Any],
+    config: ModelConfig,
+    entries: Mapping[str, Stored],
+    extra: dict[str, Any],
 ) -> Opened:
-    """A folder's model, from where its tensors lie by the names of the family's files.
+    """A folder's model, from its config.json and where its tensors lie, see ``model_folder.read_entries``.
 
     Raises:
         UserError: see ``model_folder.locate``; or a bias that config.json calls zero is not.
     """
+    config = model_folder.settle(path, values, config, entries)
     located = model_folder.locate(path, config, entries)
     wanted = params.table(config)
     for ours, (foreign, entry, _) in located.items():
-        if ours not in wanted and read_tensor(entry).any():
+        if ours not in wanted and entry.read().any():
             raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
     places = {ours: (located[ours][1], located[ours][2]) for ours in wanted}
-    notes = [f"{path / 'config.json'}: auto_map is left out: the model is of a class that needs none"]
+    notes = []
+    if "auto_map" in values:
+        notes.append(f"{path / 'config.json'}: auto_map is left out: the model is of a class that needs none")
+    fp8 = sum(isinstance(entry, quantized.Fp8) for entry, _ in places.values())
+    if fp8:
+        said = "are read as float32 code * scale, exactly; scales of activations, if any, are left out"
+        notes.append(f"{path}: {fp8} matrices of fp8 {said}")
     made = Opened(
         path=path,
         format=name,
@@ -113,7 +123,7 @@ def open_folder(
         companions=companions(path),
         extra=extra,
         moments=_moments(path, config),
-        notes=notes if "auto_map" in read_json(path / "config.json") else [],
+        notes=notes,
     )
     made.notes += left_in_folder(path, made)
     return made
@@ -124,15 +134,15 @@ def companions(path: Path) -> dict[str, Path | bytes]:
     return {file: path / file for file in COMPANIONS if (path / file).is_file()}
 
 
-def stored_tensor(entry: Entry, transposed: bool = False) -> Tensor:
+def stored_tensor(entry: Stored, transposed: bool = False) -> Tensor:
     """The tensor that lies at ``entry``, as our layout or as [in, out]."""
     shape = entry.shape[::-1] if transposed else entry.shape
 
     def read() -> np.ndarray:
-        array = read_tensor(entry)
+        array = entry.read()
         return array.T if transposed else array
 
-    return Tensor(shape, DTYPES[entry.dtype], read, entry, transposed)
+    return Tensor(shape, DTYPES[entry.dtype], read, entry if isinstance(entry, Entry) else None, transposed)
 
 
 def left_in_folder(path: Path, made: Opened) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""mlx-lm's folders: a Hugging Face folder with an index, or with matrices in MLX's affine quantization.
+"""mlx-lm's folders: a Hugging Face folder with an index, or with matrices that MLX quantized.
 
 Plain folders have the family's names, so that transformers reads them too; gpt2's matrices lie as [in, out], which
 mlx-lm turns. What mlx-lm itself wrote, and all that is quantized, has the names of its modules.
@@ -13,9 +13,10 @@ from convert.formats import hf, stream
 from convert.formats.opened import Opened, Options, Packed, Tensor
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder
+from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder, quantized
 from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header
 from mlxgpt.common.model import affine, families, params
+from mlxgpt.common.model.affine import Quantized
 
 KIND = "folder"
 _METADATA = {"format": "mlx"}
@@ -35,26 +36,23 @@ def recognize(path: Path) -> bool:
 
 
 def read(path: Path) -> Opened:
-    """A folder of mlx-lm; quantized matrices are float32 q * scale + bias.
+    """A folder of mlx-lm; quantized matrices are float32, in affine mode q * scale + bias.
 
     Raises:
-        UserError: another quantization than affine, a quantized matrix that is not whole, or see ``hf.read``.
+        UserError: a quantization that mlx-lm does not have, a quantized matrix that is not whole, or see ``hf.read``.
     """
     where = path / "config.json"
     values = read_json(where)
-    config, extra = hf.read_values(mlx_lm_folder.plain_values(values), str(where))
-    entries = model_folder.find_tensors(path)
-    own = set(mlx_lm_names.names(config)) - set(families.from_foreign(config))
-    if not own & set(entries) and not any(name.endswith(".scales") for name in entries):
-        for key in mlx_lm_folder.KEYS:
-            if values.get(key) is not None:
-                raise UserError(f"{where}: {key} is there, but no tensor is quantized")
-        return hf.open_folder(path, "mlx-lm", model_folder.read_config(path), entries, extra)
-    config = mlx_lm_folder.with_head(config, entries)
-    located = mlx_lm_folder.locate(path, config, entries, values.get("quantization"))
+    config, extra = hf.read_values(quantized.plain_values(path, values), str(where))
+    entries = model_folder.read_entries(path, values, config)
+    if not mlx_lm_folder.is_own(config, values, entries):
+        return hf.open_folder(path, "mlx-lm", values, config, entries, extra)
+    config = model_folder.settle(path, values, config, entries)
+    plain = mlx_lm_folder.plain_names(path, config, entries)
+    located = mlx_lm_folder.locate(path, config, plain, values.get("quantization"))
     shapes = {name: param.shape for name, param in params.table(config).items()}
     tensors = {
-        name: hf.stored_tensor(where) if isinstance(where, Entry) else _matrix(where, shapes[name])
+        name: _matrix(where, shapes[name]) if isinstance(where, mlx_lm_folder.Matrix) else hf.stored_tensor(where)
         for name, where in located.items()
     }
     count = sum(isinstance(where, mlx_lm_folder.Matrix) for where in located.values())
@@ -62,14 +60,20 @@ def read(path: Path) -> Opened:
     opened = Opened(path, "mlx-lm", config, tensors, files, hf.companions(path), extra)
     opened.notes = list(hf.left_in_folder(path, opened))
     if count:
-        opened.notes.append(f"{path}: {count} quantized matrices are read as float32 scale * q + bias, exactly")
+        opened.notes.append(f"{path}: {count} quantized matrices are read as float32, exactly")
     return opened
 
 
 def _matrix(where: mlx_lm_folder.Matrix, shape: tuple[int, ...]) -> Tensor:
-    parts = (where.words, where.scales, where.biases)
-    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], parts)
-    return Tensor(shape, np.dtype(np.float32), lambda: where.read().dequantize(), packed=packed)
+    def read() -> np.ndarray:
+        found = where.read()
+        return found.dequantize() if isinstance(found, Quantized) else found
+
+    parts = tuple(each for each in (where.words, where.scales, where.biases) if isinstance(each, Entry))
+    if len(parts) < 3:  # no affine mode, which alone is written again as it is
+        return Tensor(shape, np.dtype(np.float32), read)
+    packed = Packed(where.bits, where.group_size, DTYPES[where.scales.dtype], (parts[0], parts[1], parts[2]))
+    return Tensor(shape, np.dtype(np.float32), read, packed=packed)
 
 
 def write(opened: Opened, place: Path, options: Options) -> list[str]:

@@ -5,6 +5,7 @@ An archive of names alone does not say the model, so config.json stands beside i
 write it, as two raw bytes (V2). Entries are not compressed, and read where they lie; compressed ones are read whole.
 """
 
+import dataclasses
 import math
 import struct
 import tokenize
@@ -18,9 +19,10 @@ import numpy as np
 
 from convert.formats import hf, output, stream
 from convert.formats.opened import Opened, Options, Tensor
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import TensorError, UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names
+from mlxgpt.common.folders import head, mlx_lm_folder, mlx_lm_names
 from mlxgpt.common.folders.tensors import DTYPES, Entry
 from mlxgpt.common.model import families, params
 
@@ -47,16 +49,20 @@ def read(path: Path) -> Opened:
     """
     place = path.parent if path.name == _FILE else path
     where = place / "config.json"
-    config, extra = hf.read_values(read_json(where), str(where))
-    found = _arrays(place / _FILE)
-    config = mlx_lm_folder.with_head(config, found)
+    values = read_json(where)
+    config, extra = hf.read_values(values, str(where))
+    arrays = _arrays(place / _FILE)
+    found = mlx_lm_folder.plain_names(place / _FILE, config, arrays)
+    config = _with_head(place / _FILE, values, config, found)
     wanted, tensors = params.table(config), {}
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     for name, ours in mlx_lm_names.names(config).items():
         tensor = found.pop(name, None)
         if tensor is None or tensor.shape != shapes[ours]:
-            shown = f"has shape {list(tensor.shape)}" if tensor else "is missing"
-            raise TensorError(name, f"{place / _FILE}: {name} {shown}, expected {list(shapes[ours])} by config.json")
+            if tensor is None:
+                raise TensorError(name, head.missing(place / _FILE, name, arrays, config))
+            shown = f"has shape {list(tensor.shape)}, expected {list(shapes[ours])} by config.json"
+            raise TensorError(name, f"{place / _FILE}: {name} {shown}")
         if ours in wanted:
             tensors[ours] = tensor
         elif tensor.read().any():
@@ -68,6 +74,21 @@ def read(path: Path) -> Opened:
     opened = Opened(place, "npz", config, tensors, (place / _FILE,), hf.companions(place), extra)
     opened.notes = list(hf.left_in_folder(place, opened))
     return opened
+
+
+def _with_head(place: Path, values: Mapping[str, Any], config: ModelConfig, found: dict[str, Tensor]) -> ModelConfig:
+    """``config``, tied as it and the arrays say; a head that is the embedding's copy is taken out of them."""
+    if "tied" in families.family_of(config).fixed:
+        return config
+    name, table = (f"{module}.weight" for module in mlx_lm_folder.head_and_table(config))
+
+    def is_copy() -> bool:
+        return table in found and np.array_equal(found[name].read(), found[table].read())
+
+    tied = head.is_tied(place, values, config, name, found, is_copy)
+    if tied:
+        found.pop(name, None)
+    return dataclasses.replace(config, tied=tied)
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:

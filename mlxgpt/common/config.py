@@ -293,6 +293,10 @@ class TuneConfig:
         default_factory=dict, metadata={"help": "values that the template reads, such as {enable_thinking = false}"}
     )
     train_on_prompt: bool = _field(False, "train on all tokens, not only on those of the assistant")
+    train_on: str = _field("both", "what of an answer is trained: both, answer (without its reasoning) or thinking")
+    sanitize: bool = _field(
+        False, "control tokens that messages spell are text, as transformers' sanitize_control_tokens"
+    )
     unroll: bool = _field(False, "one example per answer, with its history: for templates that rewrite history")
     date: str = _field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = _field(0, "maximum tokens of an example; 0 = the model's context, at most 2048")
@@ -316,14 +320,16 @@ class TuneConfig:
     def __post_init__(self) -> None:
         _one_of("tune", self, "task", "lm", "classify")
         _one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
+        _one_of("tune", self, "train_on", "both", "answer", "thinking")
         _one_of("tune", self, "overflow", "truncate", "drop", "refuse")
         _one_of("tune", self, "class_weights", "none", "balanced")
         _one_of("tune", self, "drop_nulls", "auto", "true", "false")
         if not self.date:  # a run resumed tomorrow renders the same examples
             object.__setattr__(self, "date", datetime.date.today().isoformat())
         _check("tune", _is_day(self.date), "date", self.date, "a day such as 2026-11-25")
-        fits = not (self.unroll and self.train_on_prompt)
-        _check("tune", fits, "unroll", self.unroll, "false where tune.train_on_prompt")
+        for name, idle in (("unroll", False), ("train_on", "both")):
+            fits = getattr(self, name) == idle or not self.train_on_prompt
+            _check("tune", fits, name, getattr(self, name), f"{idle!r} where tune.train_on_prompt")
         for name in ("block_size", "neftune", "metric_rows"):
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter, resolve
-from mlxgpt.common.folders.peft_adapter import by_suffix, suffixes, tidy, usual
+from mlxgpt.common.folders.adapter import VOCABULARY, Adapter
+from mlxgpt.common.folders.peft_names import by_suffix, suffixes, tidy, usual
 from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
-from mlxgpt.common.model import adapters, families, params
+from mlxgpt.common.model import adapters, families, params, quantization_methods
 from mlxgpt.common.model.adapters import Target
 from mlxgpt.common.recipes import SECTIONS
 
@@ -35,21 +35,6 @@ LAYOUTS = ("peft", "mlx-lm")
 FORMAT_VERSION = 1
 _BLOCK = 1 << 22
 _AGREES = 1e-6  # of the largest weight of an update: the factor that mlx-lm's file has in b is rounded
-
-
-@dataclass
-class Adapter:
-    """An adapter in our names and layout: see adapters.py. ``params`` also hold the tensors that train whole."""
-
-    method: str  # lora or dora
-    targets: dict[str, Target]
-    params: dict[str, np.ndarray]
-    adapter: AdapterConfig | None = None  # how it was trained, where it was written here
-    base: str | None = None  # base_model_name_or_path, model: where its base was
-    base_sha256: str | None = None
-    vocab_size: int | None = None  # where training added tokens
-    labels: tuple[str, ...] = ()  # where it makes a classifier of its base
-    notes: list[str] = field(default_factory=list)  # lines to say
 
 
 def write_adapter(
@@ -83,6 +68,7 @@ def write_adapter(
         adapter=recipe.adapter,
         base=base or str(base_folder.resolve()),
         base_sha256=base_sha256(base_folder),
+        apart=model_folder.read_config(base_folder).tied and not recipe.model.tied,
     )
     save(place, recipe.model, adapter)
     if tokenizer is not None:
@@ -112,7 +98,7 @@ def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str,
             rslora = bool(ours and ours.rslora)
             made["peft"] = peft_adapter.encode(config, adapter.method, targets, arrays, rslora, dropout)
     if "mlx-lm" in layouts:
-        refused.append(mlx_lm_adapter.gap(targets, arrays))
+        refused.append(mlx_lm_adapter.gap(targets, arrays, adapter.apart))
         if refused[-1] is None:
             made["mlx-lm"] = mlx_lm_adapter.encode(config, adapter.method, targets, arrays, dropout)
     if not made:
@@ -138,8 +124,12 @@ def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str,
     return [line for line in refused if line]
 
 
-def limits(recipe: Recipe) -> list[str]:
+def limits(recipe: Recipe, apart: bool = False) -> list[str]:
     """Lines about who cannot load what a run will save; said before it trains.
+
+    Args:
+        recipe: of the run.
+        apart: its base is tied, and the run's model is not.
 
     Raises:
         UserError: neither PEFT nor mlx-lm can hold it.
@@ -148,7 +138,7 @@ def limits(recipe: Recipe) -> list[str]:
     targets, names = adapters.targets(recipe.model, recipe.adapter), adapters.trainable(recipe)
     gaps = [
         peft_adapter.gap(recipe.model, recipe.adapter.method, targets, names),
-        mlx_lm_adapter.gap(targets, names),
+        mlx_lm_adapter.gap(targets, names, apart),
     ]
     if all(gaps):
         raise UserError("; ".join(filter(None, gaps)))
@@ -177,64 +167,43 @@ def read_adapter(
     path = Path(path)
     values = read_json(path / CONFIG)
     own = _own(values.get("mlxgpt"), path)
-    known = config.vocab_size
-    config = _grown(config, own.get("vocab_size"), tuple(own.get("labels", ())))
-    notes: list[str] = []
-    made = []
+    labels = tuple(own.get("labels", ()))
+    made, notes = list[Adapter](), list[str]()
     if pickled is not None or (path / peft_adapter.TENSORS).exists():
         tensors = pickled if pickled is not None else _tensors(path / peft_adapter.TENSORS)
-        if not config.labels:
-            config = _grown(config, None, peft_adapter.labels(values, tensors))
-        made.append(peft_adapter.decode(values, tensors, config, str(path)))
+        labels = labels or config.labels or peft_adapter.labels(values, tensors)
+        made.append(peft_adapter.decode(values, tensors, dataclasses.replace(config, labels=labels), str(path)))
     for file in (mlx_lm_adapter.TENSORS, mlx_lm_adapter.OLD_TENSORS):
         if (path / file).exists():
             tensors = _tensors(path / file)
-            *rest, said = mlx_lm_adapter.decode(values, tensors, config, str(path), old=file.endswith(".npz"))
-            made.append(tuple(rest))
-            notes += said
+            made.append(mlx_lm_adapter.decode(values, tensors, config, str(path), old=file.endswith(".npz")))
+            notes += made[-1].notes
             break
     if not made:
         others = ", ".join(sorted(p.name for p in path.glob("adapter*") if p.name != CONFIG)) or "neither"
         others += " (mlxgpt convert reads it)" * others.endswith(".bin")
         raise UserError(f"{path}: found {others}, expected {peft_adapter.TENSORS} or {mlx_lm_adapter.TENSORS}")
-    method, targets, arrays = made[0]
+    adapter = made[0]
     if len(made) == 2:
-        _check_same(path, made[0], made[1])
-    if "wte.weight" in arrays:
-        config = _grown(config, len(arrays["wte.weight"]))
-    elif own.get("vocab_size", 0) > known:
-        raise UserError(f"{path / CONFIG}: mlxgpt.vocab_size = {own['vocab_size']}: the base's is {known}")
-    for name, array in arrays.items():
-        if name in ("wte.weight", "lm_head.weight", "lm_head.bias") and len(array) != config.vocab_size:
-            raise UserError(f"{path}: {name} has {len(array)} rows, expected the vocabulary, {config.vocab_size}")
+        _check_same(path, adapter, made[1])
+    found = adapter.vocab_size or config.vocab_size
+    if own.get("vocab_size", found) != found:
+        raise UserError(
+            f"{path / CONFIG}: mlxgpt.vocab_size = {own['vocab_size']}: the tensors and the base have {found}"
+        )
+    for name, array in adapter.params.items():
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has values that are not finite (NaN or Inf)")
-    adapter = Adapter(
-        method=method,
-        targets=targets,
-        params={name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()},
-        adapter=own.get("adapter"),
-        base=values.get("base_model_name_or_path") or values.get("model"),
-        base_sha256=own.get("base_sha256"),
-        vocab_size=config.vocab_size if "wte.weight" in arrays else None,
-        labels=config.labels,
-        notes=notes,
-    )
+        adapter.params[name] = np.ascontiguousarray(array, array.dtype if name.endswith(".tokens") else np.float32)
+    adapter.adapter, adapter.labels, adapter.notes = own.get("adapter"), labels or config.labels, notes
+    adapter.base = values.get("base_model_name_or_path") or values.get("model")
+    adapter.base_sha256 = own.get("base_sha256")
     if own.get("pissa"):
         _split(adapter)
     if base_folder is not None:
-        _check_base(path, Path(base_folder), adapter, config, force)
+        _check_base(path, Path(base_folder), adapter, force)
+    _settle(path, None if base_folder is None else Path(base_folder), adapter, config)
     return adapter
-
-
-def with_adapter(config: ModelConfig, adapter: Adapter) -> ModelConfig:
-    """The model that runs with ``adapter``: a larger vocabulary where training added tokens, or a classifier."""
-    return _grown(config, adapter.vocab_size, adapter.labels)
-
-
-def _grown(config: ModelConfig, vocab_size: int | None, labels: tuple[str, ...] = ()) -> ModelConfig:
-    size = max(config.vocab_size, vocab_size or 0)
-    return dataclasses.replace(config, vocab_size=size, labels=labels or config.labels)
 
 
 def to_config(adapter: Adapter, config: ModelConfig) -> AdapterConfig:
@@ -328,24 +297,24 @@ def _update(targets: Mapping[str, Target], arrays: Mapping[str, np.ndarray], pat
     return targets[path].scale * (arrays[f"{path}.lora_b"] @ arrays[f"{path}.lora_a"])
 
 
-def _check_same(path: Path, first: Any, second: Any) -> None:
+def _check_same(path: Path, ours: Adapter, theirs: Adapter) -> None:
     """Holds mlx-lm's file against PEFT's: what of the two is not the other's is named."""
-    (_, targets, arrays), (_, others, other) = first, second
     stale = f"{path}: {mlx_lm_adapter.TENSORS} and {peft_adapter.TENSORS} differ"
-    for name in sorted(set(targets) - set(others)):
+    for name in sorted(set(ours.targets) - set(theirs.targets)):
         raise UserError(f"{stale}: {name} is adapted in the second alone; remove the one that is old")
-    for name in others:
-        theirs = _update(others, other, name)
-        ours = _update(targets, arrays, name) if name in targets else np.zeros_like(theirs)
-        if not np.abs(theirs - ours).max() <= _AGREES * max(np.abs(ours).max(), np.abs(theirs).max(), 1e-30):
+    for name in theirs.targets:
+        other = _update(theirs.targets, theirs.params, name)
+        own = _update(ours.targets, ours.params, name) if name in ours.targets else np.zeros_like(other)
+        same = own.shape == other.shape
+        if not same or not np.abs(other - own).max() <= _AGREES * max(np.abs(own).max(), np.abs(other).max(), 1e-30):
             raise UserError(f"{stale} in {name}; remove the one that is old")
-        m, n = (held.get(f"{name}.magnitude") for held in (arrays, other))
+        m, n = (each.params.get(f"{name}.magnitude") for each in (ours, theirs))
         if m is not None and n is not None and not np.array_equal(m, n):
             raise UserError(f"{stale} in the magnitude of {name}; remove the one that is old")
 
 
-def _check_base(path: Path, base: Path, adapter: Adapter, config: ModelConfig, force: bool) -> None:
-    """Refuses an adapter of other weights, and a copy of the base's embedding that is not the base's."""
+def _check_base(path: Path, base: Path, adapter: Adapter, force: bool) -> None:
+    """Refuses an adapter of other weights."""
     if adapter.base_sha256 and not force:
         found = base_sha256(base)
         if found != adapter.base_sha256:
@@ -353,14 +322,37 @@ def _check_base(path: Path, base: Path, adapter: Adapter, config: ModelConfig, f
                 f"{path}: was trained on a model with sha256 {adapter.base_sha256[:12]}, but {base} has {found[:12]}: "
                 f"expected {adapter.base or 'its own base'}, or --force"
             )
-    copies = [name for name in adapter.params if name.endswith(".base")]
-    if not copies:
-        return
-    weights = model_folder.read_params(base, model_folder.read_config(base))
-    for name in copies:
-        copy = adapter.params.pop(name)
-        if not np.array_equal(copy, weights[name.removesuffix(".base") + ".weight"]):
-            raise UserError(f"{path}: carries a copy of {name.removesuffix('.base')} that is not the one of {base}")
+
+
+def _settle(path: Path, base: Path | None, adapter: Adapter, config: ModelConfig) -> None:
+    """Drops what the adapter carries of its base's weights where it is the base's own, and puts new rows into the rest.
+
+    What differs takes the base's place if it is of the vocabulary, as in PEFT; else it is refused.
+    """
+    shapes = {name: param.shape for name, param in params.table(config).items()}
+    weights: Mapping[str, np.ndarray] | None = None
+    kept = []
+    for name in adapter.carried:
+        ours = "wte.weight" if name == "lm_head.weight" and config.tied else name
+        if adapter.params[name].shape == shapes.get(ours):
+            if base is not None and weights is None:
+                weights = model_folder.read_params(base, model_folder.read_config(base))
+            if weights is None or np.array_equal(adapter.params[name], weights[ours]):
+                adapter.notes += [f"{path}: {name} is a copy of the base's, and left out"] * (weights is None)
+                del adapter.params[name]
+                continue
+            if name not in VOCABULARY:
+                leaf = "modules_to_save does not name it" if name.endswith(".weight") else "bias is none"
+                raise UserError(f"{path}: unexpected tensor {name}, which is not the base's: {leaf}")
+            adapter.notes.append(f"{path}: {name} is not the base's, and takes its place (as in PEFT)")
+        kept.append(name)
+    adapter.carried = tuple(kept)
+    for place in ("wte", "lm_head"):
+        if f"{place}.rows" in adapter.params and f"{place}.weight" in adapter.params:
+            adapter.params[f"{place}.weight"] = adapters.with_rows(
+                adapter.params[f"{place}.weight"], adapter.params, place
+            )
+            del adapter.params[f"{place}.rows"], adapter.params[f"{place}.tokens"]
 
 
 def is_adapter(place: Path) -> bool:
@@ -403,7 +395,9 @@ def base_sha256(base: Path | str) -> str:
 def _hashed(base: Path, files: tuple[tuple[str, int, int], ...]) -> str:
     config = model_folder.read_config(base)
     head = families.to_foreign(config, "lm_head.weight")[0] if config.tied else None
-    entries = {families.strip(config, name): entry for name, entry in model_folder.find_tensors(base).items()}
+    own = quantization_methods.is_mlx_lm(read_json(base / "config.json"))  # then names are those of mlx-lm's modules
+    found = model_folder.find_tensors(base)
+    entries = {name if own else families.strip(config, name): entry for name, entry in found.items()}
     digest = hashlib.sha256()
     for name in sorted(name for name in entries if name not in (None, head)):
         entry = entries[name]

@@ -17,6 +17,7 @@ import numpy as np
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import mlx_lm_names
+from mlxgpt.common.folders.adapter import Adapter
 from mlxgpt.common.model import params
 from mlxgpt.common.model.adapters import Target
 
@@ -43,11 +44,8 @@ def encode(
     targets: Mapping[str, Target],
     arrays: Mapping[str, np.ndarray],
     dropout: float = 0.0,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
-    """The keys of adapter_config.json, and the tensors by mlx-lm's names; or why mlx-lm cannot hold the adapter."""
-    reason = gap(targets, arrays)
-    if reason:
-        return reason
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The keys of adapter_config.json, and the tensors by mlx-lm's names, of an adapter that has no ``gap``."""
     names = modules(config)
     rank = max(target.rank for target in targets.values())
     scale = Counter(target.scale for target in targets.values()).most_common(1)[0][0]
@@ -72,11 +70,19 @@ def encode(
     return {"fine_tune_type": method, "num_layers": config.n_layer, "lora_parameters": parameters}, tensors
 
 
-def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any]) -> str | None:
-    """Why mlx-lm cannot hold an adapter of these targets and tensors (names); None where it can."""
+def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any], apart: bool = False) -> str | None:
+    """Why mlx-lm cannot hold an adapter of these targets and tensors (names); None where it can.
+
+    ``apart``: its base is tied, and it gives the head weights of its own.
+    """
     if "score.weight" in arrays:
         return "mlx-lm has no classifiers: the adapter is for PEFT alone"
-    whole = [name for name in arrays if name.endswith((".weight", ".bias"))]
+    whole = [name for name in arrays if name.endswith((".weight", ".bias", ".rows"))]
+    if apart:
+        return (
+            "mlx-lm adapts a tied head with its embedding alone, and here they are changed apart: the adapter is for "
+            "PEFT alone; mlxgpt fuse makes an untied model of it that mlx-lm can hold"
+        )
     if whole:
         return (
             f"mlx-lm holds no tensors that train whole ({whole[0]}): the adapter is for PEFT alone; mlxgpt fuse makes "
@@ -87,8 +93,8 @@ def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any]) -> str | None:
 
 def decode(
     values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str, old: bool = False
-) -> tuple[str, dict[str, Target], dict[str, np.ndarray], list[str]]:
-    """Method, targets, tensors by our names in our layout, and notes, of mlx-lm's adapter_config.json and tensors.
+) -> Adapter:
+    """The adapter that mlx-lm's adapter_config.json and tensors are, for a base of ``config``.
 
     Args:
         values: adapter_config.json.
@@ -152,7 +158,7 @@ def decode(
         targets[path] = Target(n_out, n_in, rank, scale)
         for kind, array in held.items():
             made[f"{path}.{kind}"] = array.T if array.ndim == 2 else array
-    return method, targets, made, notes
+    return Adapter(method, targets, made, notes=notes)
 
 
 def _numbers(parameters: Mapping[str, Any], where: str, old: bool) -> tuple[int, float, list[str]]:

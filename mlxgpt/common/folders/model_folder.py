@@ -15,22 +15,19 @@ import numpy as np
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import RunError, TensorError, UserError
 from mlxgpt.common.files import read_json, write_json
-from mlxgpt.common.folders import mlx_lm_folder
-from mlxgpt.common.folders.tensors import Entry, read_header, read_tensor, read_tensors, write_tensors
+from mlxgpt.common.folders import head, mlx_lm_folder, quantized
+from mlxgpt.common.folders.tensors import FLOATS, Stored, read_tensors, same_bytes, write_tensors
+from mlxgpt.common.folders.weight_files import INDEX, SINGLE, find_tensors
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import Quantized
 
 __all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_READABLE = ("F32", "F16", "BF16")
-_BLOCK = 1 << 22
 
 
 class _Tokenizer(Protocol):
@@ -48,41 +45,8 @@ class _Tokenizer(Protocol):
     def save(self, folder: Path, /) -> None: ...
 
 
-def find_tensors(folder: Path | str) -> dict[str, Entry]:
-    """Where every tensor of a model folder lies, by the name in its files; headers are checked, data is not read.
-
-    Raises:
-        UserError: no safetensors weights, a damaged file, an index that is not true or points outside the folder.
-    """
-    folder = Path(folder)
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)[0]
-    if not (folder / INDEX).exists():
-        others = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-        found = f"found {others[0]}, " if others else ""
-        raise UserError(f"{folder}: {found}expected {SINGLE} or {INDEX}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{folder / INDEX}: weight_map: expected file names by tensor name")
-    shards: dict[str, dict[str, Entry]] = {}
-    for file in sorted(set(weight_map.values())):
-        if file in ("", ".", "..") or "/" in file or "\\" in file or not file.isprintable():
-            raise UserError(f"{folder / INDEX}: weight_map names {file!r}: expected a file in the same folder")
-        shards[file] = read_header(folder / file)[0]
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise UserError(f"{folder / file}: {name} is missing, which {INDEX} says is there")
-    for file, entries in shards.items():
-        for name in entries:
-            if weight_map.get(name) != file:
-                raise UserError(
-                    f"{folder / file}: {name} is there, but {INDEX} says {weight_map.get(name, 'nothing')!r}"
-                )
-    return {name: shards[file][name] for name, file in weight_map.items()}
-
-
 def read_config(folder: Path | str) -> ModelConfig:
-    """The model that a folder holds. The head is tied where its tensor is absent, or is the embedding's copy.
+    """The model that a folder holds. The head is tied as config.json says, and untied where it is another tensor.
 
     An untied head equal to the embedding stays untied where config.json says so.
 
@@ -92,22 +56,43 @@ def read_config(folder: Path | str) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
-    values, where = read_json(folder / "config.json"), str(folder / "config.json")
-    if isinstance(values.get("quantization"), dict):
-        config = families.config_from_hf(mlx_lm_folder.plain_values(values), where)
-        return mlx_lm_folder.with_head(config, find_tensors(folder))
-    config = families.config_from_hf(values, where)
-    entries = _by_name(folder, config, find_tensors(folder))
+    values = read_json(folder / "config.json")
+    config = families.config_from_hf(quantized.plain_values(folder, values), str(folder / "config.json"))
+    return settle(folder, values, config, read_entries(folder, values, config))
+
+
+def read_entries(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Stored]:
+    """Where the tensors of a folder with this config.json lie, by the names in its files; fp8 with its scales is one.
+
+    Raises:
+        UserError: see ``find_tensors`` and ``quantized.resolve``.
+    """
+    entries: dict[str, Stored] = dict(find_tensors(folder))
+    return entries if mlx_lm_folder.is_own(config, values, entries) else quantized.resolve(folder, values, entries)
+
+
+def settle(place: Path, values: Mapping[str, Any], config: ModelConfig, entries: Mapping[str, Stored]) -> ModelConfig:
+    """``config``, tied if the tensors at ``place``, a folder or file, and config.json say so, see ``head.is_tied``.
+
+    Raises:
+        TensorError: config.json unties the head, and there is none.
+    """
+    if mlx_lm_folder.is_own(config, values, entries):
+        return mlx_lm_folder.with_head(place, values, config, mlx_lm_folder.plain_names(place, config, entries))
     if config.labels or "tied" in families.family_of(config).fixed:
         return config
-    head, table = (entries.get(families.to_foreign(config, name)[0]) for name in ("lm_head.weight", "wte.weight"))
-    tied = head is None or (config.tied and table is not None and _same_bytes(head, table))
-    return dataclasses.replace(config, tied=tied)
+    entries = _by_name(place, config, entries)
+    name, table = (families.to_foreign(config, each)[0] for each in ("lm_head.weight", "wte.weight"))
+
+    def is_copy() -> bool:
+        return table in entries and same_bytes(entries[name], entries[table])
+
+    return dataclasses.replace(config, tied=head.is_tied(place, values, config, name, entries, is_copy))
 
 
-def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """``entries`` without prefixes and buffers."""
-    made: dict[str, Entry] = {}
+    made: dict[str, Stored] = {}
     for name, entry in entries.items():
         plain = families.strip(config, name)
         if plain is None:
@@ -118,33 +103,37 @@ def _by_name(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) ->
     return made
 
 
-def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry, bool]]:
+def locate(folder: Path, config: ModelConfig, entries: Mapping[str, Stored]) -> dict[str, tuple[str, Stored, bool]]:
     """Our name -> (its name without a prefix, where it lies, whether as [in, out]) for all the files hold.
 
-    ``entries`` are the folder's tensors by the names in its files. Biases that config.json calls zero are there too.
+    ``entries`` are the folder's tensors by the names in its files, see ``quantized.resolve``. Biases that config.json
+    calls zero are there too.
 
     Raises:
         UserError: a tensor is missing, unexpected, there twice, or of another shape or dtype; a tied head differs.
     """
     expected = families.from_foreign(config)
-    entries = _by_name(folder, config, entries)
+    given, entries = entries, _by_name(folder, config, entries)
     if config.tied and families.to_foreign(config, "lm_head.weight")[0] in entries:
         _check_tied(folder, config, entries)
     for name in expected:
         if name not in entries:
-            raise TensorError(name, f"{folder}: tensor {name} is missing, which config.json asks for")
+            raise TensorError(name, head.missing(folder, name, given, config))
     for name in entries:
         if name not in expected:
-            shape = list(entries[name].shape)
-            raise TensorError(name, f"{folder}: unexpected tensor {name} {shape}, for which config.json has no place")
+            shape, first = list(entries[name].shape), name.split(".")[0] + "."
+            alike = sum(each.startswith(first) for each in entries) * (not any(e.startswith(first) for e in expected))
+            more = f"; {alike} such tensors begin with {first!r}" if alike > 1 else ""
+            said = f"unexpected tensor {name} {shape}, for which config.json has no place{more}"
+            raise TensorError(name, f"{folder}: {said}")
     shapes = {name: param.shape for name, param in params.table(families.on_disk(config)).items()}
     for foreign, (name, transposed) in expected.items():
         entry, shape = entries[foreign], shapes[name][::-1] if transposed else shapes[name]
         if entry.shape != shape:
             found = f"{foreign} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
             raise TensorError(foreign, f"{entry.path}: {found}")
-        if entry.dtype not in _READABLE:
-            raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(_READABLE)}")
+        if entry.dtype not in FLOATS:
+            raise UserError(f"{entry.path}: {foreign} has dtype {entry.dtype}, expected one of {', '.join(FLOATS)}")
     return {name: (foreign, entries[foreign], transposed) for foreign, (name, transposed) in expected.items()}
 
 
@@ -152,7 +141,7 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
     """The parameters of ``params.table(config)``, by our names and in our layout, as ``dtype``; None = as stored.
 
     Float32, float16 and bfloat16 are read; widening is exact. One tensor at a time is converted. Matrices that mlx-lm
-    quantized are dequantized.
+    quantized and those of fp8 are dequantized.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
@@ -169,15 +158,16 @@ def _widened(matrix: Quantized, dtype: Any) -> np.ndarray:
 def read_stored(
     folder: Path | str, config: ModelConfig, dtype: Any = np.float32
 ) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantized]:
-    """``read_params``, but what mlx-lm quantized stays as it is."""
+    """``read_params``, but what mlx-lm quantized in affine mode stays as it is."""
     folder = Path(folder)
-    scheme = read_json(folder / "config.json").get("quantization")
-    if isinstance(scheme, dict):
-        return _read_mlx_lm(folder, config, scheme, dtype)
-    located = locate(folder, config, find_tensors(folder))
+    values = read_json(folder / "config.json")
+    entries = read_entries(folder, values, config)
+    if mlx_lm_folder.is_own(config, values, entries):
+        return _read_mlx_lm(folder, config, values, entries, dtype)
+    located = locate(folder, config, entries)
     wanted, made = params.table(config), {}
     for name, (foreign, entry, transposed) in located.items():
-        array = read_tensor(entry)
+        array = entry.read()
         bad = np.count_nonzero(~np.isfinite(array))
         if bad:
             raise UserError(f"{entry.path}: {foreign} has {bad} values that are not finite (NaN or Inf)")
@@ -190,12 +180,13 @@ def read_stored(
 
 
 def _read_mlx_lm(
-    folder: Path, config: ModelConfig, scheme: dict[str, Any], dtype: Any
+    folder: Path, config: ModelConfig, values: Mapping[str, Any], entries: Mapping[str, Stored], dtype: Any
 ) -> dict[str, np.ndarray | Quantized]:
-    """The parameters of a folder whose config.json says how it is quantized."""
+    """The parameters of a folder with mlx-lm's names, some of them quantized as config.json says."""
     made: dict[str, np.ndarray | Quantized] = {}
-    for name, where in mlx_lm_folder.locate(folder, config, find_tensors(folder), scheme).items():
-        each = where.read() if isinstance(where, mlx_lm_folder.Matrix) else read_tensor(where)
+    plain = mlx_lm_folder.plain_names(folder, config, entries)
+    for name, where in mlx_lm_folder.locate(folder, config, plain, values.get("quantization")).items():
+        each = where.read()
         floats = (each.scales, each.biases) if isinstance(each, Quantized) else (each,)
         bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)
         if bad:
@@ -204,27 +195,11 @@ def _read_mlx_lm(
     return made
 
 
-def _same_bytes(a: Entry, b: Entry) -> bool:
-    """Whether two tensors are equal, bit for bit."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with open(a.path, "rb") as left, open(b.path, "rb") as right:
-        left.seek(a.start)
-        right.seek(b.start)
-        rest = a.stop - a.start
-        while rest:
-            block = left.read(min(rest, _BLOCK))
-            if not block or block != right.read(min(rest, _BLOCK)):
-                return False
-            rest -= len(block)
-    return True
-
-
-def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Entry]) -> None:
+def _check_tied(folder: Path, config: ModelConfig, entries: dict[str, Stored]) -> None:
     """Drops a head that is the embedding's copy from ``entries``, and refuses another."""
     name = families.to_foreign(config, "lm_head.weight")[0]
-    head, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
-    if table is not None and not _same_bytes(head, table):
+    own, table = entries.pop(name), entries.get(families.to_foreign(config, "wte.weight")[0])
+    if table is not None and not same_bytes(own, table):
         said = "differs from the embedding, expected an equal or no head for a tied model"
         raise TensorError(name, f"{folder}: {name} {said}")
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -40,9 +40,29 @@ DTYPES: dict[str, np.dtype] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+FLOATS = ("F32", "F16", "BF16")  # the dtypes of weights that are not quantized
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+_BLOCK = 1 << 22
+
+
+class Stored(Protocol):
+    """A tensor in a file: ``dtype`` is a name of ``DTYPES``."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    def read(self) -> np.ndarray:
+        """The tensor, see ``read_tensor``."""
+        return read_tensor(self)
 
 
 def write_tensors(
@@ -209,6 +233,24 @@ def read_tensor(entry: Entry) -> np.ndarray:
     if flat.nbytes != entry.stop - entry.start:
         raise UserError(f"{entry.path}: truncated while it was read")
     return flat.view(dtype).reshape(entry.shape)
+
+
+def same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two tensors are equal, bit for bit."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if not isinstance(a, Entry) or not isinstance(b, Entry):
+        return a.read().tobytes() == b.read().tobytes()
+    with open(a.path, "rb") as left, open(b.path, "rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        rest = a.stop - a.start
+        while rest:
+            block = left.read(min(rest, _BLOCK))
+            if not block or block != right.read(min(rest, _BLOCK)):
+                return False
+            rest -= len(block)
+    return True
 
 
 def read_tensors(path: Path | str) -> dict[str, np.ndarray]:

@@ -9,7 +9,9 @@ A matrix W (n_out, n_in) at PATH (``h.0.attn.q_proj``) computes as W + scale B A
 so that the base stays as it is, byte for byte. The embedding wte (V, C) is W^T of such a matrix: lora_a (r, V), lora_b
 (C, r); where the head is tied to it, the update acts there too. scale = alpha / r, rslora: alpha / sqrt(r).
 What trains whole (adapter.train, biases, a classifier's score, every weight of method full) keeps its name of
-params.table.
+params.table. Of an embedding or a head single rows may have trained (PEFT's trainable_token_indices):
+
+    PATH.rows (k, C)   PATH.tokens (k,) int64           these rows take the place of the base's
 """
 
 import re
@@ -22,9 +24,11 @@ from mlxgpt.common import rng
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
+from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.model.params import Param
 
 KINDS = ("lora_a", "lora_b", "magnitude", "start_a", "start_b")
+Weight = np.ndarray | Quantized
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")  # what no name of a module has
 
 
@@ -207,10 +211,22 @@ def delta(target: Target, arrays: Mapping[str, np.ndarray], path: str) -> np.nda
 
 def fuse(weight: np.ndarray, target: Target, arrays: Mapping[str, np.ndarray], path: str) -> np.ndarray:
     """The matrix that PATH.weight and its update compute as, float32."""
+    return merged(weight, target, arrays, path).astype(np.float32)
+
+
+def merged(weight: np.ndarray, target: Target, arrays: Mapping[str, np.ndarray], path: str) -> np.ndarray:
+    """``fuse`` before it is rounded, float64."""
     made = weight + delta(target, arrays, path)
     if f"{path}.magnitude" in arrays:
         made *= (arrays[f"{path}.magnitude"] / np.linalg.norm(made, axis=1))[:, None]
-    return made.astype(np.float32)
+    return made
+
+
+def with_rows(weight: Weight, arrays: Mapping[str, np.ndarray], path: str) -> np.ndarray:
+    """A copy of PATH.weight whose rows PATH.tokens are PATH.rows; a quantized matrix is dequantized."""
+    made = weight.dequantize() if isinstance(weight, Quantized) else weight.copy()
+    made[arrays[f"{path}.tokens"]] = arrays[f"{path}.rows"]
+    return made
 
 
 def add_up(
@@ -218,7 +234,8 @@ def add_up(
 ) -> tuple[dict[str, Target], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Several adapters (targets, tensors, weight) as one: targets, tensors of updates, and tensors trained whole.
 
-    Updates of one matrix are laid side by side along r, scales and weights folded into B.
+    Updates of one matrix are laid side by side along r, scales and weights folded into B. What trained whole is alone
+    with its module, but for an update of the same adapter, which acts on it.
 
     Raises:
         UserError: dora, or a tensor trained whole, that has a weight or shares what it changes with another.
@@ -231,7 +248,7 @@ def add_up(
             path, _, kind = name.rpartition(".")
             if kind in KINDS and path in each:
                 continue
-            if name in whole or weight != 1:
+            if name in whole or weight != 1 or _overlaps(path, kind, [others for others, _, _ in given], each, whole):
                 raise UserError(f"adapters: {name} is trained whole: expected it in one of them, without a weight")
             whole[name] = array
     for path in dict.fromkeys(path for each, _, _ in given for path in each):
@@ -252,3 +269,17 @@ def add_up(
         arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = np.concatenate(rights), np.concatenate(lefts, axis=1)
         made[path] = Target(first.n_out, first.n_in, len(arrays[f"{path}.lora_a"]), 1.0)
     return made, arrays, whole
+
+
+def _overlaps(
+    path: str,
+    kind: str,
+    targets: Sequence[Mapping[str, Target]],
+    own: Mapping[str, Target],
+    whole: Mapping[str, np.ndarray],
+) -> bool:
+    """Whether another adapter changes the matrix as well that one replaces whole or by rows."""
+    if kind not in ("weight", "rows"):
+        return False
+    adapted = any(path in other for other in targets if other is not own)
+    return adapted or f"{path}.{'rows' if kind == 'weight' else 'weight'}" in whole

@@ -6,6 +6,7 @@ this file only renames them. What is not in the table is refused by name, never 
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import params
+from mlxgpt.common.model import module_names, params, quantization_methods
 from mlxgpt.common.model.family.row import BIASES, Family
 from mlxgpt.common.model.family.table import FAMILIES
 from mlxgpt.common.model.family_config import read_layers, read_rope, typed, write_layers, write_rope
@@ -153,14 +154,19 @@ def from_foreign(config: ModelConfig) -> dict[str, tuple[str, bool]]:
 
 
 def strip(config: ModelConfig, foreign: str) -> str | None:
-    """A file's name for a tensor without what is optional in it; None for a buffer that is no parameter."""
+    """A file's name for a tensor as the family's files have it, see ``module_names``; None for a buffer."""
     family = family_of(config)
-    for prefix in family.prefixes:
-        foreign = foreign.removeprefix(prefix)
+    foreign = module_names.full_name(foreign, _trunks(config.family))
     for other, module in family.aliases.items():
         if foreign.startswith(f"{other}."):
             foreign = module + foreign.removeprefix(other)
     return None if re.fullmatch(family.ignored, foreign) else foreign
+
+
+@functools.cache
+def _trunks(family: str) -> dict[str, str]:
+    row = FAMILIES[family]
+    return module_names.trunks([*row.modules.values(), *row.aliases, "score"])
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -226,11 +232,12 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
             f"{where}: architectures {architectures!r} is not supported: expected [{family.architecture!r}]"
         )
     labels = _labels(where, values) if architectures == [family.classifier] else ()
-    for key in ("quantization", "quantization_config"):
-        if values.get(key) is not None:
-            raise UserError(
-                f"{where}: {key}: quantized weights are not supported: expected float32, float16 or bfloat16"
-            )
+    if found := quantization_methods.said(values):
+        key, scheme = found
+        raise UserError(
+            f"{where}: {key}: weights quantized by {quantization_methods.describe(scheme)} are not supported: "
+            f"{quantization_methods.EXPECTED}"
+        )
     for key, value in family.must.items():
         found = values.get(key, value)
         if found != value and not (found is None and value is False):

@@ -125,6 +125,12 @@ def resize_vocab(arrays: Mapping[str, np.ndarray | Quantized], size: int) -> dic
     return made
 
 
+def with_head(arrays: Mapping[str, np.ndarray | Quantized], config: ModelConfig) -> dict[str, np.ndarray | Quantized]:
+    """``arrays`` of a tied model for ``config``, where that is not tied: the head begins as the embedding."""
+    wanted = not config.tied and not config.labels and "lm_head.weight" not in arrays
+    return dict(arrays) | ({"lm_head.weight": arrays["wte.weight"]} if wanted else {})
+
+
 def as_classifier(
     arrays: Mapping[str, np.ndarray | Quantized], config: ModelConfig, seed: int
 ) -> dict[str, np.ndarray | Quantized]:

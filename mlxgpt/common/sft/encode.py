@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlxgpt.common.chat.locate import Talk
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.sft.template import Talk, Template
+from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -82,9 +83,8 @@ class Encoder:
         for row in rows:
             self.template.check_kwargs(row.kwargs, f"{row.where}: chat_template_kwargs")
         if self.tune.train_on_prompt:
-            texts = [self._whole(talk) for talk in talks]
-            for row, ids in zip(rows, self._ids(rows, texts), strict=True):
-                yield row.where, ids, np.ones(len(ids), bool)
+            for talk, ids in zip(talks, self.template.encode_whole(talks), strict=True):
+                yield talk.where, np.asarray(ids, np.int32), np.ones(len(ids), bool)
             return
         if self.tune.unroll:
             talks = [
@@ -92,16 +92,9 @@ class Encoder:
                 for talk in talks
                 for k in talk.turns
             ]
-        encoded = self.template.encode_turns(talks, last_only=self.tune.unroll)
+        encoded = self.template.encode_turns(talks, self.tune.unroll, self.tune.train_on)
         for (where, *_), one in zip(talks, encoded, strict=True):
             yield where, one.ids, one.mask
-
-    def _whole(self, talk: Talk) -> str:
-        assert self.template
-        try:
-            return self.template.render(talk.messages, talk.tools, **talk.kwargs)
-        except UserError as error:
-            raise UserError(f"{talk.where}: {error}") from None
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Text from its beginning to the end-of-text token; a prompt is tokenized on its own."""

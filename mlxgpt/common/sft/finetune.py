@@ -11,7 +11,7 @@ import numpy as np
 from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
-from mlxgpt.common.folders.adapter_folder import Adapter
+from mlxgpt.common.folders.adapter import Adapter
 from mlxgpt.common.model import adapters, families
 from mlxgpt.common.recipes import apply_sets
 from mlxgpt.common.runs.checkpoint import Checkpoint
@@ -21,7 +21,8 @@ from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft import weights as sft_weights
 from mlxgpt.common.sft.answers import Answers
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.job import Job, Kind, Weights
 
 _BASE = "base model"  # among the digests
@@ -70,12 +71,13 @@ class Finetuning(Kind[SftSource]):
 
     def open_source(self) -> None:
         """The examples; steps, labels and new tokens follow from them."""
-        self._open_examples(load_tokenizer(self._base), self.recipe.model, self.recipe.model.labels)
+        self._open_examples(self._tokenizer(), self.recipe.model, self.recipe.model.labels)
         recipe = answers.for_splits(settings.with_length(self.recipe, self._chosen, self.source), self.source)
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, labels=self.source.labels))
         self.recipe = _with_new_tokens(recipe, self.source)
         if not self._whole:
-            for line in adapter_folder.limits(self.recipe):
+            tied = model_folder.read_config(self._base).tied
+            for line in adapter_folder.limits(self.recipe, apart=tied and not self.recipe.model.tied):
                 print(line)
 
     def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
@@ -90,12 +92,23 @@ class Finetuning(Kind[SftSource]):
         place, state = newest
         self._base = place if self._whole else sft_weights.locate(self.recipe)[0]
         config = self.recipe.model if self._whole else model_folder.read_config(self._base)
-        self._open_examples(load_tokenizer(self._base), config, self.recipe.model.labels)
+        self._open_examples(self._tokenizer(), config, self.recipe.model.labels)
         before, after = state.data.get(_BASE), self.digests().get(_BASE)
         if before != after:
             raise UserError(
                 f"{self._base}: sha256 {after}: the run began on a model with {before}; --model names another place"
             )
+
+    def _tokenizer(self) -> Tokenizer:
+        """The base's, or the one of the adapter that the run began on."""
+        given = self._given_tokenizer()
+        return load_tokenizer(given or self._base)
+
+    def _given_tokenizer(self) -> Path | None:
+        """The adapter that the run began on, if it has a tokenizer of its own."""
+        assert self.recipe.tune
+        given = None if self._whole or not self.recipe.tune.adapter else Path(self.recipe.tune.adapter)
+        return given if given and has_tokenizer(given) else None
 
     def _open_examples(self, tokenizer: Any, config: ModelConfig, labels: tuple[str, ...]) -> None:
         assert self.recipe.tune

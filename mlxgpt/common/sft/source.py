@@ -228,9 +228,10 @@ def choose_template(
     if rows.format == "text":
         _unused(kwargs, "rows of text are not rendered")
         return None, tokenizer, ()
-    where = f"{tune.model}: chat template" if tune.model else "chat template"
+    given: Any = {"date": tune.date, "kwargs": kwargs, "sanitize": tune.sanitize}
     if tune.template == "auto" and (tokenizer.templates or rows.format == "completion"):
-        own = sft_template.template_of(tokenizer, where, tune.date, kwargs)
+        where = f"{tune.model}: chat template" if tune.model else "chat template"
+        own = sft_template.template_of(tokenizer, where, **given)
         if own is None:
             _unused(kwargs, f"{where}: there is none: prompts and completions are plain text")
         return own, tokenizer, ()
@@ -238,12 +239,12 @@ def choose_template(
         known = tokenizer.encode("".join(sft_template.CHATML_TOKENS))
         with_them = sft_template.with_chatml(tokenizer)
         added = () if len(known) == 2 and set(known) <= tokenizer.special else sft_template.CHATML_TOKENS
-        return sft_template.template_of(with_them, "ChatML", tune.date, kwargs), with_them, added
+        return sft_template.template_of(with_them, "ChatML", **given), with_them, added
     path = Path(tune.template).expanduser()
     if not path.is_file():
         raise UserError(f"tune.template = {tune.template}: no such file: expected auto, chatml or a jinja file")
     with_it = from_files(tokenizer.files | {"chat_template.jinja": path.read_bytes()}, path.parent)
-    return sft_template.template_of(with_it, str(path), tune.date, kwargs), with_it, ()
+    return sft_template.template_of(with_it, str(path), **given), with_it, ()
 
 
 def _unused(kwargs: dict[str, Any], why: str) -> None:

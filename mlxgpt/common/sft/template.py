@@ -2,26 +2,26 @@
 
 A template is the tokenizer's own (jinja2, sandboxed, with what transformers gives it), or ChatML. A conversation is
 rendered and tokenized whole, so its ids are those of transformers' apply_chat_template. An assistant's turn begins
-after the generation prompt and ends with the template's end-of-turn token. Both are accepted only if the ids of the
-text before the turn, tokenized alone, are a prefix of the whole: at inference the model sees that prefix. Templates
+after the generation prompt and ends with the template's end-of-turn tokens. Both are accepted only if the text before
+the turn is what the model sees when it is asked, and if its ids, tokenized alone, are a prefix of the whole. Templates
 that mark turns with {% generation %} give the positions themselves.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mlxgpt.common.chat import jinja, turns
+from mlxgpt.common.chat.control import Control
+from mlxgpt.common.chat.locate import Locator, Messages, Talk
+from mlxgpt.common.chat.turns import Plan
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import forms
 from mlxgpt.common.sft.forms import Reads
@@ -33,71 +33,16 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, around what {% generation %} encloses
-_SAID = "2f6b51c8"  # an answer that no template alters
-_UNROLL = "tune.unroll = true makes an example of each answer and what precedes it"
-
-Messages = Sequence[dict[str, Any]]
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}: what it encloses, between _BEGIN and _END if the environment has marks."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
-
-    def _enclosed(self, caller: Any) -> str:
-        return f"{_BEGIN}{caller()}{_END}" if getattr(self.environment, "marks", False) else caller()
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(16)
-def _compile(source: str, marks: bool) -> jinja2.Template:
-    """The template, compiled as transformers does."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.extend(marks=marks)
-    return environment.from_string(source)
+_PERSONS = ("system", "developer", "user", "tool")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation in tokens; ``mask`` is True for the assistant's."""
+    """A conversation in tokens; ``mask`` is True for what is trained."""
 
     ids: np.ndarray  # (n,) int32
     mask: np.ndarray  # (n,) bool
-
-
-class Talk(NamedTuple):
-    """A conversation to encode: ``where`` names its row, ``kwargs`` are values that the row gives its template."""
-
-    where: str
-    messages: Messages
-    tools: Messages = ()
-    train: Sequence[bool] = ()  # one for each message, whether it is trained on; empty: every assistant's is
-    kwargs: Mapping[str, Any] = MappingProxyType({})
-
-    @property
-    def turns(self) -> list[int]:
-        """The assistant's messages that are trained on, as indexes."""
-        asked = [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return [k for k in asked if not self.train or self.train[k]]
+    unopened: bool = False  # the answers' prompts lack what the generation prompt opens
 
 
 class Template:
@@ -109,6 +54,7 @@ class Template:
         name: for messages.
         date: the date that templates may write, such as 2026-11-25; default: today.
         kwargs: values that the template may read, such as enable_thinking.
+        sanitize: control tokens in messages, tools and kwargs are text.
 
     Raises:
         UserError: not jinja, or an error of the template.
@@ -122,33 +68,42 @@ class Template:
         name: str,
         date: str = "",
         kwargs: Mapping[str, Any] = MappingProxyType({}),
+        sanitize: bool = False,
     ) -> None:
         self.sources, self.tokenizer, self.special, self.name = sources, tokenizer, special, name
-        self.kwargs = dict(kwargs)
+        self.kwargs, self.sanitize = dict(kwargs), sanitize
         self._reads: dict[str, Reads] = {}
         self._day = datetime.fromisoformat(date) if date else None
         for source in sources.values():
             try:
-                _compile(source, False)
+                jinja.compiled(source, False)
             except jinja2.TemplateError as error:
-                raise UserError(f"{name}: not a template: {_said(error)}") from None
+                raise UserError(f"{name}: not a template: {jinja.said(error)}") from None
         self.check_kwargs(self.kwargs, f"{name}: chat_template_kwargs")
-        self.marked = any("generation" in _tags(source) for source in sources.values())
-        start = self.render([{"role": "user", "content": _SAID}])
-        asked = self.render([{"role": "user", "content": _SAID}], generation=True)
-        self._header = asked[len(start) :] if asked.startswith(start) else ""
+        self.marked = any("generation" in jinja.tags(source) for source in sources.values())
+        self.control = Control(tokenizer, "\0".join(map(jinja.literals, sources.values())))
+        self._locator = Locator(self)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text."""
+        return self.tokenizer.id_of(token)
 
     def check_kwargs(self, kwargs: Mapping[str, Any], where: str) -> None:
         """Refuses values for the template that it does not read; see forms.check_kwargs."""
         if kwargs:
             sources = list(self.sources.values())
-            known = forms.variables(_compile(sources[0], False).environment, sources)
+            known = forms.variables(jinja.compiled(sources[0], False).environment, sources)
             forms.check_kwargs(kwargs, known, where, self.name)
 
     @property
     def end(self) -> str:
         """The text of the end token."""
         return self.tokenizer.decode([self.end_id])
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an assistant's turn, the last where several do."""
+        return self._locator.form.ends[-1]
 
     def render(
         self, messages: Messages, tools: Messages = (), generation: bool = False, marks: bool = False, **more: Any
@@ -176,62 +131,91 @@ class Template:
     ) -> str:
         given = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
         try:
-            return _compile(source, marks).render(
+            return jinja.compiled(source, marks).render(
                 {**self.special, "strftime_now": self._now, **self.kwargs, **more, **given},
                 add_generation_prompt=generation,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-            raise UserError(f"{self.name}: {_said(error)}") from None
+        except jinja.ERRORS as error:
+            raise UserError(f"{self.name}: {jinja.said(error)}") from None
 
     def _now(self, form: str) -> str:
         return (self._day or datetime.now()).strftime(form)
 
-    def encode(self, messages: Messages, tools: Messages = (), generation: bool = False, **more: Any) -> list[int]:
-        """The ids of a conversation, as transformers' apply_chat_template gives them."""
-        return self.tokenizer.encode(self.render(messages, tools, generation, **more))
+    def encode(
+        self, messages: Messages, tools: Messages = (), generation: bool = False, typed: bool = False, **more: Any
+    ) -> list[int]:
+        """The ids of a conversation, as transformers' apply_chat_template gives them.
 
-    @functools.cached_property
-    def end_id(self) -> int:
-        """The token that ends an assistant's turn: the first special one after an answer.
+        ``typed``: control tokens in what people wrote are text, as with its sanitize_control_tokens; what the assistant
+        wrote stays.
+        """
+        if typed:
+            mark = self.control.mark
+            messages = [mark(one) if one.get("role") in _PERSONS else one for one in messages]
+            return self.control.encode(self.render(messages, mark(list(tools)), generation, **more)).tolist()
+        talk = self._safe(Talk("", messages, tools, kwargs=more))
+        return self._ids([self.render(talk.messages, talk.tools, generation, **talk.kwargs)])[0].tolist()
+
+    def _safe(self, talk: Talk) -> Talk:
+        """The conversation, marked where control tokens in it are text."""
+        if not self.sanitize:
+            return talk
+        mark = self.control.mark
+        given = mark({**self.kwargs, **talk.kwargs})
+        return talk._replace(messages=mark(list(talk.messages)), tools=mark(list(talk.tools)), kwargs=given)
+
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.sanitize:
+            return [self.control.encode(text) for text in texts]
+        return self.tokenizer.encode_batch(texts)
+
+    def encode_whole(self, talks: Sequence[Talk]) -> list[np.ndarray]:
+        """The tokens of conversations, whoever wrote them.
 
         Raises:
-            UserError: there is none.
+            UserError: names the row that the template refuses, or that has a character without a token.
         """
-        text = self.render([{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}])
-        tail = text[text.rfind(_SAID) + len(_SAID) :]
-        special = self.tokenizer.special
-        found = next((token for token in self.tokenizer.encode(tail) if token in special), None)
-        if found is None:
-            raise UserError(
-                f"{self.name}: an answer is followed by {tail[:40]!r}: expected a special token that ends it"
-            )
-        return found
+        made = []
+        for talk in map(self._safe, talks):
+            try:
+                made += self._ids([self.render(talk.messages, talk.tools, **talk.kwargs)])
+            except UserError as error:
+                raise UserError(f"{talk.where}: {error}") from None
+        return made
 
-    def encode_turns(self, conversations: Sequence[tuple[Any, ...]], last_only: bool = False) -> list[Encoded]:
-        """Tokens and assistant masks of conversations, each a Talk; ``last_only``: train only the last turn.
+    def encode_turns(
+        self, conversations: Sequence[tuple[Any, ...]], last_only: bool = False, part: str = "both"
+    ) -> list[Encoded]:
+        """Tokens and masks of conversations, each a Talk; ``last_only``: of the last answer, behind its prompt.
 
-        If template and answer would share a token, the text is split there, as it is in generation.
+        ``part``: both, answer or thinking. If template and answer would share a token, the text is split there, as it
+        is in generation.
 
         Raises:
             UserError: names the row whose turns cannot be located exactly.
         """
         talks = [Talk(*each) for each in conversations]
-        plans = [self._plan(talk, last_only) for talk in talks]
-        texts = list(dict.fromkeys(text for plan in plans for text in plan))
-        encoded = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+        plans = [self._locator.plan(self._safe(talk), last_only) for talk in talks]
+        edges = [turns.chosen(plan.spans, part) for plan in plans]
+        pieces = [
+            [plan.text, *(plan.text[:at] for pair in pairs for at in pair)]
+            for plan, pairs in zip(plans, edges, strict=True)
+        ]
+        texts = list(dict.fromkeys(text for every in pieces for text in every))
+        encoded = dict(zip(texts, self._ids(texts), strict=True))
         made = []
-        for (where, *_), plan in zip(talks, plans, strict=True):
+        for talk, plan, pairs, every in zip(talks, plans, edges, pieces, strict=True):
             cuts: list[int] = []
-            ids = [encoded[text] for text in plan]
-            while isinstance(found := self._masked(where, plan, ids), int):
+            ids = [encoded[text] for text in every]
+            while isinstance(found := _masked(plan, pairs, ids), int):
                 if found in cuts:
-                    raise UserError(f"{where}: {self.name}: no token boundary at the start of an answer")
+                    raise UserError(f"{talk.where}: {self.name}: no token boundary at the start of an answer")
                 cuts.append(found)
-                ids = [self._encode_cut(text, cuts) for text in plan]
-            as_whole = self.tokenizer.decode(encoded[plan[0]].tolist()) if cuts else ""
+                ids = [self._encode_cut(text, cuts) for text in every]
+            as_whole = self.tokenizer.decode(encoded[plan.text].tolist()) if cuts else ""
             if cuts and self.tokenizer.decode(found.ids.tolist()) != as_whole:
                 raise UserError(
-                    f"{where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
+                    f"{talk.where}: {self.name} and the answer share a token, and this {self.tokenizer.kind} tokenizer "
                     "cannot split it: expected no white space at the start of the answer"
                 )
             made.append(found)
@@ -240,100 +224,30 @@ class Template:
     def _encode_cut(self, text: str, cuts: list[int]) -> np.ndarray:
         """The ids of ``text``, split at the characters ``cuts``."""
         ends = sorted({cut for cut in cuts if cut < len(text)} | {len(text)})
-        return np.concatenate(
-            self.tokenizer.encode_batch([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
-        )
-
-    def _plan(self, talk: Talk, last_only: bool) -> list[str]:
-        """The texts to encode: the whole, then for each trained turn the text before it and the text up to its end."""
-        where, messages, tools, _, more = talk
-        try:
-            if self.marked:
-                texts = self._marked_plan(self.render(messages, tools, marks=True, **more))
-                texts = self._marked_trained(talk, texts)
-            else:
-                texts = [self.render(messages, tools, **more)]
-                for k in talk.turns:
-                    texts += [
-                        self.render(messages[:k], tools, generation=True, **more),
-                        self.render(messages[: k + 1], tools, **more),
-                    ]
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if len(texts) < 3:
-            raise UserError(f"{where}: {self.name} encloses nothing in {{% generation %}}: expected an answer")
-        if last_only:
-            texts = [texts[0], *texts[-2:]]
-        for before in texts[1::2]:
-            if not texts[0].startswith(before):
-                raise UserError(
-                    f"{where}: {self.name} changes what precedes an answer when more follows, so the "
-                    f"assistant's tokens cannot be located: {_UNROLL}"
-                )
-        return texts
-
-    def _marked_plan(self, marked: str) -> list[str]:
-        """The same from marks, without the header that some templates enclose."""
-        text, texts = "", []
-        for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
-            if number % 2:
-                skip = len(self._header) if part.startswith(self._header) else 0
-                texts += [text + part[:skip], text + part]
-            text += part
-        return [text, *texts]
-
-    def _marked_trained(self, talk: Talk, texts: list[str]) -> list[str]:
-        """``texts`` without the pairs of turns that are not trained on."""
-        asked = [k for k, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        if len(talk.turns) == len(asked):
-            return texts
-        if len(texts) - 1 != 2 * len(asked):
-            raise UserError(
-                f"{self.name} encloses {(len(texts) - 1) // 2} parts of {len(asked)} answers in {{% generation %}}, so "
-                f"a turn of weight 0 cannot be located: {_UNROLL}"
-            )
-        pairs = [texts[1 + 2 * n : 3 + 2 * n] for n, k in enumerate(asked) if k in talk.turns]
-        return [texts[0], *(text for pair in pairs for text in pair)]
-
-    def _masked(self, where: str, texts: list[str], encoded: Sequence[np.ndarray]) -> Encoded | int:
-        """The tokens of the whole and the assistant's mask; or the character at which the text must be split."""
-        whole = np.asarray(encoded[0], np.int32)
-        mask = np.zeros(len(whole), bool)
-        for number in range(1, len(texts), 2):
-            before, upto = encoded[number], encoded[number + 1]
-            start = len(before)
-            if not np.array_equal(whole[:start], before):
-                return len(texts[number])
-            if self.marked and np.array_equal(whole[: len(upto)], upto):
-                upto = whole[: len(upto) + 1]  # the end token may follow the mark
-            ends = np.flatnonzero(upto[start:] == self.end_id)
-            if not len(ends):
-                raise UserError(f"{where}: {self.name}: an answer without {self.end}, which ends the others")
-            stop = start + int(ends[-1]) + 1
-            if not np.array_equal(whole[:stop], upto[:stop]):
-                raise UserError(
-                    f"{where}: {self.name} changes an answer when more follows (as Qwen3 drops its thinking), "
-                    f"so the assistant's tokens cannot be located: {_UNROLL}"
-                )
-            mask[start:stop] = True
-        return Encoded(whole, mask)
+        return np.concatenate(self._ids([text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]))
 
 
-def _said(error: Exception) -> str:
-    line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return " ".join(str(error).split())[:200] + line
+def _masked(plan: Plan, pairs: Sequence[tuple[int, int]], ids: Sequence[np.ndarray]) -> Encoded | int:
+    """The tokens of the text and the mask; or the character at which the text must be split.
+
+    A token that reasoning and answer share counts as reasoning.
+    """
+    whole = np.asarray(ids[0], np.int32)
+    mask, begins = np.zeros(len(whole), bool), {one.start for one in plan.spans}
+    for number, (start, _) in enumerate(pairs):
+        before, upto = ids[2 * number + 1], ids[2 * number + 2]
+        if start in begins and not np.array_equal(whole[: len(before)], before):
+            return start
+        mask[_reached(whole, before) : _reached(whole, upto)] = True
+    return Encoded(whole, mask, plan.unopened)
 
 
-@functools.lru_cache(16)
-def _tags(source: str) -> set[str]:
-    """Names of the block tags in a template."""
-    tokens = list(_compile(source, False).environment.lex(source))
-    names = [
-        next((value for _, kind, value in tokens[n + 1 :] if kind != "whitespace"), "")
-        for n, (_, kind, _) in enumerate(tokens)
-        if kind == "block_begin"
-    ]
-    return set(names)
+def _reached(whole: np.ndarray, part: np.ndarray) -> int:
+    """How many tokens of ``whole`` hold the text of ``part``, with which it begins."""
+    if np.array_equal(whole[: len(part)], part):
+        return len(part)
+    size = min(len(whole), len(part))
+    return int(np.argmax(whole[:size] != part[:size])) + 1
 
 
 def template_of(
@@ -341,10 +255,11 @@ def template_of(
     where: str = "chat template",
     date: str = "",
     kwargs: Mapping[str, Any] = MappingProxyType({}),
+    sanitize: bool = False,
 ) -> Template | None:
     """The tokenizer's own template; None if it has none."""
     sources = tokenizer.templates
-    return Template(sources, tokenizer, tokenizer.named, where, date, kwargs) if sources else None
+    return Template(sources, tokenizer, tokenizer.named, where, date, kwargs, sanitize) if sources else None
 
 
 def with_chatml(tokenizer: Tokenizer) -> Tokenizer:

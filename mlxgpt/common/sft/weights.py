@@ -9,8 +9,9 @@ import numpy as np
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder, resolve
-from mlxgpt.common.folders.adapter_folder import Adapter
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.folders.adapter import Adapter
+from mlxgpt.common.folders.adapter import with_adapter as with_parts
+from mlxgpt.common.model import adapters, families, params
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.sft.settings import Chosen
 from mlxgpt.common.train.job import Weights
@@ -35,10 +36,10 @@ def locate(recipe: Recipe) -> tuple[Path, Path | None]:
 def with_adapter(
     recipe: Recipe, chosen: Chosen, base: Path, given: Path | None, force: bool
 ) -> tuple[Recipe, Adapter | None]:
-    """The recipe with the settings of the adapter that is trained on, and that adapter.
+    """The recipe with the settings and the vocabulary of the adapter that is trained on, and that adapter.
 
     Raises:
-        UserError: it is for another model, or a setting asks for another shape than it has.
+        UserError: it is for another model, has what does not train here, or a setting asks for another shape.
     """
     assert recipe.tune and recipe.adapter
     if given is None:
@@ -46,8 +47,11 @@ def with_adapter(
     adapter = adapter_folder.read_adapter(given, base, recipe.model, force)
     for note in adapter.notes:
         print(note)
+    _check_trains(adapter, base, given)
+    model = dataclasses.replace(with_parts(recipe.model, adapter), labels=recipe.model.labels)
+    families.check(model)
     settings = dataclasses.replace(
-        adapter_folder.to_config(adapter, recipe.model),
+        adapter_folder.to_config(adapter, model),
         dropout=recipe.adapter.dropout,
         b_lr=recipe.adapter.b_lr,
         bits=recipe.adapter.bits,
@@ -58,8 +62,25 @@ def with_adapter(
         if value != own and not (isinstance(value, list) and tuple(value) == own):
             raise UserError(f"adapter.{key} = {value!r}: {given} has {own!r}, and it is trained on as it is")
     print(f"{given}: trained on: {adapter.method}, {len(adapter.targets)} matrices")
-    tune = dataclasses.replace(recipe.tune, adapter=str(given))
-    return dataclasses.replace(recipe, adapter=settings, tune=tune), adapter
+    if adapter.carried:
+        print(f"{' and '.join(adapter.carried)}: the adapter carries them and did not train them; now they train whole")
+    named = recipe.tune.model if recipe.tune.adapter else str(base)  # --model may have been the adapter
+    tune = dataclasses.replace(recipe.tune, model=named, adapter=str(given))
+    return dataclasses.replace(recipe, model=model, adapter=settings, tune=tune), adapter
+
+
+def _check_trains(adapter: Adapter, base: Path, given: Path) -> None:
+    """Refuses parts of PEFT's adapters that training here does not have."""
+    rows = [name.removesuffix(".rows") for name in adapter.params if name.endswith(".rows")]
+    both = [path for path in adapter.targets if f"{path}.weight" in adapter.params]
+    if rows or both:
+        what = (
+            f"single rows of {rows[0]} (trainable_token_indices)" if rows else f"{both[0]} resized and adapted as well"
+        )
+        raise UserError(
+            f"{given}: has {what}, which does not train here: expected a model of both "
+            f"(mlxgpt fuse -m {base} --adapter {given} -o MODEL), and finetune -m MODEL"
+        )
 
 
 def base_weights(base: Path, recipe: Recipe) -> Weights:
@@ -69,7 +90,7 @@ def base_weights(base: Path, recipe: Recipe) -> Weights:
         if isinstance(weights.get(name), Quantized):
             weights[name] = weights[name].dequantize()
             print(f"{name}: trains, so it is dequantized")
-    weights = params.resize_vocab(weights, recipe.model.vocab_size)
+    weights = params.resize_vocab(params.with_head(weights, recipe.model), recipe.model.vocab_size)
     return params.as_classifier(weights, recipe.model, recipe.train.seed) if recipe.model.labels else weights
 
 

@@ -95,7 +95,7 @@ class Family:
     writes: Mapping[str, Any] = field(default_factory=dict)  # further keys that a folder of ours says
     repeats: Mapping[str, str] = field(default_factory=dict)  # second key that other readers want -> our field
     transposed: tuple[str, ...] = ()  # our modules whose matrix is stored [in, out]
-    prefixes: tuple[str, ...] = ()  # what names in a file may start with besides
+    prefixes: tuple[str, ...] = ()  # what names begin with in transformers' memory, though not in its files
     aliases: Mapping[str, str] = field(default_factory=dict)  # their other name of a module -> the one in their files
     ignored: str = r"(?!)"  # buffers that old files carry
     tanh: str = "gelu_pytorch_tanh"  # what config.json calls gelu_tanh
