@@ -12,6 +12,7 @@ from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import adapter_folder, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.adapter import Adapter, with_adapter
 from mlxgpt.common.model import families
+from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers import protocol as tokenizer_protocol
 
 LAYOUTS = ("peft", "mlx-lm")
@@ -60,6 +61,8 @@ def convert(
         made.mkdir()
         gaps = adapter_folder.save(made, config, adapter, LAYOUTS if to is None else (to,))
         tokenizer_protocol.write_files(made, tokenizer_protocol.read_files(place))
+        if (place / ends.FILE).is_file():
+            (made / ends.FILE).write_bytes((place / ends.FILE).read_bytes())
         output.put(made, dst, force)
     return adapter, [*adapter.notes, *gaps]
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
-from convert.formats import output, stream
+from convert.formats import generation, output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.registry import format_of, open_model
 from mlxgpt.common.errors import RunError, UserError
@@ -30,6 +30,7 @@ from mlxgpt.common.files import atomic_write, read_json
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers.protocol import FILES
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
@@ -162,7 +163,7 @@ def _options(to: str, options: dict[str, Any]) -> Options:
 def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
     """Refuses a destination that exists, or that overlaps the source."""
     there = Path(os.path.realpath(dst))  # unlike resolve(), accepts a link that points to itself
-    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser())}:
+    for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser(), *opened.files)}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
             raise UserError(f"{dst}: is, holds or lies in the source {src}: expected another place")
     if not dst.parent.is_dir():
@@ -177,7 +178,7 @@ def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]
     if writer.KIND == "folder":
         return {}
     made = {dst.with_name(dst.name + SIDECAR): (json.dumps(block, indent=2) + "\n").encode()}
-    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened)} if hasattr(writer, "BESIDE") else {})
+    return made | ({dst.with_suffix(writer.BESIDE): writer.beside(opened, dst)} if hasattr(writer, "BESIDE") else {})
 
 
 def _put(place: Path, dst: Path, force: bool, beside: dict[Path, bytes | None]) -> None:
@@ -212,6 +213,8 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
     opened.companions.update(files)
     if tokenizer.eos_id is not None:
         opened.extra["eos_token_id"] = tokenizer.eos_id
+        if ends.FILE in opened.companions:
+            generation.set_ends(opened, ends.union([tokenizer.eos_id], sorted(tokenizer.ends)))
     if dropped:
         opened.notes.append(f"{path}: in place of the source's {', '.join(dropped)}")
 

@@ -128,12 +128,18 @@ def _add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
             parser.add_argument(*flags, type=type(field.default), default=default, metavar="X", help=text)
 
 
+def _add_stop_token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stop-token", action="append", default=[], metavar="TOKEN",
+        help="a token that ends a text besides the model's own, by its text or its id; repeatable")  # fmt: skip
+
+
 def chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system prompt; /system changes it")
     add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_stop_token(parser)
     _add_sampling(parser, max_tokens=1024)
     _add_backend(parser)
 
@@ -156,6 +162,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="the system prompt, for a model that has a chat template")
     _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    _add_stop_token(parser)
     _add_json(parser)
     _add_backend(parser)
 

@@ -148,10 +148,10 @@ def test_sentencepiece_without_pieces(data: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["tokenizer.ggml.model", "tokenizer.ggml.pre"])
 def test_a_gguf_tokenizer_kind_that_is_no_word(key: str) -> None:
-    from convert.formats.gguf.tokenizer import restore
+    from convert.formats.gguf.restore import restore
 
     values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], key: np.zeros(3)}
-    files, notes = restore(values, Path("a.gguf"), 1)
+    files, notes = restore(values, Path("a.gguf"), 1, "llama")
     assert not files and key in notes[0]
 
 

@@ -11,13 +11,15 @@ from typing import cast
 
 import numpy as np
 
-from convert.formats import hf, stream
+from convert.formats import generation, hf, stream
 from convert.formats.opened import Opened, Tensor
 from convert.formats.rounding import Rounding
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
 from mlxgpt.common.folders.adapter import Together, add_up
 from mlxgpt.common.model import adapters, params
+from mlxgpt.common.tokenizers.ends import generation_ends, union
+from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import FILES
 
 FORMAT = "adapter"
@@ -65,10 +67,21 @@ def fused(
             companions = {name: content for name, content in companions.items() if name not in FILES} | own
     files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
     notes = [*(note for each, _ in read for note in each.notes), *hf.left_in_folder(base.path, base)]
-    return dataclasses.replace(
+    made = dataclasses.replace(
         base, config=both.config, tensors=tensors,
         files=(*base.files, *files), companions=companions, moments=None, notes=notes,
     )  # fmt: skip
+    _join_ends(made, [place for place, _ in given])
+    return made
+
+
+def _join_ends(made: Opened, places: Sequence[Path]) -> None:
+    """What ends a text for the base or an adapter, by its generation_config.json or its own tokenizer, ends it here."""
+    own = [load_tokenizer(place).eos_id for place in places if has_tokenizer(place)]
+    before = generation.ends_of(made)
+    ends = union(before, *(generation_ends(place) for place in places), own)
+    if ends != before and not made.config.labels:
+        generation.set_ends(made, ends)
 
 
 def _changed(

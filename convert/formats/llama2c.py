@@ -327,7 +327,7 @@ def _reordered(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
     return Tensor(tensor.shape, tensor.dtype, lambda: _pairs(tensor.read(), heads)) if heads else tensor
 
 
-def beside(opened: Opened) -> bytes | None:
+def beside(opened: Opened, _: Path) -> bytes | None:
     """The tokenizer's .bin, which goes where the model does with the suffix BESIDE; None where run.c cannot have it."""
     return _tokenizer(opened)[0]
 

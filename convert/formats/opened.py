@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.folders.tensors import Entry
+from mlxgpt.common.tokenizers.protocol import read_json
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ class Opened:
     )  # keys of config.json that do not describe the model: token ids and the like
     moments: Moments | None = None
     notes: list[str] = field(default_factory=list)  # lines to print: what was dropped, rewritten or cannot be expressed
+
+
+def companion_json(opened: Opened, name: str) -> dict[str, Any]:
+    """A JSON file that travels with a model; {} where it is not there.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    content = opened.companions.get(name)
+    if content is None:
+        return {}
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return read_json({name: data}, name, opened.path)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-from convert.formats.opened import Opened
+from convert.formats.opened import Opened, companion_json
 from convert.verify.report import Checked, Report
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.tokenizers.protocol import read_json
 
 # formats that have a place for token ids and tokenizer: there, one that is missing was lost
 CARRY = ("hf", "mlx-lm", "gguf")
@@ -89,16 +88,3 @@ def _generation(opened: Opened) -> dict[str, Any]:
 
 def _spelled(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def companion_json(opened: Opened, name: str) -> dict[str, Any]:
-    """A JSON file that travels with a model; {} where it is not there.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
-    content = opened.companions.get(name)
-    if content is None:
-        return {}
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return read_json({name: data}, name, opened.path)

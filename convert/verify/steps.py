@@ -76,8 +76,8 @@ def _affine_step(scales: Entry, biases: Entry, bits: int, group_size: int) -> St
 def _blocks(opened: Opened) -> dict[str, Step]:
     """GGUF: the types of blocks of 32 inputs that are written here, too."""
     from convert.formats.gguf import blocks
-    from convert.formats.gguf.file import read_gguf
     from convert.formats.gguf.names import name_of
+    from convert.formats.gguf.split import read_parts
 
     def step(kind: str) -> Step:
         def again(array: np.ndarray) -> np.ndarray:
@@ -86,6 +86,6 @@ def _blocks(opened: Opened) -> dict[str, Step]:
 
         return Step(kind, again, lambda array: blocks.largest_error(array, kind))
 
-    stored = read_gguf(opened.path)[1]
+    stored = read_parts(opened.path)[1]
     kinds = {name: stored[name_of(opened.config, name)].type for name in params.table(opened.config)}
     return {name: step(kind) for name, kind in kinds.items() if kind in blocks.FILE_TYPES}

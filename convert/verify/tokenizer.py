@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from convert.formats.opened import Opened
-from convert.verify.config import CARRY, companion_json
+from convert.formats.opened import Opened, companion_json
+from convert.verify.config import CARRY
 from convert.verify.report import Checked, Report
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer

@@ -18,7 +18,7 @@ from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.inference.conversation import Answer, Conversation
 from mlxgpt.common.sft.template import Template, template_of
-from mlxgpt.common.tokenizers.load import generation_ends
+from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.signals import Signals
 
@@ -38,7 +38,7 @@ def chat_command(args: argparse.Namespace) -> int:
     """Talks until /quit or the end of the input.
 
     Args:
-        args: model, adapter, force, system, template, the fields of SampleConfig but prompt, backend, device.
+        args: model, adapter, force, system, template, stop_token, backend, device, the fields of SampleConfig.
 
     Returns:
         0, or 1 if input from a script held a message that could not be answered.
@@ -46,15 +46,14 @@ def chat_command(args: argparse.Namespace) -> int:
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
     adapters = base_and_adapters.parse_adapters(args.adapter)
-    place, found = base_and_adapters.find_base(args.model, adapters)
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     template = _template(args.template, tokenizer, str(args.model))
     backend.generate.prepare(model)
-    ends = {token for folder in (place, *(folder for folder, _ in found)) for token in generation_ends(folder)}
-    conversation = Conversation(backend, model, tokenizer, template, ends, args.system or "")
+    stop = set(ends.named(args.stop_token, tokenizer, "--stop-token"))
+    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "")
     return Chat(conversation, sample, sys.stdin.isatty()).run()
 
 

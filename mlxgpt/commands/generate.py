@@ -16,7 +16,7 @@ from mlxgpt.common.folders.base_and_adapters import expect_tokenizer
 from mlxgpt.common.inference import prompts
 from mlxgpt.common.inference.generation import Result
 from mlxgpt.common.sft.template import template_of
-from mlxgpt.common.tokenizers.load import generation_ends
+from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
@@ -84,6 +84,15 @@ def _prompts(
     return [*prompts.asked(template, texts, args.system or ""), *ids]
 
 
+def _ends(args: argparse.Namespace, tokenizer: Tokenizer | None, folder: Path) -> list[int]:
+    """The tokens of --stop-token; without a tokenizer also what the model's folder says."""
+    if tokenizer:
+        return text_ends.named(args.stop_token, tokenizer, "--stop-token")
+    if word := next((word for word in args.stop_token if not word.isdecimal()), None):
+        raise UserError(f"--stop-token {word!r}: text needs a tokenizer, and this model has none; expected an id")
+    return [*text_ends.generation_ends(folder), *map(int, args.stop_token)]
+
+
 def generate_command(args: argparse.Namespace) -> int:
     """Continues every prompt; a single one is streamed. Text goes to stdout, statistics to stderr."""
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
@@ -97,7 +106,7 @@ def generate_command(args: argparse.Namespace) -> int:
     model, tokenizer = backend.load.load(args.model, adapter=adapters, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
     asked = _prompts(args, texts, ids, tokenizer)
-    ends = () if tokenizer else generation_ends(base_and_adapters.find_base(args.model, adapters)[0])
+    ends = _ends(args, tokenizer, base_and_adapters.find_base(args.model, adapters)[0])
     backend.generate.prepare(model)
     start, first = time.perf_counter(), 0.0
 

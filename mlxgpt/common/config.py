@@ -297,10 +297,13 @@ class TuneConfig:
     sanitize: bool = _field(
         False, "control tokens that messages spell are text, as transformers' sanitize_control_tokens"
     )
+    end_tokens: tuple = _field(
+        (), "tokens that end an answer besides the template's and the model's own, by their text or id"
+    )
     unroll: bool = _field(False, "one example per answer, with its history: for templates that rewrite history")
     date: str = _field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = _field(0, "maximum tokens of an example; 0 = the model's context, at most 2048")
-    overflow: str = _field("truncate", "longer examples: truncate (the prompt, from the left), drop or refuse")
+    overflow: str = _field("drop", "longer examples: drop, truncate (oldest turns, then the prompt's middle) or refuse")
     packing: bool = _field(
         True, "pack several examples into a sequence, each attending only to itself; false = padding"
     )
@@ -334,7 +337,8 @@ class TuneConfig:
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
-        for name, idle, task in (("metrics", (), "lm"), ("class_weights", "none", "classify")):
+        unread = (("metrics", (), "lm"), ("end_tokens", (), "lm"), ("class_weights", "none", "classify"))
+        for name, idle, task in unread:
             used = self.task == task or getattr(self, name) == idle
             _check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")
         known = ("exact", "bleu", "chrf", "rouge_l")

@@ -16,8 +16,9 @@ from convert.formats.gguf import names as gguf_names
 from convert.formats.gguf import restore as gguf_restore
 from convert.formats.gguf import tokenizer as gguf_tokenizer
 from convert.formats.gguf.blocks import BLOCK
-from convert.formats.gguf.file import DTYPES, PIECE, Stored, Value, is_gguf, read_gguf, read_stored, write_gguf
+from convert.formats.gguf.file import DTYPES, PIECE, Stored, Value, is_gguf, read_stored, write_gguf
 from convert.formats.gguf.names import ROPE_FACTORS
+from convert.formats.gguf.split import read_parts
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import TensorError, UserError
@@ -26,6 +27,7 @@ from mlxgpt.common.folders.tensors import Entry
 from mlxgpt.common.model import families, params
 
 KIND = "file"
+BESIDE = ".Modelfile"
 _OWN, _WIDENED, _NORM = "mlxgpt.config", "mlxgpt.widened", "mlxgpt.norm."
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32} | blocks.FILE_TYPES  # general.file_type, of most matrices
 _BITS = {4: "Q4_0", 8: "Q8_0"}
@@ -44,7 +46,7 @@ def read(path: Path) -> Opened:
     """
     path = Path(path)
     where = str(path)
-    values, stored = read_gguf(path)
+    values, stored, parts = read_parts(path)
     factors = stored.get(ROPE_FACTORS)
     extra: dict[str, Any] = {}
     if _OWN in values:
@@ -81,7 +83,7 @@ def read(path: Path) -> Opened:
     if _OWN not in values and (ends := gguf_restore.ends_of(values, files)) is not None:
         extra["eos_token_id"] = ends
     tensors = {name: tensors[name] for name in params.table(config)}
-    return Opened(path, "gguf", config, tensors, (path,), dict(files), extra, None, notes + left)
+    return Opened(path, "gguf", config, tensors, parts, dict(files), extra, None, notes + left)
 
 
 def _ids(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +200,11 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     if digest:
         options.digests[place.name] = digest
     return notes + left
+
+
+def beside(opened: Opened, dst: Path) -> bytes | None:
+    """The Modelfile for the GGUF file at ``dst``; None where it has no tokenizer, which Ollama cannot do without."""
+    return gguf_tokenizer.modelfile_of(opened.companions, opened.extra, dst.name, opened.config.block_size)
 
 
 def _quantized_type(options: Options) -> str | None:

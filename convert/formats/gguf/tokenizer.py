@@ -17,7 +17,6 @@ from convert.formats.gguf.file import Value
 from convert.formats.gguf.vocabulary import CONTROL, GGML, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer
-from mlxgpt.common.tokenizers.specification import chat_templates
 
 HF_JSON, FILE = "tokenizer.huggingface.json", "mlxgpt.file."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
@@ -58,6 +57,7 @@ def describe(
     if license:
         made["general.license"] = Value("str", license[1])
     notes: list[str] = []
+    tokenizer = found = None
     try:
         tokenizer = tokenizer_of(files)
         found = vocabulary.of(tokenizer, files, n_vocab, arch) if tokenizer else None
@@ -65,13 +65,13 @@ def describe(
             observed.observe(found, tokenizer)
     except UserError as error:
         notes.append(f"llama.cpp gets no tokenizer: {error}")
-        tokenizer = found = None
+        found = None
     if tokenizer and found:
         made |= found.values() | _ids(tokenizer, found, ends_of(files, extra), extra)
         notes += found.notes
     else:
         made[GGML + "model"] = Value("str", "none")
-    return made | _templates(files), notes
+    return made | (_templates(tokenizer) if tokenizer else {}), notes
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
@@ -107,6 +107,23 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
         return template.end_id if template else None
     except UserError:
         return None
+
+
+def modelfile_of(
+    companions: Mapping[str, Path | bytes], extra: Mapping[str, Any], file: str, context: int
+) -> bytes | None:
+    """The Modelfile that stands beside ``file``; None where there is no tokenizer. ``context``: tokens at the most."""
+    from convert.formats.gguf.modelfile import modelfile
+
+    files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in companions.items()}
+    try:
+        tokenizer = tokenizer_of(files)
+    except UserError:
+        return None
+    if tokenizer is None:
+        return None
+    ends = [tokenizer.eos_id, *ends_of(files, extra), turn_end(tokenizer)]
+    return modelfile(tokenizer, file, list(dict.fromkeys(i for i in ends if i is not None)), context).encode()
 
 
 def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mapping[str, Any]) -> dict[str, Value]:
@@ -160,10 +177,10 @@ def _no_end(found: Vocabulary) -> int:
     return i
 
 
-def _templates(files: Mapping[str, bytes]) -> dict[str, Value]:
+def _templates(tokenizer: Tokenizer) -> dict[str, Value]:
     """Chat templates as transformers resolves them, the default one apart."""
     try:
-        found = chat_templates(dict(files), Path())
+        found = tokenizer.templates
     except UserError:
         return {}
     made: dict[str, Value] = {}

@@ -43,7 +43,7 @@ def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCo
         raise UserError(
             f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
         )
-    tune = TuneConfig(source=path)
+    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
     if Path(path).is_file():

@@ -4,6 +4,7 @@
     adapter_model.safetensors    PEFT's names and layout (peft_adapter.py)
     adapters.safetensors         mlx-lm's (mlx_lm_adapter.py), where it can hold the adapter
     tokenizer files              where training added tokens or a chat template
+    generation_config.json       eos_token_id: what ends a text, of the base and of the template that was tuned with
 
 Reading prefers PEFT's file, which keeps ranks and scales as they are, and holds mlx-lm's against it. PiSSA is written
 as one update of rank 2 r, [A; A0] and [B, -B0], which acts on the untouched base; "mlxgpt" says that it is one.
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensor
 from mlxgpt.common.model import adapters, families, params, quantization_methods
 from mlxgpt.common.model.adapters import Target
 from mlxgpt.common.recipes import SECTIONS
+from mlxgpt.common.tokenizers import ends as text_ends
 
 CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "mlx-lm")
@@ -44,6 +46,7 @@ def write_adapter(
     arrays: Mapping[str, np.ndarray],
     tokenizer: Any = None,
     base: str | None = None,
+    ends: Sequence[int] = (),
 ) -> None:
     """Writes the adapter that a run trains; ``place`` exists.
 
@@ -54,6 +57,7 @@ def write_adapter(
         arrays: by name what adapters.trainable(recipe) lists, and start_a and start_b with PiSSA.
         tokenizer: written beside it, where training added tokens or a chat template.
         base: what is recorded of where the base is, such as a hub id; default: the folder's whole path.
+        ends: the tokens that end a generated text, the base's among them.
 
     Raises:
         UserError: neither PEFT nor mlx-lm can hold it, or the system refuses to write.
@@ -73,6 +77,8 @@ def write_adapter(
     save(place, recipe.model, adapter)
     if tokenizer is not None:
         tokenizer.save(place)
+    if ends:
+        write_json(place / text_ends.FILE, {"eos_token_id": text_ends.as_value(ends)})
 
 
 def save(place: Path, config: ModelConfig, adapter: Adapter, layouts: tuple[str, ...] = LAYOUTS) -> list[str]:

@@ -5,7 +5,7 @@ config asks for, in its shape, finite, and nothing else.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from mlxgpt.common.folders.tensors import FLOATS, Stored, read_tensors, same_byt
 from mlxgpt.common.folders.weight_files import INDEX, SINGLE, find_tensors
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import Quantized
+from mlxgpt.common.tokenizers.ends import as_list, as_value, union
 
 __all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
 
@@ -38,9 +39,6 @@ class _Tokenizer(Protocol):
 
     @property
     def ends(self) -> frozenset[int]: ...
-
-    @property
-    def before(self) -> list[int]: ...
 
     def save(self, folder: Path, /) -> None: ...
 
@@ -212,11 +210,13 @@ def write_model(
     extra: Mapping[str, Any] | None = None,
     tokenizer: _Tokenizer | None = None,
     max_shard: int = 5 * 10**9,
+    ends: Sequence[int] = (),
 ) -> None:
     """Writes config.json, generation_config.json, the weights and the tokenizer's files into ``folder``.
 
     ``weights`` are exactly ``params.table(config)``, in any float type; ``extra`` goes into config.json as it is;
-    shards hold at most ``max_shard`` bytes, or one tensor.
+    shards hold at most ``max_shard`` bytes, or one tensor. ``ends``: what ends a generated text; default: what does for
+    ``tokenizer``.
 
     Raises:
         UserError: the family cannot hold the model, the folder holds one already, or a value does not fit ``dtype``.
@@ -235,8 +235,7 @@ def write_model(
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
     eos = tokenizer.eos_id if tokenizer else None
     # a classifier's last token is the last that is no padding
-    bos = tokenizer.before[0] if tokenizer and tokenizer.before else None
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,8 +243,9 @@ def write_model(
         tokenizer.save(folder)
     _write_weights(folder, config, weights, DTYPES[dtype], max_shard)
     tokens = {key: values[key] for key in ids if values[key] is not None}
-    if tokenizer and tokenizer.ends and isinstance(tokens.get("eos_token_id"), int):
-        tokens["eos_token_id"] = [tokens["eos_token_id"], *sorted(tokenizer.ends)]
+    said = as_list(values["eos_token_id"], folder / "config.json")
+    if every := union(ends, said, sorted(tokenizer.ends) if tokenizer and said else ()):
+        tokens["eos_token_id"] = as_value(every)
     write_json(folder / "generation_config.json", {"_from_model_config": True} | tokens)
     write_json(folder / "config.json", values)
 

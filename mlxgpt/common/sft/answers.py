@@ -22,7 +22,6 @@ class Answers:
         assert job.recipe.tune
         self._job, self._source = job, source
         self._tune, self._sample = job.recipe.tune, job.recipe.sample
-        self._stop = [source.template.end] if source.template else []
 
     def sample(self) -> str:
         """A question and the model's answer: sample.prompt, else the first validation example."""
@@ -55,7 +54,7 @@ class Answers:
 
     def _generate(self, prompts: list[list[int]], settings: Any) -> list[str]:
         generate = self._job.backend.generate.generate
-        found = generate(self._job.engine.model, self._source.tokenizer, prompts, settings, self._stop)
+        found = generate(self._job.engine.model, self._source.tokenizer, prompts, settings)
         return [result.text for result in found]
 
     def _reference(self, row: Example) -> str:

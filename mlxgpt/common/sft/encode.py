@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlxgpt.common.chat import shorten
 from mlxgpt.common.chat.locate import Talk
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
-from mlxgpt.common.sft.template import Template
+from mlxgpt.common.sft.template import Encoded, Template
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -31,10 +32,14 @@ class Counts:
     tokens: int = 0
     trained: int = 0  # tokens that are targets
     longest: int = 0
-    truncated: int = 0  # rows whose prompt was truncated from the left
-    cut: int = 0  # rows whose answer alone was too long and was truncated from the right
+    truncated: int = 0  # rows that lost oldest turns or the middle of their prompt
+    cut: int = 0  # rows that lost the end of the answer, or of a text
     dropped: int = 0
+    unanswerable: int = 0  # of these, rows that would have lost the question of their answer
     lost: int = 0  # tokens
+    wider: int = 0  # tune.block_size that keeps most of the dropped rows, if the model's context holds one
+    beyond: int = 0  # rows that are longer even so
+    unopened: int = 0  # examples whose answers lack what the generation prompt opens
 
 
 @dataclass
@@ -45,13 +50,9 @@ class Encoder:
     tokenizer: Tokenizer
     template: Template | None
     size: int  # maximum tokens of an example
+    context: int = 0  # the model's
     labels: tuple[str, ...] = ()
     label_weights: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        named = self.tokenizer.named.get("bos_token")
-        ids = self.tokenizer.encode(named) if named else []
-        self.bos_id = ids[0] if len(ids) == 1 else None
 
     def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
         """The rows as examples, none longer than ``size``.
@@ -61,40 +62,59 @@ class Encoder:
         """
         made: list[Example] = []
         counts = Counts(rows=len(rows))
+        self._dropped: list[int] = []  # lengths
         for start in range(0, len(rows), _GROUP):
             group = rows[start : start + _GROUP]
             if self.labels:
                 found = self._labeled(group, counts)
             else:
-                found = [self._fitted(where, ids, mask, counts) for where, ids, mask in self._encoded(group)]
+                found = [self._fitted(*each, counts) for each in self._encoded(group, counts)]
             made += [example for example in found if example is not None]
         counts.tokens = sum(map(len, made))
         counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
         counts.longest = max(map(len, made), default=0)
+        if self._dropped:
+            counts.wider = next(
+                (n for n in self._windows() if sum(m > n for m in self._dropped) <= len(self._dropped) // 5), 0
+            )
+            counts.beyond = sum(length > counts.wider for length in self._dropped)
         return made, counts
 
-    def _encoded(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(where, ids, mask) of each row, or of each of its answers with tune.unroll."""
+    def _windows(self) -> Iterator[int]:
+        """Twice the window, four times it and so on, up to the model's context."""
+        size = self.size
+        while size < self.context:
+            size = min(2 * size, self.context)
+            yield size
+
+    def _encoded(
+        self, rows: Sequence[Row], counts: Counts
+    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, Talk | None]]:
+        """(where, ids, mask) of each row, or of each of its answers with tune.unroll; with the conversation."""
         if self.template is None:
-            yield from self._plain(rows)
+            for plain in self._plain(rows):
+                yield *plain, None
             return
         rows = [as_messages(row) for row in rows]
         talks = [Talk(row.where, row.messages, row.tools, row.train, row.kwargs) for row in rows]
         for row in rows:
             self.template.check_kwargs(row.kwargs, f"{row.where}: chat_template_kwargs")
-        if self.tune.train_on_prompt:
-            for talk, ids in zip(talks, self.template.encode_whole(talks), strict=True):
-                yield talk.where, np.asarray(ids, np.int32), np.ones(len(ids), bool)
-            return
         if self.tune.unroll:
             talks = [
                 talk._replace(messages=talk.messages[: k + 1], train=talk.train[: k + 1])
                 for talk in talks
                 for k in talk.turns
             ]
-        encoded = self.template.encode_turns(talks, self.tune.unroll, self.tune.train_on)
-        for (where, *_), one in zip(talks, encoded, strict=True):
-            yield where, one.ids, one.mask
+        for talk, one in zip(talks, self._turns(talks), strict=True):
+            counts.unopened += one.unopened
+            yield talk.where, one.ids, one.mask, talk
+
+    def _turns(self, talks: Sequence[Talk]) -> list[Encoded]:
+        assert self.template
+        if self.tune.train_on_prompt:
+            wholes = [np.asarray(ids, np.int32) for ids in self.template.encode_whole(talks)]
+            return [Encoded(ids, np.ones(len(ids), bool)) for ids in wholes]
+        return self.template.encode_turns(talks, self.tune.unroll, self.tune.train_on)
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Text from its beginning to the end-of-text token; a prompt is tokenized on its own."""
@@ -132,48 +152,58 @@ class Encoder:
                     raise UserError(f"{row.where}: {error}") from None
             raise
 
-    def _fitted(self, where: str, ids: np.ndarray, mask: np.ndarray, counts: Counts) -> Example | None:
+    def _fitted(
+        self, where: str, ids: np.ndarray, mask: np.ndarray, talk: Talk | None, counts: Counts
+    ) -> Example | None:
         """The row as an example of at most ``size`` tokens; None if it is dropped."""
-        excess = len(ids) - (self.size + 1)
-        if excess > 0:
+        if not mask[1:].any():
+            raise UserError(f"{where}: {self._untrained(len(ids))}")
+        if len(ids) - 1 > self.size:
             self._too_long(where, len(ids) - 1)
-            if self.tune.overflow == "drop":
-                counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids) - 1
-                return None
-            counts.lost += excess
-            ids, mask = self._cut(ids, mask, excess, counts)
-        weights = mask[1:].astype(np.float32)
-        if not weights.any():
-            raise UserError(f"{where}: all {len(ids)} tokens are masked: expected an answer to train on")
-        return Example(where, ids[:-1], ids[1:], weights)
+            fitted = None if self.tune.overflow == "drop" else self._shortened(ids, mask, talk)
+            if fitted is None:
+                counts.unanswerable += self.tune.overflow != "drop"
+                return self._drop(len(ids) - 1, counts)
+            counts.lost += len(ids) - len(fitted[0][0])
+            (ids, mask), truncated, cut = fitted
+            counts.truncated, counts.cut = counts.truncated + truncated, counts.cut + cut
+        return Example(where, ids[:-1], ids[1:], mask[1:].astype(np.float32))
+
+    def _untrained(self, count: int) -> str:
+        if self.tune.train_on == "thinking":
+            return "no reasoning in its answers: expected some to train on, or tune.train_on = both"
+        return f"all {count} tokens are masked: expected an answer to train on"
+
+    def _drop(self, length: int, counts: Counts) -> None:
+        counts.dropped, counts.lost = counts.dropped + 1, counts.lost + length
+        self._dropped.append(length)
 
     def _too_long(self, where: str, length: int) -> None:
         if self.tune.overflow == "refuse":
             raise UserError(
                 f"{where}: {length} tokens: expected at most {self.size} "
-                "(tune.block_size; tune.overflow = truncate or drop takes longer rows)"
+                "(tune.block_size; tune.overflow = drop or truncate takes longer rows)"
             )
 
-    def _cut(self, ids: np.ndarray, mask: np.ndarray, excess: int, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """Truncates from the left what precedes the last answer; an answer that loses its start is no longer a target.
+    def _shortened(
+        self, ids: np.ndarray, mask: np.ndarray, talk: Talk | None
+    ) -> tuple[shorten.Pair, bool, bool] | None:
+        """Tokens and mask that fit, whether the prompt was shortened, and whether the end was cut."""
+        most = self.size + 1
+        if talk:
+            found = shorten.fit_talk(talk, most, self._pair, lambda text: len(self.tokenizer.encode(text)))
+            return found if found and found[0][1][1:].any() else None
+        start = int(np.argmax(mask))
+        if start < 2:  # a text
+            return (ids[:most], mask[:most]), False, True
+        kept = shorten.fit_prompt(min(len(self.tokenizer.before), start), start, len(ids), most)
+        if kept is None:
+            return None
+        return (ids[kept], mask[kept]), bool(np.any(np.diff(kept) > 1)), bool(kept[-1] < len(ids) - 1)
 
-        A beginning-of-text token stays. An answer that is still too long is truncated from the right.
-        """
-        starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
-        keep = int(int(ids[0]) == self.bos_id and not mask[0])
-        spare = max(0, int(starts[-1]) - 1 - keep) if len(starts) else 0
-        left = min(excess, spare)
-        if left:
-            counts.truncated += 1
-            mask = mask.copy()
-            if mask[keep + left] and mask[keep + left - 1]:
-                following = np.flatnonzero(~mask[keep + left :])
-                mask[keep + left : keep + left + int(following[0])] = False
-            ids, mask = (np.concatenate([a[:keep], a[keep + left :]]) for a in (ids, mask))
-        if left < excess:
-            counts.cut += 1
-            ids, mask = ids[: self.size + 1], mask[: self.size + 1]
-        return ids, mask
+    def _pair(self, talk: Talk) -> shorten.Pair:
+        (found,) = self._turns([talk])
+        return found.ids, found.mask
 
     def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
         """Texts as AutoTokenizer gives them, whose last token predicts the label; a longer text loses its end."""
@@ -185,7 +215,7 @@ class Encoder:
             if len(ids) > self.size:
                 self._too_long(row.where, len(ids))
                 if self.tune.overflow == "drop":
-                    counts.dropped, counts.lost = counts.dropped + 1, counts.lost + len(ids)
+                    self._drop(len(ids), counts)
                     continue
                 counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
                 ids = beginning.wrap(self.tokenizer, ids, self.size)

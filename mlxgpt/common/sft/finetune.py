@@ -21,7 +21,8 @@ from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft import weights as sft_weights
 from mlxgpt.common.sft.answers import Answers
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.ends import generation_ends, union
+from mlxgpt.common.tokenizers.load import has_tokenizer, load_last, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.job import Job, Kind, Weights
 
@@ -36,6 +37,7 @@ class Finetuning(Kind[SftSource]):
     source: SftSource
     _base: Path  # the base model's folder
     _adapter: Adapter | None = None  # the one that a new run trains on
+    _earlier: tuple[int, ...] = ()  # what ends a text by the adapter that is trained on
     _frozen: Weights  # of the adapter, what does not train: PiSSA's start
 
     def __init__(self, args: Namespace):
@@ -64,6 +66,7 @@ class Finetuning(Kind[SftSource]):
         config = model_folder.read_config(self._base)
         recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
         self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
+        self._earlier = tuple(generation_ends(given)) if given else ()
         assert self.recipe.adapter
         adapters.targets(config, self.recipe.adapter)  # what matches nothing is refused before examples are read
         for note in chosen.notes:
@@ -77,8 +80,19 @@ class Finetuning(Kind[SftSource]):
         self.recipe = _with_new_tokens(recipe, self.source)
         if not self._whole:
             tied = model_folder.read_config(self._base).tied
-            for line in adapter_folder.limits(self.recipe, apart=tied and not self.recipe.model.tied):
+            limits = adapter_folder.limits(self.recipe, apart=tied and not self.recipe.model.tied)
+            for line in limits or self._unknown_to_mlx_lm():
                 print(line)
+
+    def _unknown_to_mlx_lm(self) -> list[str]:
+        """A line where mlx-lm would not end an answer: it reads no ends from an adapter's folder."""
+        tokenizer = self.source.tokenizer
+        known = union(generation_ends(self._base), [load_tokenizer(self._base).eos_id])
+        new = [end for end in union([tokenizer.eos_id], sorted(tokenizer.ends)) if end not in known]
+        if self.source.labels or not new:
+            return []
+        flags = " ".join(f"--extra-eos-token '{tokenizer.decode([end])}'" for end in new)
+        return [f"mlx-lm reads what ends an answer from the model's folder only: {flags} with the adapter, or fuse it"]
 
     def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
         """The run's recipe with --set; --model and --data say where base and examples are now."""
@@ -91,6 +105,7 @@ class Finetuning(Kind[SftSource]):
         assert newest
         place, state = newest
         self._base = place if self._whole else sft_weights.locate(self.recipe)[0]
+        self._earlier = tuple(generation_ends(place))
         config = self.recipe.model if self._whole else model_folder.read_config(self._base)
         self._open_examples(self._tokenizer(), config, self.recipe.model.labels)
         before, after = state.data.get(_BASE), self.digests().get(_BASE)
@@ -99,10 +114,10 @@ class Finetuning(Kind[SftSource]):
                 f"{self._base}: sha256 {after}: the run began on a model with {before}; --model names another place"
             )
 
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer | None:
         """The base's, or the one of the adapter that the run began on."""
         given = self._given_tokenizer()
-        return load_tokenizer(given or self._base)
+        return load_last([self._base, given]) if given else load_tokenizer(self._base)
 
     def _given_tokenizer(self) -> Path | None:
         """The adapter that the run began on, if it has a tokenizer of its own."""
@@ -112,6 +127,7 @@ class Finetuning(Kind[SftSource]):
 
     def _open_examples(self, tokenizer: Any, config: ModelConfig, labels: tuple[str, ...]) -> None:
         assert self.recipe.tune
+        tokenizer.ends |= set(self._earlier) - {tokenizer.eos_id}
         self.source = sft_source.open_source(self.recipe.tune, self.recipe.train, tokenizer, config, print, labels)
 
     @property
@@ -145,12 +161,14 @@ class Finetuning(Kind[SftSource]):
         """A model folder where every weight trains, else an adapter, with a tokenizer that is not the base's."""
         recipe, tokenizer = self.recipe, self.source.tokenizer
         assert recipe.tune
+        ends = union(generation_ends(self._base), self._earlier, [tokenizer.eos_id], sorted(tokenizer.ends))
+        ends = [] if recipe.model.labels else ends
         if self._whole:
-            model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer)
+            model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer, ends=ends)
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
         own = tokenizer if tokenizer.files != load_tokenizer(self._base).files else None
-        adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id)
+        adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
     def sample(self, job: Job) -> str | None:
         """A question and the model's answer."""

@@ -157,6 +157,7 @@ class _Reader:
         tune = {
             "train_on_prompt": not self._flag("mask_prompt"),
             "block_size": 0 if longest == DEFAULTS["max_seq_length"] else longest,  # 0: that, or a shorter context
+            "overflow": "truncate",
             "packing": False,
             "test": self._flag("test"),
             "model": self._text("model"),

@@ -24,6 +24,7 @@ from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers import beginning
+from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -178,7 +179,8 @@ def open_source(
     """The examples of ``tune.source`` as batches for a model of ``config``.
 
     ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: those of ChatML, if examples are conversations and
-    it has no template. ``labels``: those of an existing classifier; by default the sorted labels of the training split.
+    it has no template; its ``ends`` are those of ``tokenizer``, of the template and of tune.end_tokens. ``labels``:
+    those of an existing classifier; by default the sorted labels of the training split.
 
     Raises:
         UserError: anything wrong with source, examples, template or window.
@@ -189,16 +191,19 @@ def open_source(
         raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
     template, added = None, ()
     if tune.task == "lm":
+        before = {tokenizer.eos_id, *tokenizer.ends}
         template, tokenizer, added = choose_template(tune, rows, tokenizer)
-    encoder = Encoder(tune, tokenizer, template, size)
+        after = {template.end_id} if template else set()
+        after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
+        tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
+    encoder = Encoder(tune, tokenizer, template, size, config.block_size)
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
     examples, counts = {}, {}
     for split, held in rows.splits.items():
         examples[split], counts[split] = encoder.examples(held)
     if not examples["train"]:
-        longest = f"all {counts['train'].dropped} training examples are longer than {size} tokens"
-        raise UserError(f"{tune.source}: {longest}: nothing is left to train on (tune.overflow = drop)")
+        raise UserError(f"{tune.source}: {_none_left(counts['train'], size)}")
     if tune.packing:
         size = min(size, _bin(tune.block_size, examples))
     digest = rows.digest | {"tokenizer": tokenizer.digest}
@@ -280,15 +285,8 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
         found = Counter(row.label for row in rows.splits["train"])
         share = "labels " + shortened([f"{label} ({found[label]:,})" for label in source.labels])
     yield f"examples: {tune.source}: {rows.format}: {sizes}; {share}"
-    longer = f"examples are longer than {source.encoder.size} tokens"
     for name, count in counts.items():
-        if count.truncated:
-            yield f"{name}: {count.truncated:,} {longer}: truncated from the left"
-        if count.cut:
-            alone = "" if source.labels or rows.format == "text" else " in the answer alone"
-            yield f"{name}: {count.cut:,} {longer}{alone}: truncated from the right"
-        if count.dropped:
-            yield f"{name}: {count.dropped:,} {longer}: dropped"
+        yield from _long(name, count, source.encoder, alone=bool(source.labels) or rows.format == "text")
     if source.duplicates:
         first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
         known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation examples"
@@ -301,3 +299,28 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
     yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
+
+
+def _none_left(count: Counts, size: int) -> str:
+    """Why no training example is left."""
+    why = f"all {count.dropped} training examples are longer than {size} tokens: nothing is left to train on"
+    if count.unanswerable:
+        return f"{why}: shortened, their answers would lose their questions: expected a larger tune.block_size"
+    wider = f"tune.block_size = {count.wider} or " if count.wider else ""
+    return f"{why} (tune.overflow = drop): expected {wider}tune.overflow = truncate"
+
+
+def _long(name: str, count: Counts, encoder: Encoder, alone: bool) -> Iterator[str]:
+    """Lines about the examples of a split that are longer than the window."""
+    longer = f"examples longer than {encoder.size} tokens"
+    if count.truncated:
+        yield f"{name}: {count.truncated:,} {longer}: they lost their oldest turns, or the middle of the prompt"
+    if count.cut:
+        yield f"{name}: {count.cut:,} {longer}{'' if alone else ' in the answer'}: they lost the end"
+    if count.unanswerable:
+        yield f"{name}: dropped {count.unanswerable:,} {longer} whose answers would have lost their questions"
+    elif count.dropped:
+        cure = f"the model's context is {encoder.context}; tune.overflow = truncate shortens them"
+        if count.wider:
+            cure = f"tune.block_size = {count.wider} keeps all" + (f" but {count.beyond:,}" if count.beyond else "")
+        yield f"{name}: dropped {count.dropped:,} of {count.rows:,} {longer} ({count.lost:,} tokens); {cure}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.protocol import Tokenizer, read_files, read_json
 
 KINDS = ("char", "bpe", "sp-bpe", "sp-unigram")
@@ -45,27 +46,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def load_last(folders: Sequence[Path]) -> Tokenizer | None:
-    """The tokenizer of the last of these folders that has one; None where none has."""
-    found = [folder for folder in folders if has_tokenizer(folder)]
-    return load_tokenizer(found[-1]) if found else None
+    """The tokenizer of the last of these folders that has one; None where none has.
 
-
-def generation_ends(folder: Path) -> list[int]:
-    """The eos_token_id of generation_config.json, else of config.json: none, one or several.
-
-    Raises:
-        UserError: the file is not a JSON object, or says anything but ids.
+    Its ``ends`` are those of all folders, of a base and its adapters: what ended a text before still does.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        said = read_json({name: path.read_bytes()}, name, folder).get("eos_token_id") if path.is_file() else None
-        if said is None:
-            continue
-        ids = said if isinstance(said, list) else [said]
-        if not all(type(i) is int for i in ids):
-            raise UserError(f"{path}: eos_token_id {said!r}: expected a token id or a list of them")
-        return ids
-    return []
+    found = [folder for folder in folders if has_tokenizer(folder)]
+    if not found:
+        return None
+    made = load_tokenizer(found[-1])
+    # a folder that names no end has its tokenizer's
+    silent = [load_tokenizer(folder).eos_id for folder in found[:-1] if not generation_ends(folder)]
+    ends = union(silent, *(generation_ends(folder) for folder in folders))
+    made.ends = frozenset(end for end in ends if end != made.eos_id)
+    return made
 
 
 def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
