@@ -30,6 +30,11 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="apply an adapter that was trained on other base weights")
 
 
+def _add_template_kwargs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--template-kwargs", metavar="JSON",
+        help="""values that the chat template reads, such as '{"enable_thinking": false}'""")  # fmt: skip
+
+
 def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
     text = f"pydocs, or a .txt, .md, .jsonl or .parquet file, or a folder of them{also}"
     parser.add_argument("source", metavar="SOURCE", help=text)
@@ -139,6 +144,7 @@ def chat(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system prompt; /system changes it")
     add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_template_kwargs(parser)
     _add_stop_token(parser)
     _add_sampling(parser, max_tokens=1024)
     _add_backend(parser)

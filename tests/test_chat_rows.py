@@ -9,12 +9,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import templates
+from models import tiny
 from templates import tokenizer_folder
 from transformers import AutoTokenizer
 
+from mlxgpt import cli
 from mlxgpt.common import recipes
 from mlxgpt.common.config import Recipe, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
+from mlxgpt.common.model import params
 from mlxgpt.common.rows import arrow, messages
 from mlxgpt.common.rows.formats import open_rows
 from mlxgpt.common.rows.row import Row
@@ -165,7 +169,7 @@ def test_a_message_that_means_nothing_here_is_named(message: dict[str, Any], exp
 
 
 @pytest.mark.parametrize("source", [templates.SMOLLM2, templates.MARKED, templates.LLAMA3])
-@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_turns_of_weight_0_are_context(source: str, key: str, folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     no, yes = (0, 1) if key == "weight" else (False, True)
     talk = said("q1", "a1", "q2", "a2", "q3", "a3")
@@ -263,8 +267,8 @@ def test_what_a_template_leaves_out_is_said_once_with_its_row(tokenizer: Any, tm
     found = [line.replace(str(tmp_path), "") for line in written.lines(template(tokenizer, silent), rows)]
     assert found == [
         "/rows.jsonl row 2: tools: the template does not write them, so they are not trained on",
-        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on: tags of its own in "
-        "content, such as <think>...</think>, would be",
+        "/rows.jsonl row 1: reasoning: the template does not write it, so it is not trained on; in content, as "
+        "<think>...</think>, it would be",
         "/rows.jsonl row 1: role system: the template does not write it, so the model does not see it",
         "/rows.jsonl row 1: role tool: the template does not write it, so the model does not see it",
     ]
@@ -340,6 +344,8 @@ def test_conversations_of_every_tool(tmp_path: Path) -> None:
     ):
         assert [one.messages for one in opened(write(path, row))] == [expected], row
     tool = {"name": "add", "parameters": {"type": "object"}}
+    told = {"conversations": valued, "tools": [json.dumps(tool)]}  # as Parquet files often hold them
+    assert opened(write(path, told))[0].tools == (tool,)
     call = {"from": "function_call", "value": '[{"name": "add", "arguments": {"a": 1}}]'}
     row = {
         "conversations": [valued[0], call, {"from": "observation", "value": "3"}, valued[1]],
@@ -519,3 +525,85 @@ def test_a_template_is_asked_what_it_reads(tokenizer: Any) -> None:
         templates.PHI3: (False, True, False, False),
         templates.LLAMA3: (False, True, False, True),
     }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A model whose template reads ``thinks``."""
+    place = tmp_path_factory.mktemp("model") / "model"
+    tokenizer = load_tokenizer(tokenizer_folder(place.parent / "tokenizer", THINKS, IM))
+    config = tiny(family="llama", block_size=64, vocab_size=tokenizer.n_vocab)
+    model_folder.write_model(place, config, params.init_params(config, 1), tokenizer=tokenizer)
+    return place
+
+
+def test_a_run_keeps_the_values_and_inspect_shows_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talks = [said(f"q{n}", "a1", "q2", "a2") for n in range(5)]
+    for talk in talks:
+        talk[1]["weight"] = 0
+    write(tmp_path / "rows.jsonl", *({"messages": talk} for talk in talks))
+    kwargs = ["--set", "tune.chat_template_kwargs.thinks=false"]
+    assert cli.main(["data", "inspect", "rows.jsonl", "-m", str(model), "--json", *kwargs]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chat_template_kwargs"] == {"thinks": False}
+    pieces = found["rows"][0]["pieces"]
+    assert [(piece["trained"], piece["text"]) for piece in pieces][1:] == [(True, "quick a2<|im_end|>"), (False, "\n")]
+    assert "quick a1<|im_end|>" in pieces[0]["text"]
+    run = ["finetune", "--backend", "torch", "--device", "cpu", "--set", "train.sample_every=0"]
+    small = ["--set", "sample.max_tokens=0", "--steps", "2", "--stop-after", "1"]
+    assert cli.main([*run, "--model", str(model), "--data", "rows.jsonl", "--out", "run", *kwargs, *small]) == 0
+    assert 'chat_template_kwargs = {"thinks" = false}' in (tmp_path / "run/recipe.toml").read_text()
+    out = capsys.readouterr().out
+    assert "an answer ends with <|im_end|>, thinks = False" in out
+    assert cli.main(["finetune", "--resume", "run", "--backend", "torch", "--device", "cpu"]) == 0
+    assert cli.main(["finetune", "--resume", "run", "--set", "tune.chat_template_kwargs.thinks=true"]) == 2
+    assert "chat_template_kwargs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"think": 1}', "chat_template_kwargs: think (did you mean 'thinks'?)"),
+        ("thinks=1", "--template-kwargs = thinks=1: not JSON"),
+        ("[1]", "--template-kwargs = [1]: expected a JSON object, such as"),
+    ],
+)
+def test_chat_names_values_that_mean_nothing(
+    given: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["chat", "-m", str(model), "--backend", "torch", "--device", "cpu", "--template-kwargs", given]
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+MUTATIONS = {
+    "reasoning under its own name alone": (
+        "| dict.fromkeys(REASONING, reasoning) | own | {REASONING[0]: reasoning}",
+        "",
+    ),
+    "parts joined for all": ("isinstance(content, list) and not self.parts", "isinstance(content, list)"),
+    "text where parts are read": ("not self.strings", "False"),
+    "objects where text is joined": ("calls and self.text_arguments", "False"),
+    "text for all": ("calls and self.text_arguments", "calls"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_message_in_the_wrong_form_is_seen(
+    name: str, tokenizer: Any, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = MUTATIONS[name]
+    source = Path(forms.__file__).read_text()
+    assert source.count(old) == 1
+    space: dict[str, Any] = {"__name__": "mutant"}
+    exec(compile(source.replace(old, new), forms.__file__, "exec"), space)
+    monkeypatch.setattr(forms.Reads, "_fitted", space["Reads"]._fitted)
+    with pytest.raises((AssertionError, UserError)):
+        test_reasoning_reaches_a_template_under_every_name("thinking", "reasoning", tokenizer, theirs, tmp_path)
+        for each in (PARTS, EITHER, templates.SMOLLM2):
+            test_parts_of_text_reach_every_template(each, tokenizer, theirs, tmp_path)
+        for each in (OBJECTS, ITEMS, JOINED, PRINTED):
+            test_arguments_may_be_text_or_objects(each, "object", tokenizer, theirs, tmp_path)

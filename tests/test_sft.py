@@ -343,7 +343,13 @@ ROWS: list[list[dict[str, Any]]] = [
     [{"instruction": "a", "input": "b", "output": "c"}] * 4,
     [{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}] * 4,
     [{"prompt": "a b", "completion": "c"}, {"prompt": "b", "completion": "d"}],
-]
+    [{"prompt": [{"role": "user", "content": "a"}],
+      "completion": [{"role": "assistant", "content": "b", "weight": 1}]}] * 4,
+    [{"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": '{"name": "f"}'},
+                        {"from": "observation", "value": "y"}, {"from": "gpt", "value": "z", "train": True}]}] * 4,
+    [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                   {"role": "model", "content": "b", "thinking": "c"}], "chat_template_kwargs": {}}] * 4,
+]  # fmt: skip
 ODD = [None, 1, -1.5, True, "", " ", "\ud800", "x" * 300, [], {}, [None], {"a": None}, "<|im_end|>", float("nan")]
 
 

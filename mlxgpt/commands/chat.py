@@ -10,8 +10,10 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import recipes
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.files import read_json, write_json
@@ -38,7 +40,8 @@ def chat_command(args: argparse.Namespace) -> int:
     """Talks until /quit or the end of the input.
 
     Args:
-        args: model, adapter, force, system, template, stop_token, backend, device, the fields of SampleConfig.
+        args: model, adapter, force, system, template, template_kwargs, stop_token, backend, device, and the fields of
+            SampleConfig.
 
     Returns:
         0, or 1 if input from a script held a message that could not be answered.
@@ -50,22 +53,23 @@ def chat_command(args: argparse.Namespace) -> int:
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
-    template = _template(args.template, tokenizer, str(args.model))
+    kwargs = recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs")
+    template = _template(args.template, tokenizer, str(args.model), kwargs)
     backend.generate.prepare(model)
     stop = set(ends.named(args.stop_token, tokenizer, "--stop-token"))
     conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "")
     return Chat(conversation, sample, sys.stdin.isatty()).run()
 
 
-def _template(given: str | None, tokenizer: Tokenizer, model: str) -> Template:
+def _template(given: str | None, tokenizer: Tokenizer, model: str, kwargs: dict[str, Any]) -> Template:
     """The chat template in the file ``given``, else the tokenizer's own."""
     if given:
         try:
             text = Path(given).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--template {given}: {getattr(error, 'strerror', None) or error}") from None
-        return Template({"default": text}, tokenizer, tokenizer.named, given)
-    found = template_of(tokenizer, f"{model}: chat template")
+        return Template({"default": text}, tokenizer, tokenizer.named, given, kwargs=kwargs)
+    found = template_of(tokenizer, f"{model}: chat template", kwargs=kwargs)
     if found is None:
         raise UserError(
             f"{model}: its tokenizer has no chat template: expected --template FILE, or a model fine-tuned on "

@@ -10,7 +10,6 @@ import numpy as np
 from mlxgpt.common import backend as backends
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import TuneConfig
-from mlxgpt.common.data.corpus import decoded
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.rows import files as row_files
@@ -65,8 +64,7 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         if not path.is_file():
             raise UserError(f"--file {path}: no such file")
         if path.suffix.lower() == ".txt":
-            text, _ = decoded(path.read_bytes(), 0, str(path), final=True)
-            rows += [Row(f"{path} row {n}", text=line) for n, line in enumerate(text.splitlines(), 1)]
+            rows += [Row(f"{path} row {n}", text=line) for n, line in enumerate(row_files.read_lines(path), 1)]
         elif path.suffix.lower() in row_files.SUFFIXES:
             rows += [row_formats.text_to_classify(value, where, tune) for where, value in row_files.read_values(path)]
         else:

@@ -240,16 +240,16 @@ def _metadata(
     config = opened.config
     matrices = [kind for kind, shape in tensors.values() if len(shape) > 1]
     most = max(_FILE_TYPES, key=matrices.count)
+    arch = gguf_names.arch_of(config)
+    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch)
     made = {
-        "general.architecture": Value("str", gguf_names.arch_of(config)),
+        "general.architecture": Value("str", arch),
         "general.type": Value("str", "model"),
-        "general.name": Value("str", opened.path.stem or config.family),
+        "general.name": Value("str", gguf_tokenizer.loadable_name(opened.path.stem or config.family, files)),
         "general.file_type": Value("u32", _FILE_TYPES[most]),
         "general.quantization_version": Value("u32", 2),
     }
     made |= gguf_names.metadata(config)
-    arch = gguf_names.arch_of(config)
-    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch)
     made |= files
     values = families.config_to_hf(config)
     made[_OWN] = Value(

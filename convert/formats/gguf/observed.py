@@ -25,6 +25,7 @@ class LlamaCpp:
         self._marks, self._mark = marks, re.compile(f"({found})") if found else None
         unigram = made.model == "t5"
         kinds = {sp_model.USER: sp_model.CONTROL, sp_model.UNUSED: sp_model.NORMAL}
+        kinds |= {sp_model.BYTE: sp_model.CONTROL} if unigram else {}  # what is no piece of text is no byte either
         pieces = [
             sp_model.Piece(token, np.float32(score).tobytes(), kinds.get(kind, kind))
             for token, score, kind in zip(made.tokens, made.scores, made.types, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.formats.gguf import observed, vocabulary
 from convert.formats.gguf.file import Value
-from convert.formats.gguf.vocabulary import CONTROL, GGML, UNUSED, Vocabulary
+from convert.formats.gguf.vocabulary import CONTROL, GGML, UNKNOWN, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer
 
@@ -30,6 +30,7 @@ _ENDING = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<eos>",
     "<|eom_id|>", "<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
 )  # fmt: skip
+_PHI3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 _DEFAULT_EOS = {"gpt2": 11, "llama": 2, "t5": 1}  # llama.cpp's, where no key says one
 
 
@@ -72,6 +73,12 @@ def describe(
     else:
         made[GGML + "model"] = Value("str", "none")
     return made | (_templates(tokenizer) if tokenizer else {}), notes
+
+
+def loadable_name(name: str, values: Mapping[str, Value]) -> str:
+    """``name`` as general.name, at which llama.cpp looks: it cannot load a phi-3 without Phi-3's special tokens."""
+    tokens = set(values[GGML + "tokens"].value) if GGML + "tokens" in values else set()
+    return name if tokens >= _PHI3 else re.sub("(?i)phi-?3", "phi_3", name)
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
@@ -136,6 +143,8 @@ def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mappin
         i = i[0] if isinstance(i, list) and i else i
         if type(i) is int and 0 <= i < count:
             ids[key] = i
+    if found.model != "gpt2" and UNKNOWN in found.types:
+        ids["unknown_token_id"] = found.types.index(UNKNOWN)
     before, after = list(tokenizer.before), list(tokenizer.after)
     if len(before) == 1:
         ids["bos_token_id"] = before[0]

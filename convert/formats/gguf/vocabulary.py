@@ -76,19 +76,22 @@ def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str
         made = _of_pieces(files["tokenizer.model"], n_vocab)
         _add(made, content.get("added_tokens", []))
     elif content:
-        made = _of_json(content, n_vocab, arch)
+        made = _of_json(content, n_vocab, arch, tokenizer.named.get("unk_token"))
     else:
         raise UserError(f"it has no kind for {tokenizer.kind}")
     _pad(made, n_vocab)
     return made
 
 
-def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str) -> Vocabulary:
+def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str, unknown_token: str | None) -> Vocabulary:
     model = content["model"]
     kind = model.get("type")
     largest = max([*_ids(model), *(one["id"] for one in content["added_tokens"])], default=0)
     if largest >= n_vocab:
         raise UserError(f"token with id {largest}, the model has {n_vocab} rows")
+    affix = next((key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)), None)
+    if affix and kind == "BPE":
+        raise UserError(f"its pieces have the {affix} {model[affix]!r}, llama.cpp's have none")
     if kind == "BPE" and (content.get("decoder") or {}).get("type") == "ByteLevel":
         made = Vocabulary("gpt2", [], [], pre.name_of(content, arch))
         made.merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
@@ -109,9 +112,11 @@ def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str) -> Vocabulary:
         made.tokens[i], made.types[i] = token, NORMAL
         if made.model != "gpt2" and model.get("byte_fallback") and _is_byte(token):
             made.types[i] = BYTE
-    unknown = model.get("unk_id") if kind == "Unigram" else model["vocab"].get(model.get("unk_token"))
+    named = model.get("unk_token") or unknown_token
+    unknown = model.get("unk_id") if kind == "Unigram" else model["vocab"].get(named)
     _add(made, content["added_tokens"])
     if made.model != "gpt2" and isinstance(unknown, int):
+        made.types = [CONTROL if kind == UNKNOWN else kind for kind in made.types]
         made.types[unknown] = UNKNOWN
     return made
 

@@ -141,8 +141,8 @@ def split(pieces: Iterator[Piece], scanned: Scan, val_fraction: float) -> Iterat
     """Each piece with its split, ``train`` or ``val``; empty documents are dropped.
 
     A document validates when its hash is below ``val_fraction`` of all hashes; where that is true of none or of all,
-    the one with the smallest hash validates and the others train. A single document is cut: its first
-    int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
+    the one with the smallest hash validates and the others train; of equal documents the first does. A single document
+    is cut: its first int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
     """
     if scanned.documents == 1:
         yield from _cut(pieces, int((1 - val_fraction) * scanned.characters))
@@ -150,11 +150,12 @@ def split(pieces: Iterator[Piece], scanned: Scan, val_fraction: float) -> Iterat
     limit = int(val_fraction * (1 << 64))
     if scanned.smallest >= limit or scanned.largest < limit:
         limit = scanned.smallest + 1
-    here = "train"
+    equal, here, number = scanned.smallest == scanned.largest, "train", 0
     for piece in pieces:
         if piece.text:
             if piece.first:
-                here = "val" if piece.hash < limit else "train"
+                here = "val" if (number == 0 if equal else piece.hash < limit) else "train"
+                number += 1
             yield here, piece
 
 

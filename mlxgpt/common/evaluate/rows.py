@@ -26,7 +26,7 @@ def is_rows(path: str, text_key: str) -> bool:
     if place.suffix.lower() != ".jsonl":
         return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
-        with open(place, encoding="utf-8") as file:
+        with open(place, encoding="utf-8-sig") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError):
         return False

@@ -6,6 +6,7 @@ rows of .csv, .tsv, .json, .parquet and .arrow count from 1 without a header.
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ def _text(path: Path) -> str:
     return text.removeprefix("\ufeff")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text: newlines alone end one, as in Python's files; U+2028, U+0085 and form feeds do not."""
+    return [line.removesuffix("\n") for line in io.StringIO(_text(path), newline=None)]
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(_text(path).rstrip().split("\n") if path.stat().st_size else [], 1):
+    for number, line in enumerate(_text(path).rstrip(" \t\r\n").split("\n") if path.stat().st_size else [], 1):
         if not line.strip():
             raise UserError(f"{path} row {number}: an empty line: expected a JSON object")
         yield number, parse_json(line, f"{path} row {number}")
@@ -79,24 +85,42 @@ def _read_json(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, object]]:
+    """Rows as Python's csv and pandas read them: newlines alone end one, outside of quotes; blank lines are none."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     number, names = 0, None
     try:
         for fields in reader:
-            if not fields:
+            if not fields or (len(fields) == 1 and not fields[0].strip() and len(names or fields) > 1):
                 continue
             if names is None:
-                names = fields
-                if len(set(names)) < len(names):
-                    raise UserError(f"{path}: duplicate column names: {', '.join(names[:8])}")
+                names = _names(fields, path)
                 continue
             number += 1
-            if len(fields) != len(names):
-                raise UserError(f"{path} row {number}: {len(fields)} columns: expected {len(names)} as in the header")
-            yield number, dict(zip(names, fields, strict=True))
+            yield number, dict(zip(names, _fitted(fields, names, f"{path} row {number}"), strict=True))
     except csv.Error as error:
         raise UserError(f"{path} row {number + 1}: not {path.suffix[1:]}: {error}") from None
+
+
+def _names(fields: list[str], path: Path) -> list[str]:
+    """The names of the columns; one without a name gets pandas' ``Unnamed: 2``."""
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(fields)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: duplicate column names: {', '.join(twice[:8])}")
+    return names
+
+
+def _fitted(fields: list[str], names: list[str], where: str) -> list[str]:
+    """A row's fields, one a column: delimiters at the end of a line add none, and a column without a name may lack."""
+    found, fields = len(fields), list(fields)
+    while len(fields) > len(names) and not fields[-1]:
+        fields.pop()
+    while len(fields) < len(names) and names[len(fields)] == f"Unnamed: {len(fields)}":
+        fields.append("")
+    if len(fields) != len(names):
+        raise UserError(f"{where}: {found} columns: expected {len(names)} as in the header")
+    return fields
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows.columns import cure
 from mlxgpt.common.rows.files import SPLITS, SUFFIXES, digests, find_files, read_values
 from mlxgpt.common.rows.messages import read_kwargs, read_messages, read_tools
 from mlxgpt.common.rows.row import Row, split_rows
@@ -44,11 +45,11 @@ def open_rows(tune: TuneConfig) -> Rows:
     raw = {split: list(read_values(file, tune.drop_nulls)) for split, file in files.items()}
     if not raw["train"]:
         raise UserError(f"{files['train']}: no rows: expected at least one")
-    kind = tune.format
-    if tune.task == "classify":
-        kind = "label"
-    elif kind == "auto":
+    kind = "label" if tune.task == "classify" else tune.format
+    if kind == "auto":
         kind = _detect(raw["train"][0], tune)
+    else:
+        _check_keys(kind, raw["train"][0], tune)
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for split, rows in raw.items():
         splits[split] = [_FORMATS[kind](value, where, tune) for where, value in rows]
@@ -58,7 +59,9 @@ def open_rows(tune: TuneConfig) -> Rows:
     if not splits["valid"]:
         splits["train"], splits["valid"] = split_rows(splits["train"], tune.val_fraction)
         if not splits["valid"]:
-            notes.append(f"{path}: only one example: it is trained on, and none is left for validation")
+            count = len(splits["train"])
+            what = "only one example: it is" if count == 1 else f"all {count:,} examples are equal: they are"
+            notes.append(f"{path}: {what} trained on, and none is left for validation")
     return Rows(kind, splits, digest, notes)
 
 
@@ -71,7 +74,17 @@ def _detect(first: tuple[str, dict[str, Any]], tune: TuneConfig) -> str:
     if "chosen" in row:
         raise UserError(_preference(row, where, tune))
     known = "; ".join(" and ".join(ways[0]) for ways in _keys(tune).values())
-    raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}: expected {known}")
+    raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}: expected {known}{cure(row, tune.task)}")
+
+
+def _check_keys(kind: str, first: tuple[str, dict[str, Any]], tune: TuneConfig) -> None:
+    """Refuses a first row without the keys of its format, where settings are known that read it."""
+    where, row = first
+    ways = _keys(tune).get(kind, ((tune.text_key, tune.label_key),))
+    reads = cure(row, tune.task)
+    if reads and not any(all(key in row for key in keys) for keys in ways):
+        known = " and ".join(ways[0])
+        raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}: expected {known}{reads}")
 
 
 def _keys(tune: TuneConfig) -> dict[str, tuple[tuple[str, ...], ...]]:

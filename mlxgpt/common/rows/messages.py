@@ -91,17 +91,20 @@ def _sharegpt_calls(value: object, place: str) -> list[Any]:
 
 
 def _weight(message: Message, place: str) -> bool | None:
-    """What ``weight`` and ``train`` say; None where neither is there. Both are taken out of the message."""
+    """What ``weight``, ``train`` and ``loss`` say; None where none is there. They are taken out of the message.
+
+    OpenAI's rows have ``weight``, axolotl's ``train`` and ms-swift's ``loss``.
+    """
     said: dict[str, bool] = {}
-    for key, of in (("weight", "0 or 1"), ("train", "true or false")):
+    for key, of in (("weight", "0 or 1"), ("train", "true or false"), ("loss", "true or false")):
         if key not in message:
             continue
         value = message.pop(key)
-        if isinstance(value, bool) != (key == "train") or value not in (0, 1):
+        if isinstance(value, bool) == (key == "weight") or value not in (0, 1):
             raise UserError(f"{place}: {key} is {shown(value)}: expected {of}")
         said[key] = bool(value)
     if len(set(said.values())) > 1:
-        raise UserError(f"{place}: weight and train contradict each other: expected one of them")
+        raise UserError(f"{place}: {' and '.join(said)} contradict each other: expected one of them")
     found = next(iter(said.values()), None)
     if found and message["role"] != "assistant":
         key = next(iter(said))
@@ -184,11 +187,13 @@ def _call(call: Message, where: str) -> Message:
 
 
 def read_tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    """The tools of a row, a list or JSON text of one; ``functions`` are OpenAI's form before ``tools``."""
+    """The tools of a row: objects, or JSON text of each or of all; ``functions`` are OpenAI's form before ``tools``."""
     key = "tools" if row.get("tools") or not row.get("functions") else "functions"
-    tools = row.get(key) or []
+    tools: Any = row.get(key) or []
     if isinstance(tools, str):
         tools = parse_json(tools, f"{where}: {key}") if tools.strip() else []
+    if isinstance(tools, list):
+        tools = [parse_json(tool, f"{where}: {key}") if isinstance(tool, str) else tool for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{where}: {key} is {shown(tools)}: expected a list of objects")
     return tuple({"type": "function", "function": tool} if key == "functions" else tool for tool in tools)

@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlxgpt.common.rows.messages import text_of
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,7 +32,7 @@ class Row:
     @property
     def words(self) -> str:
         """All text of the row, for comparing rows."""
-        turns = [str(message.get("content", "")) for message in self.messages]
+        turns = [text_of(message.get("content")) for message in self.messages]
         return "\n".join([self.text, self.answer or "", *turns])
 
 

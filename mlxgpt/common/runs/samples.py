@@ -21,7 +21,7 @@ def read_samples(run: Path) -> list[Sample]:
     """The samples of a run, in order; incomplete lines are skipped."""
     found = []
     try:
-        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").split("\n")  # U+2028 ends no line
     except OSError:
         return []
     for line in lines:

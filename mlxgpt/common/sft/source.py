@@ -123,6 +123,7 @@ class SftSource:
             "row_tokens": self.size,
             "steps_per_epoch": self.steps_per_epoch,
             "template": self.template.name if self.template else None,
+            "chat_template_kwargs": self.encoder.tune.chat_template_kwargs,
             "added_tokens": list(self.added),
             "near_duplicates": [pair.as_dict() for pair in self.duplicates],
             "labels": list(self.labels),
@@ -293,7 +294,8 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
         yield f"near-duplicates: {known} have a similar training example: {first}"
     if source.template:
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
-        yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}"
+        values = "".join(f", {name} = {value}" for name, value in tune.chat_template_kwargs.items())
+        yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}{values}"
         yield from written.lines(source.template, rows.splits["train"])
     form = f"packed into {source.size} tokens" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"

@@ -8,16 +8,17 @@ from mlxgpt.common.rows.messages import REASONING, reasoning_of
 from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.template import Template
 
-_THINK = "tags of its own in content, such as <think>...</think>, would be"
-
 
 def lines(template: Template, rows: Sequence[Row]) -> Iterator[str]:
     """A line for each kind of content that the template leaves out, with the first row that has it."""
+    left_out = set()
     for key, has, without, cure in _KINDS:
         row = next((as_messages(row) for row in rows if has(row)), None)
         if row is not None and _same(template, row, without(row)):
+            left_out.add(key)
             yield f"{row.where}: {key}: {template.name} does not write {cure}"
-    if any("tool_calls" in message for row in rows for message in row.messages):
+    called = any("tool_calls" in message for row in rows for message in row.messages)
+    if called and "tool_calls" not in left_out:
         form = "JSON text" if template.reads().text_arguments else "objects"
         yield f"tool_calls: {template.name} takes arguments as {form}; rows may have either"
 
@@ -59,6 +60,6 @@ _KINDS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], Row], str], ...]
      "them, so they are not trained on"),
     ("tool_calls", _has("tool_calls"), _lacking("tool_calls"), "them, so they are not trained on"),
     ("reasoning", lambda row: any(reasoning_of(message) for message in row.messages), _lacking(*REASONING),
-     f"it, so it is not trained on: {_THINK}"),
+     "it, so it is not trained on; in content, as <think>...</think>, it would be"),
     *((f"role {name}", *_role(name), "it, so the model does not see it") for name in ("system", "developer", "tool")),
 )  # fmt: skip
