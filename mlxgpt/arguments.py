@@ -330,11 +330,20 @@ def convert(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for an adapter: its base model, or the config.json of it; default: the one it names",
     )
+    _add_config(parser)
     add("--no-hash", action="store_true", help="do not record sha256 of source and result in the provenance")
     add("--allow-nan", action="store_true", help="convert even if values are not finite, and report how many")
     add("--verify", action="store_true", help="compare the result with the source, and keep it only if they agree")
     add("--force", action="store_true", help="replace DST once the new one is complete")
     _add_json(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the config.json (or Meta's params.json) of weights that have none beside them (pytorch)",
+    )
 
 
 def fuse(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +373,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="attention heads, if the file does not record them (mingpt, gptmodel)",
     )
+    _add_config(parser)
     _add_json(parser)
 
 

@@ -68,7 +68,7 @@ def inspect_corpus(corpus: Corpus, tokenizer: Tokenizer | None, say: Callable[[s
         "duplicates": len(hashes) - distinct,
         "byte_order_marks": scanned.marks,
         "sample": tokenizer.decode(sample),
-        "notes": corpus.notes,
+        "notes": [*corpus.notes, *tokenizer.notes],
     }
 
 
@@ -132,7 +132,7 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
         else None,
         "duplicates": len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))) if told and hashes else None,
         "sample": tokenizer.decode(train[middle : middle + SAMPLE].tolist()),
-        "notes": [],
+        "notes": tokenizer.notes,
     }
 
 
