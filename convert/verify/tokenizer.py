@@ -86,6 +86,10 @@ def compare(
         report.find("tokenizer", "n_vocab", f"{first.n_vocab} | {second.n_vocab}")
     if first.eos_id != second.eos_id:
         report.find("tokenizer", "eos_id", f"{first.eos_id} | {second.eos_id}")
+    if first.before != second.before:
+        report.find("tokenizer", "a text begins with", f"{first.before} | {second.before}")
+    if first.after != second.after:
+        report.find("tokenizer", "a text ends with", f"{first.after} | {second.after}")
     _compare_special(first, second, report)
     report.checked.append(Checked("tokenizer", f"ids of {len(TEXTS)} texts, special tokens, chat template"))
 
@@ -96,7 +100,7 @@ def _short(found: list[int] | str) -> str:
 
 
 def _compare_special(first: Tokenizer, second: Tokenizer, report: Report) -> None:
-    """Special tokens, what is put around a text, and chat templates."""
+    """Special tokens and chat templates."""
     one, other = special(first), special(second)
     for name in dict.fromkeys([*one, *other]):
         x, y = one.get(name), other.get(name)
@@ -109,8 +113,8 @@ def _compare_special(first: Tokenizer, second: Tokenizer, report: Report) -> Non
 
 
 def special(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tokens by their role, the ids before and after a text, and the chat templates by name."""
+    """Tokens by their role, and the chat templates by name."""
     templates = {
         ("chat_template" if n == "default" else f"chat_template {n}"): t for n, t in tokenizer.templates.items()
     }
-    return tokenizer.named | {"before": tokenizer.before, "after": tokenizer.after} | templates
+    return tokenizer.named | templates
