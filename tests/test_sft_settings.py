@@ -124,6 +124,13 @@ def test_the_cure_of_a_refusal_works(name: str, tmp_path: Path) -> None:
     ] == [True] * 2
 
 
+def test_a_row_without_a_trained_turn_is_refused_unrolled_too(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path / "t", PUBLISHED["Qwen3"])
+    for unroll, message in ((False, "tokens are masked"), (True, "no turn is trained on")):
+        with pytest.raises(UserError, match=f"train.jsonl row 2: .*{message}: expected an answer to train on"):
+            opened(tmp_path, tokenizer, [chat("a", "b"), chat("a", "b", weight=0)], unroll=unroll)
+
+
 def test_a_template_without_ends_is_cured_by_chatml_or_a_file(tmp_path: Path) -> None:
     endless = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
     tokenizer = tokenizer_of(tmp_path / "t", Published(endless, ()))
