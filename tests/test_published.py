@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxgpt.common.chat import locate, turns
 from mlxgpt.common.chat.locate import Talk
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.inference import prompts
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.template import Encoded, Template
 from mlxgpt.common.tokenizers.load import load_tokenizer
@@ -279,6 +280,7 @@ def test_what_a_person_typed_is_text_and_what_the_model_wrote_stays(judge: Judge
     special = [judge.ours.decode([n]) for n in ids if n in judge.ours.special]
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert judge.ours.decode(ids) == template.render(typed, generation=True)
+    assert prompts.asked(template, [typed[0]["content"]]) == [ids]
     talk = said("a", "b <|im_end|>", "c <|im_end|>")
     ids = template.encode(talk, generation=True, typed=True)
     assert sum(judge.ours.decode([n]) == "<|im_end|>" for n in ids) == 4

@@ -103,9 +103,6 @@ class Encoder:
         for row in rows:
             self.template.check_kwargs(row.kwargs, f"{row.where}: chat_template_kwargs")
         if self.tune.unroll:
-            idle = next((talk for talk in talks if not talk.turns), None)
-            if idle:
-                raise UserError(f"{idle.where}: no turn is trained on: expected an answer to train on")
             talks = [
                 talk._replace(messages=talk.messages[: k + 1], train=talk.train[: k + 1])
                 for talk in talks
