@@ -12,6 +12,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Encoded, Template
+from mlxgpt.common.tokenizers.padding import own_padding, without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _GROUP = 512  # rows tokenized at once
@@ -207,7 +208,9 @@ class Encoder:
     def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
         """Texts whose last token predicts the label; longer ones are truncated from the right."""
         made: list[Example | None] = []
+        pad = own_padding(self.tokenizer)
         for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
+            ids = without_padding(ids, pad)
             if not len(ids):
                 raise UserError(f"{row.where}: no tokens: expected text")
             if len(ids) > self.size:

@@ -167,7 +167,7 @@ class Finetuning(Kind[SftSource]):
             model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer, ends=ends)
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
-        own = tokenizer if self.source.added or self._given_tokenizer() else None
+        own = tokenizer if self.source.added or self._given_tokenizer() or recipe.model.labels else None
         adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
     def sample(self, job: Job) -> str | None:
@@ -189,6 +189,9 @@ class Finetuning(Kind[SftSource]):
 def _with_new_tokens(recipe: Recipe, source: SftSource) -> Recipe:
     """The recipe for a tokenizer that was given more tokens: embedding and head grow, and train whole."""
     assert recipe.adapter
+    if recipe.model.labels and source.tokenizer.n_vocab > recipe.model.vocab_size:
+        print(f"embedding: {recipe.model.vocab_size:,} rows become {source.tokenizer.n_vocab:,}: a token that pads")
+        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=source.tokenizer.n_vocab))
     if not source.added:
         return recipe
     old, model, adapter = recipe.model.vocab_size, recipe.model, recipe.adapter
