@@ -18,6 +18,7 @@ from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.rows.row import Row
 from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft.pack import bucket
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.padding import own_padding, without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -33,15 +34,15 @@ def classify_command(args: argparse.Namespace) -> int:
     )
     labels, block_size = model.config.labels, model.config.block_size
     base_and_adapters.expect_task(model.config, args.model, classifier=True)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
     pad = _scored_padding(base_and_adapters.find_base(args.model)[0], tokenizer)
-    texts = [without_padding(ids, pad) for ids in _encoded(rows, tokenizer)]
+    texts = [without_padding(beginning.wrap(tokenizer, ids), pad) for ids in _encoded(rows, tokenizer)]
     cut = sum(len(ids) > block_size for ids in texts)
-    shares = probabilities(backend, model, [ids[:block_size] for ids in texts])
+    texts = [ids if len(ids) <= block_size else beginning.wrap(tokenizer, ids, block_size) for ids in texts]
+    shares = probabilities(backend, model, texts)
     sums = _confusions(rows, labels, shares)
     if args.json:
         found: dict[str, Any] = {"labels": list(labels), "rows": _as_dicts(rows, labels, shares), "cut": cut}
