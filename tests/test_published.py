@@ -87,7 +87,7 @@ class Judge:
         self.theirs.bos_token, self.theirs.eos_token = one.bos, one.eos
         given: dict[str, Any] = {"tools": tools}
         ids = self.theirs.apply_chat_template(messages, chat_template=one.plain, return_dict=False, **given)
-        found = self.theirs.apply_chat_template(
+        found: Any = self.theirs.apply_chat_template(
             messages, chat_template=one.marked, return_dict=True, return_assistant_tokens_mask=True, **given
         )
         assert found["input_ids"] == ids
@@ -242,7 +242,7 @@ def test_control_tokens_in_messages_are_text_with_the_ids_of_transformers(name: 
     del cases["tools" if name in REFUSES else "spaces"]
     template = judge.template(one, sanitize=True)
     for case, messages in cases.items():
-        tools = TOOLS if case == "tools" else None
+        tools: Any = TOOLS if case == "tools" else None
         for generation in (False, True):
             judge.theirs.bos_token, judge.theirs.eos_token = one.bos, one.eos
             ids = judge.theirs.apply_chat_template(

@@ -281,7 +281,7 @@ def test_a_wider_window_is_named_with_what_it_keeps(tmp_path: Path, tokenizer: T
     (tmp_path / "valid.jsonl").write_text(json.dumps(rows[-1]) + "\n")
     for size, cure in (
         (40, "tune.block_size = 160 keeps all but 1"),
-        (256, "the model's context is 256; tune.overflow = truncate shortens them"),
+        (256, "the model's context of 256 holds none of them; tune.overflow = truncate shortens them"),
     ):
         lines: list[str] = []
         source = sft_source.open_source(

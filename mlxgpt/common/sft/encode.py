@@ -72,18 +72,21 @@ class Encoder:
         counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
         counts.longest = max(map(len, made), default=0)
         if self._dropped:
-            counts.wider = next(
-                (n for n in self._windows() if sum(m > n for m in self._dropped) <= len(self._dropped) // 5), 0
-            )
+            counts.wider = self._wider()
             counts.beyond = sum(length > counts.wider for length in self._dropped)
         return made, counts
 
-    def _windows(self) -> Iterator[int]:
-        """Twice the window, four times it and so on, up to the model's context."""
-        size = self.size
-        while size < self.context:
+    def _wider(self) -> int:
+        """Twice the window, or four times it and so on: what keeps most of the dropped, up to the model's context.
+
+        0 if even that keeps none.
+        """
+        size, best, left = self.size, 0, len(self._dropped)
+        while size < self.context and left > len(self._dropped) // 5:
             size = min(2 * size, self.context)
-            yield size
+            longer = sum(length > size for length in self._dropped)
+            best, left = (size, longer) if longer < left else (best, left)
+        return best
 
     def _encoded(
         self, rows: Sequence[Row], counts: Counts
@@ -142,7 +145,8 @@ class Encoder:
 
     def _ids(self, rows: Sequence[Row], texts: list[str]) -> list[np.ndarray]:
         try:
-            return [np.asarray(ids, np.int32) for ids in self.tokenizer.encode_batch(texts)]
+            encode = self.tokenizer.encode_plain if self.tune.sanitize else self.tokenizer.encode_batch
+            return [np.asarray(ids, np.int32) for ids in encode(texts)]
         except UserError:
             for row, text in zip(rows, texts, strict=True):
                 try:
