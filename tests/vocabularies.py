@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field
 
 import gguf as package
-import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers

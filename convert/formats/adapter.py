@@ -20,7 +20,7 @@ from mlxgpt.common.folders.adapter import Together, add_up
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
-from mlxgpt.common.tokenizers.protocol import FILES
+from mlxgpt.common.tokenizers.protocol import is_file_of
 
 FORMAT = "adapter"
 
@@ -62,9 +62,9 @@ def fused(
         tensors[name] = tensor
     companions = dict(base.companions)
     for place, _ in given:
-        own = {name: content for name, content in hf.companions(place).items() if name in FILES}
+        own = {name: content for name, content in hf.companions(place).items() if is_file_of(name)}
         if own:
-            companions = {name: content for name, content in companions.items() if name not in FILES} | own
+            companions = {name: content for name, content in companions.items() if not is_file_of(name)} | own
     files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
     notes = [*(note for each, _ in read for note in each.notes), *hf.left_in_folder(base.path, base)]
     made = dataclasses.replace(

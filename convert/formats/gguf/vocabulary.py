@@ -86,7 +86,7 @@ def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str
 def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str, unknown_token: str | None) -> Vocabulary:
     model = content["model"]
     kind = model.get("type")
-    largest = max([*_ids(model), *(one["id"] for one in content["added_tokens"])], default=0)
+    largest = max(_ids(model), default=0)
     if largest >= n_vocab:
         raise UserError(f"token with id {largest}, the model has {n_vocab} rows")
     affix = next((key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)), None)
@@ -190,8 +190,9 @@ def _add(made: Vocabulary, added: list[dict[str, Any]]) -> None:
     flagged = []
     for one in added:
         i, token = one["id"], one["content"]
-        if not 0 <= i < len(made.tokens):
-            raise UserError(f"token {token!r} has id {i}, the model {len(made.tokens)} rows")
+        if i >= len(made.tokens):  # as transformers adds names that a tokenizer has not
+            made.notes.append(f"token {token!r} has id {i}, the model {len(made.tokens)} rows: llama.cpp gets none")
+            continue
         special = one.get("special")
         made.tokens[i] = token if special or made.model == "gpt2" else token.replace(SPACE, " ")
         if made.scores and not made.types[i]:
