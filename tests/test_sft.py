@@ -384,8 +384,8 @@ def test_damaged_rows_are_batches_or_one_line(tmp_path: Path, tokenizer: Tokeniz
 
 MUTATIONS = {
     "mask off by one": (encode, "ids[1:], mask[1:]", "ids[1:], mask[:-1]"),
-    "missing end token": (encode, "whole = np.append(whole, np.int32(eos))", "pass"),
-    "the prompt trained on": (encode, "mask[: len(prompt)] = False", "pass"),
+    "missing end token": (encode, "beginning.end(self.tokenizer, begin(whole))", "begin(whole)"),
+    "the prompt trained on": (encode, "self.tune.train_on_prompt else prompt", "True else prompt"),
     "the newest turns given up": (shorten, "rest = _without(talk, first, starts[low])", "rest = talk"),
     "the end of a long question lost": (
         shorten,

@@ -24,6 +24,7 @@ from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Template
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -127,7 +128,13 @@ class SftSource:
             "added_tokens": list(self.added),
             "near_duplicates": [pair.as_dict() for pair in self.duplicates],
             "labels": list(self.labels),
+            **beginning.described(self.tokenizer, self.begins_with),
         }
+
+    @property
+    def begins_with(self) -> list[int]:
+        """What every example begins with, of what its tokenizer puts before a text."""
+        return beginning.shared(self.tokenizer, [row.tokens for held in self.examples.values() for row in held])
 
     def _count(self, epoch: int) -> int:
         while len(self._steps) <= epoch:
