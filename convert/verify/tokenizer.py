@@ -8,7 +8,7 @@ from convert.verify.config import CARRY
 from convert.verify.report import Checked, Report
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer, write_files
 
 TEXTS = (
     "Hello world", " leading space", "trailing space ", "double  space   triple", "tab\tand\nnewline", "\n\n\n", "\r\n",
@@ -37,10 +37,8 @@ def tokenizer_of(opened: Opened, place: Path) -> Tokenizer | None:
     """
     place.mkdir(exist_ok=True)
     config = opened.path / "config.json"  # its model_type has a say
-    beside = {"config.json": config} if config.is_file() else {}
-    for name, content in {**opened.companions, **beside}.items():
-        (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    given = opened.companions | ({config.name: config} if config.is_file() else {})
+    write_files(place, {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in given.items()})
     return load_tokenizer(place) if has_tokenizer(place) else None
 
 
@@ -112,9 +110,7 @@ def _compare_special(first: Tokenizer, second: Tokenizer, report: Report) -> Non
             report.find("tokenizer", name, f"{_short(repr(x))} | {_short(repr(y))}")
 
 
-def special(tokenizer: Tokenizer) -> dict[str, Any]:
+def special(tokenizer: Tokenizer) -> dict[str, str]:
     """Tokens by their role, and the chat templates by name."""
-    templates = {
-        ("chat_template" if n == "default" else f"chat_template {n}"): t for n, t in tokenizer.templates.items()
-    }
-    return tokenizer.named | templates
+    texts = tokenizer.templates
+    return tokenizer.named | {f"chat_template {n}" if n != "default" else "chat_template": t for n, t in texts.items()}

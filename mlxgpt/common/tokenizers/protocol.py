@@ -96,9 +96,9 @@ def sha256_of(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a folder's file of this name, with / as the separator, is its tokenizer's."""
-    return name in FILES or (name.startswith(TEMPLATES) and name.endswith(".jinja"))
+def is_file_of(name: str) -> bool:
+    """Whether a file of a model's folder belongs to its tokenizer, by its name in the folder."""
+    return name in FILES or name.startswith(TEMPLATES)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
