@@ -71,6 +71,7 @@ def fuse(
     if packed and not dequantize:
         if dtype:
             raise UserError(f"--dtype {dtype}: {place} is quantized and stays so: expected --dequantize with it")
+        rounding.quantized = True
         report = convert_opened(opened, place, out, "mlx-lm", keep_bits=True)
         return report, _loss(base, opened, open_model(out), rounding)
     if packed and not dtype:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import interop
+import ml_dtypes
 import numpy as np
 import pytest
 import templates
@@ -14,6 +15,7 @@ from models import tiny, weights
 
 from convert.conversion import convert
 from convert.formats.registry import open_model
+from convert.formats.rounding import Rounding
 from convert.fuse import fuse
 from convert.verify import verify
 from mlxgpt import cli
@@ -81,12 +83,59 @@ def quantized(place: Path, bits: int) -> tuple[Path, Path]:
     return place / "base", place / "adapter"
 
 
+def test_what_rounding_loses_of_an_update_is_counted() -> None:
+    """By hand: bfloat16 has steps of 2^-7 at 1 and of 2^-5 at 4, and a half goes to the even one."""
+    before = np.array([[1.0, 1.0], [2.0, 4.0]], np.float32)
+    exact = before + np.array([[2.0**-9, 2.0**-7], [0.0, 2.0**-6]])
+    wide = np.concatenate([exact, [[1 / 3, 1 / 3]]])  # a new row has no update
+    told = Rounding()
+    for array in (wide * 2, wide):  # what is read again counts once
+        told.add("x.weight", before, array, array.astype(ml_dtypes.bfloat16), "bfloat16")
+    assert (told.changed, told.unmoved) == (3, 2)
+    assert told.lost == pytest.approx((65 / 81) ** 0.5, rel=1e-12)
+    assert str(told) == (
+        "rounding to bfloat16 loses 89.6% of what the adapter changed (root mean square), and 2 of 3 changed weights "
+        "(66.7%) stay as they were; --dtype float32 keeps the update"
+    )
+    exactly = Rounding()
+    exactly.add("x.weight", before, exact, exact.astype(np.float32), "float32")
+    assert not str(exactly)
+    assert (exactly.lost, exactly.unmoved) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fusing_in_few_bits_says_what_is_lost(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = written(tmp_path, "qwen3", alpha=0.02, train=("ln_f",))
+    model_folder.write_model(tmp_path / "narrow", made.config, weights(made.config), dtype=dtype)
+    words = ["fuse", "-m", str(tmp_path / "narrow"), "--adapter", str(made.adapter), "--force", "-o"]
+    assert cli.main([*words, str(tmp_path / "said")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"rounding to {dtype} loses"))
+    assert cli.main([*words, str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rounding"]
+    assert cli.main([*words, str(tmp_path / "wide"), "--dtype", "float32", "--json"]) == 0
+    exactly = json.loads(capsys.readouterr().out)["rounding"]
+    base, out, wide = (model_folder.read_params(tmp_path / n, made.config) for n in ("narrow", "out", "wide"))
+    moves = {name: wide[name].astype(np.float64) - base[name] for name in base}
+    lost = sum(float(((out[name] - wide[name].astype(np.float64))[moves[name] != 0] ** 2).sum()) for name in base)
+    size = sum(float((each**2).sum()) for each in moves.values())
+    still = sum(int(((out[name] == base[name]) & (moves[name] != 0)).sum()) for name in base)
+    assert found["lost"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert abs(found["unmoved"] - still) <= 3  # float32 hides changes that are smaller than its step
+    assert still > 100
+    assert found["changed"] == pytest.approx(sum(int((each != 0).sum()) for each in moves.values()), rel=0.01)
+    assert f"{found['unmoved']:,} of {found['changed']:,} changed weights" in line
+    assert line.endswith("--dtype float32 keeps the update")
+    assert exactly["lost"] < 1e-3
+    assert exactly["changed"] == found["changed"]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_base_stays_quantized_and_says_what_that_costs(
     tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = quantized(tmp_path, bits)
-    _, loss = fuse(base, adapter, tmp_path / "out")
+    told = Rounding()
+    _, loss = fuse(base, adapter, tmp_path / "out", rounding=told)
     _, none = fuse(base, adapter, tmp_path / "exact", dequantize=True, dtype="float32")
     assert none is None
     assert loss is not None
@@ -104,9 +153,15 @@ def test_a_quantized_base_stays_quantized_and_says_what_that_costs(
     assert interop.worst("mlx-lm", interop.mlx_lm_logits(base, adapter), logits) <= GATE
     assert interop.mlx_lm_logits(tmp_path / "out").shape == logits.shape
     assert cli.main(["fuse", "-m", str(base), "--adapter", str(adapter), "-o", str(tmp_path / "again")]) == 0
-    assert (
-        f"4 merged matrices quantized again: an error of {loss.weights:.2%} of the weights" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"4 merged matrices quantized again: an error of {loss.weights:.2%} of the weights" in said
+    assert f"quantizing loses {told.lost:.1%} of what the adapter changed" in said
+    assert told.lost == pytest.approx(loss.update, rel=1e-6)
+    still = sum(int((out[name].read() == before[name].read()).sum()) for name in touched)
+    assert told.unmoved == still
+    assert told.changed == pytest.approx(sum(out[name].read().size for name in touched), rel=0.01)
+    assert f"{told.unmoved:,} of {told.changed:,} changed weights" in said
+    assert "--dequantize --dtype float32 keeps the update" in said
 
 
 def test_bits_that_differ_by_matrix_stay_so(tmp_path: Path) -> None:

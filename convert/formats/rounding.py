@@ -15,6 +15,7 @@ class Rounding:
 
     tensors: dict[str, tuple[float, float, int, int]] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)  # of what was stored; "packed": quantized again
+    quantized: bool = False  # whether the base stays so
 
     def add(self, name: str, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, dtype: str) -> None:
         """A tensor: the base's, with the adapters, and what is stored of that as ``dtype``; a later one replaces it."""
@@ -57,10 +58,9 @@ class Rounding:
         narrow = [name for name, _ in self.dtypes.most_common() if name != "float32"]
         if not narrow or not self.changed:
             return ""
-        packed = "packed" in narrow
-        how = "quantizing" if packed else f"rounding to {narrow[0]}"
+        how = "quantizing" if "packed" in narrow else f"rounding to {narrow[0]}"
         still = f"{self.unmoved:,} of {self.changed:,} changed weights ({self.unmoved / self.changed:.1%})"
-        cure = "--dequantize --dtype float32" if packed else "--dtype float32"
+        cure = "--dequantize --dtype float32" if self.quantized else "--dtype float32"
         return (
             f"{how} loses {self.lost:.1%} of what the adapter changed (root mean square), and {still} stay as they "
             f"were; {cure} keeps the update"

@@ -83,6 +83,11 @@ def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any], apart: bool = 
             "mlx-lm adapts a tied head with its embedding alone, and here they are changed apart: the adapter is for "
             "PEFT alone; mlxgpt fuse makes an untied model of it that mlx-lm can hold"
         )
+    if whole and whole[0].endswith(".rows"):
+        return (
+            f"mlx-lm trains no single rows ({whole[0].removesuffix('.rows')}): the adapter is for PEFT alone; mlxgpt "
+            "fuse makes a model of it that mlx-lm can hold"
+        )
     if whole:
         return (
             f"mlx-lm holds no tensors that train whole ({whole[0]}): the adapter is for PEFT alone; mlxgpt fuse makes "

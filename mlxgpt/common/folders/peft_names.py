@@ -2,8 +2,7 @@
 
     base_model.model.MODULE.lora_A.weight    in a raw state_dict lora_A.NAME.weight, NAME of the adapter
 
-MODULE is what transformers calls a module in memory. Trainers put more around it: ``_orig_mod`` (torch.compile),
-``module`` (DistributedDataParallel), FSDP's, and ``language_model`` where the model is a part of one that sees.
+MODULE is what transformers calls a module in memory; what trainers put around it, module_names.py knows.
 """
 
 import re
@@ -15,10 +14,9 @@ from typing import Any, NoReturn
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
+from mlxgpt.common.model.module_names import ANYWHERE
 
 PREFIX = "base_model.model."
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_PARTS = ("language_model",)  # modules in memory, which a model of text alone lacks
 _KINDS = (  # end of a tensor's name, where N stands for the adapter's name or nothing -> what it is here
     (r"lora_AN\.weight|lora_embedding_AN", "lora_a"),
     (r"lora_BN\.weight|lora_embedding_BN", "lora_b"),
@@ -133,14 +131,14 @@ def parse(config: ModelConfig, names: Iterable[str], where: str) -> dict[str, Ke
     def find(plain: str) -> Key | None:
         for pattern, kind in _ENDS:
             match = pattern.fullmatch(plain)
-            path = loose.get(_stripped(config, match["module"])) if match else None
+            path = loose.get(families.strip(config, f"{match['module']}.weight")) if match else None
             if match and path:
                 return Key(path, kind, match["module"], match.groupdict().get("name") or "")
         return None
 
     made: dict[str, Key] = {}
     for name in names:
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
+        plain = ".".join(part for part in name.split(".") if part not in ANYWHERE).removeprefix(PREFIX)
         key = next(filter(None, map(find, (plain, *_inside(plain)))), None)
         if key:
             made[name] = key
@@ -158,16 +156,11 @@ def _refuse(name: str, plain: str, find: Callable[[str], Key | None], where: str
     for start in range(1, len(parts)):
         tail = ".".join(parts[start:])
         if find(tail):
-            known = ", ".join(f"{each}." for each in (*_WRAPPERS[:2], *_PARTS))
             raise UserError(
                 f"{where}: prefix {name.removesuffix(tail)!r} of tensor {name} is not known: expected {PREFIX} or "
-                f"none, and any of {known}"
+                "none, and any of _orig_mod., module., model., language_model."
             )
     raise UserError(f"{where}: unexpected tensor {name}: no module of this model has it")
-
-
-def _stripped(config: ModelConfig, name: str) -> str | None:
-    return families.strip(config, ".".join(part for part in name.split(".") if part not in _PARTS) + ".weight")
 
 
 def _inside(name: str) -> list[str]:

@@ -99,6 +99,11 @@ class Template:
         return self.tokenizer.decode([self.end_id])
 
     @property
+    def opening(self) -> str:
+        """How the generation prompt goes on behind what an answer begins with, such as <think>; '' if it does not."""
+        return self._locator.form.opening
+
+    @property
     def end_id(self) -> int:
         """The token that ends an assistant's turn, the last where several do."""
         return self._locator.form.ends[-1]

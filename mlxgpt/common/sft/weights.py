@@ -63,7 +63,7 @@ def with_adapter(
             raise UserError(f"adapter.{key} = {value!r}: {given} has {own!r}, and it is trained on as it is")
     print(f"{given}: trained on: {adapter.method}, {len(adapter.targets)} matrices")
     if adapter.carried:
-        print(f"{' and '.join(adapter.carried)}: the adapter carries them and did not train them; now they train whole")
+        print(f"{' and '.join(adapter.carried)}: in the adapter, which did not train it: from here on trained whole")
     named = recipe.tune.model if recipe.tune.adapter else str(base)  # --model may have been the adapter
     tune = dataclasses.replace(recipe.tune, model=named, adapter=str(given))
     return dataclasses.replace(recipe, model=model, adapter=settings, tune=tune), adapter

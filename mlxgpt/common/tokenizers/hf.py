@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import pipelines, sp_model, specification
+from mlxgpt.common.tokenizers import pipelines, separator, sp_model, specification
 from mlxgpt.common.tokenizers.classes import PLAIN, class_of
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
@@ -79,7 +79,7 @@ class JsonTokenizer:
         """The backend and its names; sets ``digest``."""
         data = self.files[source]
         if source == "tokenizer.json":
-            self.digest = sha256_of(b"tokenizer.json", data)
+            self.digest = sha256_of(b"tokenizer.json", separator.taken_out(data))
             return pipelines.of_json(spec, data, content)
         if source == "tokenizer.model":
             self.digest = sha256_of(b"tokenizer.model", data)
