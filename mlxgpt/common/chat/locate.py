@@ -82,9 +82,9 @@ class Locator:
         """
         said = [*self._asked, {"role": "assistant", "content": SAID}]
         text, more = self._template.render(said), self._template.render([*said, self._asked[-1]])
-        if SAID not in text or SAID not in more:
+        if SAID not in text:
             raise UserError(f"{self._name} does not write the content of an answer: expected a template that does")
-        last, past = (one[one.find(SAID) + len(SAID) :] for one in (text, more))
+        last, past = (one.partition(SAID)[2] for one in (text, more))
         header = text[: text.find(SAID)]
         header = header[header.rfind(ASKED) + len(ASKED) :]  # with the user's end
         prompt = self._template.render(self._asked, generation=True)
