@@ -82,6 +82,12 @@ def test_a_prompt_is_a_users_message_in_the_models_template(
         assert ids.count(judge.bos_token_id) == 1  # by the template; the post-processor would put a second one
         found = results(capsys, *common, "-p", "What is it?", *(["--system", system] if system else []))
         assert found == results(capsys, *common, *spelled(ids)) and found["prompt_tokens"] == len(ids)
+    typed = "Say <|eot_id|>"  # a control token that a person types is text
+    messages = [{"role": "user", "content": typed}]
+    ids = judge.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
+    assert results(capsys, *common, "-p", typed) == results(capsys, *common, *spelled(ids))
     raw = judge("What is it?").input_ids
     found = results(capsys, *common, "-p", "What is it?", "--raw")
     assert found == results(capsys, *common, *spelled(raw)) and found["prompt_tokens"] == len(raw)
