@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import recipes
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
@@ -69,14 +70,18 @@ def _prompts(
     """Texts as questions where the tokenizer has a chat template, else as they are; then ids.
 
     Raises:
-        UserError: text without a tokenizer, --system without a template, or what the template refuses.
+        UserError: text without a tokenizer, --system or --template-kwargs without a template, or what it refuses.
     """
     if texts:
         expect_tokenizer(tokenizer, args.model, "--prompt-ids takes token ids")
-    template = template_of(tokenizer, f"{args.model}: chat template") if tokenizer and not args.raw else None
-    if args.system is not None and (template is None or not texts):
+    kwargs = recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs")
+    where = f"{args.model}: chat template"
+    template = template_of(tokenizer, where, kwargs=kwargs) if tokenizer and not args.raw else None
+    given = {"--system: the chat template writes a system prompt": args.system is not None,
+             "--template-kwargs: the chat template reads them": bool(kwargs)}  # fmt: skip
+    for what in (what for what, is_given in given.items() if is_given and (template is None or not texts)):
         found = "--raw leaves it out" if args.raw else "the model has none" if texts else "there is no text to ask"
-        raise UserError(f"--system: the chat template writes a system prompt, and {found}")
+        raise UserError(f"{what}, and {found}")
     if tokenizer is None or template is None:
         return [*texts, *ids]
     with contextlib.suppress(UserError):  # a template may end an answer with plain text

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import arrow
 from mlxgpt.common.rows import files as row_files
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.sft import encode, pack
@@ -22,7 +24,7 @@ def is_rows(path: str, text_key: str) -> bool:
     """Whether a path holds rows of fine-tuning, not documents: a .jsonl does whose first line has no ``text_key``."""
     place = Path(path)
     if place.is_dir():
-        return (place / "train.jsonl").is_file()
+        return (place / "train.jsonl").is_file() or arrow.is_dataset(place)
     if place.suffix.lower() != ".jsonl":
         return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
@@ -33,8 +35,12 @@ def is_rows(path: str, text_key: str) -> bool:
     return isinstance(first, dict) and text_key not in first
 
 
-def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
+def examples(
+    path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig, kwargs: dict[str, Any]
+) -> list[Example]:
     """The rows of a file, all of them, or of a folder's split; rendered with the tokenizer's own template.
+
+    ``kwargs``: values that the template reads.
 
     Raises:
         UserError: no tokenizer, no such split, or a row that cannot be rendered or fitted.
@@ -43,10 +49,10 @@ def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCo
         raise UserError(
             f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
         )
-    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
+    tune = TuneConfig(source=path, overflow="truncate", chat_template_kwargs=kwargs)  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
-    if Path(path).is_file():
+    if Path(path).is_file() or arrow.is_split(Path(path)):
         held = [*rows.splits["train"], *rows.splits["valid"]]
     if not held:
         raise UserError(f"{path}: no rows of --split {split}: expected {_SPLITS[split]}.jsonl with some")
