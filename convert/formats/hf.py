@@ -266,8 +266,6 @@ def with_ids(opened: Opened, values: dict[str, Any], options: Options) -> dict[s
     """config.json with the dtype, the token ids, and what else the source's said."""
     name = options.dtype or main_dtype(opened).name
     values |= {"dtype": name, "torch_dtype": name} | dict.fromkeys(_IDS) | opened.extra
-    if opened.config.labels and values["pad_token_id"] is None:
-        values["pad_token_id"] = values["eos_token_id"]  # which transformers' classifiers need for a batch
     return values
 
 

@@ -1,6 +1,8 @@
 """What eval scores of rows: the tokens that fine-tuning trains on, each row seeing itself alone."""
 
+import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def examples(
 ) -> list[Example]:
     """The rows of a file, all of them, or of a folder's split; rendered with the tokenizer's own template.
 
+    A row longer than the context is shortened as tune.overflow = truncate does, or left out, which a line says.
     ``kwargs``: values that the template reads.
 
     Raises:
@@ -59,7 +62,22 @@ def examples(
     template, spelled, added = sft_source.choose_template(tune, rows, tokenizer)
     if added:
         raise UserError(f"{path}: conversations, and this model's tokenizer has no chat template; tuning would add one")
-    return encode.Encoder(tune, spelled, template, config.block_size).examples(held)[0]
+    try:
+        found, counts = encode.Encoder(tune, spelled, template, config.block_size).examples(held)
+    except UserError:  # a template that rewrites history: each answer is scored behind what chat would give
+        if template is None:
+            raise
+        unrolled = dataclasses.replace(tune, unroll=True)
+        found, counts = encode.Encoder(unrolled, spelled, template, config.block_size).examples(held)
+    if not found:
+        raise UserError(f"{path}: no row fits into the model's context of {config.block_size} tokens with its question")
+    if counts.dropped:
+        print(
+            f"{path}: {counts.dropped:,} of {len(held):,} rows are not scored: longer than {config.block_size} tokens, "
+            "their answers would lose their questions",
+            file=sys.stderr,
+        )
+    return found
 
 
 def batches(examples: list[Example], most: int) -> Iterator[Batch]:
