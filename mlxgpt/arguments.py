@@ -187,13 +187,14 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         default="val",
         help="split of shards or of a folder of examples; default: val",
     )
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="how examples are read, such as tune.prompt_key=question; repeatable")  # fmt: skip
     add(
         "--stride",
         type=_positive,
         metavar="N",
         help="tokens scored in each window after the first; default: the whole context",
     )
-    _add_template_kwargs(parser)
     _add_json(parser)
     _add_backend(parser)
 

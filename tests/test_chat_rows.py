@@ -567,7 +567,7 @@ def test_a_run_keeps_the_values_and_inspect_shows_them(
     assert "chat_template_kwargs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("chat",), ("generate", "-p", "q"), ("eval", "-d", "rows.jsonl")])
+@pytest.mark.parametrize("words", [("chat",), ("generate", "-p", "q")])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -581,18 +581,17 @@ def test_values_that_mean_nothing_are_named_by_every_verb(
     given: str,
     message: str,
     model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "rows.jsonl", {"messages": said("q", "a")})
     verb, *rest = words
     assert (
         cli.main([verb, "-m", str(model), "--backend", "torch", "--device", "cpu", "--template-kwargs", given, *rest])
         == 2
     )
     assert message in capsys.readouterr().err
+
+
+KWARGS = ["--template-kwargs", '{"thinks": false}']
 
 
 def test_generate_chat_and_eval_give_the_template_its_values(
@@ -612,21 +611,14 @@ def test_generate_chat_and_eval_give_the_template_its_values(
     for verb, *rest in (["generate", "-p", "q", "-n", "1"], ["chat", "-n", "1"], ["eval", "-d", "rows.jsonl"]):
         seen.clear()
         words = [verb, "-m", str(model), "--backend", "torch", "--device", "cpu", *rest]
-        assert cli.main([*words, "--template-kwargs", '{"thinks": false}']) == 0
+        flag = ["--set", "tune.chat_template_kwargs.thinks=false"] if verb == "eval" else KWARGS
+        assert cli.main([*words, *flag]) == 0
         asked = {"chat_template": THINKS, "thinks": False, "tokenize": False}
         talk, generation = (said("q", "a"), False) if verb == "eval" else (said("q"), True)
         assert theirs.apply_chat_template(talk, add_generation_prompt=generation, **asked) in seen
-    for words, message in (
-        (["generate", "-p", "q", "--raw"], "--template-kwargs: the chat template reads them, and --raw leaves it out"),
-        (["eval", "-d", "text.txt"], "--template-kwargs: text.txt holds texts, which no template renders"),
-    ):
-        verb, *rest = words
-        (tmp_path / "text.txt").write_text("q")
-        assert (
-            cli.main([verb, "-m", str(model), "--template-kwargs", '{"thinks": false}', "--backend", "torch", *rest])
-            == 2
-        )
-        assert message in capsys.readouterr().err
+    words = ["generate", "-m", str(model), "-p", "q", "--raw", "--backend", "torch", *KWARGS]
+    assert cli.main(words) == 2
+    assert "--template-kwargs: is for a chat template, and --raw leaves it out" in capsys.readouterr().err
 
 
 MUTATIONS = {

@@ -70,18 +70,18 @@ def _prompts(
     """Texts as questions where the tokenizer has a chat template, else as they are; then ids.
 
     Raises:
-        UserError: text without a tokenizer, --system or --template-kwargs without a template, or what it refuses.
+        UserError: text without a tokenizer, --system without a template, or what the template refuses.
     """
     if texts:
         expect_tokenizer(tokenizer, args.model, "--prompt-ids takes token ids")
     kwargs = recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs")
-    where = f"{args.model}: chat template"
-    template = template_of(tokenizer, where, kwargs=kwargs) if tokenizer and not args.raw else None
-    given = {"--system: the chat template writes a system prompt": args.system is not None,
-             "--template-kwargs: the chat template reads them": bool(kwargs)}  # fmt: skip
-    for what in (what for what, is_given in given.items() if is_given and (template is None or not texts)):
-        found = "--raw leaves it out" if args.raw else "the model has none" if texts else "there is no text to ask"
-        raise UserError(f"{what}, and {found}")
+    template = None
+    if tokenizer and texts and not args.raw:
+        template = template_of(tokenizer, f"{args.model}: chat template", kwargs=kwargs)
+    for flag, given in (("--system", args.system is not None), ("--template-kwargs", kwargs)):
+        if given and template is None:
+            found = "--raw leaves it out" if args.raw else "the model has none" if texts else "token ids have none"
+            raise UserError(f"{flag}: is for a chat template, and {found}")
     if tokenizer is None or template is None:
         return [*texts, *ids]
     with contextlib.suppress(UserError):  # a template may end an answer with plain text
