@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxgpt.common import recipes
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
@@ -35,19 +36,36 @@ def is_rows(path: str, text_key: str) -> bool:
     return isinstance(first, dict) and text_key not in first
 
 
-def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
-    """The rows of a file, all of them, or of a folder's split; rendered with the tokenizer's own template.
+def settings(path: str, sets: list[str]) -> TuneConfig:
+    """How the rows are read: ``sets`` are those of --set, all of tune.
+
+    Raises:
+        UserError: a setting that is none of tune.
+    """
+    sections = recipes.apply_sets({"tune": {"source": path, "overflow": "truncate"}}, sets)  # every row is scored
+    other = next((name for name in sections if name != "tune"), None)
+    if other:
+        raise UserError(f"--set {other}: expected a key of tune: {path} is only scored")
+    tune = recipes.build(sections).tune
+    assert tune
+    if tune.task != "lm":
+        raise UserError(f"--set tune.task={tune.task}: expected lm: mlxgpt classify scores classifiers")
+    return tune
+
+
+def examples(tune: TuneConfig, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
+    """The rows of tune.source, all of them, or of a folder's split; rendered with the tokenizer's own template.
 
     A row longer than the context is shortened as tune.overflow = truncate does, or left out, which a line says.
 
     Raises:
         UserError: no tokenizer, no such split, or a row that cannot be rendered or fitted.
     """
+    path = tune.source
     if tokenizer is None:
         raise UserError(
             f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
         )
-    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
     if Path(path).is_file():
