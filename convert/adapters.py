@@ -11,7 +11,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import adapter_folder, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.adapter import Adapter, with_adapter
-from mlxgpt.common.model import families
+from mlxgpt.common.model import families, module_names
 from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers import protocol as tokenizer_protocol
 
@@ -74,7 +74,7 @@ def _config(base: Path) -> ModelConfig:
 
 def _pickled(path: Path) -> dict[str, np.ndarray]:
     """The tensors of PEFT's adapter_model.bin, read without executing code from the pickle."""
-    found = torch_file.state_dict(str(path), torch_file.load_file(path))
+    found = torch_file.state_dict(str(path), torch_file.load_file(path), module_names.OUTER)
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 

@@ -21,7 +21,7 @@ def convert_command(args: argparse.Namespace) -> int:
     """Converts and says in the last line what was written.
 
     Args:
-        args: src, dst, to, tokenizer, dtype, bits, gguf_type, group_size, max_shard, version, n_head, no_hash,
+        args: src, dst, to, tokenizer, dtype, bits, gguf_type, group_size, max_shard, version, n_head, config, no_hash,
             allow_nan, verify, force, json.
     """
     if adapters.is_adapter(args.src):
@@ -38,7 +38,10 @@ def convert_command(args: argparse.Namespace) -> int:
     if args.allow_nan:
         options["allow_nan"] = True
     n_head = args.n_head or 0
-    report = convert(args.src, args.dst, args.to, force=args.force, verify=args.verify, n_head=n_head, **options)
+    report = convert(
+        args.src, args.dst, args.to,
+        force=args.force, verify=args.verify, n_head=n_head, config=args.config, **options,
+    )  # fmt: skip
     if args.json:
         print(json.dumps(dataclasses.asdict(report), default=str))
         return 0
@@ -105,7 +108,7 @@ def verify_command(args: argparse.Namespace) -> int:
     """Prints the report; exit code 0 only if everything agrees.
 
     Args:
-        args: a, b, html, weights_only, rungs, frameworks, data, n_head, json.
+        args: a, b, html, weights_only, rungs, frameworks, data, n_head, config, json.
     """
     page = Path(args.html).expanduser() if args.html else None
     if page and not page.parent.is_dir():
@@ -118,6 +121,7 @@ def verify_command(args: argparse.Namespace) -> int:
         weights_only=args.weights_only,
         data=args.data,
         n_head=args.n_head or 0,
+        config=args.config,
     )
     if page:
         verify_html.write_page(report, page)

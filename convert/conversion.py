@@ -71,6 +71,7 @@ def convert(
     force: bool = False,
     verify: bool = False,
     n_head: int = 0,
+    config: Path | str | None = None,
     **options: Any,
 ) -> Report:
     """Writes the model at ``src`` (see ``open_model``) to ``dst`` as the format ``to``; the source is only read.
@@ -92,8 +93,8 @@ def convert(
     to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
     format_of(to)
     _options(to, options)
-    again = functools.partial(_verify, src, n_head=n_head) if verify else None
-    return convert_opened(open_model(src, n_head), src, dst, to, force=force, verify=again, **options)
+    again = functools.partial(_verify, src, n_head=n_head, config=config) if verify else None
+    return convert_opened(open_model(src, n_head, config), src, dst, to, force=force, verify=again, **options)
 
 
 def convert_opened(
@@ -357,7 +358,7 @@ def _seal(place: Path, opened: Opened, block: dict[str, Any]) -> None:
         checkpoint.write_state(place, checkpoint.RunState(**state))
 
 
-def _verify(src: Path | str, made: Path, n_head: int) -> None:
+def _verify(src: Path | str, made: Path, n_head: int, config: Path | str | None) -> None:
     """Compares the result with the source before it is renamed into place.
 
     Raises:
@@ -365,7 +366,7 @@ def _verify(src: Path | str, made: Path, n_head: int) -> None:
     """
     from convert.verify import verify
 
-    report = verify(src, made, n_head=n_head)
+    report = verify(src, made, n_head=n_head, config=config)
     if not report.agrees:
         missing = [f"{item.what}: {item.reason}" for item in report.not_checked if item.requested]
         reasons = "; ".join([*map(str, report.findings[:3]), *missing[:3]])

@@ -162,6 +162,10 @@ def generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file that holds one prompt, - for stdin; repeatable",
     )
+    add("--prompt-ids", action="append", default=[], metavar="IDS",
+        help="a prompt in token ids, such as 1,2,3, taken as it is; repeatable")  # fmt: skip
+    add("--raw", action="store_true", help="continue the text itself, also where the model has a chat template")
+    add("--system", metavar="TEXT", help="the system prompt, for a model that has a chat template")
     _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)
@@ -326,11 +330,20 @@ def convert(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for an adapter: its base model, or the config.json of it; default: the one it names",
     )
+    _add_config(parser)
     add("--no-hash", action="store_true", help="do not record sha256 of source and result in the provenance")
     add("--allow-nan", action="store_true", help="convert even if values are not finite, and report how many")
     add("--verify", action="store_true", help="compare the result with the source, and keep it only if they agree")
     add("--force", action="store_true", help="replace DST once the new one is complete")
     _add_json(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the config.json (or Meta's params.json) of weights that have none beside them (pytorch)",
+    )
 
 
 def fuse(parser: argparse.ArgumentParser) -> None:
@@ -360,6 +373,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="attention heads, if the file does not record them (mingpt, gptmodel)",
     )
+    _add_config(parser)
     _add_json(parser)
 
 

@@ -4,7 +4,7 @@ Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -141,14 +141,17 @@ def generate(
     sample: SampleConfig,
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
+    ends: Collection[int] = (),
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone.
+
+    ``ends`` are tokens that end a text besides those of ``tokenizer``.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
         RunError: the model's logits are not finite.
     """
-    rows = generation.start_rows(model.config, tokenizer, prompts, stop)
+    rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
     if rows and sample.max_tokens:
         for tokens in decode(model, rows, sample, n_vocab):

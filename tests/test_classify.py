@@ -190,7 +190,7 @@ def test_labels_are_sorted_and_numbers_are_numbers(tmp_path: Path, tokenizer: To
 
 def test_long_texts_lose_their_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
     given = [{"text": "the " * 80, "label": "x"}, *({"text": f"{n}", "label": "xy"[n % 2]} for n in range(20))]
-    source = opened(tmp_path, tokenizer, given)
+    source = opened(tmp_path, tokenizer, given, overflow="truncate")
     assert sum(count.cut for count in source.counts.values()) == 1
     longest = max((row for split in ("train", "valid") for row in source.rows(split)), key=len)
     assert longest.tokens.tolist() == tokenizer.encode("the " * 80)[:64]

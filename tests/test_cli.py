@@ -57,7 +57,19 @@ FLAGS = {
         "--json",
     }
     | RUNS_A_MODEL,
-    "generate": {"--model", "--adapter", "--prompt", "--prompt-file", "--stop", "--json"} | SAMPLING | RUNS_A_MODEL,
+    "generate": {
+        "--model",
+        "--adapter",
+        "--prompt",
+        "--prompt-file",
+        "--prompt-ids",
+        "--raw",
+        "--system",
+        "--stop",
+        "--json",
+    }
+    | SAMPLING
+    | RUNS_A_MODEL,
     "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
     "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
     "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,

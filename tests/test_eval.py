@@ -24,6 +24,7 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.evaluate.score import evaluate
 from mlxgpt.common.evaluate.text import Text, open_text
 from mlxgpt.common.folders.model_folder import write_model
+from mlxgpt.common.tokenizers.beginning import with_separator
 from mlxgpt.common.tokenizers.load import train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.model import Model as MlxModel
@@ -139,8 +140,12 @@ def test_documents_are_separated_and_every_byte_counts(tmp_path: Path) -> None:
     expected: list[int] = []
     for document in filter(None, documents):
         expected += [tokenizer.eos_id, *tokenizer.encode(document)]
-    assert text.tokens[:].tolist() == expected
-    assert text.size == sum(len(document.encode()) for document in documents)
+    size = sum(len(document.encode()) for document in documents)
+    first = tokenizer.decode(expected[1:2])
+    assert text.tokens[:].tolist() == expected[1:]  # the first text begins with nothing: its first token is given
+    assert text.size == size - len(first) and first.isascii()
+    begun = open_text(str(path), with_separator(tokenizer), "body", "val")
+    assert begun.tokens[:].tolist() == expected and begun.size == size
 
 
 def write_shards(folder: Path, tokenizer: Tokenizer, text: str) -> None:
@@ -245,7 +250,9 @@ def test_eval_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
         code, out, _ = run(capsys, *common)
         assert code == 0 and f"{found[backend]['loss']:.4f}" in out and f"{found[backend]['bits_per_byte']:.4f}" in out
     assert found["mlx"]["loss"] == pytest.approx(found["torch"]["loss"], rel=1e-6)
-    assert found["mlx"]["bytes"] == len(TEXT.encode())
+    first = train_tokenizer("bpe", [TEXT], 290)
+    assert found["mlx"]["bytes"] == len(TEXT.encode()) - len(first.decode(first.encode(TEXT)[:1]).encode())
+    assert found["mlx"]["begins_with"] == [] and "begins with    nothing" in out
     code, out, err = run(capsys, "eval", "-m", str(folder / "m"), "-d", str(folder / "t.txt"), "--stride", "33")
     assert (code, out) == (2, "") and "--stride 33: expected at most model.block_size = 32" in err
 

@@ -82,7 +82,7 @@ def test_files_travel_byte_for_byte(kinds: dict[str, Tokenizer], kind: str, tmp_
     assert bool(notes) == (kind in ("char", "sp-unigram")), notes
     values, _ = read_gguf(tmp_path / "a.gguf")
     assert values["general.license"] == "mit"
-    assert values.get("tokenizer.chat_template") == (None if kind == "char" else TEMPLATE)
+    assert values.get("tokenizer.chat_template") == TEMPLATE
     assert values["tokenizer.ggml.model"] == {"bpe": "gpt2", "sp-bpe": "llama"}.get(kind, "none")
 
 

@@ -148,9 +148,9 @@ def test_a_bin_is_the_model_that_run_c_runs(version: int, shared: bool, tmp_path
         assert (tmp_path / "back.bin").read_bytes() == data
 
 
-def test_rows_of_pairs_read_as_halves_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_pairs_read_ashalves_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: q and k are left as they lie."""
-    monkeypatch.setattr("convert.formats.llama2c._halves", lambda array, heads: array)
+    monkeypatch.setattr("convert.formats.llama2c.halves", lambda array, heads: array)
     made = model()
     (tmp_path / "m.bin").write_bytes(version_1(made))
     convert(tmp_path / "m.bin", tmp_path / "hf")

@@ -281,7 +281,7 @@ def test_a_wider_window_is_named_with_what_it_keeps(tmp_path: Path, tokenizer: T
     (tmp_path / "valid.jsonl").write_text(json.dumps(rows[-1]) + "\n")
     for size, cure in (
         (40, "tune.block_size = 160 keeps all but 1"),
-        (256, "the model's context is 256; tune.overflow = truncate shortens them"),
+        (256, "the model's context of 256 holds none of them; tune.overflow = truncate shortens them"),
     ):
         lines: list[str] = []
         source = sft_source.open_source(
@@ -384,8 +384,8 @@ def test_damaged_rows_are_batches_or_one_line(tmp_path: Path, tokenizer: Tokeniz
 
 MUTATIONS = {
     "mask off by one": (encode, "ids[1:], mask[1:]", "ids[1:], mask[:-1]"),
-    "missing end token": (encode, "whole = np.append(whole, np.int32(eos))", "pass"),
-    "the prompt trained on": (encode, "mask[: len(prompt)] = False", "pass"),
+    "missing end token": (encode, "beginning.end(self.tokenizer, begin(whole))", "begin(whole)"),
+    "the prompt trained on": (encode, "self.tune.train_on_prompt else prompt", "True else prompt"),
     "the newest turns given up": (shorten, "rest = _without(talk, first, starts[low])", "rest = talk"),
     "the end of a long question lost": (
         shorten,

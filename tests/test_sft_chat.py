@@ -225,10 +225,15 @@ def test_chatml_is_added_and_transformers_reads_the_same(kind: str, tmp_path: Pa
     )
 
 
-def test_chatml_on_a_sentencepiece_model_is_refused() -> None:
-    base = train_tokenizer("sp-bpe", [templates.TEXT], 320)
-    with pytest.raises(UserError, match=r"two more tokens, which a tokenizer.model cannot take"):
-        with_chatml(base)
+def test_chatml_on_a_sentencepiece_model_of_no_class_is_refused(tmp_path: Path) -> None:
+    import sentencepiece
+
+    (tmp_path / "a.txt").write_text(templates.TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "a.txt"), model_prefix=str(tmp_path / "a"), vocab_size=60, minloglevel=3
+    )
+    with pytest.raises(UserError, match=r"<\|im_end\|>: more tokens than a tokenizer.model that no class"):
+        with_chatml(load_tokenizer(tmp_path / "a.model"))
 
 
 def test_chatml_takes_the_place_of_another_template(tmp_path: Path) -> None:

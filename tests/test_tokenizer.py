@@ -282,8 +282,8 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
 
 def test_a_pair_of_another_architecture_is_refused(bpe: JsonTokenizer, tmp_path: Path) -> None:
     gpt2_pair(bpe, tmp_path, ("vocab.json", "merges.txt"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with pytest.raises(UserError, match="Qwen2Tokenizer: expected a tokenizer.json"):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    with pytest.raises(UserError, match="GemmaTokenizer: expected a tokenizer.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such tokenizer file or folder"):
         load_tokenizer(tmp_path / "missing")

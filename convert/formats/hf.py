@@ -12,7 +12,7 @@ from convert.formats.opened import Moments, Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import model_folder, quantized
+from mlxgpt.common.folders import model_folder, quantized, weight_files
 from mlxgpt.common.folders.tensors import DTYPES, Entry, Stored, read_header, read_tensor
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
@@ -94,14 +94,18 @@ def open_folder(
     config: ModelConfig,
     entries: Mapping[str, Stored],
     extra: dict[str, Any],
+    file: Path | None = None,
 ) -> Opened:
     """A folder's model, from its config.json and where its tensors lie, see ``model_folder.read_entries``.
+
+    ``file`` is the one that is meant where the folder is only what stands beside it.
 
     Raises:
         UserError: see ``model_folder.locate``; or a bias that config.json calls zero is not.
     """
-    config = model_folder.settle(path, values, config, entries)
-    located = model_folder.locate(path, config, entries)
+    place = file or path
+    config = model_folder.settle(place, values, config, entries)
+    located = model_folder.locate(place, config, entries)
     wanted = params.table(config)
     for ours, (foreign, entry, _) in located.items():
         if ours not in wanted and entry.read().any():
@@ -113,19 +117,19 @@ def open_folder(
     fp8 = sum(isinstance(entry, quantized.Fp8) for entry, _ in places.values())
     if fp8:
         said = "are read as float32 code * scale, exactly; scales of activations, if any, are left out"
-        notes.append(f"{path}: {fp8} matrices of fp8 {said}")
+        notes.append(f"{place}: {fp8} matrices of fp8 {said}")
     made = Opened(
-        path=path,
+        path=place,
         format=name,
         config=config,
         tensors={ours: stored_tensor(entry, transposed) for ours, (entry, transposed) in places.items()},
         files=tuple(sorted({entry.path for entry, _ in places.values()})),
         companions=companions(path),
         extra=extra,
-        moments=_moments(path, config),
+        moments=None if file else _moments(path, config),
         notes=notes,
     )
-    made.notes += left_in_folder(path, made)
+    made.notes += [] if file else left_in_folder(path, made)
     return made
 
 
@@ -147,7 +151,8 @@ def stored_tensor(entry: Stored, transposed: bool = False) -> Tensor:
 
 def left_in_folder(path: Path, made: Opened) -> Iterator[str]:
     """A note of the folder's files that are not converted."""
-    names = {"config.json", model_folder.INDEX, "training", *made.companions, *(file.name for file in made.files)}
+    names = {"config.json", weight_files.META, weight_files.INDEX, weight_files.PICKLED_INDEX, "training"}
+    names |= {*made.companions, *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")

@@ -183,7 +183,7 @@ def _tensor(config: ModelConfig, name: str, shape: tuple[int, ...], entry: Entry
     heads = _heads(config, name)
     if not heads:
         return Tensor(shape, _FLOAT, lambda: read_tensor(entry), entry)
-    return Tensor(shape, _FLOAT, lambda: _halves(read_tensor(entry), heads))
+    return Tensor(shape, _FLOAT, lambda: halves(read_tensor(entry), heads))
 
 
 def _heads(config: ModelConfig, name: str) -> int:
@@ -191,13 +191,13 @@ def _heads(config: ModelConfig, name: str) -> int:
     return config.n_head if "q_proj" in name else config.n_kv_head if "k_proj" in name else 0
 
 
-def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+def halves(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows for the rotation of halves, from rows for that of pairs."""
     return array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _pairs(array: np.ndarray, heads: int) -> np.ndarray:
-    """The reverse of ``_halves``."""
+    """The reverse of ``halves``."""
     return array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
@@ -235,7 +235,7 @@ def _reads(entry: Entry) -> Callable[[], np.ndarray]:
 def _dequantized(whole: Entry, scales: Entry, shape: tuple[int, ...], heads: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = (read_tensor(whole).astype(np.float32) * read_tensor(scales)).reshape(shape)
-        return _halves(array, heads) if heads else array
+        return halves(array, heads) if heads else array
 
     return read
 

@@ -15,6 +15,7 @@ from mlxgpt.common.folders import adapter_folder, resolve
 FORMATS = {
     "mlx-lm": "convert.formats.mlx_lm",
     "npz": "convert.formats.npz",
+    "pytorch": "convert.formats.torch_files.pytorch",
     "hf": "convert.formats.hf",
     "gguf": "convert.formats.gguf.model",
     "llama2c": "convert.formats.llama2c",
@@ -35,15 +36,18 @@ def format_of(name: str) -> ModuleType:
     return importlib.import_module(FORMATS[name])
 
 
-def open_model(path: Path | str, n_head: int = 0) -> Opened:
+def open_model(path: Path | str, n_head: int = 0, config: Path | str | None = None) -> Opened:
     """A model in whichever format it is; a run means its best, else its last checkpoint, and a hub id its download.
 
-    ``n_head`` is the number of heads, for files that do not say it (mingpt, gptmodel).
+    ``n_head`` is the number of heads, for files that do not say it (mingpt, gptmodel). ``config`` is a config.json, for
+    tensors by name without one (pytorch).
 
     Raises:
         UserError: there is nothing, no format recognizes it, or the one that does finds it damaged.
     """
     place = Path(path).expanduser()
+    if config is not None:
+        return _with_config(place, Path(config).expanduser())
     reader = _reader(place)
     if reader is None and not place.is_file():
         place = resolve.resolve_model(path)
@@ -57,6 +61,18 @@ def open_model(path: Path | str, n_head: int = 0) -> Opened:
     if "n_head" not in inspect.signature(reader.read).parameters:
         raise UserError(f"--n-head {n_head}: {place} says itself how many heads it has")
     return reader.read(place, n_head=n_head)
+
+
+def _with_config(place: Path, config: Path) -> Opened:
+    """A state dict with the config.json that is given for it."""
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder")
+    if not config.exists():
+        raise UserError(f"--config {config}: no such file")
+    reader = _reader(place)
+    if reader not in (None, format_of("pytorch"), format_of("mingpt")):
+        raise UserError(f"--config {config}: {place} says itself what model it is")
+    return format_of("pytorch").read(place, config)
 
 
 def _reader(place: Path) -> ModuleType | None:

@@ -25,6 +25,7 @@ def verify(
     weights_only: bool = False,
     data: Path | str | None = None,
     n_head: int = 0,
+    config: Path | str | None = None,
 ) -> Report:
     """Holds ``b`` against ``a``; each is what ``open_model`` reads, or ``transformers:DIR`` or ``mlx-lm:DIR``.
 
@@ -39,6 +40,7 @@ def verify(
         weights_only: only the first three; else a report without logits does not agree.
         data: a text for the logits; default: Python's language reference.
         n_head: heads, for files that do not say it.
+        config: a config.json, for weights that have none beside them.
 
     Raises:
         UserError: a side cannot be read, or there is no such rung, framework or text.
@@ -48,7 +50,7 @@ def verify(
         raise UserError("--weights-only runs no model: expected no --data, no --frameworks, and rungs of files alone")
     chosen = _asked("framework", frameworks, tuple(PACKAGES))
     report = Report(str(a), str(b), demanded=frozenset(asked if rungs is not None else ()))
-    one, other = _side("A", a, n_head, report), _side("B", b, n_head, report)
+    one, other = _side("A", a, n_head, config, report), _side("B", b, n_head, config, report)
     if one is None or other is None:
         report.skip(", ".join(asked), f"{'A' if one is None else 'B'} has other tensors than its config asks for", True)
         return report
@@ -99,7 +101,7 @@ def _asked(what: str, given: Sequence[str] | None, able: Sequence[str]) -> list[
     return [name for name in (able if given is None else known) if given is None or name in given]
 
 
-def _side(label: str, given: Path | str, n_head: int, report: Report) -> Side | None:
+def _side(label: str, given: Path | str, n_head: int, config: Path | str | None, report: Report) -> Side | None:
     """Opens one side; None and a finding where its tensors are not those of its config.
 
     Raises:
@@ -112,9 +114,9 @@ def _side(label: str, given: Path | str, n_head: int, report: Report) -> Side | 
         try:
             return Side(label, open_model(rest), judge)
         except UserError:
-            if not n_head:
+            if not n_head and config is None:
                 raise
-            return Side(label, open_model(rest, n_head), judge)
+            return Side(label, open_model(rest, n_head, config), judge)
     except TensorError as error:
         report.find("tensors", error.name, f"{label}: {error}")
         return None

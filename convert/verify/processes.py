@@ -18,6 +18,7 @@ from mlxgpt.common import rng
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 # as written -> the library, and the module that asks it in a process of its own
@@ -78,14 +79,14 @@ def token_ids(
     if data is not None:
         if tokenizer is None:
             raise UserError(f"--data {data}: text needs a tokenizer, and neither model has one")
-        found = tokenizer.encode(_text(data))[:count]
+        found = beginning.start(tokenizer, _text(data))[:count]
         if len(found) < 2 or max(found) >= high:
             raise UserError(f"--data {data}: {len(found)} tokens below {high}: expected at least 2 of the vocabulary")
         notes.append(f"logits on the first {len(found) - 1} tokens of {data}")
         return np.array(found, np.int32)
     if tokenizer is not None:
         try:
-            found = tokenizer.encode("".join(topics.topics.values())[: 16 * count])[:count]
+            found = beginning.start(tokenizer, "".join(topics.topics.values())[: 16 * count])[:count]
         except UserError:
             found = []
         if len(found) == count and max(found) < high:

@@ -85,6 +85,10 @@ def compare(
         report.find("tokenizer", "n_vocab", f"{first.n_vocab} | {second.n_vocab}")
     if first.eos_id != second.eos_id:
         report.find("tokenizer", "eos_id", f"{first.eos_id} | {second.eos_id}")
+    if first.before != second.before:
+        report.find("tokenizer", "a text begins with", f"{first.before} | {second.before}")
+    if first.after != second.after:
+        report.find("tokenizer", "a text ends with", f"{first.after} | {second.after}")
     _compare_special(a, b, report)
     report.checked.append(Checked("tokenizer", f"ids of {len(TEXTS)} texts, special tokens, chat template"))
 

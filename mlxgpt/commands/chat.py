@@ -52,8 +52,7 @@ def chat_command(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend)
     model, tokenizer = backend.load.load(args.model, adapter=adapters or None, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     kwargs = recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs")
     template = _template(args.template, tokenizer, str(args.model), kwargs)
     backend.generate.prepare(model)

@@ -17,6 +17,7 @@ from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.rows.row import Row
 from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft.pack import bucket
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BATCH = 4096  # tokens in one forward pass
@@ -31,14 +32,13 @@ def classify_command(args: argparse.Namespace) -> int:
     )
     labels, block_size = model.config.labels, model.config.block_size
     base_and_adapters.expect_task(model.config, args.model, classifier=True)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
-    texts = _encoded(rows, tokenizer)
+    texts = [beginning.wrap(tokenizer, ids) for ids in _encoded(rows, tokenizer)]
     cut = sum(len(ids) > block_size for ids in texts)
-    shares = probabilities(backend, model, [ids[:block_size] for ids in texts])
+    shares = probabilities(backend, model, [beginning.wrap(tokenizer, ids, block_size) for ids in texts])
     sums = _confusions(rows, labels, shares)
     if args.json:
         found: dict[str, Any] = {"labels": list(labels), "rows": _as_dicts(rows, labels, shares), "cut": cut}

@@ -66,6 +66,7 @@ def _show(found: dict[str, Any]) -> None:
         ("documents", f"{found['documents']:,}"),
         ("bytes", f"{found['bytes']:,}"),
         ("tokens", f"{found['tokens']:,} ({kind['kind']} of {kind['vocab_size']:,}{origin})"),
+        ("begins with", _beginning(found)),
         ("tokens per byte", f"{found['tokens_per_byte']:.3f}"),
         (
             "duplicates",
@@ -83,6 +84,11 @@ def _show(found: dict[str, Any]) -> None:
     for name, value in rows:
         print(f"{name:<17}{value}")
     print(f"{'sample':<17}{found['sample']!r}")
+
+
+def _beginning(found: dict[str, Any]) -> str:
+    numbers = ", ".join(map(str, found["begins_with"]))
+    return f"{found['begins_with_text']} ({numbers})" if numbers else "nothing"
 
 
 def prepare_command(args: Namespace) -> int:

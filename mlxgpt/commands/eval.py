@@ -12,6 +12,7 @@ from mlxgpt.common.evaluate import rows as evaluation_rows
 from mlxgpt.common.evaluate.score import evaluate, evaluate_rows
 from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.tokenizers import beginning
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -38,20 +39,26 @@ def evaluate_command(args: argparse.Namespace) -> int:
         return backend.generate.score(model, tokens, targets)
 
     if rows:
-        result = evaluate_rows(score, evaluation_rows.batches(args.data, args.split, tokenizer, config), args.data, say)
+        examples = evaluation_rows.examples(args.data, args.split, tokenizer, config)
+        before = beginning.shared(tokenizer, [each.tokens for each in examples])
+        batches = evaluation_rows.batches(examples, config.block_size)
+        result = evaluate_rows(score, batches, args.data, say)
     else:
         text = open_text(args.data, tokenizer, args.text_key, args.split)
+        before = list(text.begins_with)
         result = evaluate(score, text, config.vocab_size, config.block_size, stride, say)
     if live:
         print(file=sys.stderr)
     bits = result.bits_per_byte
     if args.json:
         values = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": bits, "tokens": result.tokens}
-        print(json.dumps({**values, "bytes": result.size, "block_size": config.block_size, "stride": stride}))
+        values |= {"bytes": result.size, "block_size": config.block_size, "stride": stride}
+        print(json.dumps({**values, **beginning.described(tokenizer, before)}))
         return 0
     print(f"loss           {result.loss:.4f} nats per token")
     print(f"perplexity     {result.perplexity:.2f}")
     print(f"bits per byte  {f'{bits:.4f}' if bits is not None else 'unknown: fine-tuning examples, or no tokenizer'}")
     how = "those of answers" if rows else f"each scored once, in windows of {config.block_size} every {stride}"
     print(f"tokens         {result.tokens}, {how}")
+    print(f"begins with    {beginning.shown(tokenizer, before)}")
     return 0

@@ -1,6 +1,7 @@
-"""The verb ``generate``: continues prompts, as streamed text or one JSON object."""
+"""The verb ``generate``: answers prompts in a chat template or continues them, as streamed text or one JSON object."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -11,28 +12,30 @@ from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.folders.base_and_adapters import expect_tokenizer
+from mlxgpt.common.inference import prompts
 from mlxgpt.common.inference.generation import Result
-from mlxgpt.common.tokenizers import ends
+from mlxgpt.common.sft.template import template_of
+from mlxgpt.common.tokenizers import ends as text_ends
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
 def read_prompts(texts: list[str], files: list[str]) -> list[str]:
     """The prompts of --prompt, then one per --prompt-file; ``-`` is standard input.
 
     Raises:
-        UserError: no prompt, or a file that is missing or not UTF-8.
+        UserError: a file that is missing or not UTF-8.
     """
-    prompts = list(texts)
+    made = list(texts)
     for name in files:
         try:
             data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-            prompts.append(data.decode("utf-8"))
+            made.append(data.decode("utf-8"))
         except OSError as error:
             raise UserError(f"--prompt-file {name}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt-file {name}: not UTF-8 at byte {error.start}") from None
-    if not prompts:
-        raise UserError("expected --prompt TEXT or --prompt-file FILE")
-    return prompts
+    return made
 
 
 def summary(results: list[Result], seconds: float, first: float, block_size: int) -> str:
@@ -49,10 +52,10 @@ def summary(results: list[Result], seconds: float, first: float, block_size: int
     return f"{rate}; ended: {ended}"
 
 
-def as_json(result: Result) -> dict[str, object]:
-    """The pinned keys text, tokens (a count) and prompt_tokens (a count), and further ones."""
+def as_json(result: Result, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """The pinned keys text (null without a tokenizer), tokens and prompt_tokens (counts), and further ones."""
     return {
-        "text": result.text,
+        "text": result.text if tokenizer else None,
         "tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,
         "token_ids": result.tokens,
@@ -60,40 +63,70 @@ def as_json(result: Result) -> dict[str, object]:
     }
 
 
+def _prompts(
+    args: argparse.Namespace, texts: list[str], ids: list[list[int]], tokenizer: Tokenizer | None
+) -> list[str | list[int]]:
+    """Texts as questions where the tokenizer has a chat template, else as they are; then ids.
+
+    Raises:
+        UserError: text without a tokenizer, --system without a template, or what the template refuses.
+    """
+    if texts:
+        expect_tokenizer(tokenizer, args.model, "--prompt-ids takes token ids")
+    template = template_of(tokenizer, f"{args.model}: chat template") if tokenizer and not args.raw else None
+    if args.system is not None and (template is None or not texts):
+        found = "--raw leaves it out" if args.raw else "the model has none" if texts else "there is no text to ask"
+        raise UserError(f"--system: the chat template writes a system prompt, and {found}")
+    if tokenizer is None or template is None:
+        return [*texts, *ids]
+    with contextlib.suppress(UserError):  # a template may end an answer with plain text
+        tokenizer.ends |= {template.end_id}
+    return [*prompts.asked(template, texts, args.system or ""), *ids]
+
+
+def _ends(args: argparse.Namespace, tokenizer: Tokenizer | None, folder: Path) -> list[int]:
+    """The tokens of --stop-token; without a tokenizer also what the model's folder says."""
+    if tokenizer:
+        return text_ends.named(args.stop_token, tokenizer, "--stop-token")
+    if word := next((word for word in args.stop_token if not word.isdecimal()), None):
+        raise UserError(f"--stop-token {word!r}: text needs a tokenizer, and this model has none; expected an id")
+    return [*text_ends.generation_ends(folder), *map(int, args.stop_token)]
+
+
 def generate_command(args: argparse.Namespace) -> int:
     """Continues every prompt; a single one is streamed. Text goes to stdout, statistics to stderr."""
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
-    prompts = read_prompts(args.prompt, args.prompt_file)
+    texts = read_prompts(args.prompt, args.prompt_file)
+    ids = [prompts.ids_of(text, "--prompt-ids") for text in args.prompt_ids]
+    if not texts and not ids:
+        raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")
     backend = backends.load(args.backend)
-    model, tokenizer = backend.load.load(
-        args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
-    )
+    adapters = base_and_adapters.parse_adapters(args.adapter) or None
+    model, tokenizer = backend.load.load(args.model, adapter=adapters, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
-    if tokenizer is None:
-        raise UserError(
-            f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model beside the model"
-        )
-    tokenizer.ends |= set(ends.named(args.stop_token, tokenizer, "--stop-token"))
+    asked = _prompts(args, texts, ids, tokenizer)
+    ends = _ends(args, tokenizer, base_and_adapters.find_base(args.model, adapters)[0])
     backend.generate.prepare(model)
     start, first = time.perf_counter(), 0.0
 
     def on_text(index: int, text: str) -> None:
         nonlocal first
         first = first or time.perf_counter() - start
-        if len(prompts) == 1 and not args.json:
+        if len(asked) == 1 and not args.json:
             print(text, end="", flush=True)
 
-    results = backend.generate.generate(model, tokenizer, prompts, sample, args.stop, on_text)
+    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends)
     seconds = time.perf_counter() - start
     if args.json:
-        made = [as_json(result) for result in results]
+        made = [as_json(result, tokenizer) for result in results]
         print(json.dumps(made[0] if len(made) == 1 else {"results": made}))
         return 0
-    if len(prompts) == 1:
-        print()
+    shown = [result.text if tokenizer else ",".join(map(str, result.tokens)) for result in results]
+    if len(asked) == 1:
+        print("" if tokenizer else shown[0])
     else:
-        for index, result in enumerate(results):
-            print(f"--- prompt {index + 1}\n{result.text}")
+        for index, text in enumerate(shown):
+            print(f"--- prompt {index + 1}\n{text}")
     print(summary(results, seconds, first or seconds, model.config.block_size), file=sys.stderr)
     return 0

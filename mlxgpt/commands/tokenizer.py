@@ -31,6 +31,11 @@ def inspect_tokenizer(args: Namespace) -> int:
         "eos_id": tokenizer.eos_id,
         "eos": None if tokenizer.eos_id is None else tokenizer.decode([tokenizer.eos_id]),
         "sha256": tokenizer.digest,
+        "before": tokenizer.before,
+        "after": tokenizer.after,
+        "named": tokenizer.named,
+        "templates": sorted(tokenizer.templates),
+        "notes": tokenizer.notes,
     }
     if args.text is not None:
         ids = tokenizer.encode(args.text)
@@ -47,6 +52,9 @@ def inspect_tokenizer(args: Namespace) -> int:
         return 0
     eos = "none" if found["eos"] is None else f"{found['eos']} ({found['eos_id']})"
     print(f"{tokenizer.kind}, {tokenizer.n_vocab:,} tokens, end of text: {eos}, sha256 {tokenizer.digest[:16]}...")
+    around = [f"{side} a text: {tokenizer.decode(found[side])}" for side in ("before", "after") if found[side]]
+    named = [f"{name}: {token}" for name, token in tokenizer.named.items()]
+    print("\n".join([*filter(None, [", ".join(named), ", ".join(around)]), *(f"note: {n}" for n in tokenizer.notes)]))
     if args.text is not None:
         print(" ".join(f"{piece!r}:{i}" for piece, i in zip(found["pieces"], found["ids"], strict=True)))
         exact = "decodes to the same text" if found["round_trip"] else "DECODES TO ANOTHER TEXT"

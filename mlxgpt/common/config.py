@@ -337,7 +337,13 @@ class TuneConfig:
             _check("tune", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _check("tune", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
-        unread = (("metrics", (), "lm"), ("end_tokens", (), "lm"), ("class_weights", "none", "classify"))
+        unread = (
+            ("metrics", (), "lm"),
+            ("end_tokens", (), "lm"),
+            ("sanitize", False, "lm"),
+            ("train_on", "both", "lm"),
+        )
+        unread = (*unread, ("class_weights", "none", "classify"))
         for name, idle, task in unread:
             used = self.task == task or getattr(self, name) == idle
             _check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import sp_model
 from convert.formats.gguf.vocabulary import SPACE, Vocabulary
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import sp_model
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 

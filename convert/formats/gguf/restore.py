@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats import sp_model
 from convert.formats.gguf import pre, vocabulary
 from convert.formats.gguf.tokenizer import FILE, HF_JSON, IDS, TEMPLATE, tokenizer_of, turn_end
 from convert.formats.gguf.vocabulary import BYTE, CONTROL, GGML, NORMAL, SPACE, UNKNOWN, UNUSED, USER
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import ends, sp_model
 
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _OWN_NAME = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*", re.ASCII)
@@ -66,8 +66,7 @@ def ends_of(values: Mapping[str, Any], files: Mapping[str, bytes]) -> int | list
         except UserError:
             tokenizer = None
         found.append(turn_end(tokenizer) if tokenizer else None)
-    ids = list(dict.fromkeys(i for i in found if type(i) is int))
-    return ids if len(ids) > 1 else ids[0] if ids else None
+    return ends.as_value(ends.union(i for i in found if type(i) is int))
 
 
 def _traveled(values: Mapping[str, Any], where: Path) -> dict[str, bytes]:

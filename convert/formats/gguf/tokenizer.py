@@ -4,7 +4,6 @@
 tokenizer.json under ``tokenizer.huggingface.json``, which the specification has, the others under ``mlxgpt.file.NAME``.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from convert.formats.gguf import observed, vocabulary
 from convert.formats.gguf.file import Value
 from convert.formats.gguf.vocabulary import CONTROL, GGML, UNKNOWN, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer
+from mlxgpt.common.tokenizers import ends as token_ends
+from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_json
 
 HF_JSON, FILE = "tokenizer.huggingface.json", "mlxgpt.file."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
@@ -95,14 +95,13 @@ def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
 
 
 def ends_of(files: Mapping[str, bytes], extra: Mapping[str, Any]) -> list[int]:
-    """What ends a generated text by generation_config.json, else by config.json."""
-    try:
-        said = json.loads(files.get("generation_config.json", b"{}"))
-    except (ValueError, RecursionError):
-        said = {}
-    found = said.get("eos_token_id") if isinstance(said, dict) else None
-    found = extra.get("eos_token_id") if found is None else found
-    return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
+    """What ends a generated text by generation_config.json, else by config.json.
+
+    Raises:
+        UserError: it is neither an id nor a list of them.
+    """
+    said = read_json(dict(files), token_ends.FILE, Path()).get("eos_token_id")
+    return token_ends.as_list(extra.get("eos_token_id") if said is None else said, Path(token_ends.FILE))
 
 
 def turn_end(tokenizer: Tokenizer) -> int | None:
@@ -129,8 +128,8 @@ def modelfile_of(
         return None
     if tokenizer is None:
         return None
-    ends = [tokenizer.eos_id, *ends_of(files, extra), turn_end(tokenizer)]
-    return modelfile(tokenizer, file, list(dict.fromkeys(i for i in ends if i is not None)), context).encode()
+    ends = token_ends.union([tokenizer.eos_id], ends_of(files, extra), [turn_end(tokenizer)])
+    return modelfile(tokenizer, file, ends, context).encode()
 
 
 def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mapping[str, Any]) -> dict[str, Value]:
@@ -154,11 +153,13 @@ def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mappin
         if len(around) > 1:
             shown = " ".join(found.tokens[i] for i in around)
             notes.append(f"llama.cpp can put one token {what} a text, this tokenizer puts {shown}: it gets none there")
+    if "eos_token_id" not in ids and tokenizer.eos_id is not None and tokenizer.eos_id < count:
+        ids["eos_token_id"] = tokenizer.eos_id
     if "eos_token_id" not in ids:
         ids["eos_token_id"] = ends[0] if ends else _no_end(found)
     eos = ids["eos_token_id"]
     turn = turn_end(tokenizer)
-    rest = [i for i in dict.fromkeys([*ends, turn]) if i is not None and i != eos and 0 <= i < count]
+    rest = [i for i in token_ends.union(ends, [turn]) if i != eos and 0 <= i < count]
     if turn is not None:
         ids["eot_token_id"] = turn
     elif rest:

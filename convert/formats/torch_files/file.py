@@ -5,14 +5,16 @@ against the file's size. PyTorch reads and writes the structure alone; tensors p
 """
 
 import ctypes
+import io
 import math
 import mmap
+import pickle
 import pickletools
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,25 +25,48 @@ from convert.formats.opened import Options, Tensor
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.model_folder import DTYPES
 from mlxgpt.common.folders.tensors import DTYPES as STORED
+from mlxgpt.common.model import module_names
 
 if TYPE_CHECKING:
     import torch
 
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what such a file begins with
+_LEGACY_PICKLES = 4  # that number, a version, the machine's sizes, and the content
 _LONGEST = 1 << 26  # bytes of a pickle without its tensors; an optimizer of 10,000 tensors has 2 MB
+# PyTorch's dtypes -> safetensors' names of them
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+CODES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3"}
+CODES |= {"float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "uint32": "U32", "uint16": "U16", "uint64": "U64"}
+CODES = {f"torch.{name}": code for name, code in CODES.items()}
 
 
 def strings_in_pickle(path: Path) -> frozenset[str]:
     """The strings in the pickle of a file of ``torch.save``: what tells formats apart; none in any other file."""
     found: set[str] = set()
     try:
-        with zipfile.ZipFile(path) as archive:
-            for operation, argument, _ in pickletools.genops(archive.read(_pickle(path, archive))):
-                if "UNICODE" in operation.name and isinstance(argument, str):
-                    found.add(argument)
+        with open(path, "rb") as file:
+            if is_legacy(path):
+                for _ in range(_LEGACY_PICKLES):
+                    found |= _strings(file)
+                return frozenset(found)
+            with zipfile.ZipFile(file) as archive:
+                found |= _strings(io.BytesIO(archive.read(_pickle(path, archive))))
     except Exception:
         # a file of any kind at all may stand here, and pickletools raises whatever it meets
         return frozenset()
     return frozenset(found)
+
+
+def _strings(file: BinaryIO | io.BytesIO) -> set[str]:
+    """The strings of the pickle that begins here."""
+    operations = pickletools.genops(file)
+    return {each for operation, each, _ in operations if "UNICODE" in operation.name and isinstance(each, str)}
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether a file is of the kind that ``torch.save`` wrote before it wrote zip archives."""
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
 
 
 def _pickle(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
@@ -60,21 +85,23 @@ def _pickle(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def load_file(path: Path) -> Any:
-    """What the file holds; its tensors are mapped, not read.
+    """What the file holds; its tensors are mapped, not read, but for files of before torch 1.6.
 
     Raises:
-        UserError: truncated, no file of torch.save (1.6 or later), or it holds more than tensors and plain values.
+        UserError: truncated, no file of torch.save, or it holds more than tensors and plain values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            _pickle(path, archive)
+        mapped = not is_legacy(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                _pickle(path, archive)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UserError(f"{path}: truncated, or no file of torch.save: {error}") from None
     torch = _torch(path)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
         # torch.load lets through whatever a damaged pickle makes its reader raise
         reason = " ".join(str(error).split())
@@ -83,6 +110,8 @@ def load_file(path: Path) -> Any:
             what = named[1] or named[2]
             raise UserError(f"{path}: holds {what}, expected tensors and plain values only; nothing was run") from None
         raise UserError(f"{path}: damaged: {type(error).__name__}: {reason[:200]}") from None
+    for tensor in _tensors(content) if mapped else ():
+        tensor.mapped = True  # type: ignore[attr-defined]
     return content
 
 
@@ -108,8 +137,8 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def state_dict(where: str, value: Any) -> dict[str, Any]:
-    """A mapping from names to tensors, without the prefix that ``torch.compile`` gives; of a prefix and none: refused.
+def by_name(where: str, value: Any) -> Mapping[str, Any]:
+    """``value``, which maps names to tensors and nothing else.
 
     Raises:
         UserError: it is something else.
@@ -118,13 +147,23 @@ def state_dict(where: str, value: Any) -> dict[str, Any]:
 
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {type(value).__name__}, expected tensors by name")
-    made: dict[str, Any] = {}
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{where}: {name!r}: {type(tensor).__name__}, expected a tensor by its name")
-        plain = name.removeprefix("_orig_mod.")
+    return value
+
+
+def state_dict(where: str, value: Any, keep: Collection[str] = ()) -> dict[str, Any]:
+    """Tensors by name, without what wrappers put before names, see ``module_names.peel``.
+
+    Raises:
+        UserError: see ``by_name``; or a name is there twice, with and without a prefix.
+    """
+    made: dict[str, Any] = {}
+    for name, tensor in by_name(where, value).items():
+        plain = module_names.peel(name, keep)
         if plain in made:
-            raise UserError(f"{where}: {plain} is there twice, with and without _orig_mod.")
+            raise UserError(f"{where}: {plain} is there twice, with and without a prefix")
         made[plain] = tensor
     return made
 
@@ -144,10 +183,21 @@ def lazy(where: str, tensor: Any, shape: tuple[int, ...]) -> Tensor:
     dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise UserError(f"{where}: {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"{where}: {list(shape)} values that the file does not hold")
+    check_held(where, tensor)
     return Tensor(shape, dtype, lambda: as_numpy(tensor))
+
+
+def check_held(where: str, tensor: "torch.Tensor") -> None:
+    """Refuses a tensor of which the file does not have every value.
+
+    Raises:
+        UserError: it is sparse, quantized, or one value repeated.
+    """
+    import torch
+
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{where}: {list(tensor.shape)} values that the file does not hold")
 
 
 def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
@@ -155,14 +205,20 @@ def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
     whole = tensor.detach().contiguous()
-    made = (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy().copy()
+    kind = STORED.get(CODES.get(str(whole.dtype), ""), np.dtype(np.uint8))
+    if kind.kind == "V":  # a dtype of ml_dtypes, which PyTorch does not give to numpy
+        made = whole.view(torch.int16 if whole.element_size() == 2 else torch.uint8).numpy().copy().view(kind)
+    else:
+        made = whole.numpy().copy()
+    if not hasattr(tensor, "mapped"):
+        return made
     storage, page = tensor.untyped_storage(), mmap.PAGESIZE
     start = -(-storage.data_ptr() // page) * page
     length = (storage.data_ptr() + storage.nbytes() - start) // page * page
     if length > 0:
         # unchanged pages of a private mapping, which are read again from the file where somebody asks for them
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-    return made.view(STORED["BF16"]) if whole.dtype == torch.bfloat16 else made
+    return made
 
 
 def number(value: Any) -> float:

@@ -23,7 +23,8 @@ _HINTS = {"activation": "its code computes tanh GELU and no other; --to nanogpt 
 def recognize(path: Path) -> bool:
     """A state dict with GPT-2's names and a head, without model_args."""
     names = torch_file.strings_in_pickle(path) if path.is_file() else frozenset()
-    return {_PREFIX + "wte.weight", "lm_head.weight"} <= names and "model_args" not in names
+    ends = (f"{_PREFIX}wte.weight", "lm_head.weight")
+    return all(any(name.endswith(end) for name in names) for end in ends) and "model_args" not in names
 
 
 def read(path: Path, n_head: int = 0) -> Opened:
@@ -34,7 +35,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
     """
     path = Path(path)
     content = torch_file.load_file(path)
-    state = torch_file.state_dict(str(path), content)
+    state = torch_file.state_dict(str(path), content, ("transformer",))
     n_layer = len({name.split(".")[2] for name in state if name.startswith(_PREFIX + "h.")})
     sizes = []
     for name in ("wte", "wpe"):

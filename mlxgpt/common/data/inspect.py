@@ -14,6 +14,7 @@ import numpy as np
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.corpus import Corpus, Piece
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -61,12 +62,13 @@ def inspect_corpus(corpus: Corpus, tokenizer: Tokenizer | None, say: Callable[[s
         "characters": scanned.characters,
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.n_vocab, "origin": origin},
         "tokens": tokens,
+        **beginning.described(tokenizer, beginning.begins_with(tokenizer)),
         "tokens_per_byte": tokens / scanned.size,
         "longest": [{"characters": count, "document": name} for count, name in sorted(longest, reverse=True)],
         "duplicates": len(hashes) - distinct,
         "byte_order_marks": scanned.marks,
         "sample": tokenizer.decode(sample),
-        "notes": corpus.notes,
+        "notes": [*corpus.notes, *tokenizer.notes],
     }
 
 
@@ -122,6 +124,7 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
         "splits": splits,
         "dtype": index["dtype"],
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.n_vocab, "eos_id": tokenizer.eos_id},
+        **beginning.described(tokenizer, index.get("begins_with", [])),
         "largest_token": largest,
         "tokens_per_byte": total["tokens"] / total["bytes"],
         "longest": [{"tokens": count, "document": name} for count, name in sorted(longest, reverse=True)]
@@ -129,7 +132,7 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
         else None,
         "duplicates": len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))) if told and hashes else None,
         "sample": tokenizer.decode(train[middle : middle + SAMPLE].tolist()),
-        "notes": [],
+        "notes": tokenizer.notes,
     }
 
 

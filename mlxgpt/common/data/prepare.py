@@ -26,6 +26,7 @@ from mlxgpt.common.data.corpus import Corpus, Piece, Scan
 from mlxgpt.common.data.shards import FORMAT, SHARD, ShardWriter, is_shards, write_index
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.files import put
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer, train_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -59,12 +60,20 @@ def cached(data: DataConfig, say: Say = print) -> Path:
         if tokenizer is None
         else tokenizer.digest
     )
-    key = json.dumps([FORMAT, corpus.digest(), data.val_fraction, named])
+    content = [FORMAT, corpus.digest(), data.val_fraction, named]
+    if tokenizer and _around(tokenizer) not in (([], []), ([], [tokenizer.eos_id])):
+        content.append(_around(tokenizer))
+    key = json.dumps(content)
     stem = "".join(c if c.isalnum() else "-" for c in Path(data.source).stem)[:32]
     folder = cache_folder() / "shards" / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not is_shards(folder):
         prepare(corpus, data, folder, tokenizer, say)
     return folder
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands in the shards before and after each document."""
+    return beginning.opening(tokenizer), beginning.end(tokenizer, np.array([], np.int32)).tolist()
 
 
 def prepare(corpus: Corpus, data: DataConfig, folder: Path, tokenizer: Tokenizer | None, say: Say = print) -> None:
@@ -173,7 +182,7 @@ def _write_shards(
     workers = data.workers or os.cpu_count() or 1
     if scanned.characters < ALONE or tokenizer.kind == "char":
         workers = 1  # characters go through faster than through a pipe
-    eos = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
+    first, last = (np.array(ids, np.int32) for ids in _around(tokenizer))
     progress = Progress(scanned.characters, say)
     waiting: list[list[tuple[str, Piece]]] = []
 
@@ -187,9 +196,9 @@ def _write_shards(
             for ids in encode_in_order(tokenizer, folder / "tokenizer", groups(), workers):
                 for (name, piece), tokens in zip(waiting.pop(0), ids, strict=True):
                     assert not len(tokens) or int(tokens.max()) < tokenizer.n_vocab
-                    writers[name].write(tokens)
+                    writers[name].write(beginning.begin(first.tolist(), tokens) if piece.first else tokens)
                     if piece.last:
-                        writers[name].write(eos)
+                        writers[name].write(last)
                     counts[name]["documents"] += piece.first
                     counts[name]["bytes"] += len(piece.text.encode())
                     progress.advance(len(piece.text))
@@ -209,6 +218,7 @@ def _write_shards(
         "dtype": dtype.name,
         "vocab_size": tokenizer.n_vocab,
         "eos_id": tokenizer.eos_id,
+        "begins_with": first.tolist(),
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
         "splits": counts,
     }

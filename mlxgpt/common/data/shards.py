@@ -2,7 +2,8 @@
 
 A shard is little-endian uint16 or uint32 without a header, which is what nanoGPT writes, in a folder beside index.json:
 
-    {"format": 1, "dtype": "uint16", "vocab_size": ..., "eos_id": ..., "tokenizer": {"kind", "digest"}, "source": {...},
+    {"format": 1, "dtype": "uint16", "vocab_size": ..., "eos_id": ..., "begins_with": [ids before each document],
+     "tokenizer": {"kind", "digest"}, "source": {...},
      "splits": {"train": {"documents", "tokens", "bytes", "shards": [{"file", "tokens", "sha256"}, ...]}, "val": {...}},
      "sha256": of all the above}
 """

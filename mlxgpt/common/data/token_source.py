@@ -5,6 +5,7 @@ nanoGPT draws them. ``epoch``: the split is cut into non-overlapping windows and
 order that a keyed permutation gives window by window, so nothing grows with the corpus.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.shards import Tokens
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
+
+_STEP = 64  # widths of batches of short texts are multiples of it
 
 
 class TokenSource:
@@ -35,6 +39,8 @@ class TokenSource:
         largest: int = -1,
         folder: Path = Path("."),
         val_bytes: int = 0,
+        separator: int | None = None,
+        begins_with: list[int] | None = None,
     ) -> None:
         self._train, self._val, self._block = train, val, block_size
         self._rows, self._seed, self._sampling = train_config.batch_size, train_config.seed, sampling
@@ -49,6 +55,10 @@ class TokenSource:
         self.n_train_tokens, self.n_val_tokens = len(train), len(val)
         self.val_bytes = val_bytes
         """UTF-8 bytes that the validation tokens stand for; 0 where nobody counted them."""
+        self.separator = separator
+        """The token that stands between documents; None where there are none to tell apart."""
+        self.begins_with = begins_with
+        """What was put before each document; None where nobody knows, as of a flat .bin."""
         for name, count in (("validation", len(val)), ("training", len(train))):
             if count < block_size + 1:
                 raise UserError(
@@ -56,6 +66,21 @@ class TokenSource:
                     "a longer corpus, another data.val_fraction or a smaller block"
                 )
         self._windows = (len(train) - 1) // block_size
+
+    def compare_beginnings(self, tokenizer: Tokenizer, name: str, say: Callable[[str], None]) -> None:
+        """Says where documents begin otherwise in the data than ``tokenizer``, called ``name``, has it."""
+        found, wanted = self.begins_with, beginning.opening(tokenizer)
+        if found is not None and found != wanted:
+            before, after = (beginning.shown(tokenizer, ids) for ids in (found, wanted))
+            say(
+                f"data: documents in {self.folder} begin with {before}, where {name} has {after}: "
+                "mlxgpt data prepare makes them anew"
+            )
+
+    def as_trained(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer of a model trained on this: where it begins texts with nothing, the separator begins them."""
+        separated = self.separator is not None and self.separator == tokenizer.eos_id
+        return beginning.with_separator(tokenizer) if separated and not self.begins_with else tokenizer
 
     @property
     def statistics(self) -> dict[str, int]:
@@ -137,12 +162,18 @@ def permuted(seed: int, epoch: int, place: int, count: int) -> int:
 
 
 def windows(
-    tokens: np.ndarray | Tokens, block_size: int, batch_size: int, stride: int | None = None
+    tokens: np.ndarray | Tokens,
+    block_size: int,
+    batch_size: int,
+    stride: int | None = None,
+    starts: Sequence[int] = (0,),
+    context: int = 1,
 ) -> Iterator[Batch]:
-    """Batches in which every token of a text but the first is a target exactly once.
+    """Batches in which every token of a text but its first ``context`` is a target exactly once.
 
     Windows of ``block_size`` advance by ``stride`` (default: block_size, no overlap). Where they overlap, what an
-    earlier window scored has weight 0 and is context. Every batch has the same shape; padding has weight 0.
+    earlier window scored has weight 0 and is context. A text begins at each of ``starts``, and no window holds two.
+    Padding has weight 0; batches of one text have the same shape, those of several are as wide as they need.
 
     Raises:
         UserError: fewer than two tokens, or a stride outside 1 to block_size.
@@ -152,20 +183,33 @@ def windows(
         raise UserError(f"stride {stride}: expected 1 to the block of {block_size}")
     if len(tokens) < 2:
         raise UserError(f"text of {len(tokens)} tokens: expected at least 2, to predict one from another")
-    targets = len(tokens) - 1
-    count = 1 + max(0, -(-(targets - block_size) // stride))
-    for first in range(0, count, batch_size):
-        arrays = np.zeros((3, batch_size, block_size), np.int64)
-        for row, index in enumerate(range(first, min(first + batch_size, count))):
-            start = index * stride
-            end = min(start + block_size, targets)
-            scored = 0 if index == 0 else start - stride + block_size
+    rows = _windows(starts, len(tokens), block_size, stride, context)
+    while held := list(itertools.islice(rows, batch_size)):
+        width = max(end - start for start, end, _ in held)
+        width = block_size if len(starts) == 1 else min(block_size, -(-width // _STEP) * _STEP)
+        arrays = np.zeros((3, batch_size, width), np.int64)
+        for row, (start, end, scored) in enumerate(held):
             arrays[0, row, : end - start] = tokens[start:end]
             arrays[1, row, : end - start] = tokens[start + 1 : end + 1]
-            arrays[2, row, scored - start if index else 0 : end - start] = 1
+            arrays[2, row, scored - start : end - start] = 1
         yield Batch(
             tokens=arrays[0].astype(np.int32), targets=arrays[1].astype(np.int32), weights=arrays[2].astype(np.float32)
         )
+
+
+def _windows(
+    starts: Sequence[int], length: int, block_size: int, stride: int, context: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first token, end, first token whose successor is scored) of every window of every text."""
+    for first, following in zip(starts, [*starts[1:], length], strict=True):
+        targets = following - first - 1
+        count = 1 + max(0, -(-(targets - block_size) // stride)) if targets >= context else 0
+        for index in range(count):
+            start = index * stride
+            scored = max(context - 1, start - stride + block_size if index else 0)
+            end = min(start + block_size, targets)
+            if scored < end:
+                yield first + start, first + end, first + scored
 
 
 def open_data(
@@ -177,6 +221,7 @@ def open_data(
 ) -> tuple[TokenSource, Tokenizer | None]:
     """The source of a recipe's batches and its tokenizer; prepares shards, or reuses those in the cache.
 
+    The tokenizer begins texts as the model learns it: where it put nothing there, with the separator of documents.
     The tokenizer is None for a flat .bin without one. ``out`` is the run's folder: where shards that ``data export``
     packed were unpacked into it (as ``data/``), they are the source.
 
@@ -217,10 +262,19 @@ def open_data(
         largest,
         folder,
         index["splits"]["val"]["bytes"],
+        index["eos_id"] if index["splits"]["train"]["documents"] > 1 else None,
+        index.get("begins_with", []),
     )
     counts = f"{source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate"
     say(f"data: {index['source']['name']}: {counts}, {tokenizer.kind} of {tokenizer.n_vocab:,}")
-    return source, tokenizer
+    source.compare_beginnings(tokenizer, "their tokenizer", say)
+    return source, source.as_trained(tokenizer)
+
+
+def _separator(tokens: Tokens, tokenizer: Tokenizer | None) -> int | None:
+    """The end-of-text token where it occurs among ``tokens``."""
+    eos = tokenizer.eos_id if tokenizer else None
+    return eos if eos is not None and any((block == eos).any() for block in tokens.blocks()) else None
 
 
 def _carried(folder: Path) -> Path | None:
@@ -258,6 +312,9 @@ def _open_flat(
     if tokenizer is not None:
         digest["tokenizer"] = tokenizer.digest
     size = largest + 1 if tokenizer is None else tokenizer.n_vocab
-    source = TokenSource(first, second, block_size, train, data.sampling, digest, size, largest, files[0].parent)
+    source = TokenSource(
+        first, second, block_size, train, data.sampling, digest, size, largest, files[0].parent,
+        separator=_separator(first, tokenizer),
+    )  # fmt: skip
     say(f"data: {path}: {source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate")
-    return source, tokenizer
+    return source, source.as_trained(tokenizer) if tokenizer else None

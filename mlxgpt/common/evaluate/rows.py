@@ -33,14 +33,16 @@ def is_rows(path: str, text_key: str) -> bool:
     return isinstance(first, dict) and text_key not in first
 
 
-def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Batch]:
+def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
     """The rows of a file, all of them, or of a folder's split; rendered with the tokenizer's own template.
 
     Raises:
         UserError: no tokenizer, no such split, or a row that cannot be rendered or fitted.
     """
     if tokenizer is None:
-        raise UserError(f"{path}: rows need a tokenizer, and this model has none")
+        raise UserError(
+            f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
+        )
     tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
@@ -51,11 +53,11 @@ def batches(path: str, split: str, tokenizer: Tokenizer | None, config: ModelCon
     template, spelled, added = sft_source.choose_template(tune, rows, tokenizer)
     if added:
         raise UserError(f"{path}: conversations, and this model's tokenizer has no chat template; tuning would add one")
-    examples, _ = encode.Encoder(tune, spelled, template, config.block_size).examples(held)
-    return _batches(examples, config.block_size)
+    return encode.Encoder(tune, spelled, template, config.block_size).examples(held)[0]
 
 
-def _batches(examples: list[Example], most: int) -> Iterator[Batch]:
+def batches(examples: list[Example], most: int) -> Iterator[Batch]:
+    """The examples, each seeing itself alone; ``most``: the context."""
     for start in range(0, len(examples), ROWS):
         part = examples[start : start + ROWS]
         yield pack.padded_batch(part, [(n,) for n in range(len(part))], most)

@@ -49,10 +49,11 @@ def evaluate(
         UserError: fewer than two tokens, or one outside the model's vocabulary.
         RunError: a loss that is not finite.
     """
-    if len(text.tokens) < 2:
-        raise UserError(f"{text.name}: {len(text.tokens)} tokens; expected at least 2")
-    loss_sum, count = 0.0, 0
-    for batch in windows(text.tokens, block_size, max(1, BATCH // block_size), stride):
+    if len(text.tokens) <= text.context:
+        raise UserError(f"{text.name}: {len(text.tokens)} tokens; expected at least {text.context + 1}")
+    loss_sum, count, total = 0.0, 0, len(text.tokens) - text.context * len(text.starts)
+    rows = max(1, BATCH // block_size)
+    for batch in windows(text.tokens, block_size, rows, stride, text.starts, text.context):
         largest = int(max(batch.tokens.max(), batch.targets.max()))
         if largest >= vocab_size:
             raise UserError(f"{text.name}: token id {largest}; expected below {vocab_size}, the model's vocabulary")
@@ -61,7 +62,7 @@ def evaluate(
         loss_sum, count = loss_sum + float(losses[scored].sum()), count + int(scored.sum())
         if not math.isfinite(loss_sum):
             raise RunError(f"{text.name}: the loss is not finite within the first {count} tokens")
-        say(f"{count} of {len(text.tokens) - 1} tokens, loss {loss_sum / count:.4f}")
+        say(f"{count} of {total} tokens, loss {loss_sum / count:.4f}")
     return Evaluation(loss_sum, count, text.size)
 
 

@@ -3,7 +3,7 @@
     adapter_config.json          PEFT's keys and mlx-lm's side by side; ours under "mlxgpt"
     adapter_model.safetensors    PEFT's names and layout (peft_adapter.py)
     adapters.safetensors         mlx-lm's (mlx_lm_adapter.py), where it can hold the adapter
-    tokenizer files              where training added tokens
+    tokenizer files              where training added tokens or a chat template
     generation_config.json       eos_token_id: what ends a text, of the base and of the template that was tuned with
 
 Reading prefers PEFT's file, which keeps ranks and scales as they are, and holds mlx-lm's against it. PiSSA is written
@@ -55,7 +55,7 @@ def write_adapter(
         recipe: of the run; its model is the one that runs, also where training added tokens.
         base_folder: the base model's files.
         arrays: by name what adapters.trainable(recipe) lists, and start_a and start_b with PiSSA.
-        tokenizer: written beside it, where training added tokens.
+        tokenizer: written beside it, where training added tokens or a chat template.
         base: what is recorded of where the base is, such as a hub id; default: the folder's whole path.
         ends: the tokens that end a generated text, the base's among them.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, resolve
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 Given = str | Path | Sequence[tuple[str | Path, float]] | None
 """An adapter, or several with their weights."""
@@ -45,6 +46,21 @@ def expect_task(config: ModelConfig, model: str, classifier: bool = False) -> No
         raise UserError(f"{model}: a classifier of {len(config.labels)} labels, which mlxgpt classify runs")
     if classifier and not config.labels:
         raise UserError(f"{model}: a language model: expected a classifier (mlxgpt finetune --task classify makes one)")
+
+
+def expect_tokenizer(tokenizer: Tokenizer | None, model: str, instead: str = "") -> Tokenizer:
+    """``tokenizer``, which text needs; ``instead`` says what does without.
+
+    Raises:
+        UserError: it is None.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    cure = f"mlxgpt convert {model} NEW --tokenizer FILE makes a folder with one"
+    raise UserError(
+        f"{model}: no tokenizer files; expected tokenizer.json or tokenizer.model: {cure}"
+        + (f"; {instead}" if instead else "")
+    )
 
 
 def parse_adapters(items: Sequence[str]) -> list[tuple[str, float]]:

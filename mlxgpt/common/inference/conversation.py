@@ -78,11 +78,11 @@ class Conversation:
         size = self._model.config.block_size
         room = size - min(sample.max_tokens, int(RESERVE * size))
         dropped = 0
-        ids = self._template.encode(self.all(), generation=True)
+        ids = self._template.encode(self.all(), generation=True, typed=True)
         while len(ids) > room and len(self.messages) > 2:
             del self.messages[:2]
             dropped += 2
-            ids = self._template.encode(self.all(), generation=True)
+            ids = self._template.encode(self.all(), generation=True, typed=True)
         if len(ids) > size:
             raise UserError(f"{len(ids)} tokens with the system prompt: the model's context holds {size}")
         return ids, dropped

@@ -3,13 +3,14 @@
 No framework here; mlxgpt/generate.py and torch_ref/generate.py draw the tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer
 
 CONTEXT = 16  # tokens of the prompt that the decoder is shown
@@ -93,10 +94,14 @@ class Row:
 
 
 def start_rows(
-    config: ModelConfig, tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | Sequence[int]],
+    stop: Sequence[str],
+    ends: Collection[int] = (),
 ) -> list[Row]:
     """A row a prompt; text or token ids. A text begins with what its tokenizer puts before one, an empty one else
-    with the end-of-text token.
+    with the end-of-text token. ``ends``: tokens that end a text besides the tokenizer's.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not.
@@ -114,11 +119,9 @@ def start_rows(
             if tokenizer is None:
                 raise UserError(f"{where}: text needs a tokenizer, and this model has none; expected token ids")
             try:
-                ids = tokenizer.encode(prompt)
+                ids = beginning.start(tokenizer, prompt)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            if ids[: len(tokenizer.before)] != tokenizer.before:
-                ids = [*tokenizer.before, *ids]
             if not ids and tokenizer.eos_id is not None:
                 ids = [tokenizer.eos_id]
         else:
@@ -134,6 +137,7 @@ def start_rows(
             )
         copy = sum(row.prompt == ids for row in rows)
         rows.append(Row(index, ids, copy, tokenizer, stop))
+        rows[-1].ends |= set(ends)
     return rows
 
 

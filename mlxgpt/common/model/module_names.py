@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 # what a wrapper may put before a model's names, once or several times, and what models call their own trunk
-_OUTER = {"model", "language_model", "base_model", "transformer", "gpt_neox"}
+OUTER = {"model", "language_model", "base_model", "transformer", "gpt_neox"}
 # what may also stand in the middle, where single blocks are wrapped
 ANYWHERE = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -17,7 +17,7 @@ def peel(name: str, keep: Collection[str] = ()) -> str:
     """``name`` without the words that wrappers and trunks put before it; those in ``keep`` stay."""
     words = [word for word in name.split(".") if word not in ANYWHERE]
     start = 0
-    while start < len(words) - 2 and words[start] in _OUTER and words[start] not in keep:
+    while start < len(words) - 2 and words[start] in OUTER and words[start] not in keep:
         start += 1
     return ".".join(words[start:])
 

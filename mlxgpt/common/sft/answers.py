@@ -9,6 +9,7 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.scores import confusion, text_metrics
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.train.job import Job
 
 ROWS = 8  # examples answered at once
@@ -97,7 +98,7 @@ def _question(prompt: str, source: SftSource) -> list[int]:
         return (source.rows("valid") or source.rows("train"))[0].last_answer[0].tolist()
     if source.template:
         return source.template.encode([{"role": "user", "content": prompt}], generation=True)
-    return source.tokenizer.encode(prompt)
+    return beginning.start(source.tokenizer, prompt)
 
 
 def for_splits(recipe: Recipe, source: SftSource) -> Recipe:

@@ -1,5 +1,6 @@
 """Turns rows into examples: tokens, targets and weights, truncated to a maximum length."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Encoded, Template
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _GROUP = 512  # rows tokenized at once
@@ -72,18 +74,21 @@ class Encoder:
         counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
         counts.longest = max(map(len, made), default=0)
         if self._dropped:
-            counts.wider = next(
-                (n for n in self._windows() if sum(m > n for m in self._dropped) <= len(self._dropped) // 5), 0
-            )
+            counts.wider = self._wider()
             counts.beyond = sum(length > counts.wider for length in self._dropped)
         return made, counts
 
-    def _windows(self) -> Iterator[int]:
-        """Twice the window, four times it and so on, up to the model's context."""
-        size = self.size
-        while size < self.context:
+    def _wider(self) -> int:
+        """Twice the window, or four times it and so on: what keeps most of the dropped, up to the model's context.
+
+        0 if even that keeps none.
+        """
+        size, best, left = self.size, 0, len(self._dropped)
+        while size < self.context and left > len(self._dropped) // 5:
             size = min(2 * size, self.context)
-            yield size
+            longer = sum(length > size for length in self._dropped)
+            best, left = (size, longer) if longer < left else (best, left)
+        return best
 
     def _encoded(
         self, rows: Sequence[Row], counts: Counts
@@ -115,18 +120,17 @@ class Encoder:
         return self.template.encode_turns(talks, self.tune.unroll, self.tune.train_on)
 
     def _plain(self, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Text and the end-of-text token; a prompt is tokenized on its own."""
-        eos = self.tokenizer.eos_id
+        """Text from its beginning to the end-of-text token; a prompt is tokenized on its own."""
+        begin = functools.partial(beginning.begin, self.tokenizer)
         wholes = self._ids(rows, [row.text + (row.answer or "") for row in rows])
         prompts = self._ids(rows, [row.text if row.answer is not None else "" for row in rows])
         for row, whole, prompt in zip(rows, wholes, prompts, strict=True):
             if not np.array_equal(whole[: len(prompt)], prompt):
                 whole = self._joined(row, prompt)
-            if eos is not None and (not len(whole) or whole[-1] != eos):
-                whole = np.append(whole, np.int32(eos))
+            whole, prompt = beginning.end(self.tokenizer, begin(whole)), begin(prompt)
             mask = np.ones(len(whole), bool)
-            if not self.tune.train_on_prompt:
-                mask[: len(prompt)] = False
+            # what is put before a text is never predicted
+            mask[: len(self.tokenizer.before if self.tune.train_on_prompt else prompt)] = False
             yield row.where, whole, mask
 
     def _joined(self, row: Row, prompt: np.ndarray) -> np.ndarray:
@@ -142,7 +146,8 @@ class Encoder:
 
     def _ids(self, rows: Sequence[Row], texts: list[str]) -> list[np.ndarray]:
         try:
-            return [np.asarray(ids, np.int32) for ids in self.tokenizer.encode_batch(texts)]
+            encode = self.tokenizer.encode_plain if self.tune.sanitize else self.tokenizer.encode_batch
+            return [np.asarray(ids, np.int32) for ids in encode(texts)]
         except UserError:
             for row, text in zip(rows, texts, strict=True):
                 try:
@@ -205,18 +210,19 @@ class Encoder:
         return found.ids, found.mask
 
     def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
-        """Texts whose last token predicts the label; longer ones are truncated from the right."""
+        """Texts as AutoTokenizer gives them, whose last token predicts the label; a longer text loses its end."""
         made: list[Example | None] = []
         for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
             if not len(ids):
                 raise UserError(f"{row.where}: no tokens: expected text")
+            ids = beginning.wrap(self.tokenizer, ids)
             if len(ids) > self.size:
                 self._too_long(row.where, len(ids))
                 if self.tune.overflow == "drop":
                     self._drop(len(ids), counts)
                     continue
                 counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
-                ids = ids[: self.size]
+                ids = beginning.wrap(self.tokenizer, ids, self.size)
             if row.label not in self.labels:
                 raise UserError(
                     f"{row.where}: label {row.label!r}: expected one of the training labels, {shortened(self.labels)}"

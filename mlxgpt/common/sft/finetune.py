@@ -160,7 +160,7 @@ class Finetuning(Kind[SftSource]):
         return self.source.describe()
 
     def write_weights(self, place: Path, trained: dict[str, np.ndarray]) -> None:
-        """A model folder where every weight trains, else an adapter; with the tokenizer where tokens were added."""
+        """A model folder where every weight trains, else an adapter, with a tokenizer that is not the base's."""
         recipe, tokenizer = self.recipe, self.source.tokenizer
         assert recipe.tune
         ends = union(generation_ends(self._base), self._earlier, [tokenizer.eos_id], sorted(tokenizer.ends))
@@ -169,7 +169,7 @@ class Finetuning(Kind[SftSource]):
             model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer, ends=ends)
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
-        own = tokenizer if self.source.added or self._given_tokenizer() else None
+        own = tokenizer if tokenizer.files != load_tokenizer(self._base).files else None
         adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
     def sample(self, job: Job) -> str | None:
@@ -182,6 +182,15 @@ class Finetuning(Kind[SftSource]):
         """Accuracy and macro F1 of a classifier; else tune.metrics of answers to the first validation examples."""
         job.progress.status("answering")
         return Answers(job, self.source).score("valid", total)
+
+    def trial(self, run: Path) -> str:
+        """Texts are given as they were in training: to classify, in the template, or as they are."""
+        source = self.source
+        if source.labels:
+            return f"classify --model {run} --text TEXT"
+        if source.template:
+            return f"generate --model {run} --prompt TEXT, or mlxgpt chat --model {run}"
+        return f"generate --model {run} {'--raw ' if source.tokenizer.templates else ''}--prompt TEXT"
 
     def finish(self, job: Job) -> None:
         """The test split, and a classifier's confusion."""

@@ -14,6 +14,7 @@ from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import load_last
 
 _MARKS = ("[[", "]]")  # around trained tokens, without color
@@ -25,8 +26,7 @@ def inspect_examples(args: Namespace) -> int:
         raise UserError("--tokenizer: only for a corpus; examples are shown in the tokens of --model")
     place, adapters = base_and_adapters.find_base(args.model)
     tokenizer = load_last([place, *(each for each, _ in adapters)])
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer files; expected tokenizer.json or tokenizer.model")
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     sections = recipes.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
     other = next((name for name in sections if name not in ("tune", "train")), None)
     if other:
@@ -49,7 +49,8 @@ def inspect_examples(args: Namespace) -> int:
 
 
 def _table(source: SftSource) -> None:
-    """A line per split."""
+    """What examples begin with, and a line per split."""
+    print(f"begins with: {beginning.shown(source.tokenizer, source.begins_with)}")
     print(
         f"\n{'split':<8}{'examples':>9}{'tokens':>12}{'trained':>12}{'longest':>9}{'truncated':>11}{'cut':>7}{'dropped':>9}"
     )

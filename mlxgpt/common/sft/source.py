@@ -13,16 +13,18 @@ import numpy as np
 
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
+from mlxgpt.common.chat.control import first_spelled
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows import duplicates as row_duplicates
 from mlxgpt.common.rows import formats as row_formats
-from mlxgpt.common.rows.row import Row
+from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft import pack, written
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.encode import Counts, Encoder, shortened
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Template
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.load import from_files
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -126,7 +128,13 @@ class SftSource:
             "added_tokens": list(self.added),
             "near_duplicates": [pair.as_dict() for pair in self.duplicates],
             "labels": list(self.labels),
+            **beginning.described(self.tokenizer, self.begins_with),
         }
+
+    @property
+    def begins_with(self) -> list[int]:
+        """What every example begins with, of what its tokenizer puts before a text."""
+        return beginning.shared(self.tokenizer, [row.tokens for held in self.examples.values() for row in held])
 
     def _count(self, epoch: int) -> int:
         while len(self._steps) <= epoch:
@@ -187,6 +195,10 @@ def open_source(
     if tune.task == "lm":
         before = {tokenizer.eos_id, *tokenizer.ends}
         template, tokenizer, added = choose_template(tune, rows, tokenizer)
+        if template is None and tune.train_on != "both":
+            raise UserError(
+                f"tune.train_on = {tune.train_on}: examples without a chat template have no reasoning: both"
+            )
         after = {template.end_id} if template else set()
         after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
         tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
@@ -272,7 +284,7 @@ def _labels(rows: Sequence[Row], tune: TuneConfig, known: Sequence[str]) -> tupl
 def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Iterator[str]:
     """Lines about the examples, printed before training."""
     counts = source.counts
-    sizes = ", ".join(f"{counts[name].rows - counts[name].dropped:,} {name}" for name in counts if counts[name].rows)
+    sizes = ", ".join(f"{len(source.examples[name]):,} {name}" for name in counts if counts[name].rows)
     train = counts["train"]
     share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens are trained on"
     if source.labels:
@@ -280,7 +292,8 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
         share = "labels " + shortened([f"{label} ({found[label]:,})" for label in source.labels])
     yield f"examples: {tune.source}: {rows.format}: {sizes}; {share}"
     for name, count in counts.items():
-        yield from _long(name, count, source.encoder, alone=bool(source.labels) or rows.format == "text")
+        alone = bool(source.labels) or rows.format == "text"
+        yield from _long(name, count, len(source.examples[name]) + count.dropped, source.encoder, alone)
     if source.duplicates:
         first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
         known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation examples"
@@ -289,7 +302,13 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
         added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
         values = "".join(f", {name} = {value}" for name, value in tune.chat_template_kwargs.items())
         yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}{values}"
-        yield from written.lines(source.template, rows.splits["train"])
+        if unopened := sum(count.unopened for count in counts.values()):
+            yield (
+                f"template: {source.template.name}: the generation prompt ends in {source.template.opening!r}, which "
+                f"{unopened:,} examples lack: tune.unroll = true trains each answer behind the prompt that chat gives"
+            )
+        yield from written.lines(source.template, rows.splits["train"], tune.unroll)
+        yield from _spelled(source.template, [row for held in rows.splits.values() for row in held])
     form = f"packed into {source.size} tokens" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
@@ -305,7 +324,7 @@ def _none_left(count: Counts, size: int) -> str:
     return f"{why} (tune.overflow = drop): expected {wider}tune.overflow = truncate"
 
 
-def _long(name: str, count: Counts, encoder: Encoder, alone: bool) -> Iterator[str]:
+def _long(name: str, count: Counts, made: int, encoder: Encoder, alone: bool) -> Iterator[str]:
     """Lines about the examples of a split that are longer than the window."""
     longer = f"examples longer than {encoder.size} tokens"
     if count.truncated:
@@ -315,7 +334,19 @@ def _long(name: str, count: Counts, encoder: Encoder, alone: bool) -> Iterator[s
     if count.unanswerable:
         yield f"{name}: dropped {count.unanswerable:,} {longer} whose answers would have lost their questions"
     elif count.dropped:
-        cure = f"the model's context is {encoder.context}; tune.overflow = truncate shortens them"
+        cure = f"the model's context of {encoder.context} holds none of them; tune.overflow = truncate shortens them"
         if count.wider:
             cure = f"tune.block_size = {count.wider} keeps all" + (f" but {count.beyond:,}" if count.beyond else "")
-        yield f"{name}: dropped {count.dropped:,} of {count.rows:,} {longer} ({count.lost:,} tokens); {cure}"
+        yield f"{name}: dropped {count.dropped:,} of {made:,} {longer} ({count.lost:,} tokens); {cure}"
+
+
+def _spelled(template: Template, rows: Sequence[Row]) -> Iterator[str]:
+    """A line about the rows whose messages spell control tokens."""
+    found = [(row, spelled) for row in rows if (spelled := first_spelled(template.control, as_messages(row).messages))]
+    if found:
+        row, (role, token) = found[0]
+        became = "they are text (tune.sanitize)" if template.sanitize else "tune.sanitize = true makes them text"
+        yield (
+            f"control tokens: the messages of {len(found):,} of {len(rows):,} rows spell some, such as {token} in "
+            f"{row.where} ({role}): {became}"
+        )

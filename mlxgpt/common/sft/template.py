@@ -7,11 +7,9 @@ the turn is what the model sees when it is asked, and if its ids, tokenized alon
 that mark turns with {% generation %} give the positions themselves.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,8 +23,8 @@ from mlxgpt.common.chat.turns import Plan
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import forms
 from mlxgpt.common.sft.forms import Reads
-from mlxgpt.common.tokenizers.load import from_files
-from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
+from mlxgpt.common.tokenizers.adding import with_tokens
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -99,6 +97,11 @@ class Template:
     def end(self) -> str:
         """The text of the end token."""
         return self.tokenizer.decode([self.end_id])
+
+    @property
+    def opening(self) -> str:
+        """How the generation prompt goes on behind what an answer begins with, such as <think>; '' if it does not."""
+        return self._locator.form.opening
 
     @property
     def end_id(self) -> int:
@@ -268,29 +271,6 @@ def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
     ``<|im_end|>`` becomes the token at which generation stops. transformers reads the same ids and template.
 
     Raises:
-        UserError: a SentencePiece tokenizer.model, which cannot take more tokens.
+        UserError: see ``with_tokens``.
     """
-    if "tokenizer.json" not in tokenizer.files:
-        raise UserError(
-            "ChatML needs two more tokens, which a tokenizer.model cannot take: expected a tokenizer.json "
-            "(transformers' AutoTokenizer ... save_pretrained writes one), or a tokenizer with a chat template"
-        )
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_buffer(tokenizer.files["tokenizer.json"])
-    added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in CHATML_TOKENS]
-    backend.add_special_tokens(added)
-    config = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
-    stale = (
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    )  # tokenizer_config.json replaces them
-    config = tokenizer.named | config
-    config |= {"chat_template": CHATML, "eos_token": CHATML_TOKENS[1]}
-    files = {name: data for name, data in tokenizer.files.items() if name not in stale}
-    files |= {
-        "tokenizer.json": backend.to_str(pretty=True).encode(),
-        "tokenizer_config.json": json.dumps(config, indent=1).encode(),
-    }
-    return from_files(files, Path("."))
+    return with_tokens(tokenizer, CHATML_TOKENS, {"chat_template": CHATML, "eos_token": CHATML_TOKENS[1]})

@@ -9,10 +9,19 @@ from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.template import Template
 
 
-def lines(template: Template, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each kind of content that the template leaves out, with the first row that has it."""
+def lines(template: Template, rows: Sequence[Row], unrolled: bool = False) -> Iterator[str]:
+    """A line for each kind of content that the template leaves out, with the first row that has it.
+
+    ``unrolled``: answers stand behind their generation prompt, with their reasoning where the prompt opens it.
+    """
     left_out = set()
     for key, has, without, cure in _KINDS:
+        if key == "reasoning" and template.opening:
+            if unrolled:
+                continue
+            cure = (
+                "it in answers, so it is not trained on: tune.unroll = true trains it behind the prompt that opens it"
+            )
         row = next((as_messages(row) for row in rows if has(row)), None)
         if row is not None and _same(template, row, without(row)):
             left_out.add(key)

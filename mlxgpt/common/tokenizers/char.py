@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.protocol import sha256_of, write_files
+from mlxgpt.common.tokenizers.protocol import read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.specification import chat_templates
 
 _SPLIT = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -33,8 +34,15 @@ _CONFIG = json.dumps(
 ).encode()
 
 
-def characters_of(content: dict) -> str | None:
-    """The characters by id where ``content`` (a tokenizer.json) is one of ours; None for any other tokenizer."""
+def characters_of(files: dict[str, bytes], where: Path) -> str | None:
+    """The characters by id where ``files`` (of the folder ``where``) are ours; None for any other tokenizer."""
+    if b'"WordLevel"' not in files["tokenizer.json"]:
+        return None
+    content = read_json(files, "tokenizer.json", where)
+    settings = read_json(files, "tokenizer_config.json", where)
+    named = {key for key in settings if key.endswith(("_token", "_tokens", "_tokens_decoder"))}
+    if named or "special_tokens_map.json" in files or "added_tokens.json" in files:
+        return None
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel" or content.get("pre_tokenizer") != _SPLIT:
         return None
@@ -77,7 +85,6 @@ class CharTokenizer:
         self.before: list[int] = []
         self.after: list[int] = []
         self.named: dict[str, str] = {}
-        self.templates: dict[str, str] = {}
         self.notes: list[str] = []
         self.digest = sha256_of(b"char", characters.encode())
         self.files = files or {"tokenizer.json": _tokenizer_json(characters), "tokenizer_config.json": _CONFIG}
@@ -95,6 +102,11 @@ class CharTokenizer:
     def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The same: no token is special."""
         return self.encode_batch(texts)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name."""
+        return chat_templates(self.files, Path("."))
 
     def id_of(self, token: str) -> int | None:
         """The id of a character."""

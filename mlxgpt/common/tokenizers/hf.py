@@ -1,18 +1,20 @@
-"""Tokenizers that a tokenizer.json defines: run by `tokenizers`, or by tiktoken where ids are provably the same."""
+"""Tokenizers of Hugging Face folders: run by `tokenizers`, or by tiktoken where ids are provably the same."""
 
 import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import pipelines, separator, sp_model, specification
+from mlxgpt.common.tokenizers.classes import PLAIN, class_of
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
-from mlxgpt.common.tokenizers.specification import chat_templates, named_tokens
 
 EOS = "<|endoftext|>"
 _MAX_ID = 1 << 22  # `tokenizers` counts through all ids, also those that no token has
@@ -20,49 +22,101 @@ _SHORT = 1 << 17  # characters: a single shorter text is not worth the proof of 
 
 
 class JsonTokenizer:
-    """Any tokenizer.json, with the settings of the tokenizer_config.json beside it.
+    """A tokenizer run by `tokenizers`: a tokenizer.json, tokenizer.model or vocab.json with merges.txt.
 
-    ``files`` are what the tokenizer was loaded from, name -> bytes; ``where`` is the folder, for messages.
+    Args:
+        files: name -> bytes, with the settings that lie beside.
+        where: the folder, for messages.
+        model: the folder's config.json, whose model_type has a say in the class.
+
+    Raises:
+        UserError: a damaged file, or what ``specification.read`` refuses.
     """
 
     ends: frozenset[int] = frozenset()
 
-    def __init__(self, files: dict[str, bytes], where: Path) -> None:
-        self.files = files
-        self.digest = sha256_of(b"tokenizer.json", files["tokenizer.json"])
+    def __init__(self, files: dict[str, bytes], where: Path, model: dict | None = None) -> None:
+        self.files, self._where = files, where
+        content = read_json(files, "tokenizer.json", where)
+        spec = specification.read(files, where, model, content)
+        source = next(name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if name in files)
         try:
-            self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except (KeyboardInterrupt, SystemExit):
+            made = self._made(source, spec, content)
+        except (KeyboardInterrupt, SystemExit, UserError):
             raise
         except BaseException as error:  # a panic of its Rust is no Exception
             reason = " ".join(str(error).split())
-            raise UserError(f"{where / 'tokenizer.json'}: not a tokenizer that `tokenizers` reads: {reason}") from None
+            read_by = "`tokenizers`" if spec.class_name == PLAIN else spec.class_name
+            raise UserError(f"{where / source}: not a tokenizer that {read_by} reads: {reason}") from None
+        self.backend = backend = made.backend
         # A stored limit would cut long texts without a word.
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        config = read_json(files, "tokenizer_config.json", where)
-        _add_tokens(self.backend, config, where / "tokenizer_config.json")
-        vocabulary = self.backend.get_vocab()
+        backend.no_truncation()
+        backend.no_padding()
+        vocabulary = backend.get_vocab()
         if not 0 <= max(vocabulary.values(), default=-1) < _MAX_ID:
             found = max(vocabulary.values(), default="none")
-            raise UserError(
-                f"{where / 'tokenizer.json'}: largest id {found}: expected tokens, with ids below {_MAX_ID}"
-            )
+            raise UserError(f"{where / source}: largest id {found}: expected tokens, with ids below {_MAX_ID}")
         self.n_vocab = max(vocabulary.values()) + 1
-        added = self.backend.get_added_tokens_decoder()
+        added = backend.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in added.items() if token.special)
-        self.eos_id = _eos(vocabulary, config, read_json(files, "special_tokens_map.json", where))
-        around = self.backend.encode("").ids if self.backend.num_special_tokens_to_add(False) else []
-        last = around[-1:] == [self.eos_id]
-        self.before, self.after = (around[:-1], around[-1:]) if last else (around, [])
-        self.named = named_tokens(files, where)
-        if "eos_token" not in self.named and self.eos_id is not None:
-            self.named["eos_token"] = self.decode([self.eos_id])
-        self.notes: list[str] = []
-        self._where = where
-        model = type(self.backend.model).__name__
-        over_bytes = model == "BPE" and type(self.backend.decoder).__name__ == "ByteLevel"
-        self.kind = "byte-level BPE" if over_bytes else model
+        self.named = {name: str(token) for name, token in made.named.items()}
+        named = vocabulary.get(self.named.get("eos_token", ""))
+        known = (vocabulary[name] for name in EOS_NAMES if name in vocabulary)
+        self.eos_id = named if named is not None else next(known, None)
+        self.before, self.after = around(_part(backend.post_processor))
+        kind = type(backend.model).__name__
+        over_bytes = kind == "BPE" and type(backend.decoder).__name__ == "ByteLevel"
+        self.kind = "SentencePiece" if source == "tokenizer.model" else "byte-level BPE" if over_bytes else kind
+        self.notes = [*spec.notes, *specification.template_notes(files, where), *self._overruled(spec, source, content)]
+        self._tidy = spec.settings.get("clean_up_tokenization_spaces") is True and (
+            kind != "BPE" or spec.settings.get(_TIDY_BPE) is True
+        )
+        if spec.saved_class:
+            settings = read_json(files, "tokenizer_config.json", where) | {"tokenizer_class": spec.saved_class}
+            self.files = files | {"tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+
+    def _made(self, source: str, spec: specification.Specification, content: dict) -> pipelines.Made:
+        """The backend and its names; sets ``digest``."""
+        data = self.files[source]
+        if source == "tokenizer.json":
+            self.digest = sha256_of(b"tokenizer.json", separator.taken_out(data))
+            return pipelines.of_json(spec, data, content)
+        if source == "tokenizer.model":
+            self.digest = sha256_of(b"tokenizer.model", data)
+            model = sp_model.read(data)
+            if spec.class_name == PLAIN and model.kind == sp_model.UNIGRAM and spec.added:
+                raise UserError(
+                    f"{self._where}: tokens added to a unigram tokenizer.model that no class of transformers reads: "
+                    "expected a tokenizer_class in tokenizer_config.json, or a tokenizer.json"
+                )
+            return pipelines.of_model(spec, model)
+        vocabulary, merges = gpt2_files(self.files, self._where)
+        plain = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+        plain.add_special_tokens([name for name in EOS_NAMES if name in vocabulary][:1])
+        self.digest = sha256_of(b"tokenizer.json", plain.to_str(pretty=True).encode())
+        return pipelines.of_pair(spec, vocabulary, merges)
+
+    def _overruled(self, spec: specification.Specification, source: str, content: dict) -> list[str]:
+        """Notes on what the settings say and the tokenizer is not."""
+        notes = []
+        for flag, side, name in (
+            ("add_bos_token", self.before, "bos_token"),
+            ("add_eos_token", self.after, "eos_token"),
+        ):
+            token = self.named.get(name)
+            if token and bool(spec.flags.get(flag, self.id_of(token) in side)) != (self.id_of(token) in side):
+                puts = "puts" if self.id_of(token) in side else "does not put"
+                notes.append(f"{flag} = {spec.flags[flag]}: {source} is taken, which {puts} {token} there")
+        for number, token in sorted(spec.added.items(), key=lambda item: item[0]):
+            found = self.id_of(token.content)
+            if found != number:
+                notes.append(f"added token {token.content!r}: id {found}, whatever the settings say ({number})")
+        if source == "tokenizer.json" and spec.class_name != PLAIN:
+            parts = {"normalizer": self.backend.normalizer, "pre_tokenizer": self.backend.pre_tokenizer}
+            other = [name for name, part in parts.items() if _differ(content.get(name), _part(part))]
+            if other:
+                notes.append(f"tokenizer.json's {' and '.join(other)}: not taken, {spec.class_name} has its own")
+        return notes
 
     @functools.cached_property
     def fast(self) -> FastBPE | None:
@@ -72,7 +126,7 @@ class JsonTokenizer:
     @property
     def templates(self) -> dict[str, str]:
         """Chat templates by name."""
-        return chat_templates(self.files, self._where)
+        return specification.chat_templates(self.files, self._where)
 
     @functools.cached_property
     def _splitting(self) -> tokenizers.Tokenizer:
@@ -111,36 +165,76 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; ids outside the vocabulary are left out."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        text = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        if "\ufffd" in text and self._bytes:
+            tokens = [token for i in ids if (token := self.backend.id_to_token(int(i))) is not None]
+            text = self.backend.decoder.decode(self._without_bad_bytes(tokens))
+        return functools.reduce(lambda made, pair: made.replace(*pair), _TIDIED, text) if self._tidy else text
+
+    @functools.cached_property
+    def _bytes(self) -> dict[str, int]:
+        """Tokens that stand for a byte, such as <0x0A>, where the decoder joins them."""
+        if "ByteFallback" not in json.dumps(_part(self.backend.decoder)):
+            return {}
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+    def _without_bad_bytes(self, tokens: list[str]) -> list[str]:
+        """Bytes that are no UTF-8 as U+FFFD each: `tokenizers` would give up on good ones beside them, too."""
+        at = 0
+        while at < len(tokens):
+            end = at
+            while end < len(tokens) and tokens[end] in self._bytes:
+                end += 1
+            try:
+                bytes(self._bytes[token] for token in tokens[at:end]).decode()
+                at = end + 1
+            except UnicodeDecodeError as error:
+                tokens[at + error.start : at + error.end] = ["\ufffd"] * (error.end - error.start)
+                at += error.end
+        return tokens
 
     def save(self, folder: Path) -> None:
         """Writes the files that the tokenizer was loaded from or made as, byte for byte."""
         write_files(folder, self.files)
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict, where: Path) -> None:
-    """Adds what tokenizer_config.json lists beyond tokenizer.json, as transformers does."""
-    listed = config.get("added_tokens_decoder") or {}
-    whole = isinstance(listed, dict) and all(key.isdecimal() and key.isascii() for key in listed)
-    tokens = [token for token in listed.values() if isinstance(token, dict)] if whole else []
-    if not whole or not all(isinstance(token.get("content"), str) for token in tokens):
-        raise UserError(f"{where}: added_tokens_decoder: expected tokens with their content by id")
-    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
-        if isinstance(token, dict) and backend.token_to_id(token["content"]) is None:
-            flags = {
-                name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            }
-            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+def _differ(one: dict | None, other: dict | None) -> bool:
+    """Whether two parts of a tokenizer.json say different things; offsets are of no interest here."""
+    loose = [{key: value for key, value in (part or {}).items() if key != "trim_offsets"} for part in (one, other)]
+    return loose[0] != loose[1]
 
 
-def _eos(vocabulary: dict[str, int], *configs: dict) -> int | None:
-    """The id of the settings' eos_token, or of a well-known name."""
-    for config in configs:
-        named = config.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str) and named in vocabulary:
-            return vocabulary[named]
-    return next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+_TIDY_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+# What transformers' clean_up_tokenization_spaces does to a decoded text.
+_TIDIED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+def _part(part: Any) -> dict | None:
+    """A normalizer or the like as tokenizer.json has it."""
+    return json.loads(part.__getstate__()) if part is not None else None
+
+
+def around(processor: dict | None) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer.json's post_processor puts before and after one text."""
+    before, after = [], []
+    kind = (processor or {}).get("type")
+    if processor and kind == "Sequence":
+        for one in processor["processors"]:
+            more = around(one)
+            before, after = more[0] + before, after + more[1]
+    elif processor and kind in ("BertProcessing", "RobertaProcessing"):
+        before, after = [processor["cls"][1]], [processor["sep"][1]]
+    elif processor and kind == "TemplateProcessing":
+        side = before
+        for piece in processor["single"]:
+            if "Sequence" in piece:
+                side = after
+            else:
+                side += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return before, after
 
 
 def made(backend: tokenizers.Tokenizer, settings: dict) -> JsonTokenizer:
@@ -181,20 +275,15 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return made(backend, {"bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "add_prefix_space": False})
 
 
-def from_gpt2_files(files: dict[str, bytes], where: Path) -> JsonTokenizer:
-    """GPT-2's original pair: encoder.json + vocab.bpe, or the same as vocab.json + merges.txt.
+def gpt2_files(files: dict[str, bytes], where: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of vocab.json + merges.txt, or of the same as encoder.json + vocab.bpe.
 
     Raises:
-        UserError: a damaged file, or another architecture's tokenizer, whose splitting only a tokenizer.json tells.
+        UserError: a damaged file.
     """
     vocabulary_name, merges_name = (
         ("vocab.json", "merges.txt") if "vocab.json" in files else ("encoder.json", "vocab.bpe")
     )
-    named = read_json(files, "tokenizer_config.json", where).get("tokenizer_class", "GPT2Tokenizer")
-    if named not in ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"):
-        raise UserError(
-            f"{where}: {vocabulary_name} of a {named}: expected a tokenizer.json, which says how it splits text"
-        )
     vocabulary = read_json(files, vocabulary_name, where)
     if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocabulary.values()):
         raise UserError(f"{where / vocabulary_name}: expected ids from 0 to {_MAX_ID - 1} by token")
@@ -210,6 +299,27 @@ def from_gpt2_files(files: dict[str, bytes], where: Path) -> JsonTokenizer:
         if len(pair) != 2 or any(part not in vocabulary for part in (*pair, "".join(pair))):
             raise UserError(f"{where / merges_name} line {number}: {line!r}: expected two tokens of {vocabulary_name}")
         merges.append((pair[0], pair[1]))
+    return vocabulary, merges
+
+
+def from_gpt2_files(files: dict[str, bytes], where: Path, model: dict | None = None) -> JsonTokenizer:
+    """GPT-2's original pair: as the class that the settings name, or as GPT-2's where they name none.
+
+    Raises:
+        UserError: a damaged file, or a class that reads no such pair.
+    """
+    settings = read_json(files, "tokenizer_config.json", where)
+    name = class_of(settings, model or {}, False, where)
+    if name != PLAIN and "vocab.json" in files:
+        if not pipelines.CLASSES[name].pair:
+            raise UserError(f"{where}: vocab.json of a {name}: expected a tokenizer.json or a tokenizer.model")
+        return JsonTokenizer(files, where, model)
+    if settings.get("tokenizer_class") not in (None, "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise UserError(
+            f"{where}: vocab.json of a {settings['tokenizer_class']}: expected a tokenizer.json, which says how it "
+            "splits text"
+        )
+    vocabulary, merges = gpt2_files(files, where)
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
     special = [name for name in EOS_NAMES if name in vocabulary][:1]
     backend.add_special_tokens(special)

@@ -6,6 +6,7 @@ there, the text of a special token such as <|endoftext|> encodes to that token, 
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.ends import generation_ends, union
@@ -30,19 +31,34 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if not has_tokenizer(path):
-            raise UserError(
-                f"{path}: no tokenizer here: expected tokenizer.json, tokenizer.model or vocab.json with merges.txt"
-            )
+        _refuse_unread(path)
         folder, files = path, read_files(path)
     elif path.is_file():
         folder, files = path.parent, _files_beside(path)
     else:
         raise UserError(f"{path}: no such tokenizer file or folder (or one of: {', '.join(KINDS)})")
-    made = from_files(files, folder)
+    if set(files) == {"tokenizer.model"} and path.is_file():
+        from mlxgpt.common.tokenizers.sentencepiece import lone_model
+
+        return lone_model(files["tokenizer.model"], path)
+    made = from_files(files, folder, _model(folder))
     if path.is_dir():
         made.ends = frozenset(generation_ends(path)) - {made.eos_id}
     return made
+
+
+def _refuse_unread(folder: Path) -> None:
+    """Refuses a folder without a tokenizer that is read here."""
+    other = next((name for name in ("tekken.json", "tiktoken.model") if (folder / name).is_file()), None)
+    if other and not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: {other}, which is not read: expected a tokenizer.json (transformers' AutoTokenizer ... "
+            "save_pretrained writes one)"
+        )
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder}: no tokenizer here: expected tokenizer.json, tokenizer.model or vocab.json with merges.txt"
+        )
 
 
 def load_last(folders: Sequence[Path]) -> Tokenizer | None:
@@ -61,24 +77,33 @@ def load_last(folders: Sequence[Path]) -> Tokenizer | None:
     return made
 
 
-def from_files(files: dict[str, bytes], folder: Path) -> Tokenizer:
-    """The tokenizer that files make, name -> bytes; ``folder`` is where they lie, for messages."""
+def _model(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder; {} where there is none."""
+    path = folder / "config.json"
+    return read_json({path.name: path.read_bytes()}, path.name, folder) if path.is_file() else {}
+
+
+def from_files(files: dict[str, bytes], folder: Path, model: dict[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer that files make, name -> bytes.
+
+    ``folder`` is where they lie, for messages; ``model`` its config.json, whose model_type has a say.
+    """
     if "tokenizer.json" in files:
         from mlxgpt.common.tokenizers.char import CharTokenizer, characters_of
 
-        characters = characters_of(read_json(files, "tokenizer.json", folder))
+        characters = characters_of(files, folder)
         if characters is not None:
             return CharTokenizer(characters, files)
         from mlxgpt.common.tokenizers.hf import JsonTokenizer
 
-        return JsonTokenizer(files, folder)
+        return JsonTokenizer(files, folder, model)
     if "tokenizer.model" in files:
-        from mlxgpt.common.tokenizers.sentencepiece import SentencePieceTokenizer
+        from mlxgpt.common.tokenizers.sentencepiece import from_model
 
-        return SentencePieceTokenizer(files, folder)
+        return from_model(files, folder, model)
     from mlxgpt.common.tokenizers.hf import from_gpt2_files
 
-    return from_gpt2_files(files, folder)
+    return from_gpt2_files(files, folder, model)
 
 
 def _files_beside(path: Path) -> dict[str, bytes]:

@@ -14,8 +14,9 @@ from mlxgpt.common.errors import UserError
 # Everything that transformers may read for a tokenizer; a loaded folder's files are saved again byte for byte.
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "chat_template.jinja",
+    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates/"  # a folder of further templates, NAME.jinja
 
 
 # What names the end of a text where no tokenizer_config.json does.
@@ -97,7 +98,8 @@ def sha256_of(*parts: bytes) -> str:
 
 def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of ``folder``: name -> bytes."""
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    found = [*(folder / name for name in FILES), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found if path.is_file()}
 
 
 def read_json(files: dict[str, bytes], name: str, where: Path) -> dict:
@@ -131,7 +133,9 @@ def checked(text: str) -> str:
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Writes name -> bytes into ``folder``."""
     for name, data in files.items():
-        (Path(folder) / name).write_bytes(data)
+        path = Path(folder) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
 
 
 class StreamDecoder:

@@ -18,12 +18,14 @@ import tokenizers
 from tokenizers import decoders, models
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import sp_model
 from mlxgpt.common.tokenizers.hf import JsonTokenizer, made
-from mlxgpt.common.tokenizers.protocol import checked, read_json, sha256_of, write_files
-from mlxgpt.common.tokenizers.specification import chat_templates, named_tokens
+from mlxgpt.common.tokenizers.protocol import Tokenizer, checked, read_json, sha256_of, write_files
+from mlxgpt.common.tokenizers.specification import chat_templates
 
 _SPACE = "\u2581"
 _SPECIAL = ("<unk>", "<s>", "</s>")
+_ALONE = "SentencePiece"  # the class that marks a model without one: run by sentencepiece, wherever it is copied to
 _LLAMA = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -36,48 +38,88 @@ _LLAMA = {
 }
 
 
+def from_model(files: dict[str, bytes], where: Path, model: dict[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer.model and no tokenizer.json, as AutoTokenizer reads it.
+
+    Raises:
+        UserError: a damaged file, a tiktoken vocabulary, or what ``specification.read`` refuses.
+    """
+    _processor(files["tokenizer.model"], where / "tokenizer.model")
+    if read_json(files, "tokenizer_config.json", where).get("tokenizer_class") == _ALONE:
+        return SentencePieceTokenizer(files, where)
+    return JsonTokenizer(files, where, model)
+
+
+def lone_model(data: bytes, path: Path) -> Tokenizer:
+    """A .model file with no settings beside it: its ids are sentencepiece's.
+
+    With the settings of the class that gives them, where one does: LlamaTokenizer for a BPE that normalizes nothing.
+    """
+    processor = _processor(data, path)
+    model = sp_model.read(data)
+    if model.kind != sp_model.BPE or not model.as_it_is or model.trim_spaces:
+        settings = {"tokenizer_class": _ALONE}
+        return SentencePieceTokenizer({"tokenizer.model": data, "tokenizer_config.json": _json(settings)}, path.parent)
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    named = {name: processor.id_to_piece(i) if i >= 0 else None for name, i in ids.items()}
+    settings = _LLAMA | named | {"add_prefix_space": model.add_prefix_space}
+    return JsonTokenizer({"tokenizer.model": data, "tokenizer_config.json": _json(settings)}, path.parent)
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return json.dumps(settings, indent=1).encode()
+
+
+def _processor(data: bytes, path: Path) -> Any:
+    """sentencepiece's own reading of a model.
+
+    Raises:
+        UserError: not a model, or a piece that is not UTF-8.
+    """
+    if _TIKTOKEN.match(data):
+        raise UserError(
+            f"{path}: a vocabulary of tiktoken, which does not say how it splits text: expected a tokenizer.json"
+        )
+    try:
+        processor: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+        size = processor.get_piece_size()
+        for i in range(size):
+            processor.id_to_piece(i)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a piece is not UTF-8") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: not a SentencePiece model: {str(error).splitlines()[0]}") from None
+    if not size:
+        raise UserError(f"{path}: not a SentencePiece model: it has no pieces")
+    return processor
+
+
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
+
+
 class SentencePieceTokenizer:
     """A tokenizer.model, run by sentencepiece. ``files`` are name -> bytes; ``where`` is the folder, for messages."""
 
     ends: frozenset[int] = frozenset()
 
     def __init__(self, files: dict[str, bytes], where: Path) -> None:
-        self.files = dict(files)
+        self.files, self._where = files, where
         self.digest = sha256_of(b"tokenizer.model", files["tokenizer.model"])
-        try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
-            size = self._model.get_piece_size()
-            pieces: dict[str, int] = {self._model.id_to_piece(i): i for i in range(size)}
-        except UnicodeDecodeError:
-            raise UserError(f"{where / 'tokenizer.model'}: a piece is not UTF-8") from None
-        except RuntimeError as error:
-            raise UserError(
-                f"{where / 'tokenizer.model'}: not a SentencePiece model: {str(error).splitlines()[0]}"
-            ) from None
-        if not size:
-            raise UserError(f"{where / 'tokenizer.model'}: not a SentencePiece model: it has no pieces")
-        self.n_vocab = size
+        self._model = _processor(files["tokenizer.model"], where / "tokenizer.model")
+        self.n_vocab: int = self._model.get_piece_size()
+        self._pieces: dict[str, int] = {self._model.id_to_piece(i): i for i in range(self.n_vocab)}
         self.kind = "SentencePiece"
         eos: int = self._model.eos_id()
-        config = read_json(files, "tokenizer_config.json", where)
-        named = config.get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str):
-            eos = pieces.get(named, eos)
         self.eos_id: int | None = eos if eos >= 0 else None
-        begins = config.get("add_bos_token") is True and self._model.bos_id() >= 0
-        self.before = [self._model.bos_id()] if begins else []
+        self.before: list[int] = []
         self.after: list[int] = []
-        self.notes: list[str] = []
-        self._where = where
-        self._pieces = pieces
-        self.named = named_tokens(files, where)
-        if "eos_token" not in self.named and self.eos_id is not None:
-            self.named["eos_token"] = self._model.id_to_piece(self.eos_id)
-        if not config and self._is_bpe():
-            self.files["tokenizer_config.json"] = self._settings()
+        ids = {"bos_token": self._model.bos_id(), "eos_token": eos, "unk_token": self._model.unk_id()}
+        self.named: dict[str, str] = {name: self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+        self.notes = ["tokenizer.model alone: run by sentencepiece; no class of transformers gives its ids"]
         self._controls = {
-            self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
+            self._model.id_to_piece(i): i
+            for i in range(self.n_vocab)
+            if self._model.is_control(i) or self._model.is_unknown(i)
         }
         self._names = {i: text for text, i in self._controls.items()}
         self.special = frozenset(self._names)
@@ -125,31 +167,11 @@ class SentencePieceTokenizer:
         return text + (self._model.decode(run) if run else "")
 
     def save(self, folder: Path) -> None:
-        """Writes the files that the tokenizer was loaded from; a lone BPE model gets LlamaTokenizer's settings.
-
-        A lone unigram model gets none: no class of transformers gives its ids, and a guess would be wrong silently.
-        """
+        """Writes tokenizer.model and the settings that mark it."""
         write_files(folder, self.files)
 
-    def _is_bpe(self) -> bool:
-        """BPE scores are 0, -1, -2 ... in merge order; a unigram's are log probabilities."""
-        model = self._model
-        normal = [
-            i for i in range(self.n_vocab) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-        ]
-        scores = [model.get_score(i) for i in normal[:64]]
-        return scores == [-float(rank) for rank in range(len(scores))]
 
-    def _settings(self) -> bytes:
-        """The settings with which LlamaTokenizer reads this model."""
-        model = self._model
-        names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-        named = {name: model.id_to_piece(i) if i >= 0 else None for name, i in names.items()}
-        prefixed = model.encode("a", out_type=str)[0].startswith(_SPACE)
-        return json.dumps(_LLAMA | named | {"add_prefix_space": prefixed}, indent=1).encode()
-
-
-def train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer | JsonTokenizer:
+def train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """``sp-bpe`` or ``sp-unigram`` with byte fallback, no normalization, ids 0 to 2 = <unk>, <s>, </s>.
 
     Raises:
@@ -179,8 +201,8 @@ def train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> Sen
         raise UserError(f"tokenizer vocabulary of {vocab_size} for {kind}: sentencepiece refuses: {reason}") from None
     model = writer.getvalue()
     if kind == "sp-bpe":
-        settings = json.dumps(_LLAMA | {"add_prefix_space": False}, indent=1).encode()
-        return SentencePieceTokenizer({"tokenizer.model": model, "tokenizer_config.json": settings}, Path("."))
+        settings = _json(_LLAMA | {"add_prefix_space": False})
+        return JsonTokenizer({"tokenizer.model": model, "tokenizer_config.json": settings}, Path("."))
     return _unigram(model)
 
 

@@ -102,6 +102,10 @@ class Kind(Protocol[S]):
         """More metrics of a validation, whose engine sums are ``total``."""
         return {}
 
+    def trial(self, run: Path) -> str:
+        """The command with which to try what the run made, TEXT for what is to be filled in."""
+        return f"generate --model {run} --prompt TEXT"
+
     def finish(self, job: "Job") -> None:
         """What is measured once, after the last step."""
 

@@ -20,6 +20,7 @@ from mlxgpt.common.model import families, params
 from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
+from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import session
@@ -62,7 +63,7 @@ class Pretraining(Kind[TokenSource]):
         """The corpus, tokenized; the vocabulary's size follows from it."""
         self._open_data()
         if self._origin:
-            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source.vocab_size)
+            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
         self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
         _check_sample(self.recipe, self.tokenizer)
 
@@ -126,6 +127,12 @@ class Pretraining(Kind[TokenSource]):
             return " ".join(map(str, generate.generate(job.engine.model, None, [[0]], settings)[0].tokens))
         except RunError as error:
             return f"(none: {error})"
+
+    def trial(self, run: Path) -> str:
+        """Documents are continued, also where the first weights came with a chat template; ids without a tokenizer."""
+        if self.tokenizer is None:
+            return f"generate --model {run} --prompt-ids IDS"
+        return f"generate --model {run} {'--raw ' if self.tokenizer.templates else ''}--prompt TEXT"
 
 
 def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
@@ -223,21 +230,23 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
-def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, size: int) -> None:
-    """Weights mean nothing under another tokenizer.
+def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: TokenSource) -> None:
+    """Weights mean nothing under another tokenizer; says where it begins documents otherwise.
 
     Raises:
         UserError: the data's tokenizer is not the one of the weights, or has more tokens.
     """
     if tokenizer and has_tokenizer(origin):
-        digest = load_tokenizer(origin).digest
-        if digest != tokenizer.digest:
+        own = load_tokenizer(origin)
+        if own.digest != tokenizer.digest:
             raise UserError(
-                f"--init-from {origin}: its tokenizer has sha256 {digest[:12]}..., "
+                f"--init-from {origin}: its tokenizer has sha256 {own.digest[:12]}..., "
                 f"the data's {tokenizer.digest[:12]}...: expected the same vocabulary"
             )
-    if size > model.vocab_size:
-        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {size}")
+        if own.before != tokenizer.before:
+            source.compare_beginnings(own, str(origin), print)
+    if source.vocab_size > model.vocab_size:
+        raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {source.vocab_size}")
 
 
 def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
@@ -250,7 +259,7 @@ def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
         return
     where = f"sample.prompt = {recipe.sample.prompt!r}"
     try:
-        count = len(tokenizer.encode(recipe.sample.prompt))
+        count = len(beginning.start(tokenizer, recipe.sample.prompt))
     except UserError as error:
         raise UserError(f"{where}: {error}; set another, or sample.max_tokens=0") from None
     if count == 0 and tokenizer.eos_id is None:

@@ -211,5 +211,4 @@ def _last_line(job: Job, code: int, seconds: float) -> str:
     if state.best:
         name = loop.selection_metric(recipe)
         parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
-    trial = f"classify --model {run} --text" if recipe.model.labels else f"generate --model {run} --prompt"
-    return "; ".join([*parts, f"model: {resolve.resolve_model(run)}", f"try: mlxgpt {trial} TEXT"])
+    return "; ".join([*parts, f"model: {resolve.resolve_model(run)}", f"try: mlxgpt {job.kind.trial(run)}"])

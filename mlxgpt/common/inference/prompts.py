@@ -1,0 +1,42 @@
+"""What ``generate`` continues: texts as they are, texts as questions in a chat template, or token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.sft.template import Template
+
+
+def ids_of(text: str, where: str) -> list[int]:
+    """The token ids in a text such as ``1,2,3``.
+
+    Raises:
+        UserError: anything but whole numbers between commas or spaces.
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and word.isascii() for word in words):
+        raise UserError(f"{where} {text!r}: expected token ids, such as 1,2,3")
+    return [int(word) for word in words]
+
+
+def asked(template: Template, texts: Sequence[str], system: str = "", **more: Any) -> list[list[int]]:
+    """Each text as a user's message, up to where the answer begins: the ids of transformers' apply_chat_template.
+
+    The template writes what a text begins with, or leaves it out; nothing is put before it.
+
+    Args:
+        system: the system prompt; '' for none.
+        more: further variables of the template.
+
+    Raises:
+        UserError: the template refuses a message, or a character that the tokenizer does not have.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    made = []
+    for number, text in enumerate(texts, 1):
+        try:
+            messages = [*first, {"role": "user", "content": text}]
+            made.append(template.encode(messages, generation=True, **more))
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from None
+    return made
