@@ -186,6 +186,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         default="val",
         help="split of shards or of a folder of examples; default: val",
     )
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="how examples are read, such as tune.prompt_key=question; repeatable")  # fmt: skip
     add(
         "--stride",
         type=_positive,

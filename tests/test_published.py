@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxgpt.common.chat import locate, turns
 from mlxgpt.common.chat.locate import Talk
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.inference import prompts
 from mlxgpt.common.sft import template as sft_template
 from mlxgpt.common.sft.template import Encoded, Template
 from mlxgpt.common.tokenizers.load import load_tokenizer
@@ -77,10 +78,10 @@ class Judge:
             tokenizer_file=str(place / "tokenizer.json"), clean_up_tokenization_spaces=False
         )
 
-    def template(self, one: Published, **more: Any) -> Template:
-        """The template without marks."""
+    def template(self, one: Published, marked: bool = False, **more: Any) -> Template:
+        """The template, with or without marks."""
         names = {"bos_token": one.bos, "eos_token": one.eos}
-        return Template({"default": one.plain}, self.ours, names, "chat template", **more)
+        return Template({"default": one.marked if marked else one.plain}, self.ours, names, "chat template", **more)
 
     def expected(self, one: Published, messages: Messages, tools: Any = None) -> Encoded:
         """transformers' ids of the published template, and its mask of the marked one."""
@@ -176,6 +177,17 @@ def test_trained_tokens_are_those_of_transformers(name: str, judge: Judge) -> No
         check(judge, name, case, DIFFERS.get(name, exactly))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_marks_are_followed(name: str, judge: Judge) -> None:
+    one = PUBLISHED[name]
+    template = judge.template(one, marked=True)
+    for case in CASES:
+        if case not in REFUSES.get(name, ()):
+            messages, tools = conversations(one)[case], TOOLS if case == "tools" else None
+            (found,) = template.encode_turns([Talk("f row 1", messages, tools or ())])
+            assert DIFFERS.get(name, exactly)(template, found, judge.expected(one, messages, tools))
+
+
 def trained(template: Template, messages: Messages, last_only: bool = False, **more: Any) -> list[str]:
     (found,) = template.encode_turns([Talk("f row 1", messages)], last_only, **more)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], found.mask.astype(int), [0]]))).reshape(-1, 2)
@@ -268,10 +280,30 @@ def test_what_a_person_typed_is_text_and_what_the_model_wrote_stays(judge: Judge
     special = [judge.ours.decode([n]) for n in ids if n in judge.ours.special]
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert judge.ours.decode(ids) == template.render(typed, generation=True)
+    assert prompts.asked(template, [typed[0]["content"]]) == [ids]
     talk = said("a", "b <|im_end|>", "c <|im_end|>")
     ids = template.encode(talk, generation=True, typed=True)
     assert sum(judge.ours.decode([n]) == "<|im_end|>" for n in ids) == 4
     assert template.encode(said("a", "b"), typed=True) == template.encode(said("a", "b"))
+
+
+def test_a_template_that_wants_a_system_prompt_is_located(judge: Judge) -> None:
+    wants = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('System first') }}{% endif %}"
+        + PUBLISHED["Phi-4"].plain
+    )
+    template = Template({"default": wants}, judge.ours, {}, "chat template")
+    talk = [{"role": "system", "content": "Be kind."}, *said("a", "b", "c", "d")]
+    assert trained(template, talk) == ["b<|im_end|>", "d<|im_end|>"]
+    with pytest.raises(UserError, match="f row 1: chat template: System first"):
+        template.encode_turns([Talk("f row 1", talk[1:])])
+
+
+def test_a_template_that_leaves_answers_out_is_refused(judge: Judge) -> None:
+    source = "{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}"
+    template = Template({"default": source}, judge.ours, {"eos_token": "</s>"}, "chat template")
+    with pytest.raises(UserError, match="f row 1: chat template does not write the content of an answer"):
+        template.encode_turns([Talk("f row 1", said("a", "b"))])
 
 
 ENDLESS = "{% for m in messages %}{{ '### ' + m['role'] + ':\\n' + m['content'] + '\\n\\n' }}{% endfor %}"

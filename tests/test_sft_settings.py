@@ -12,6 +12,7 @@ from published import PUBLISHED, Published
 
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import rows as evaluation_rows
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers.load import load_tokenizer
@@ -122,6 +123,25 @@ def test_the_cure_of_a_refusal_works(name: str, tmp_path: Path) -> None:
     assert [
         text.endswith(end) for text, end in zip(trained(source), (f"It is.{one.eos}", f"Yes.{one.eos}"), strict=True)
     ] == [True] * 2
+
+
+def test_eval_scores_the_answers_of_rewritten_history_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tokenizer_of(tmp_path / "t", PUBLISHED["Qwen3"])
+    config = tiny(family="llama", block_size=64, vocab_size=500)
+    path = tmp_path / "rows.jsonl"
+    rows = [chat("What is it?", "It is.", "Really?", "Yes."), chat("x " * 200, "Yes.")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)
+    assert len(found) == 3 and all(len(row) <= 64 for row in found) and not capsys.readouterr().err
+    rows[1]["messages"].insert(0, {"role": "system", "content": "x " * 200})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)) == 2
+    assert "1 of 2 rows are not scored: longer than 64 tokens" in capsys.readouterr().err
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match="no row fits into the model's context of 64 tokens with its question"):
+        evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)
 
 
 def test_a_template_without_ends_is_cured_by_chatml_or_a_file(tmp_path: Path) -> None:

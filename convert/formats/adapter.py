@@ -16,11 +16,12 @@ from convert.formats.opened import Opened, Tensor
 from convert.formats.rounding import Rounding
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
-from mlxgpt.common.folders.adapter import Together, add_up
+from mlxgpt.common.folders.adapter import VOCABULARY, Together, add_up
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.tokenizers.ends import generation_ends, union
-from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
-from mlxgpt.common.tokenizers.protocol import FILES
+from mlxgpt.common.tokenizers.load import from_files, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.padding import own_padding, with_padding
+from mlxgpt.common.tokenizers.protocol import is_file_of
 
 FORMAT = "adapter"
 
@@ -49,30 +50,47 @@ def fused(
     """
     read = [(adapter_folder.read_adapter(path, base.path, base.config, force), weight) for path, weight in given]
     both = add_up(base.config, read)
+    companions, extra = dict(base.companions), dict(base.extra)
+    for place, _ in given:
+        own = {name: content for name, content in hf.companions(place).items() if is_file_of(name)}
+        if own:
+            companions = {name: content for name, content in companions.items() if not is_file_of(name)} | own
+    if both.config.labels:
+        both, companions, extra["pad_token_id"] = _padded(both, companions)
     tensors, norm = {}, base.tensors.get("ln_f.weight", base.tensors["wte.weight"])
     for name, param in params.table(both.config).items():
         # a head of its own begins as the embedding; a classifier's score matrix gets the dtype of its norms
         tied = name == "lm_head.weight" and base.config.tied
         tensor, path = base.tensors.get("wte.weight" if tied else name, norm), name.removesuffix(".weight")
-        if name in both.whole or (path != name and (path in both.targets or f"{path}.rows" in both.whole)):
+        grown = name in VOCABULARY and tensor.shape != param.shape
+        if grown or name in both.whole or (path != name and (path in both.targets or f"{path}.rows" in both.whole)):
             kept = model_folder.DTYPES[dtype] if dtype else tensor.dtype
             tensor = _changed(name, tensor, param.shape, both, kept, rounding)
         if tensor.shape != param.shape:
             raise UserError(f"{given[0][0]}: {name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
         tensors[name] = tensor
-    companions = dict(base.companions)
-    for place, _ in given:
-        own = {name: content for name, content in hf.companions(place).items() if name in FILES}
-        if own:
-            companions = {name: content for name, content in companions.items() if name not in FILES} | own
     files = tuple(file for place, _ in given for file in sorted(place.glob("adapter*.safetensors")))
     notes = [*(note for each, _ in read for note in each.notes), *hf.left_in_folder(base.path, base)]
     made = dataclasses.replace(
         base, config=both.config, tensors=tensors,
-        files=(*base.files, *files), companions=companions, moments=None, notes=notes,
+        files=(*base.files, *files), companions=companions, extra=extra, moments=None, notes=notes,
     )  # fmt: skip
     _join_ends(made, [place for place, _ in given])
     return made
+
+
+def _padded(
+    both: Together, companions: dict[str, Path | bytes]
+) -> tuple[Together, dict[str, Path | bytes], int | None]:
+    """A classifier with a token that pads: in its tokenizer's files and as a row of the embedding; and its id."""
+    files = {name: content for name, content in companions.items() if is_file_of(name)}
+    if not files:
+        return both, companions, None
+    read = {name: content if isinstance(content, bytes) else content.read_bytes() for name, content in files.items()}
+    tokenizer = with_padding(from_files(read, Path(".")))
+    config = dataclasses.replace(both.config, vocab_size=max(both.config.vocab_size, tokenizer.n_vocab))
+    others = {name: content for name, content in companions.items() if not is_file_of(name)}
+    return dataclasses.replace(both, config=config), others | tokenizer.files, own_padding(tokenizer)
 
 
 def _join_ends(made: Opened, places: Sequence[Path]) -> None:

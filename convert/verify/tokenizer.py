@@ -8,7 +8,7 @@ from convert.verify.config import CARRY
 from convert.verify.report import Checked, Report
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.load import has_tokenizer, load_tokenizer
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer, write_files
 
 TEXTS = (
     "Hello world", " leading space", "trailing space ", "double  space   triple", "tab\tand\nnewline", "\n\n\n", "\r\n",
@@ -38,8 +38,8 @@ def tokenizer_of(opened: Opened, place: Path) -> Tokenizer | None:
         UserError: its files are damaged.
     """
     place.mkdir(exist_ok=True)
-    for name, content in opened.companions.items():
-        (place / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in opened.companions.items()}
+    write_files(place, files)
     return load_tokenizer(place) if has_tokenizer(place) else None
 
 

@@ -11,13 +11,15 @@ from mlxgpt.common import backend as backends
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.files import read_json
+from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.rows import files as row_files
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.rows.row import Row
 from mlxgpt.common.scores import confusion
 from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.tokenizers import beginning
+from mlxgpt.common.tokenizers.padding import own_padding, without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 BATCH = 4096  # tokens in one forward pass
@@ -36,9 +38,11 @@ def classify_command(args: argparse.Namespace) -> int:
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
-    texts = [beginning.wrap(tokenizer, ids) for ids in _encoded(rows, tokenizer)]
+    pad = _scored_padding(base_and_adapters.find_base(args.model)[0], tokenizer)
+    texts = [without_padding(beginning.wrap(tokenizer, ids), pad) for ids in _encoded(rows, tokenizer)]
     cut = sum(len(ids) > block_size for ids in texts)
-    shares = probabilities(backend, model, [beginning.wrap(tokenizer, ids, block_size) for ids in texts])
+    texts = [ids if len(ids) <= block_size else beginning.wrap(tokenizer, ids, block_size) for ids in texts]
+    shares = probabilities(backend, model, texts)
     sums = _confusions(rows, labels, shares)
     if args.json:
         found: dict[str, Any] = {"labels": list(labels), "rows": _as_dicts(rows, labels, shares), "cut": cut}
@@ -73,6 +77,14 @@ def _rows(args: argparse.Namespace) -> list[Row]:
     if not rows:
         raise UserError("nothing to classify: expected --text TEXT, or --file FILE with texts")
     return rows
+
+
+def _scored_padding(model: Path, tokenizer: Tokenizer) -> int | None:
+    """The token that transformers passes over at the end of a text: pad_token_id of a classifier's config.json."""
+    own = own_padding(tokenizer)
+    if own is not None or not model_folder.read_config(model).labels:
+        return own
+    return read_json(model / "config.json").get("pad_token_id")
 
 
 def _encoded(rows: list[Row], tokenizer: Tokenizer) -> list[np.ndarray]:

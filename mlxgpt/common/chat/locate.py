@@ -61,8 +61,16 @@ class Locator:
 
     def __init__(self, template: Renders) -> None:
         self._template, self._name = template, template.name
-        asked = [{"role": "user", "content": ASKED}]
-        start, prompt = template.render(asked), template.render(asked, generation=True)
+        self._asked: list[dict[str, Any]] = [{"role": "user", "content": ASKED}]
+        try:
+            start = template.render(self._asked)
+        except UserError as error:  # some templates want a system prompt
+            self._asked.insert(0, {"role": "system", "content": SAID[::-1]})
+            try:
+                start = template.render(self._asked)
+            except UserError:
+                raise error from None
+        prompt = template.render(self._asked, generation=True)
         self._header = prompt[len(start) :] if prompt.startswith(start) else ""
 
     @functools.cached_property
@@ -72,13 +80,14 @@ class Locator:
         Raises:
             UserError: no token ends it.
         """
-        asked, said = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
-        text = self._template.render([asked, said])
-        more = self._template.render([asked, said, asked])
-        last, past = (one[one.find(SAID) + len(SAID) :] for one in (text, more))
+        said = [*self._asked, {"role": "assistant", "content": SAID}]
+        text, more = self._template.render(said), self._template.render([*said, self._asked[-1]])
+        if SAID not in text:
+            raise UserError(f"{self._name} does not write the content of an answer: expected a template that does")
+        last, past = (one.partition(SAID)[2] for one in (text, more))
         header = text[: text.find(SAID)]
         header = header[header.rfind(ASKED) + len(ASKED) :]  # with the user's end
-        prompt = self._template.render([asked], generation=True)
+        prompt = self._template.render(self._asked, generation=True)
         prompt = prompt[prompt.rfind(ASKED) + len(ASKED) :]
         both = turns.common(header, prompt)
         opening, lead = prompt[both:], header[both:]
@@ -209,7 +218,11 @@ class Locator:
             if number % 2:
                 skip = next((len(head) for head in heads if head and part.startswith(head)), 0)
                 start, stop = len(text) + skip, len(text) + len(part)
-                spans.append(turns.span(whole, start, self._marked_stop(whole, start, stop)))
+                if form.bare:
+                    whole, stop = self._closed(whole, stop)
+                else:
+                    stop = self._marked_stop(whole, start, stop)
+                spans.append(turns.span(whole, start, stop))
             text += part
         if not spans:
             raise UserError(f"{self._name} encloses nothing in {{% generation %}}: expected an answer")

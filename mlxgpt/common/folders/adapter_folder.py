@@ -192,6 +192,8 @@ def read_adapter(
     adapter = made[0]
     if len(made) == 2:
         _check_same(path, adapter, made[1])
+    if labels and "wte.weight" not in adapter.params and own.get("vocab_size", 0) > config.vocab_size:
+        adapter.vocab_size = own["vocab_size"]  # the padding token's row, which does not train
     found = adapter.vocab_size or config.vocab_size
     if own.get("vocab_size", found) != found:
         raise UserError(

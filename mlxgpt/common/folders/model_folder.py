@@ -7,7 +7,7 @@ config asks for, in its shape, finite, and nothing else.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,8 @@ from mlxgpt.common.folders.weight_files import INDEX, SINGLE, find_tensors
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.tokenizers.ends import as_list, as_value, union
+from mlxgpt.common.tokenizers.padding import own_padding, with_padding
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 __all__ = ["find_tensors", "read_config", "read_params", "read_stored", "read_tensors", "write_model", "write_tensors"]
 
@@ -29,18 +31,6 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-class _Tokenizer(Protocol):
-    """What is needed of common.tokenizer.Tokenizer here."""
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    @property
-    def ends(self) -> frozenset[int]: ...
-
-    def save(self, folder: Path, /) -> None: ...
 
 
 def read_config(folder: Path | str) -> ModelConfig:
@@ -208,7 +198,7 @@ def write_model(
     weights: Mapping[str, np.ndarray],
     dtype: str = "float32",
     extra: Mapping[str, Any] | None = None,
-    tokenizer: _Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     max_shard: int = 5 * 10**9,
     ends: Sequence[int] = (),
 ) -> None:
@@ -216,7 +206,7 @@ def write_model(
 
     ``weights`` are exactly ``params.table(config)``, in any float type; ``extra`` goes into config.json as it is;
     shards hold at most ``max_shard`` bytes, or one tensor. ``ends``: what ends a generated text; default: what does for
-    ``tokenizer``.
+    ``tokenizer``. A classifier's tokenizer gets a token that pads, and the embedding a row for it.
 
     Raises:
         UserError: the family cannot hold the model, the folder holds one already, or a value does not fit ``dtype``.
@@ -225,6 +215,10 @@ def write_model(
     folder = Path(folder)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    padded = with_padding(tokenizer) if tokenizer and config.labels else None
+    if padded:
+        tokenizer, config = padded, dataclasses.replace(config, vocab_size=max(config.vocab_size, padded.n_vocab))
+        weights = cast(Mapping[str, np.ndarray], params.resize_vocab(weights, config.vocab_size))
     values = families.config_to_hf(config)
     held = [path.name for path in folder.glob("model*.safetensors*")] + [
         name for name in ("config.json",) if (folder / name).exists()
@@ -234,8 +228,7 @@ def write_model(
     _check_given(config, weights, DTYPES[dtype])
     # where a key is absent transformers has ids of its own, and a padding id's embedding would not train there
     eos = tokenizer.eos_id if tokenizer else None
-    # a classifier's last token is the last that is no padding
-    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos if config.labels else None}
+    ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": own_padding(padded) if padded else None}
     values |= {"dtype": dtype, "torch_dtype": dtype} | ids | dict(extra or {})
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ def ids_of(text: str, where: str) -> list[int]:
 def asked(template: Template, texts: Sequence[str], system: str = "", **more: Any) -> list[list[int]]:
     """Each text as a user's message, up to where the answer begins: the ids of transformers' apply_chat_template.
 
-    The template writes what a text begins with, or leaves it out; nothing is put before it.
+    Control tokens in it are text, as with transformers' sanitize_control_tokens. The template writes what a text
+    begins with, or leaves it out; nothing is put before it.
 
     Args:
         system: the system prompt; '' for none.
@@ -36,7 +37,7 @@ def asked(template: Template, texts: Sequence[str], system: str = "", **more: An
     for number, text in enumerate(texts, 1):
         try:
             messages = [*first, {"role": "user", "content": text}]
-            made.append(template.encode(messages, generation=True, **more))
+            made.append(template.encode(messages, generation=True, typed=True, **more))
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
     return made

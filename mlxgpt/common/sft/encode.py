@@ -14,6 +14,7 @@ from mlxgpt.common.rows.row import Row, as_messages
 from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.template import Encoded, Template
 from mlxgpt.common.tokenizers import beginning
+from mlxgpt.common.tokenizers.padding import own_padding, without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _GROUP = 512  # rows tokenized at once
@@ -212,10 +213,11 @@ class Encoder:
     def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
         """Texts as AutoTokenizer gives them, whose last token predicts the label; a longer text loses its end."""
         made: list[Example | None] = []
+        pad = own_padding(self.tokenizer)
         for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
             if not len(ids):
                 raise UserError(f"{row.where}: no tokens: expected text")
-            ids = beginning.wrap(self.tokenizer, ids)
+            ids = without_padding(beginning.wrap(self.tokenizer, ids), pad)
             if len(ids) > self.size:
                 self._too_long(row.where, len(ids))
                 if self.tune.overflow == "drop":

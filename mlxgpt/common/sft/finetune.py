@@ -200,6 +200,9 @@ class Finetuning(Kind[SftSource]):
 def _with_new_tokens(recipe: Recipe, source: SftSource) -> Recipe:
     """The recipe for a tokenizer that was given more tokens: embedding and head grow, and train whole."""
     assert recipe.adapter
+    if recipe.model.labels and source.tokenizer.n_vocab > recipe.model.vocab_size:
+        print(f"embedding: {recipe.model.vocab_size:,} rows become {source.tokenizer.n_vocab:,}: a token that pads")
+        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=source.tokenizer.n_vocab))
     if not source.added:
         return recipe
     old, model, adapter = recipe.model.vocab_size, recipe.model, recipe.adapter

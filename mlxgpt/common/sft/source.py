@@ -27,6 +27,7 @@ from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.load import from_files
+from mlxgpt.common.tokenizers.padding import with_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 2048  # default limit on the tokens of an example
@@ -181,8 +182,8 @@ def open_source(
     """The examples of ``tune.source`` as batches for a model of ``config``.
 
     ``SftSource.tokenizer`` may have more tokens than ``tokenizer``: those of ChatML, if examples are conversations and
-    it has no template; its ``ends`` are those of ``tokenizer``, of the template and of tune.end_tokens. ``labels``:
-    those of an existing classifier; by default the sorted labels of the training split.
+    it has no template, or a classifier's padding; its ``ends`` are those of ``tokenizer``, of the template and of
+    tune.end_tokens. ``labels``: those of an existing classifier; by default the sorted labels of the training split.
 
     Raises:
         UserError: anything wrong with source, examples, template or window.
@@ -202,6 +203,8 @@ def open_source(
         after = {template.end_id} if template else set()
         after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
         tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
+    else:
+        tokenizer = with_padding(tokenizer)
     encoder = Encoder(tune, tokenizer, template, size, config.block_size)
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
