@@ -133,15 +133,15 @@ def test_eval_scores_the_answers_of_rewritten_history_one_by_one(
     path = tmp_path / "rows.jsonl"
     rows = [chat("What is it?", "It is.", "Really?", "Yes."), chat("x " * 200, "Yes.")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = evaluation_rows.examples(str(path), "val", tokenizer, config)
+    found = evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)
     assert len(found) == 3 and all(len(row) <= 64 for row in found) and not capsys.readouterr().err
     rows[1]["messages"].insert(0, {"role": "system", "content": "x " * 200})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(evaluation_rows.examples(str(path), "val", tokenizer, config)) == 2
+    assert len(evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)) == 2
     assert "1 of 2 rows are not scored: longer than 64 tokens" in capsys.readouterr().err
     path.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="no row fits into the model's context of 64 tokens with its question"):
-        evaluation_rows.examples(str(path), "val", tokenizer, config)
+        evaluation_rows.examples(evaluation_rows.settings(str(path), []), "val", tokenizer, config)
 
 
 def test_a_template_without_ends_is_cured_by_chatml_or_a_file(tmp_path: Path) -> None:

@@ -10,14 +10,19 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import templates
+from models import tiny, weights
 
+from mlxgpt import cli
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.data.corpus import open_corpus, scan, split
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import model_folder
 from mlxgpt.common.recipes import apply_sets, build
 from mlxgpt.common.rows.files import read_lines, read_values
 from mlxgpt.common.rows.formats import open_rows
 from mlxgpt.common.runs import samples
+from mlxgpt.common.tokenizers.load import train_tokenizer
 
 # what str.splitlines takes for the end of a line, and no reader of tables does; spaces and marks that must stay
 INSIDE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\xa0", "\ufeff"]
@@ -176,3 +181,21 @@ def test_of_equal_documents_one_validates_and_the_others_train(tmp_path: Path) -
     corpus = open_corpus(str(write(tmp_path / "a.jsonl", [{"text": "some words"}] * 3)))
     sides = [side for side, _ in split(corpus.read(), scan(corpus), 0.1)]
     assert sides == ["val", "train", "train"]
+
+
+def test_eval_takes_the_printed_settings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spelled = train_tokenizer("bpe", [templates.TEXT], 300)
+    config = tiny(family="llama", vocab_size=spelled.n_vocab)
+    model_folder.write_model(tmp_path / "m", config, weights(config), tokenizer=spelled)
+    talks = [("What is it?", " It is a park"), ("Who goes?", " He goes")]
+    plain = write(tmp_path / "a.jsonl", [{"prompt": q, "completion": a} for q, a in talks])
+    words = ["eval", "-m", str(tmp_path / "m"), "--json", "--backend", "torch", "--device", "cpu", "-d"]
+    assert cli.main([*words, str(plain)]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        path = write(tmp_path / f"b{suffix}", [{"question": q, "answer": a} for q, a in talks])
+        assert cli.main([*words, str(path), *printed(path)]) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+    assert cli.main([*words, str(path), "--set", "optim.lr=1"]) == 2
+    assert cli.main([*words, str(path), "--set", "tune.task=classify"]) == 2
+    assert "expected lm: mlxgpt classify scores classifiers" in capsys.readouterr().err

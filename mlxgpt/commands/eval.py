@@ -28,7 +28,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         raise UserError(
             f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens would be skipped"
         )
-    rows = evaluation_rows.is_rows(args.data, args.text_key)
+    rows = evaluation_rows.is_rows(args.data, args.text_key) or bool(args.set)
     live = sys.stderr.isatty() and not args.json
 
     def say(progress: str) -> None:
@@ -39,7 +39,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
         return backend.generate.score(model, tokens, targets)
 
     if rows:
-        examples = evaluation_rows.examples(args.data, args.split, tokenizer, config)
+        examples = evaluation_rows.examples(
+            evaluation_rows.settings(args.data, args.set), args.split, tokenizer, config
+        )
         before = beginning.shared(tokenizer, [each.tokens for each in examples])
         batches = evaluation_rows.batches(examples, config.block_size)
         result = evaluate_rows(score, batches, args.data, say)

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxgpt.common import recipes
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import arrow
 from mlxgpt.common.rows import files as row_files
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.sft import encode, pack
@@ -24,7 +26,7 @@ def is_rows(path: str, text_key: str) -> bool:
     """Whether a path holds rows of fine-tuning, not documents: a .jsonl does whose first line has no ``text_key``."""
     place = Path(path)
     if place.is_dir():
-        return (place / "train.jsonl").is_file()
+        return (place / "train.jsonl").is_file() or arrow.is_dataset(place)
     if place.suffix.lower() != ".jsonl":
         return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
@@ -35,22 +37,39 @@ def is_rows(path: str, text_key: str) -> bool:
     return isinstance(first, dict) and text_key not in first
 
 
-def examples(path: str, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
-    """The rows of a file, all of them, or of a folder's split; rendered with the tokenizer's own template.
+def settings(path: str, sets: list[str]) -> TuneConfig:
+    """How the rows are read: ``sets`` are those of --set, all of tune.
+
+    Raises:
+        UserError: a setting that is none of tune.
+    """
+    sections = recipes.apply_sets({"tune": {"source": path, "overflow": "truncate"}}, sets)  # every row is scored
+    other = next((name for name in sections if name != "tune"), None)
+    if other:
+        raise UserError(f"--set {other}: expected a key of tune: {path} is only scored")
+    tune = recipes.build(sections).tune
+    assert tune
+    if tune.task != "lm":
+        raise UserError(f"--set tune.task={tune.task}: expected lm: mlxgpt classify scores classifiers")
+    return tune
+
+
+def examples(tune: TuneConfig, split: str, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Example]:
+    """The rows of tune.source, all of them, or of a folder's split; rendered with the tokenizer's own template.
 
     A row longer than the context is shortened as tune.overflow = truncate does, or left out, which a line says.
 
     Raises:
         UserError: no tokenizer, no such split, or a row that cannot be rendered or fitted.
     """
+    path = tune.source
     if tokenizer is None:
         raise UserError(
             f"{path}: rows need a tokenizer, and this model has none: mlxgpt convert MODEL NEW --tokenizer FILE"
         )
-    tune = TuneConfig(source=path, overflow="truncate")  # every row is scored
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
-    if Path(path).is_file():
+    if Path(path).is_file() or arrow.is_split(Path(path)):
         held = [*rows.splits["train"], *rows.splits["valid"]]
     if not held:
         raise UserError(f"{path}: no rows of --split {split}: expected {_SPLITS[split]}.jsonl with some")
