@@ -9,7 +9,7 @@ from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import adapter_folder, model_folder, peft_adapter, resolve
+from mlxgpt.common.folders import adapter_folder, model_folder, peft_adapter, quantized, resolve
 from mlxgpt.common.folders.adapter import Adapter, with_adapter
 from mlxgpt.common.model import families, module_names
 from mlxgpt.common.tokenizers import ends
@@ -69,7 +69,7 @@ def convert(
 
 def _config(base: Path) -> ModelConfig:
     where = base / "config.json"
-    return families.config_from_hf(read_json(where), str(where))
+    return families.config_from_hf(quantized.plain_values(base, read_json(where)), str(where))
 
 
 def _pickled(path: Path) -> dict[str, np.ndarray]:

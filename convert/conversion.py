@@ -30,8 +30,7 @@ from mlxgpt.common.files import atomic_write, read_json
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.tokenizers import ends
-from mlxgpt.common.tokenizers.protocol import FILES
+from mlxgpt.common.tokenizers import ends, protocol
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -120,7 +119,7 @@ def convert_opened(
         output.check_free(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
-    elif opened.path.is_file() and not set(opened.companions) & set(FILES):
+    elif opened.path.is_file() and not any(map(protocol.is_file_of, opened.companions)):
         opened.notes.append(f"{opened.path}: no tokenizer in it; --tokenizer FILE adds one")
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
@@ -207,8 +206,8 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
         raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
-        files = {file.name: file.read_bytes() for file in sorted(Path(place).iterdir())}
-    dropped = [name for name in opened.companions if name in FILES]
+        files = protocol.read_files(Path(place))
+    dropped = [name for name in opened.companions if protocol.is_file_of(name)]
     for name in dropped:
         del opened.companions[name]
     opened.companions.update(files)

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fuzz_weights
 import gguf
 import hub
 import models
@@ -284,6 +285,14 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "mlx-lm": (lambda place: written("mlx-lm", LLAMA, place, bits=4, group_size=32), open_with("mlx-lm")),
     "npz": (lambda place: written("npz", LLAMA, place), open_with("npz")),
     "nanogpt": (lambda place: written("nanogpt", NANO, place), open_with("nanogpt")),
+    "pytorch": (lambda place: fuzz_weights.pickled(LLAMA, place), open_with("pytorch")),
+    "pytorch-legacy": (lambda place: fuzz_weights.pickled(LLAMA, place, legacy=True), open_with("pytorch")),
+    "pytorch-meta": (lambda place: fuzz_weights.pickled(LLAMA, place, meta=True), open_with("pytorch")),
+    "fp8": (lambda place: fuzz_weights.as_fp8(seed_folder(place)), open_with("hf")),
+    "mxfp4": (
+        lambda place: fuzz_weights.as_mxfp4(written("mlx-lm", LLAMA, place, bits=4, group_size=32)),
+        open_with("mlx-lm"),
+    ),
     "mingpt": (lambda place: written("mingpt", replace(GPT2, tied=False), place), open_with("mingpt")),
     "gptmodel": (lambda place: written("gptmodel", replace(GPT2, tied=False), place), open_with("gptmodel")),
     "llama2c-v0": (lambda place: written("llama2c", LLAMA, place, version=0), open_with("llama2c")),

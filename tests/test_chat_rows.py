@@ -1,5 +1,6 @@
 """Chat rows as people have them: what reaches the template, which turns train, and what is refused by name."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlxgpt import cli
 from mlxgpt.common import recipes
 from mlxgpt.common.config import Recipe, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import rows as evaluation_rows
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import params
 from mlxgpt.common.rows import arrow, messages
@@ -420,6 +422,7 @@ def test_folders_that_datasets_writes(tmp_path: Path) -> None:
     (tmp_path / "both/dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation"]}))
     rows = open_rows(TuneConfig(source=str(tmp_path / "both")))
     assert (len(rows.splits["train"]), len(rows.splits["valid"]), len(rows.digest)) == (3, 1, 4)
+    assert evaluation_rows.is_rows(str(one), "text") and evaluation_rows.is_rows(str(tmp_path / "both"), "text")
     assert refused(one / "state.json").endswith("expected a list of objects")
     (one / "data-00001-of-00003.arrow").write_bytes(b"no")
     assert "data-00001-of-00003.arrow: not an Arrow file that can be read" in refused(one)
@@ -559,10 +562,12 @@ def test_a_run_keeps_the_values_and_inspect_shows_them(
     out = capsys.readouterr().out
     assert "an answer ends with <|im_end|>, thinks = False" in out
     assert cli.main(["finetune", "--resume", "run", "--backend", "torch", "--device", "cpu"]) == 0
+    assert "--template-kwargs '{\"thinks\": false}'" in capsys.readouterr().out
     assert cli.main(["finetune", "--resume", "run", "--set", "tune.chat_template_kwargs.thinks=true"]) == 2
     assert "chat_template_kwargs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("chat",), ("generate", "-p", "q")])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -571,12 +576,49 @@ def test_a_run_keeps_the_values_and_inspect_shows_them(
         ("[1]", "--template-kwargs = [1]: expected a JSON object, such as"),
     ],
 )
-def test_chat_names_values_that_mean_nothing(
-    given: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]
+def test_values_that_mean_nothing_are_named_by_every_verb(
+    words: tuple[str, ...],
+    given: str,
+    message: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["chat", "-m", str(model), "--backend", "torch", "--device", "cpu", "--template-kwargs", given]
-    assert cli.main(words) == 2
+    verb, *rest = words
+    assert (
+        cli.main([verb, "-m", str(model), "--backend", "torch", "--device", "cpu", "--template-kwargs", given, *rest])
+        == 2
+    )
     assert message in capsys.readouterr().err
+
+
+KWARGS = ["--template-kwargs", '{"thinks": false}']
+
+
+def test_generate_chat_and_eval_give_the_template_its_values(
+    model: Path, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", {"messages": said("q", "a")})
+    seen: list[str] = []
+    render = Template._rendered
+
+    def watched(this: Any, *args: Any) -> str:
+        seen.append(render(this, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(Template, "_rendered", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
+    for verb, *rest in (["generate", "-p", "q", "-n", "1"], ["chat", "-n", "1"], ["eval", "-d", "rows.jsonl"]):
+        seen.clear()
+        words = [verb, "-m", str(model), "--backend", "torch", "--device", "cpu", *rest]
+        flag = ["--set", "tune.chat_template_kwargs.thinks=false"] if verb == "eval" else KWARGS
+        assert cli.main([*words, *flag]) == 0
+        asked = {"chat_template": THINKS, "thinks": False, "tokenize": False}
+        talk, generation = (said("q", "a"), False) if verb == "eval" else (said("q"), True)
+        assert theirs.apply_chat_template(talk, add_generation_prompt=generation, **asked) in seen
+    words = ["generate", "-m", str(model), "-p", "q", "--raw", "--backend", "torch", *KWARGS]
+    assert cli.main(words) == 2
+    assert "--template-kwargs: is for a chat template, and --raw leaves it out" in capsys.readouterr().err
 
 
 MUTATIONS = {

@@ -162,7 +162,7 @@ def test_nothing_that_is_a_model(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.bin").write_bytes(b"nothing that anybody knows")
     assert "neither a model folder" in refused(capsys, tmp_path / "a", str(tmp_path / "b"))
-    with pytest.raises(UserError, match="not recognized as one of mlx-lm, npz, hf"):
+    with pytest.raises(UserError, match="not recognized as one of mlx-lm, npz, pytorch, hf"):
         open_model(tmp_path / "a" / "x.bin")
 
 

@@ -157,6 +157,12 @@ def test_towers_beside_the_text_model_are_refused_by_their_name(folders: dict[st
         model_folder.read_params(place, model_folder.read_config(place))
 
 
+def test_a_model_of_several_parts_says_which_is_read_alone() -> None:
+    values = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    with pytest.raises(UserError, match="model_type 'gemma3' .*; its text_config is a gemma3_text, which is read as"):
+        families.config_from_hf(values)
+
+
 # heads
 
 

@@ -151,7 +151,7 @@ def test_a_gguf_tokenizer_kind_that_is_no_word(key: str) -> None:
     from convert.formats.gguf.restore import restore
 
     values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], key: np.zeros(3)}
-    files, notes = restore(values, Path("a.gguf"), 1, "llama")
+    files, notes = restore(values, Path("a.gguf"), 1, "llama", {})
     assert not files and key in notes[0]
 
 

@@ -269,6 +269,21 @@ def test_tokens_beyond_the_embedding_are_refused() -> None:
     assert found[GGML + "model"] == "none"
 
 
+def test_an_added_token_beyond_the_embedding_is_left_out_and_said() -> None:
+    backend = bpe("gpt-2", "<mask>")
+    found, notes = said(files_of(backend), n_vocab=backend.get_vocab_size() - 1)
+    rows = len(found[GGML + "tokens"])
+    assert notes == [f"token '<mask>' has id {rows}, the model {rows} rows: llama.cpp gets none"]
+    assert "<mask>" not in found[GGML + "tokens"] and found[GGML + "pre"] == "gpt-2"
+
+
+def test_the_models_type_has_a_say_in_the_tokenizers_class() -> None:
+    """transformers runs a phi3's tokenizer.json as it is, a llama's as LlamaTokenizer, which llama.cpp is not."""
+    files = files_of(metaspace(True), tokenizer_class="LlamaTokenizer", eos_token="</s>", unk_token="<unk>")
+    notes = {kind: said(files, model_type=kind)[1] for kind in ("phi3", "llama")}
+    assert notes["phi3"] == [] and "spaces at its beginning" in notes["llama"][0]
+
+
 def test_flags_that_gguf_has_not_are_said() -> None:
     backend = bpe()
     backend.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
@@ -358,6 +373,23 @@ def test_a_template_that_ollama_cannot_have_is_left_to_the_file() -> None:
     lines = modelfile(folded, bpe())
     assert lines[-1].startswith("# The chat template cannot be said in Ollama's language")
     assert not any(line.startswith("TEMPLATE") for line in lines)
+
+
+def test_templates_in_files_of_their_own_go_there_and_back(tmp_path: Path) -> None:
+    config = dataclasses.replace(models.CASES["gpt2"], vocab_size=420)
+    model_folder.write_model(tmp_path / "m", config, models.weights(config))
+    for name, data in files_of(bpe()).items():
+        (tmp_path / "m" / name).write_bytes(data if isinstance(data, bytes) else data.read_bytes())
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "m" / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    report = convert(tmp_path / "m", tmp_path / "a.gguf")
+    assert report.notes == []
+    fields = package.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.chat_template.rag"].contents() == "rag"
+    convert(tmp_path / "a.gguf", tmp_path / "back")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template
+    assert found == {"default": CHATML, "rag": "rag"}
 
 
 def test_convert_writes_the_modelfile_beside_the_file_and_replaces_both(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def same(one: Opened, other: Opened) -> None:
             assert found.tobytes() == expected.tobytes(), name
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_ckpt_becomes_a_folder_with_the_same_logits(case: str, prefix: str, tmp_path: Path) -> None:
     c = CONFIGS[case]

@@ -1,5 +1,6 @@
 """pytorch_model.bin and bare state dicts, with names of transformers and Meta's: read, or refused by what they lack."""
 
+import dataclasses
 import json
 import shutil
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from mlxgpt import cli
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
+from mlxgpt.common.folders.resolve import resolve_model
 
 NAMES = ("llama", "llama-untied", "gpt2", "gpt_neox", "phi")
 
@@ -296,3 +298,31 @@ def test_a_model_split_over_machines_is_refused_by_name(meta: Path) -> None:
     shutil.copy(meta / "consolidated.00.pth", meta / "consolidated.01.pth")
     with pytest.raises(UserError, match=r"consolidated.00.pth, consolidated.01.pth, a model split over machines"):
         open_model(meta)
+
+
+# other readers of torch.save's files
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "mingpt", "gptmodel"])
+def test_other_formats_name_a_prefix_too(to: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(CASES["gpt2"], activation="gelu" if to == "nanogpt" else "gelu_tanh")
+    model_folder.write_model(tmp_path / "a", config, weights(config))
+    convert_model(tmp_path / "a", tmp_path / "b.pt", to)
+    for prefix in ("module.", "model._orig_mod.", "student."):
+        content = torch.load(tmp_path / "b.pt", weights_only=True)
+        state = content["model"] if to == "nanogpt" else content
+        for name in list(state):
+            state[prefix + name] = state.pop(name)
+        torch.save(content, tmp_path / "c.pt")
+        if prefix != "student.":
+            assert open_model(tmp_path / "c.pt", 0 if to == "nanogpt" else config.n_head).format == to
+            continue
+        with pytest.raises(UserError, match=r"\d+ of \d+ tensors begin with 'student.', which is not known"):
+            open_model(tmp_path / "c.pt")
+
+
+def test_a_file_or_metas_folder_as_a_model_says_the_command(meta: Path) -> None:
+    with pytest.raises(UserError, match=rf"consolidated.00.pth and params.json, .*: mlxgpt convert {meta} NEW makes"):
+        resolve_model(meta)
+    with pytest.raises(UserError, match=r"a file; expected a model folder.*: mlxgpt convert .*00.pth NEW makes"):
+        resolve_model(meta / "consolidated.00.pth")

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field
 
 import gguf as package
-import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
@@ -131,9 +130,10 @@ def sentencepiece_model(unigram: bool, prefix: bool) -> bytes:
 
 def of_sentencepiece(unigram: bool = False, prefix: bool = True, bos: bool = True) -> Given:
     """Its vocabulary."""
-    pieces, _, normalizer = sp_model.parse(sentencepiece_model(unigram, prefix))
+    model = sp_model.read(sentencepiece_model(unigram, prefix))
+    pieces = model.pieces
     ids = {piece.text: i for i, piece in enumerate(pieces)}
-    scores = [float(np.frombuffer(piece.score, "<f4")[0]) for piece in pieces]
+    scores = [score for _, score in model.scores()]
     flags = {"add_bos_token": bos, "add_eos_token": False, "add_space_prefix": prefix}
     return Given(
         "t5" if unigram else "llama",
@@ -142,6 +142,6 @@ def of_sentencepiece(unigram: bool = False, prefix: bool = True, bos: bool = Tru
         scores=scores,
         ids={"bos": ids["<s>"], "eos": ids["</s>"], "unk": ids["<unk>"], "eot": ids[TURN]},
         flags=flags | ({"remove_extra_whitespaces": True} if unigram else {}),
-        charsmap=normalizer.get(2, b"") if unigram else b"",
+        charsmap=model.charsmap if unigram else b"",
         template=CHATML,
     )

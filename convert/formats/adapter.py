@@ -21,7 +21,7 @@ from mlxgpt.common.model import adapters, params
 from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.load import from_files, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.padding import own_padding, with_padding
-from mlxgpt.common.tokenizers.protocol import FILES
+from mlxgpt.common.tokenizers.protocol import is_file_of
 
 FORMAT = "adapter"
 
@@ -52,9 +52,9 @@ def fused(
     both = add_up(base.config, read)
     companions, extra = dict(base.companions), dict(base.extra)
     for place, _ in given:
-        own = {name: content for name, content in hf.companions(place).items() if name in FILES}
+        own = {name: content for name, content in hf.companions(place).items() if is_file_of(name)}
         if own:
-            companions = {name: content for name, content in companions.items() if name not in FILES} | own
+            companions = {name: content for name, content in companions.items() if not is_file_of(name)} | own
     if both.config.labels:
         both, companions, extra["pad_token_id"] = _padded(both, companions)
     tensors, norm = {}, base.tensors.get("ln_f.weight", base.tensors["wte.weight"])
@@ -83,13 +83,13 @@ def _padded(
     both: Together, companions: dict[str, Path | bytes]
 ) -> tuple[Together, dict[str, Path | bytes], int | None]:
     """A classifier with a token that pads: in its tokenizer's files and as a row of the embedding; and its id."""
-    files = {name: content for name, content in companions.items() if name in FILES}
+    files = {name: content for name, content in companions.items() if is_file_of(name)}
     if not files:
         return both, companions, None
     read = {name: content if isinstance(content, bytes) else content.read_bytes() for name, content in files.items()}
     tokenizer = with_padding(from_files(read, Path(".")))
     config = dataclasses.replace(both.config, vocab_size=max(both.config.vocab_size, tokenizer.n_vocab))
-    others = {name: content for name, content in companions.items() if name not in FILES}
+    others = {name: content for name, content in companions.items() if not is_file_of(name)}
     return dataclasses.replace(both, config=config), others | tokenizer.files, own_padding(tokenizer)
 
 

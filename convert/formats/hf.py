@@ -16,6 +16,7 @@ from mlxgpt.common.folders import model_folder, quantized, weight_files
 from mlxgpt.common.folders.tensors import DTYPES, Entry, Stored, read_header, read_tensor
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.tokenizers.protocol import TEMPLATES, write_files
 
 KIND = "folder"
 NO_MOMENTS = "AdamW's moments are left behind: --to hf, nanogpt and gptmodel have a place for them"
@@ -30,6 +31,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "README.md",
     "LICENSE",
@@ -135,7 +137,8 @@ def open_folder(
 
 def companions(path: Path) -> dict[str, Path | bytes]:
     """The files of a folder that are copied unchanged, by name."""
-    return {file: path / file for file in COMPANIONS if (path / file).is_file()}
+    found = [*(path / file for file in COMPANIONS), *sorted((path / TEMPLATES).glob("*.jinja"))]
+    return {file.relative_to(path).as_posix(): file for file in found if file.is_file()}
 
 
 def stored_tensor(entry: Stored, transposed: bool = False) -> Tensor:
@@ -152,7 +155,7 @@ def stored_tensor(entry: Stored, transposed: bool = False) -> Tensor:
 def left_in_folder(path: Path, made: Opened) -> Iterator[str]:
     """A note of the folder's files that are not converted."""
     names = {"config.json", weight_files.META, weight_files.INDEX, weight_files.PICKLED_INDEX, "training"}
-    names |= {*made.companions, *(file.name for file in made.files)}
+    names |= {*(file.partition("/")[0] for file in made.companions), *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -271,8 +274,8 @@ def with_ids(opened: Opened, values: dict[str, Any], options: Options) -> dict[s
 
 def write_companions(opened: Opened, place: Path, values: Mapping[str, Any]) -> None:
     """The files that travel, and a generation_config.json where the source has none."""
-    for file, content in opened.companions.items():
-        (place / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in opened.companions.items()}
+    write_files(place, files)
     if "generation_config.json" not in opened.companions:
         tokens = {key: values[key] for key in _IDS if values[key] is not None}
         output.write_json(place / "generation_config.json", {"_from_model_config": True} | tokens)

@@ -79,8 +79,9 @@ def read(path: Path) -> Opened:
             tensors[ours] = _tensor(config, ours, name, stored[name], widened.get(name), exact)
         elif read_stored(stored[name]).any():
             raise UserError(f"{where}: {name} is not zero, but {_OWN} says so under mlxgpt")
-    files, left = gguf_restore.restore(values, path, config.vocab_size, gguf_names.arch_of(config))
-    if _OWN not in values and (ends := gguf_restore.ends_of(values, files)) is not None:
+    model = families.config_to_hf(config)
+    files, left = gguf_restore.restore(values, path, config.vocab_size, gguf_names.arch_of(config), model)
+    if _OWN not in values and (ends := gguf_restore.ends_of(values, files, model)) is not None:
         extra["eos_token_id"] = ends
     tensors = {name: tensors[name] for name in params.table(config)}
     return Opened(path, "gguf", config, tensors, parts, dict(files), extra, None, notes + left)
@@ -204,7 +205,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
 
 def beside(opened: Opened, dst: Path) -> bytes | None:
     """The Modelfile for the GGUF file at ``dst``; None where it has no tokenizer, which Ollama cannot do without."""
-    return gguf_tokenizer.modelfile_of(opened.companions, opened.extra, dst.name, opened.config.block_size)
+    model = families.config_to_hf(opened.config) | opened.extra
+    return gguf_tokenizer.modelfile_of(opened.companions, model, dst.name, opened.config.block_size)
 
 
 def _quantized_type(options: Options) -> str | None:
@@ -241,7 +243,9 @@ def _metadata(
     matrices = [kind for kind, shape in tensors.values() if len(shape) > 1]
     most = max(_FILE_TYPES, key=matrices.count)
     arch = gguf_names.arch_of(config)
-    files, notes = gguf_tokenizer.describe(opened.companions, config.vocab_size, opened.extra, arch)
+    files, notes = gguf_tokenizer.describe(
+        opened.companions, config.vocab_size, families.config_to_hf(config) | opened.extra, arch
+    )
     made = {
         "general.architecture": Value("str", arch),
         "general.type": Value("str", "model"),

@@ -23,15 +23,17 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 _OWN_NAME = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*", re.ASCII)
 
 
-def restore(values: Mapping[str, Any], where: Path, n_vocab: int, arch: str) -> tuple[dict[str, bytes], list[str]]:
-    """The files of a Hugging Face folder, and notes. ``n_vocab``: rows of the embedding.
+def restore(
+    values: Mapping[str, Any], where: Path, n_vocab: int, arch: str, model: Mapping[str, Any]
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files of a Hugging Face folder, and notes. ``n_vocab``: rows of the embedding; ``model``: config.json.
 
     Raises:
         UserError: values of a wrong type or length, or files that are not true of ``tokenizer.ggml.*``.
     """
     files = _traveled(values, where)
     if {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
-        _check(values, where, files, n_vocab, arch)
+        _check(values, where, files, n_vocab, arch, model)
         return files, []
     kind = values.get(GGML + "model", "none")
     if isinstance(kind, str) and kind in ("none", "no_vocab"):
@@ -57,12 +59,12 @@ def _left_out(where: Path, key: str, found: Any, known: tuple[str, ...]) -> str:
     )
 
 
-def ends_of(values: Mapping[str, Any], files: Mapping[str, bytes]) -> int | list[int] | None:
+def ends_of(values: Mapping[str, Any], files: Mapping[str, bytes], model: Mapping[str, Any]) -> int | list[int] | None:
     """What ends a generated text: eos, the ends of turn and message, and the end of a turn in the chat template."""
     found = [values.get(GGML + key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     if values.get(TEMPLATE) is not None:
         try:
-            tokenizer = tokenizer_of(files)
+            tokenizer = tokenizer_of(files, model)
         except UserError:
             tokenizer = None
         found.append(turn_end(tokenizer) if tokenizer else None)
@@ -86,12 +88,19 @@ def _traveled(values: Mapping[str, Any], where: Path) -> dict[str, bytes]:
     return files
 
 
-def _check(values: Mapping[str, Any], where: Path, files: Mapping[str, bytes], n_vocab: int, arch: str) -> None:
+def _check(
+    values: Mapping[str, Any],
+    where: Path,
+    files: Mapping[str, bytes],
+    n_vocab: int,
+    arch: str,
+    model: Mapping[str, Any],
+) -> None:
     """Files and ``tokenizer.ggml.*`` say the same tokens."""
     if GGML + "tokens" not in values:
         return
     try:
-        tokenizer = tokenizer_of(files)
+        tokenizer = tokenizer_of(files, model)
         expected = vocabulary.of(tokenizer, files, n_vocab, arch).values() if tokenizer else {}
     except (UserError, RuntimeError, KeyError, TypeError, AttributeError, ValueError):
         return  # another kind: whoever loads the files says what is wrong with them

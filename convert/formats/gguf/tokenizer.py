@@ -16,7 +16,7 @@ from convert.formats.gguf.file import Value
 from convert.formats.gguf.vocabulary import CONTROL, GGML, UNKNOWN, UNUSED, Vocabulary
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import ends as token_ends
-from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_json
+from mlxgpt.common.tokenizers.protocol import Tokenizer, is_file_of, read_json
 
 HF_JSON, FILE = "tokenizer.huggingface.json", "mlxgpt.file."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
@@ -35,14 +35,14 @@ _DEFAULT_EOS = {"gpt2": 11, "llama": 2, "t5": 1}  # llama.cpp's, where no key sa
 
 
 def describe(
-    companions: Mapping[str, Path | bytes], n_vocab: int, extra: Mapping[str, Any], arch: str
+    companions: Mapping[str, Path | bytes], n_vocab: int, model: Mapping[str, Any], arch: str
 ) -> tuple[dict[str, Value], list[str]]:
     """The metadata that says the companions, and what llama.cpp cannot follow.
 
     Args:
         companions: files of a Hugging Face folder by name.
         n_vocab: rows of the embedding.
-        extra: config.json's keys beside the model's.
+        model: config.json.
         arch: llama.cpp's architecture.
     """
     files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in companions.items()}
@@ -60,7 +60,7 @@ def describe(
     notes: list[str] = []
     tokenizer = found = None
     try:
-        tokenizer = tokenizer_of(files)
+        tokenizer = tokenizer_of(files, model)
         found = vocabulary.of(tokenizer, files, n_vocab, arch) if tokenizer else None
         if tokenizer and found:
             observed.observe(found, tokenizer)
@@ -68,7 +68,7 @@ def describe(
         notes.append(f"llama.cpp gets no tokenizer: {error}")
         found = None
     if tokenizer and found:
-        made |= found.values() | _ids(tokenizer, found, ends_of(files, extra), extra)
+        made |= found.values() | _ids(tokenizer, found, ends_of(files, model), model)
         notes += found.notes
     else:
         made[GGML + "model"] = Value("str", "none")
@@ -81,27 +81,27 @@ def loadable_name(name: str, values: Mapping[str, Value]) -> str:
     return name if tokens >= _PHI3 else re.sub("(?i)phi-?3", "phi_3", name)
 
 
-def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
-    """The tokenizer that a folder of these files has; None for none.
+def tokenizer_of(files: Mapping[str, bytes], model: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer that a folder of these files has; None for none. ``model``: its config.json.
 
     Raises:
         UserError: see ``load.from_files``.
     """
     from mlxgpt.common.tokenizers import load  # imports `tokenizers`, which takes longer than a small model's copy
 
-    own = {name: data for name, data in files.items() if name in FILES}
+    own = {name: data for name, data in files.items() if is_file_of(name)}
     there = {"tokenizer.json", "tokenizer.model"} & set(own) or {"vocab.json", "merges.txt"} <= set(own)
-    return load.from_files(own, Path()) if there else None
+    return load.from_files(own, Path(), dict(model)) if there else None
 
 
-def ends_of(files: Mapping[str, bytes], extra: Mapping[str, Any]) -> list[int]:
+def ends_of(files: Mapping[str, bytes], model: Mapping[str, Any]) -> list[int]:
     """What ends a generated text by generation_config.json, else by config.json.
 
     Raises:
         UserError: it is neither an id nor a list of them.
     """
     said = read_json(dict(files), token_ends.FILE, Path()).get("eos_token_id")
-    return token_ends.as_list(extra.get("eos_token_id") if said is None else said, Path(token_ends.FILE))
+    return token_ends.as_list(model.get("eos_token_id") if said is None else said, Path(token_ends.FILE))
 
 
 def turn_end(tokenizer: Tokenizer) -> int | None:
@@ -116,29 +116,29 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
 
 
 def modelfile_of(
-    companions: Mapping[str, Path | bytes], extra: Mapping[str, Any], file: str, context: int
+    companions: Mapping[str, Path | bytes], model: Mapping[str, Any], file: str, context: int
 ) -> bytes | None:
     """The Modelfile that stands beside ``file``; None where there is no tokenizer. ``context``: tokens at the most."""
     from convert.formats.gguf.modelfile import modelfile
 
     files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in companions.items()}
     try:
-        tokenizer = tokenizer_of(files)
+        tokenizer = tokenizer_of(files, model)
     except UserError:
         return None
     if tokenizer is None:
         return None
-    ends = token_ends.union([tokenizer.eos_id], ends_of(files, extra), [turn_end(tokenizer)])
+    ends = token_ends.union([tokenizer.eos_id], ends_of(files, model), [turn_end(tokenizer)])
     return modelfile(tokenizer, file, ends, context).encode()
 
 
-def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], extra: Mapping[str, Any]) -> dict[str, Value]:
+def _ids(tokenizer: Tokenizer, found: Vocabulary, ends: list[int], model: Mapping[str, Any]) -> dict[str, Value]:
     """Special ids, and what is put before and after a text. Adds notes to ``found`` for what llama.cpp cannot do."""
     count, notes = len(found.tokens), found.notes
     ids: dict[str, int] = {}
     for name, key in IDS.items():
         token = tokenizer.named.get(name)
-        i = tokenizer.id_of(token) if token is not None else extra.get(f"{name}_id")
+        i = tokenizer.id_of(token) if token is not None else model.get(f"{name}_id")
         i = i[0] if isinstance(i, list) and i else i
         if type(i) is int and 0 <= i < count:
             ids[key] = i

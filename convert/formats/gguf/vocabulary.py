@@ -86,7 +86,7 @@ def of(tokenizer: Tokenizer, files: Mapping[str, bytes], n_vocab: int, arch: str
 def _of_json(content: Mapping[str, Any], n_vocab: int, arch: str, unknown_token: str | None) -> Vocabulary:
     model = content["model"]
     kind = model.get("type")
-    largest = max([*_ids(model), *(one["id"] for one in content["added_tokens"])], default=0)
+    largest = max(_ids(model), default=0)
     if largest >= n_vocab:
         raise UserError(f"token with id {largest}, the model has {n_vocab} rows")
     affix = next((key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)), None)
@@ -128,8 +128,7 @@ def _same_pieces(model: bytes, content: Mapping[str, Any]) -> bool:
         return True
     tokens = {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
     tokens = tokens | {one["content"]: one["id"] for one in content.get("added_tokens", [])}
-    pieces, _, _ = sp_model.parse(model)
-    return all(tokens.get(piece.text, i) == i for i, piece in enumerate(pieces))
+    return all(tokens.get(piece.text, i) == i for i, piece in enumerate(sp_model.read(model).pieces))
 
 
 def _turned(item: tuple[str, int]) -> tuple[int, str]:
@@ -167,15 +166,15 @@ def _charsmap(content: Mapping[str, Any]) -> bytes:
 
 def _of_pieces(model: bytes, n_vocab: int) -> Vocabulary:
     """The pieces of a tokenizer.model."""
-    pieces, trainer, normalizer = sp_model.parse(model)
-    kind = {1: "t5", 2: "llama"}.get(trainer.get(3, 1))
+    found = sp_model.read(model)
+    pieces, kind = found.pieces, {sp_model.UNIGRAM: "t5", sp_model.BPE: "llama"}.get(found.kind)
     if kind is None:
         raise UserError("tokenizer.model is neither BPE nor unigram")
     if len(pieces) > n_vocab:
         raise UserError(f"tokenizer.model has {len(pieces)} pieces, the model {n_vocab} rows")
     made = Vocabulary(kind, [piece.text for piece in pieces], [piece.kind for piece in pieces])
-    made.scores = [float(np.frombuffer(piece.score, "<f4")[0]) for piece in pieces]
-    made.charsmap = normalizer.get(2, b"") if kind == "t5" else b""
+    made.scores = [score for _, score in found.scores()]
+    made.charsmap = found.charsmap if kind == "t5" else b""
     extra = n_vocab - len(pieces)
     made.tokens += [""] * extra
     made.types += [0] * extra
@@ -191,8 +190,9 @@ def _add(made: Vocabulary, added: list[dict[str, Any]]) -> None:
     flagged = []
     for one in added:
         i, token = one["id"], one["content"]
-        if not 0 <= i < len(made.tokens):
-            raise UserError(f"token {token!r} has id {i}, the model {len(made.tokens)} rows")
+        if i >= len(made.tokens):  # as transformers adds names that a tokenizer has not
+            made.notes.append(f"token {token!r} has id {i}, the model {len(made.tokens)} rows: llama.cpp gets none")
+            continue
         special = one.get("special")
         made.tokens[i] = token if special or made.model == "gpt2" else token.replace(SPACE, " ")
         if made.scores and not made.types[i]:

@@ -153,11 +153,13 @@ def by_name(where: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def state_dict(where: str, value: Any, keep: Collection[str] = ()) -> dict[str, Any]:
+def state_dict(where: str, value: Any, keep: Collection[str] = (), table: str = "") -> dict[str, Any]:
     """Tensors by name, without what wrappers put before names, see ``module_names.peel``.
 
+    ``table`` is what the embedding's name must be, if it is known.
+
     Raises:
-        UserError: see ``by_name``; or a name is there twice, with and without a prefix.
+        UserError: see ``by_name``; or a name is there twice, with and without a prefix; or a prefix is not known.
     """
     made: dict[str, Any] = {}
     for name, tensor in by_name(where, value).items():
@@ -165,6 +167,10 @@ def state_dict(where: str, value: Any, keep: Collection[str] = ()) -> dict[str, 
         if plain in made:
             raise UserError(f"{where}: {plain} is there twice, with and without a prefix")
         made[plain] = tensor
+    strange = next((name.removesuffix(table) for name in made if table and name.endswith(f".{table}")), "")
+    if strange and table not in made:
+        share = f"{sum(name.startswith(strange) for name in made)} of {len(made)}"
+        raise UserError(f"{where}: {share} tensors begin with {strange!r}, which is not known: expected {table}")
     return made
 
 

@@ -85,7 +85,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
     path = Path(path)
     content = torch_file.load_file(path)
     pair = content if isinstance(content, Mapping) and _WEIGHTS in content else {_WEIGHTS: content}
-    state = torch_file.state_dict(str(path), pair[_WEIGHTS])
+    state = torch_file.state_dict(str(path), pair[_WEIGHTS], table="tok_emb.weight")
     config, notes = _config_of(path, state, pair[_WEIGHTS], n_head)
     if config.tied:
         del state[_HEAD]

@@ -134,7 +134,7 @@ def _length(values: Mapping[str, Any]) -> int:
         return 131072
     if values["rope_theta"] == 500000:
         return 8192
-    return {1e-6: 2048}.get(values["rms_norm_eps"], 4096)
+    return 2048 if values["rms_norm_eps"] == 1e-6 else 4096
 
 
 def renamed(place: Path, values: Mapping[str, Any], entries: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -35,7 +35,7 @@ def read(path: Path, n_head: int = 0) -> Opened:
     """
     path = Path(path)
     content = torch_file.load_file(path)
-    state = torch_file.state_dict(str(path), content, ("transformer",))
+    state = torch_file.state_dict(str(path), content, ("transformer",), f"{_PREFIX}wte.weight")
     n_layer = len({name.split(".")[2] for name in state if name.startswith(_PREFIX + "h.")})
     sizes = []
     for name in ("wte", "wpe"):

@@ -56,7 +56,7 @@ def read(path: Path) -> Opened:
     content = torch_file.load_file(path)
     if not isinstance(content, Mapping) or not {"model", "model_args"} <= set(content):
         raise UserError(f"{path}: expected model and model_args, as nanoGPT's train.py saves them")
-    state = torch_file.state_dict(f"{path}: model", content["model"], ("transformer",))
+    state = torch_file.state_dict(f"{path}: model", content["model"], ("transformer",), f"{_PREFIX}wte.weight")
     args = content["model_args"]
     config = _read_args(f"{path}: model_args", args, len(state))
     wanted = params.table(config)

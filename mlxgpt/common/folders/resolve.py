@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders import weight_files
 from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _STEP = re.compile(r"step-(\d{7,})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WEIGHTS = (".bin", ".gguf", ".npz", ".pt", ".pth", ".safetensors")  # files that convert may read
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -59,6 +61,9 @@ def resolve_model(path: str | Path) -> Path:
     if place.is_dir():
         if is_model(place):
             return place
+        if not is_run(place) and (place / weight_files.META).is_file() and weight_files.pickled(place):
+            found = f"{weight_files.pickled(place)[0].name} and {weight_files.META}"
+            raise UserError(f"{place}: found {found}, expected config.json: mlxgpt convert {place} NEW makes a folder")
         if not is_run(place):
             raise UserError(f"{place}: neither a model folder (config.json) nor a run (recipe.toml, checkpoints)")
         found = follow(place, "best") or follow(place, "last")
@@ -68,7 +73,8 @@ def resolve_model(path: str | Path) -> Path:
             raise UserError(f"{place}: this run has no checkpoint yet")
         return found
     if place.exists():
-        raise UserError(f"{place}: a file; expected a model folder, a run or a hub id")
+        cure = f": mlxgpt convert {place} NEW makes a folder of it" * (place.suffix in _WEIGHTS)
+        raise UserError(f"{place}: a file; expected a model folder, a run or a hub id{cure}")
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such folder")
     return _from_hub(str(path))

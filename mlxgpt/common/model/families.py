@@ -224,7 +224,10 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     """
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not supported: expected one of {', '.join(FAMILIES)}")
+        part = values.get("text_config")
+        text = part.get("model_type") if isinstance(part, dict) else None
+        alone = f"; its text_config is a {text}, which is read as a model of its own" * (text in FAMILIES)
+        raise UserError(f"{where}: model_type {name!r} is not supported: expected one of {', '.join(FAMILIES)}{alone}")
     family = FAMILIES[name]
     architectures = values.get("architectures") or [family.architecture]
     if architectures not in ([family.architecture], [family.classifier]):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -189,7 +191,9 @@ class Finetuning(Kind[SftSource]):
         if source.labels:
             return f"classify --model {run} --text TEXT"
         if source.template:
-            return f"generate --model {run} --prompt TEXT, or mlxgpt chat --model {run}"
+            kwargs = source.template.kwargs
+            more = f" --template-kwargs {shlex.quote(json.dumps(kwargs))}" if kwargs else ""
+            return f"generate --model {run}{more} --prompt TEXT, or mlxgpt chat --model {run}{more}"
         return f"generate --model {run} {'--raw ' if source.tokenizer.templates else ''}--prompt TEXT"
 
     def finish(self, job: Job) -> None:

@@ -96,6 +96,11 @@ def sha256_of(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+def is_file_of(name: str) -> bool:
+    """Whether a file of a model's folder belongs to its tokenizer, by its name in the folder."""
+    return name in FILES or name.startswith(TEMPLATES)
+
+
 def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of ``folder``: name -> bytes."""
     found = [*(folder / name for name in FILES), *sorted((folder / TEMPLATES).glob("*.jinja"))]

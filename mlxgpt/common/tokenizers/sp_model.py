@@ -37,29 +37,21 @@ class Model:
         return [(piece.text, struct.unpack("<f", piece.score)[0]) for piece in self.pieces]
 
 
-def parse(message: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
-    """The pieces of a model, and the fields of its trainer and normalizer by number.
-
-    Raises:
-        UnicodeDecodeError: a piece is not UTF-8.
-    """
-    pieces, specs = [], {2: dict[int, Any](), 3: dict[int, Any]()}
-    for field, value in _fields(message):
-        if field == 1 and isinstance(value, bytes):
-            piece = dict(_fields(value))
-            pieces.append(Piece(_text(piece, 1), piece.get(2, bytes(4)), _whole(piece, 3, NORMAL)))
-        elif field in specs and isinstance(value, bytes):
-            specs[field] |= dict(_fields(value))
-    return pieces, specs[2], specs[3]
-
-
 def read(message: bytes) -> Model:
     """The model in the bytes of a file; what is no protocol buffer has no pieces.
 
     Raises:
         UnicodeDecodeError: a piece is not UTF-8.
     """
-    pieces, trainer, spaces = parse(message)
+    pieces: list[Piece] = []
+    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}  # the trainer's settings, the normalizer's
+    for field, value in _fields(message):
+        if field == 1 and isinstance(value, bytes):
+            piece = dict(_fields(value))
+            pieces.append(Piece(_text(piece, 1), piece.get(2, bytes(4)), _whole(piece, 3, NORMAL)))
+        elif field in specs and isinstance(value, bytes):
+            specs[field] |= dict(_fields(value))
+    trainer, spaces = specs[2], specs[3]
     charsmap = spaces.get(2, b"")
     return Model(
         pieces=pieces,
