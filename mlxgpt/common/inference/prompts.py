@@ -21,8 +21,8 @@ def ids_of(text: str, where: str) -> list[int]:
 def asked(template: Template, texts: Sequence[str], system: str = "") -> list[list[int]]:
     """Each text as a user's message, up to where the answer begins: the ids of transformers' apply_chat_template.
 
-    The template writes what a text begins with, or leaves it out; nothing is put before it. ``system``: the system
-    prompt; '' for none.
+    The template writes what a text begins with, or leaves it out; nothing is put before it. Control tokens in the texts
+    are text, as in chat. ``system``: the system prompt; '' for none.
 
     Raises:
         UserError: the template refuses a message, or a character that the tokenizer does not have.
@@ -32,7 +32,7 @@ def asked(template: Template, texts: Sequence[str], system: str = "") -> list[li
     for number, text in enumerate(texts, 1):
         try:
             messages = [*first, {"role": "user", "content": text}]
-            made.append(template.encode(messages, generation=True))
+            made.append(template.encode(messages, generation=True, typed=True))
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
     return made
