@@ -223,6 +223,22 @@ def test_an_opened_thought_is_closed_when_unrolled(judge: Judge, message: dict[s
     assert trained(r1, talk, True) == [expected + PUBLISHED["DeepSeek R1 distilled"].eos]
 
 
+@pytest.mark.parametrize("thought", ["hm", ""])
+def test_values_for_the_template_open_thoughts_too(judge: Judge, thought: str) -> None:
+    one = PUBLISHED["DeepSeek V3.1"]
+    template = judge.template(one, kwargs={"thinking": True})
+    talk = [*said("What is it?"), {"role": "assistant", "content": "It is.", "reasoning_content": thought}]
+    with pytest.raises(
+        UserError, match="writes the prompt of an answer otherwise when the answer follows.*tune.unroll"
+    ):
+        template.encode_turns([Talk("f row 1", talk)])
+    assert template.render(talk[:1], generation=True).endswith("<think>")
+    assert trained(template, talk, True) == [f"{thought}</think>It is.{one.eos}"]
+    qwen = judge.template(PUBLISHED["Qwen3"], kwargs={"enable_thinking": False})
+    assert trained(qwen, said("What is it?", "It is.")) == ["It is.<|im_end|>"]
+    assert trained(qwen, said("What is it?", "It is.", "Really?", "Yes."), True) == ["Yes.<|im_end|>"]
+
+
 PARTS = {
     "Qwen3": ("<think>\nhm, what\n</think>\n\n", "It is.<|im_end|>"),
     "Qwen3 Thinking 2507": ("hm, what\n</think>\n\n", "It is.<|im_end|>"),
@@ -354,7 +370,7 @@ MUTATIONS = {
     "no end where none is written": (locate, "text, stop = self._closed(text, stop)", "pass", "GLM-4", "turns"),
     "an answer without its space": (locate, "start = len(before)", "start = len(before) + 1", "Mistral v1", "turns"),
     "history that loses its thinking": (locate, "if not text.startswith(upto[:stop])", "if 0", "gpt-oss", "turns"),
-    "the prompt of history": (turns, "return None if place is None else before", "return upto or before",
+    "the prompt of history": (turns, "return None if place is None else _closed(", "return upto or _closed(",
                               "Mistral Nemo", "system"),
 }  # fmt: skip
 
