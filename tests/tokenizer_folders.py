@@ -272,6 +272,9 @@ def shapes(made: Sources) -> dict[str, Files]:
         "json, config.json gpt2, plain class": json_of | config(PLAIN) | model_type("gpt2"),
         "json, CodeGen": json_of | config(tokenizer_class="CodeGenTokenizer"),
         "json, GPTNeoX": json_of | config(tokenizer_class="GPTNeoXTokenizer", add_bos_token=True),
+        "json, GPTNeoX, an end that NFC would change": json_of
+        | config(tokenizer_class="GPTNeoXTokenizer", eos_token="e\u0301")
+        | {"added_tokens.json": {"e\u0301": 400, "the\u0301": 401}},
         "json, GPTNeoX, BOS in the file": {"tokenizer.json": _with_bos(made.bytes)}
         | config(tokenizer_class="GPTNeoXTokenizerFast"),
         "json, config.json olmo2, GPTNeoX": json_of | config(tokenizer_class="GPTNeoXTokenizer") | model_type("olmo2"),
@@ -294,6 +297,7 @@ def shapes(made: Sources) -> dict[str, Files]:
         "json of words": {"tokenizer.json": made.words.to_str()}
         | config(PLAIN, clean_up_tokenization_spaces=True, unk_token="[UNK]"),
         "json, T5": {"tokenizer.json": _t5_json(made)} | config(tokenizer_class="T5TokenizerFast", extra_ids=2),
+        "json, CodeLlama": spaces | config(tokenizer_class="CodeLlamaTokenizer", add_bos_token=False),
         "json, Gemma": spaces | config(tokenizer_class="GemmaTokenizer") | model_type("gemma3_text"),
         # vocab.json and merges.txt
         "pair, GPT2": pair | config(GPT2),
@@ -303,6 +307,7 @@ def shapes(made: Sources) -> dict[str, Files]:
             GPT2, add_bos_token=True, bos_token=_typed("</s>"), eos_token=_typed("</s>"), pad_token=_typed("<pad>")
         )
         | {"special_tokens_map.json": {"bos_token": token("</s>"), "unk_token": token("</s>")}},
+        "pair, CodeGen, BOS": pair | config(tokenizer_class="CodeGenTokenizer", add_bos_token=True),
         "pair, Qwen2": pair | config(_listed(400, "<|im_start|>", "<|im_end|>"), tokenizer_class="Qwen2Tokenizer"),
         "pair, GPTNeoX": pair | config(tokenizer_class="GPTNeoXTokenizer") | {"added_tokens.json": {"<extra>": 401}},
         # templates
