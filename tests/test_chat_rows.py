@@ -160,6 +160,7 @@ def test_qwen3_trains_the_thought_of_a_row_that_calls_it_thinking(tokenizer: Any
         ({"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
          "message 2: tool_calls[0].function.arguments is list '[1]': expected a JSON object, as text or as it is"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "message 2: tool_calls[0] is dict"),
+        ({"function_call": "f()"}, "message 2: function_call is str 'f()': expected an object with name and arguments"),
         ({"role": "bot"}, "message 2: unknown role 'bot': expected one of system, developer, user, assistant, tool, h"),
         ({"role": "function_call", "content": "f(1)"}, "message 2: function_call: not JSON"),
     ],

@@ -160,7 +160,8 @@ def _merge_older_files(made: Specification, files: dict[str, bytes], where: Path
     if isinstance(settings.get("extra_special_tokens"), dict):
         own = settings.setdefault("model_specific_special_tokens", {})
         own.update(settings.pop("extra_special_tokens"))
-    special = {_text(token) for token in (*map(settings.get, NAMES), *(settings.get("extra_special_tokens") or []))}
+    roles = (*map(settings.get, NAMES), *(settings.get("extra_special_tokens") or []))
+    special = {_text(token) for token in roles if not isinstance(token, dict)}  # of others transformers does not know
     for token, number in read_json(files, "added_tokens.json", where).items():
         if type(number) is not int:
             raise UserError(f"{where / 'added_tokens.json'}: {token!r}: {number!r}: expected ids by token")
