@@ -166,6 +166,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
         help="a prompt in token ids, such as 1,2,3, taken as it is; repeatable")  # fmt: skip
     add("--raw", action="store_true", help="continue the text itself, also where the model has a chat template")
     add("--system", metavar="TEXT", help="the system prompt, for a model that has a chat template")
+    _add_template_kwargs(parser)
     _add_sampling(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)

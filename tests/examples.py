@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import templates
 from models import tiny
 
@@ -15,6 +16,7 @@ from mlxgpt.common.tokenizers.load import train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 WORDS = templates.TEXT.split()
+LONG = {"instruction": " ".join(WORDS[:40]), "output": "He goes to the park."}
 
 
 def chat_rows(count: int, turns: int = 1, longest: int = 40) -> list[dict[str, Any]]:
@@ -47,3 +49,10 @@ def opened(
     return sft_source.open_source(
         TuneConfig(source=str(path), **tune), TrainConfig(**settings), tokenizer, config, lambda line: None
     )
+
+
+def only(source: SftSource) -> tuple[str, str]:
+    """The one training row: all its text, and what of it is trained."""
+    (row,) = source.rows("train")
+    ids, mask = np.append(row.tokens, row.targets[-1]), np.append(False, row.weights > 0)
+    return source.tokenizer.decode(ids.tolist()), source.tokenizer.decode(ids[mask].tolist())

@@ -44,7 +44,7 @@ from convert.formats.gguf.file import read_gguf, write_gguf
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
-from mlxgpt.common.folders.adapter import Adapter
+from mlxgpt.common.folders.adapter import Adapter, add_up
 from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
@@ -240,13 +240,30 @@ def seed_adapter(layout: str) -> Callable[[Path], Path]:
     return make
 
 
-def read_adapter(path: Path) -> None:
+def seed_grown(place: Path) -> Path:
+    """A LoRA adapter of PEFT's layout with more tokens: rows of the embedding, others of the head."""
+    config = replace(LLAMA, vocab_size=LLAMA.vocab_size + 2)
+    settings = AdapterConfig(rank=4)
+    arrays = adapters.init(Recipe(model=config, adapter=settings), models.weights(config))
+    for path, more in (("wte", 3), ("lm_head", 4)):
+        arrays[f"{path}.tokens"] = np.array([more, config.vocab_size - 1, config.vocab_size - 2])
+        arrays[f"{path}.rows"] = np.ones((3, config.n_embd), np.float32)
+    (place / "adapter").mkdir()
+    adapter = Adapter("lora", adapters.targets(config, settings), arrays, settings, apart=True)
+    adapter_folder.save(place / "adapter", config, adapter, ("peft",))
+    return place / "adapter"
+
+
+def read_adapter(path: Path, base: ModelConfig = LLAMA) -> None:
     """Finite, of the shapes that its targets ask for, and not of two minds."""
-    found = adapter_folder.read_adapter(path, None, LLAMA)
+    found = adapter_folder.read_adapter(path, None, base)
     for name, array in found.params.items():
-        assert np.isfinite(array).all() and array.dtype == np.float32, name
+        assert np.isfinite(array).all() and array.dtype == (np.int64 if name.endswith(".tokens") else np.float32), name
     for name, target in found.targets.items():
         adapters.delta(target, found.params, name)
+    together = add_up(base, [(found, 1.0)])
+    for name, param in params.table(together.config).items():
+        assert name not in together.whole or together.whole[name].shape == param.shape
 
 
 def read_safetensors(path: Path) -> None:
@@ -305,6 +322,7 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "llama2c-tokenizer": (seed_llama2c_tokenizer, read_given_tokenizer),
     "meta.pkl": (seed_meta, read_given_tokenizer),
     "adapter-peft": (seed_adapter("peft"), read_adapter),
+    "adapter-grown": (seed_grown, lambda path: read_adapter(path, replace(LLAMA, tied=True))),
     "adapter-mlx-lm": (seed_adapter("mlx-lm"), read_adapter),
 }
 

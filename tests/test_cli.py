@@ -65,6 +65,7 @@ FLAGS = {
         "--prompt-ids",
         "--raw",
         "--system",
+        "--template-kwargs",
         "--stop",
         "--json",
     }

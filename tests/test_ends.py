@@ -240,6 +240,11 @@ def test_a_foreign_adapter_ends_where_its_own_tokenizer_does(tuned: Path, tmp_pa
     assert eos(tmp_path / "b") == eos(tuned / "qwen2.5" / "hf")
     found = load_last([base, place])
     assert found and {found.eos_id, *found.ends} == set(eos(tmp_path / "b"))
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    load_tokenizer(base).save(silent)  # a base that names no end ends where its tokenizer does
+    found = load_last([silent, place])
+    assert found and {found.eos_id, *found.ends} == set(eos(tmp_path / "b"))
 
 
 def test_rows_without_a_template_end_at_the_end_of_text(tuned: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def quantized(place: Path, bits: int) -> tuple[Path, Path]:
 
 def test_what_rounding_loses_of_an_update_is_counted() -> None:
     """By hand: bfloat16 has steps of 2^-7 at 1 and of 2^-5 at 4, and a half goes to the even one."""
-    before = np.array([[1.0, 1.0], [2.0, 4.0]], np.float32)
+    before = np.array([[1.0, 1.0], [1 / 3, 4.0]], np.float32)  # a third does not change, and rounding it is no loss
     exact = before + np.array([[2.0**-9, 2.0**-7], [0.0, 2.0**-6]])
     wide = np.concatenate([exact, [[1 / 3, 1 / 3]]])  # a new row has no update
     told = Rounding()

@@ -284,6 +284,14 @@ def test_the_models_type_has_a_say_in_the_tokenizers_class() -> None:
     assert notes["phi3"] == [] and "spaces at its beginning" in notes["llama"][0]
 
 
+def test_gpt2s_original_pair_of_files_is_a_tokenizer_too() -> None:
+    content = json.loads(bpe().to_str())
+    vocab = content["model"]["vocab"] | {one["content"]: one["id"] for one in content["added_tokens"]}
+    merges = "\n".join(" ".join(pair) for pair in content["model"]["merges"])
+    found, notes = said({"encoder.json": json.dumps(vocab).encode(), "vocab.bpe": merges.encode()})
+    assert (found[GGML + "pre"], found[GGML + "eos_token_id"], notes) == ("gpt-2", EOS, [])
+
+
 def test_flags_that_gguf_has_not_are_said() -> None:
     backend = bpe()
     backend.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])

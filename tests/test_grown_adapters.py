@@ -152,7 +152,7 @@ def test_it_loads_and_fuses_and_goes_back(choice: str, made: Callable[[str], Mad
     convert_adapters.convert(it.adapter, tmp_path / "peft", "peft", model=it.base)
     model = loaded(it.base, tmp_path / "peft", it.logits.shape[-1])
     assert interop.worst("back in PEFT", logits(model), it.logits) <= GATE
-    assert worst(it, it.base, tmp_path / "peft") <= GATE
+    assert same(found, read(it, tmp_path / "peft"))
 
 
 def read(it: Made, adapter: Path | None = None) -> Adapter:
@@ -284,6 +284,12 @@ def test_every_setting_of_peft_is_read_or_without_effect_or_refused(
     known = {field for field in peft.LoraConfig.__dataclass_fields__ if not field.startswith("_")}
     assert known - refused <= peft_settings.READ | peft_settings.IDLE
     assert not refused & (peft_settings.READ | peft_settings.IDLE)
+
+    def velora(values: dict[str, Any], tensors: Tensors) -> None:  # of its backward pass alone
+        values["velora_config"] = {"num_groups": 1}
+        tensors[LORA.format("").replace("lora_A.weight", "lora_velora_embed")] = np.ones(1, np.float32)
+
+    assert same(read(it), read(it, changed(it, tmp_path / "velora", velora)))
     for key in [*sorted(refused), "a_later_field"]:
         with pytest.raises(UserError, match=f"{key} = .* is not supported: expected it unset"):
             peft_settings.check(values | {key: [1]}, "here")

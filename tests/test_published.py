@@ -1,5 +1,6 @@
 """Which tokens are trained with published chat templates, beside transformers' return_assistant_tokens_mask."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import templates
+import tokenizers
 from published import PUBLISHED, Published
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlxgpt.common.chat import locate, turns
 from mlxgpt.common.chat.locate import Talk
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference import prompts
 from mlxgpt.common.sft import template as sft_template
-from mlxgpt.common.sft.template import Encoded, Template
+from mlxgpt.common.sft.template import Encoded, Template, template_of
 from mlxgpt.common.tokenizers.load import load_tokenizer
 
 Messages = list[dict[str, Any]]
@@ -221,6 +223,22 @@ def test_an_opened_thought_is_closed_when_unrolled(judge: Judge, message: dict[s
     assert trained(r1, talk, True) == [expected + PUBLISHED["DeepSeek R1 distilled"].eos]
 
 
+@pytest.mark.parametrize("thought", ["hm", ""])
+def test_values_for_the_template_open_thoughts_too(judge: Judge, thought: str) -> None:
+    one = PUBLISHED["DeepSeek V3.1"]
+    template = judge.template(one, kwargs={"thinking": True})
+    talk = [*said("What is it?"), {"role": "assistant", "content": "It is.", "reasoning_content": thought}]
+    with pytest.raises(
+        UserError, match="writes the prompt of an answer otherwise when the answer follows.*tune.unroll"
+    ):
+        template.encode_turns([Talk("f row 1", talk)])
+    assert template.render(talk[:1], generation=True).endswith("<think>")
+    assert trained(template, talk, True) == [f"{thought}</think>It is.{one.eos}"]
+    qwen = judge.template(PUBLISHED["Qwen3"], kwargs={"enable_thinking": False})
+    assert trained(qwen, said("What is it?", "It is.")) == ["It is.<|im_end|>"]
+    assert trained(qwen, said("What is it?", "It is.", "Really?", "Yes."), True) == ["Yes.<|im_end|>"]
+
+
 PARTS = {
     "Qwen3": ("<think>\nhm, what\n</think>\n\n", "It is.<|im_end|>"),
     "Qwen3 Thinking 2507": ("hm, what\n</think>\n\n", "It is.<|im_end|>"),
@@ -271,6 +289,25 @@ def test_control_tokens_in_messages_are_text_with_the_ids_of_transformers(name: 
     special = [n for n in found.ids[found.mask].tolist() if n in judge.ours.special]
     ends = template._locator.form.ends
     assert special[-len(ends) :] == list(ends) and special.count(template.end_id) == 1
+
+
+@pytest.mark.parametrize("listed", [None, ["<tool_call>"], []])
+def test_control_tokens_are_those_that_transformers_takes(listed: list[str] | None, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": PUBLISHED["ChatML (Yi, OpenHermes)"].plain}]
+    named += [{"name": "tool_use", "template": PUBLISHED["Qwen2.5"].plain}]
+    place = templates.tokenizer_folder(tmp_path, named, ["<|im_start|>", "<|im_end|>"])
+    config = json.loads((place / "tokenizer_config.json").read_text()) | {"chat_control_tokens": listed}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    backend = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    backend.add_tokens(["<tool_call>", "</tool_call>", "barometer"])  # of the vocabulary, none of them special
+    backend.save(str(place / "tokenizer.json"))
+    theirs, ours = AutoTokenizer.from_pretrained(place), load_tokenizer(place)
+    template = template_of(ours, sanitize=True)
+    assert template
+    asked = said("A barometer is no <tool_call> but </tool_call> <|im_end|>")
+    for tools in (None, TOOLS):
+        given: Any = {"tools": tools, "return_dict": False, "sanitize_control_tokens": True}
+        assert template.encode(asked, tools or ()) == theirs.apply_chat_template(asked, **given)
 
 
 def test_what_a_person_typed_is_text_and_what_the_model_wrote_stays(judge: Judge) -> None:
@@ -333,7 +370,7 @@ MUTATIONS = {
     "no end where none is written": (locate, "text, stop = self._closed(text, stop)", "pass", "GLM-4", "turns"),
     "an answer without its space": (locate, "start = len(before)", "start = len(before) + 1", "Mistral v1", "turns"),
     "history that loses its thinking": (locate, "if not text.startswith(upto[:stop])", "if 0", "gpt-oss", "turns"),
-    "the prompt of history": (turns, "return None if place is None else before", "return upto or before",
+    "the prompt of history": (turns, "return None if place is None else _closed(", "return upto or _closed(",
                               "Mistral Nemo", "system"),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from tokenizer_folders import Sources, write
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import classes
-from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 SOURCES = Sources()
 SHAPES = tokenizer_folders.shapes(SOURCES)
@@ -186,3 +186,15 @@ def test_bytes_that_are_no_text_do_not_take_good_ones_with_them(tmp_path: Path) 
     ours = load_tokenizer(write(SHAPES["model, Llama"], tmp_path))
     ids = [ours.id_of(f"<0x{byte:02X}>") or 0 for byte in b"q\xff\xe4\xbd\xa0\xe4\xbd!"]
     assert ours.decode(ids) == "q\ufffd\u4f60\ufffd\ufffd!"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sp-unigram", "sp-bpe", "char"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral", "gemma2"])
+def test_a_tokenizer_trained_here_keeps_its_ids_beside_any_model(kind: str, family: str, tmp_path: Path) -> None:
+    ours = train_tokenizer(kind, [*tokenizer_folders.CORPUS, *TEXTS], 460)
+    ours.save(tmp_path)
+    write({"config.json": {"model_type": family}}, tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert [one.tolist() for one in again.encode_batch(TEXTS)] == [one.tolist() for one in ours.encode_batch(TEXTS)]
+    told = any("transformers reads this tokenizer, trained here, as Qwen2Tokenizer" in note for note in again.notes)
+    assert told == (family == "qwen2" and kind != "char")

@@ -110,7 +110,8 @@ def _changed(
 
     def read() -> np.ndarray:
         exact: np.ndarray | None = both.whole.get(name)
-        before = None if name.startswith("score.") else tensor.read().astype(np.float32, copy=False)
+        compared = rounding is not None and not name.startswith("score.")
+        before = tensor.read().astype(np.float32, copy=False) if exact is None or compared else None
         if exact is None:
             assert before is not None
             exact = cast(np.ndarray, params.resize_vocab({name: before}, shape[0])[name])

@@ -16,27 +16,13 @@ from mlxgpt.common.folders import model_folder, quantized, weight_files
 from mlxgpt.common.folders.tensors import DTYPES, Entry, Stored, read_header, read_tensor
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.tokenizers.protocol import TEMPLATES, write_files
+from mlxgpt.common.tokenizers.protocol import FILES, TEMPLATES, write_files
 
 KIND = "folder"
 NO_MOMENTS = "AdamW's moments are left behind: --to hf, nanogpt and gptmodel have a place for them"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NARROW = ("float16", "bfloat16")
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-)
+COMPANIONS = (*FILES, "generation_config.json", "README.md", "LICENSE", "LICENSE.txt")
 # keys that writers set themselves, or that would no longer be true
 _REWRITTEN = ("dtype", "torch_dtype", "mlxgpt", "quantization", "quantization_config", "auto_map")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from convert.formats.opened import Opened, companion_json
+from convert.formats.opened import Opened
 from convert.verify.config import CARRY
 from convert.verify.report import Checked, Report
 from mlxgpt.common.errors import UserError
@@ -28,8 +28,6 @@ TEXTS = (
     "<|im_start|>user\nhi<|im_end|>",
 )  # fmt: skip
 
-_SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
-
 
 def tokenizer_of(opened: Opened, place: Path) -> Tokenizer | None:
     """The tokenizer that travels with a model, through the folder ``place``; None where there is none.
@@ -38,8 +36,9 @@ def tokenizer_of(opened: Opened, place: Path) -> Tokenizer | None:
         UserError: its files are damaged.
     """
     place.mkdir(exist_ok=True)
-    files = {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in opened.companions.items()}
-    write_files(place, files)
+    config = opened.path / "config.json"  # its model_type has a say
+    given = opened.companions | ({config.name: config} if config.is_file() else {})
+    write_files(place, {name: one if isinstance(one, bytes) else one.read_bytes() for name, one in given.items()})
     return load_tokenizer(place) if has_tokenizer(place) else None
 
 
@@ -89,7 +88,7 @@ def compare(
         report.find("tokenizer", "a text begins with", f"{first.before} | {second.before}")
     if first.after != second.after:
         report.find("tokenizer", "a text ends with", f"{first.after} | {second.after}")
-    _compare_special(a, b, report)
+    _compare_special(first, second, report)
     report.checked.append(Checked("tokenizer", f"ids of {len(TEXTS)} texts, special tokens, chat template"))
 
 
@@ -98,33 +97,20 @@ def _short(found: list[int] | str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _compare_special(a: Opened, b: Opened, report: Report) -> None:
-    """Special tokens and the chat template, as far as both sides say them."""
-    one, other = (special(opened) for opened in (a, b))
+def _compare_special(first: Tokenizer, second: Tokenizer, report: Report) -> None:
+    """Special tokens and chat templates."""
+    one, other = special(first), special(second)
     for name in dict.fromkeys([*one, *other]):
         x, y = one.get(name), other.get(name)
         if x == y:
             continue
-        if name != "chat_template" and (x is None or y is None):
+        if name.endswith("_token") and (x is None or y is None):
             report.notes.append(f"tokenizer's {name} {x!r} | {y!r}: one side does not say it")
         else:
             report.find("tokenizer", name, f"{_short(repr(x))} | {_short(repr(y))}")
 
 
-def special(opened: Opened) -> dict[str, Any]:
-    """Tokens by their role, and the chat template, from tokenizer_config.json and the files beside it."""
-    settings = companion_json(opened, "tokenizer_config.json")
-    roles = companion_json(opened, "special_tokens_map.json") | settings
-    made = {name: _content(roles[name]) for name in _SETTINGS if roles.get(name) is not None}
-    template = opened.companions.get("chat_template.jinja")
-    if template is not None:
-        made["chat_template"] = (template if isinstance(template, bytes) else template.read_bytes()).decode(
-            "utf-8", "replace"
-        )
-    elif settings.get("chat_template"):
-        made["chat_template"] = settings["chat_template"]
-    return made
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+def special(tokenizer: Tokenizer) -> dict[str, str]:
+    """Tokens by their role, and the chat templates by name."""
+    texts = tokenizer.templates
+    return tokenizer.named | {f"chat_template {n}" if n != "default" else "chat_template": t for n, t in texts.items()}

@@ -143,14 +143,18 @@ def _files_of(run: Path, data: DataConfig, temporary: Path) -> tuple[dict[str, P
         if data.tokenizer not in KINDS:
             load_tokenizer(data.tokenizer).save(temporary)
         packed = {file.name: file for file in files}
-        packed |= {f"tokenizer/{file.name}": file for file in sorted(temporary.iterdir())}
+        packed |= {f"tokenizer/{file.relative_to(temporary).as_posix()}": file for file in _files_in(temporary)}
         return packed, {file.name: shards.hash_and_largest(file)[0] for file in files}
     folder = places[0] if places else preparing.cached(data)
     index = shards.read_index(folder)
     shards.verify(folder, index)
     digests = {s["file"]: s["sha256"] for split in index["splits"].values() for s in split["shards"]}
-    files = [folder / "index.json", *(folder / name for name in digests), *sorted((folder / "tokenizer").iterdir())]
+    files = [folder / "index.json", *(folder / name for name in digests), *_files_in(folder / "tokenizer")]
     return {str(file.relative_to(folder)): file for file in files}, digests
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _pack(files: dict[str, Path], out: Path) -> None:

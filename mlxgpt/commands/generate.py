@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import recipes
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
@@ -73,10 +74,14 @@ def _prompts(
     """
     if texts:
         expect_tokenizer(tokenizer, args.model, "--prompt-ids takes token ids")
-    template = template_of(tokenizer, f"{args.model}: chat template") if tokenizer and not args.raw else None
-    if args.system is not None and (template is None or not texts):
-        found = "--raw leaves it out" if args.raw else "the model has none" if texts else "there is no text to ask"
-        raise UserError(f"--system: the chat template writes a system prompt, and {found}")
+    kwargs = recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs")
+    template = None
+    if tokenizer and texts and not args.raw:
+        template = template_of(tokenizer, f"{args.model}: chat template", kwargs=kwargs)
+    for flag, given in (("--system", args.system is not None), ("--template-kwargs", kwargs)):
+        if given and template is None:
+            found = "--raw leaves it out" if args.raw else "the model has none" if texts else "token ids have none"
+            raise UserError(f"{flag}: is for a chat template, and {found}")
     if tokenizer is None or template is None:
         return [*texts, *ids]
     with contextlib.suppress(UserError):  # a template may end an answer with plain text

@@ -32,7 +32,7 @@ def restore(
         UserError: values of a wrong type or length, or files that are not true of ``tokenizer.ggml.*``.
     """
     files = _traveled(values, where)
-    if {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
+    if {"tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json"} & set(files):
         _check(values, where, files, n_vocab, arch, model)
         return files, []
     kind = values.get(GGML + "model", "none")

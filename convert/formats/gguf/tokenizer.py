@@ -90,8 +90,7 @@ def tokenizer_of(files: Mapping[str, bytes], model: Mapping[str, Any]) -> Tokeni
     from mlxgpt.common.tokenizers import load  # imports `tokenizers`, which takes longer than a small model's copy
 
     own = {name: data for name, data in files.items() if is_file_of(name)}
-    there = {"tokenizer.json", "tokenizer.model"} & set(own) or {"vocab.json", "merges.txt"} <= set(own)
-    return load.from_files(own, Path(), dict(model)) if there else None
+    return load.from_files(own, Path(), dict(model)) if load.has_files(set(own)) else None
 
 
 def ends_of(files: Mapping[str, bytes], model: Mapping[str, Any]) -> list[int]:

@@ -1,12 +1,14 @@
 """Control tokens that a message spells: found, and encoded as the text they are.
 
 Of a template and its tokenizer, the control tokens are the special tokens and the added tokens that the template
-writes. What transformers' ``sanitize_control_tokens`` does is done here with the same ids: the strings of messages are
-marked before they are rendered, and a marked token is encoded without any added token.
+writes, or those of tokenizer_config.json's ``chat_control_tokens``. What transformers' ``sanitize_control_tokens`` does
+is done here with the same ids: the strings of messages are marked before they are rendered, and a marked token is
+encoded without any added token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.messages import text_of
 from mlxgpt.common.tokenizers.hf import JsonTokenizer
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
 
 # transformers marks with these private-use characters, so templates see the same strings
 _START, _END = "\U000f0000", "\U000f0001"
@@ -26,12 +28,15 @@ class Control:
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self._tokenizer = tokenizer
         added = _added(tokenizer)
-        held = {token: n for token, n in added.items() if n in tokenizer.special}
-        held |= {token: n for token, n in added.items() if token in text and not token.isspace()}
-        self.texts = tuple(held)
-        """Their texts."""
-        self._found = _any(held)
-        self._special = _any({token: n for token, n in held.items() if n in tokenizer.special})
+        special = {token: n for token, n in added.items() if n in tokenizer.special}
+        written = {token: n for token, n in added.items() if token in text and not token.isspace()}
+        self.texts = (*special, *(token for token in written if token not in special))
+        """The special tokens and those that the template writes: what may end an answer."""
+        listed = read_json(tokenizer.files, "tokenizer_config.json", Path(".")).get("chat_control_tokens")
+        if isinstance(listed, list):  # transformers' setting, in place of what the template writes
+            written = {token: n for token, n in added.items() if token in listed}
+        self._found = _any({**special, **written})
+        self._special, self._text = _any(special), _any(self.texts)
         self._marked = re.compile(f"{_START}({_any(added).pattern}){_END}|[{_START}{_END}]")
 
     def mark(self, value: Any) -> Any:
@@ -50,13 +55,13 @@ class Control:
 
     def all(self, text: str) -> list[str]:
         """The control tokens in ``text``."""
-        return self._found.findall(text)
+        return self._text.findall(text)
 
     def leading(self, text: str) -> list[str]:
         """Those that ``text`` begins with, one directly behind the other."""
         found: list[str] = []
         place = 0
-        while match := self._found.match(text, place):
+        while match := self._text.match(text, place):
             found.append(match.group())
             place = match.end()
         return found
@@ -107,7 +112,7 @@ def _added(tokenizer: Tokenizer) -> dict[str, int]:
     return {token.content: n for n, token in tokenizer.backend.get_added_tokens_decoder().items()}
 
 
-def _any(tokens: dict[str, int]) -> re.Pattern[str]:
+def _any(tokens: Iterable[str]) -> re.Pattern[str]:
     """Any of the tokens, the longest first; of none nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 

@@ -111,10 +111,17 @@ def unrolled(
         return upto
     base = before.removesuffix(form.opening)
     if form.opening and base != before and upto.startswith(base):
-        start, thought = len(base), reasoning(message)
-        for opens, closes in THOUGHTS:
-            if form.opening.rstrip().endswith(opens):
-                return f"{before}{thought}\n{closes}\n\n{upto[start:].lstrip()}"
-        return before + upto[start:]
+        return _closed(before, message, upto[len(base) :])
     place = content()
-    return None if place is None else before + upto[place - len(form.lead) :]
+    return None if place is None else _closed(before, message, upto[place - len(form.lead) :])
+
+
+def _closed(before: str, message: dict[str, Any], answer: str) -> str:
+    """Prompt and answer, between them the reasoning that the prompt opens, and its end."""
+    bare = before.rstrip()
+    closes = next((closes for opens, closes in THOUGHTS if bare.endswith(opens)), None)
+    if closes is None:
+        return before + answer
+    if bare == before:
+        return f"{before}{reasoning(message)}{closes}{answer}"
+    return f"{before}{reasoning(message)}\n{closes}\n\n{answer.lstrip()}"

@@ -10,6 +10,7 @@ from mlxgpt.common import recipes
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.rows import arrow
 from mlxgpt.common.rows import files as row_files
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.sft import encode, pack
@@ -25,7 +26,7 @@ def is_rows(path: str, text_key: str) -> bool:
     """Whether a path holds rows of fine-tuning, not documents: a .jsonl does whose first line has no ``text_key``."""
     place = Path(path)
     if place.is_dir():
-        return (place / "train.jsonl").is_file()
+        return (place / "train.jsonl").is_file() or arrow.is_dataset(place)
     if place.suffix.lower() != ".jsonl":
         return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
     try:
@@ -68,7 +69,7 @@ def examples(tune: TuneConfig, split: str, tokenizer: Tokenizer | None, config: 
         )
     rows = row_formats.open_rows(tune)
     held = rows.splits[_SPLITS[split]]
-    if Path(path).is_file():
+    if Path(path).is_file() or arrow.is_split(Path(path)):
         held = [*rows.splits["train"], *rows.splits["valid"]]
     if not held:
         raise UserError(f"{path}: no rows of --split {split}: expected {_SPLITS[split]}.jsonl with some")

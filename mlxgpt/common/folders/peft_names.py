@@ -22,7 +22,7 @@ _KINDS = (  # end of a tensor's name, where N stands for the adapter's name or n
     (r"lora_BN\.weight|lora_embedding_BN", "lora_b"),
     (r"lora_magnitude_vectorN(?:\.weight)?", "magnitude"),
     (r"(?:token_adapter\.)?trainable_tokens_deltaN", "rows"),
-    (r"(?:token_adapter\.)?trainable_tokens_originalN", ""),
+    (r"(?:token_adapter\.)?trainable_tokens_originalN|lora_velora_embedN", ""),  # of training alone
     (r"(?:token_adapter\.)?base_layer\.weight|original_module\.weight", "base_weight"),
     (r"original_module\.bias", "base_bias"),
     (r"modules_to_saveN\.weight", "saved_weight"),

@@ -1,7 +1,6 @@
 """What ``generate`` continues: texts as they are, texts as questions in a chat template, or token ids."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft.template import Template
@@ -19,15 +18,11 @@ def ids_of(text: str, where: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def asked(template: Template, texts: Sequence[str], system: str = "", **more: Any) -> list[list[int]]:
+def asked(template: Template, texts: Sequence[str], system: str = "") -> list[list[int]]:
     """Each text as a user's message, up to where the answer begins: the ids of transformers' apply_chat_template.
 
-    Control tokens in it are text, as with transformers' sanitize_control_tokens. The template writes what a text
-    begins with, or leaves it out; nothing is put before it.
-
-    Args:
-        system: the system prompt; '' for none.
-        more: further variables of the template.
+    The template writes what a text begins with, or leaves it out; nothing is put before it. Control tokens in the texts
+    are text, as in chat. ``system``: the system prompt; '' for none.
 
     Raises:
         UserError: the template refuses a message, or a character that the tokenizer does not have.
@@ -37,7 +32,7 @@ def asked(template: Template, texts: Sequence[str], system: str = "", **more: An
     for number, text in enumerate(texts, 1):
         try:
             messages = [*first, {"role": "user", "content": text}]
-            made.append(template.encode(messages, generation=True, typed=True, **more))
+            made.append(template.encode(messages, generation=True, typed=True))
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
     return made

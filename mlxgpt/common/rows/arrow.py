@@ -18,7 +18,12 @@ _NAMES = {"train": ("train",), "valid": ("validation", "valid", "val", "dev", "e
 
 def is_dataset(folder: Path) -> bool:
     """Whether datasets wrote the folder."""
-    return (folder / _STATE).is_file() or (folder / _SPLITS).is_file()
+    return is_split(folder) or (folder / _SPLITS).is_file()
+
+
+def is_split(folder: Path) -> bool:
+    """Whether datasets wrote the folder, of one split."""
+    return (folder / _STATE).is_file()
 
 
 def dataset_splits(folder: Path) -> dict[str, Path]:
@@ -27,7 +32,7 @@ def dataset_splits(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there is no training split.
     """
-    if (folder / _STATE).is_file():
+    if is_split(folder):
         return {"train": folder}
     names = _json(folder / _SPLITS).get("splits", [])
     found = {split: next((name for name in known if name in names), None) for split, known in _NAMES.items()}

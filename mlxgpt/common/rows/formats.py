@@ -155,7 +155,7 @@ def _alpaca_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
         raise UserError(f"{where}: {key} is {shown(given)}: expected a string")
     if given.strip():
         asked = f"{asked}\n\n{unicode(given, f'{where}: {key}')}"
-    answer = string_at(row, next((name for name in _ANSWERS if name in row), _ANSWERS[0]), where)
+    answer = string_at(row, next((name for name in _ANSWERS if row.get(name) is not None), _ANSWERS[0]), where)
     turns = [*_history(row, where), ("user", asked), ("assistant", answer)]
     messages = [{"role": role, "content": text} for role, text in turns]
     return Row(where, messages=tuple(_with_system(row, messages)))

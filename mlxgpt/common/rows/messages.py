@@ -119,7 +119,10 @@ def _checked(message: Message, place: str) -> Message:
     """A message whose values have the types that templates expect."""
     assistant = message["role"] == "assistant"
     if assistant and "function_call" in message:  # OpenAI's form before tool_calls
-        message.setdefault("tool_calls", [message.pop("function_call")])
+        call = message.pop("function_call")
+        if not isinstance(call, dict):
+            raise UserError(f"{place}: function_call is {shown(call)}: expected an object with name and arguments")
+        message.setdefault("tool_calls", [call])
     if not message.get("tool_calls", True):
         del message["tool_calls"]  # an empty list, which some templates take for calls
     if isinstance(message.get("content"), list):

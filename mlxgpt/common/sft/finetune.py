@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,8 @@ class Finetuning(Kind[SftSource]):
     def _unknown_to_mlx_lm(self) -> list[str]:
         """A line where mlx-lm would not end an answer: it reads no ends from an adapter's folder."""
         tokenizer = self.source.tokenizer
-        known = union(generation_ends(self._base), [load_tokenizer(self._base).eos_id])
+        bases = load_last([self._base])
+        known = union(generation_ends(self._base), [bases.eos_id if bases else None])
         new = [end for end in union([tokenizer.eos_id], sorted(tokenizer.ends)) if end not in known]
         if self.source.labels or not new:
             return []
@@ -169,7 +172,8 @@ class Finetuning(Kind[SftSource]):
             model_folder.write_model(place, recipe.model, trained, tokenizer=tokenizer, ends=ends)
             return
         hub_id = None if Path(recipe.tune.model).exists() else recipe.tune.model
-        own = tokenizer if tokenizer.files != load_tokenizer(self._base).files else None
+        bases = load_last([self._base])
+        own = tokenizer if bases is None or tokenizer.files != bases.files else None
         adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
     def sample(self, job: Job) -> str | None:
@@ -189,7 +193,9 @@ class Finetuning(Kind[SftSource]):
         if source.labels:
             return f"classify --model {run} --text TEXT"
         if source.template:
-            return f"generate --model {run} --prompt TEXT, or mlxgpt chat --model {run}"
+            kwargs = source.template.kwargs
+            more = f" --template-kwargs {shlex.quote(json.dumps(kwargs))}" if kwargs else ""
+            return f"generate --model {run}{more} --prompt TEXT, or mlxgpt chat --model {run}{more}"
         return f"generate --model {run} {'--raw ' if source.tokenizer.templates else ''}--prompt TEXT"
 
     def finish(self, job: Job) -> None:

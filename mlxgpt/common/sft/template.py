@@ -7,7 +7,7 @@ the turn is what the model sees when it is asked, and if its ids, tokenized alon
 that mark turns with {% generation %} give the positions themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -79,6 +79,7 @@ class Template:
                 raise UserError(f"{name}: not a template: {jinja.said(error)}") from None
         self.check_kwargs(self.kwargs, f"{name}: chat_template_kwargs")
         self.marked = any("generation" in jinja.tags(source) for source in sources.values())
+        self._controls = {name: Control(tokenizer, jinja.literals(source)) for name, source in sources.items()}
         self.control = Control(tokenizer, "\0".join(map(jinja.literals, sources.values())))
         self._locator = Locator(self)
 
@@ -116,11 +117,14 @@ class Template:
         Raises:
             UserError: an error of the template.
         """
-        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        name = self._chosen(tools)
         if name not in self.sources:
             raise UserError(f"{self.name}: templates {', '.join(self.sources)}: expected one called default")
         fitted = self.reads(name).fitted(messages)
         return self._rendered(self.sources[name], fitted, tools, generation, marks, more)
+
+    def _chosen(self, tools: Messages) -> str:
+        return "tool_use" if tools and "tool_use" in self.sources else "default"
 
     def reads(self, name: str = "default") -> Reads:
         """What the template reads of a message."""
@@ -153,17 +157,21 @@ class Template:
         wrote stays.
         """
         if typed:
-            mark = self.control.mark
+            mark = self._marks(tools)
             messages = [mark(one) if one.get("role") in _PERSONS else one for one in messages]
             return self.control.encode(self.render(messages, mark(list(tools)), generation, **more)).tolist()
         talk = self._safe(Talk("", messages, tools, kwargs=more))
         return self._ids([self.render(talk.messages, talk.tools, generation, **talk.kwargs)])[0].tolist()
 
+    def _marks(self, tools: Messages) -> Callable[[Any], Any]:
+        """What marks the control tokens of the template for these tools."""
+        return self._controls.get(self._chosen(tools), self.control).mark
+
     def _safe(self, talk: Talk) -> Talk:
         """The conversation, marked where control tokens in it are text."""
         if not self.sanitize:
             return talk
-        mark = self.control.mark
+        mark = self._marks(talk.tools)
         given = mark({**self.kwargs, **talk.kwargs})
         return talk._replace(messages=mark(list(talk.messages)), tools=mark(list(talk.tools)), kwargs=given)
 

@@ -10,10 +10,10 @@ import tokenizers
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.hf import JsonTokenizer
 from mlxgpt.common.tokenizers.load import from_files
-from mlxgpt.common.tokenizers.protocol import TEMPLATES, Tokenizer, read_json
+from mlxgpt.common.tokenizers.protocol import Tokenizer, read_json
 
 # tokenizer_config.json says what these say, once tokens are added
-_STALE = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+_STALE = ("special_tokens_map.json", "added_tokens.json")
 
 
 def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str], settings: dict[str, Any]) -> Tokenizer:
@@ -25,8 +25,8 @@ def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str], settings: dict[str,
         UserError: a tokenizer.model of no class, which takes no more tokens.
     """
     config = read_json(tokenizer.files, "tokenizer_config.json", Path(".")) | tokenizer.named | settings
-    kept = (item for item in tokenizer.files.items() if item[0] not in _STALE and not item[0].startswith(TEMPLATES))
-    files = dict(kept)
+    stale = (*_STALE, *(name for name in tokenizer.files if name.endswith(".jinja") and "chat_template" in settings))
+    files = {name: data for name, data in tokenizer.files.items() if name not in stale}
     there = tokenizer.backend.get_added_tokens_decoder() if isinstance(tokenizer, JsonTokenizer) else {}
     new = [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens]
     listed = "added_tokens_decoder" in config

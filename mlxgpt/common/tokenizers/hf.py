@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class JsonTokenizer:
             read_by = "`tokenizers`" if spec.class_name == PLAIN else spec.class_name
             raise UserError(f"{where / source}: not a tokenizer that {read_by} reads: {reason}") from None
         self.backend = backend = made.backend
+        self._plain, self._alone = backend.encode_special_tokens, threading.Lock()
         # A stored limit would cut long texts without a word.
         backend.no_truncation()
         backend.no_padding()
@@ -128,13 +130,6 @@ class JsonTokenizer:
         """Chat templates by name."""
         return specification.chat_templates(self.files, self._where)
 
-    @functools.cached_property
-    def _splitting(self) -> tokenizers.Tokenizer:
-        """The backend for which the text of special tokens is text."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.encode_special_tokens = True
-        return backend
-
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact text."""
         return self.backend.token_to_id(token)
@@ -154,11 +149,13 @@ class JsonTokenizer:
 
     def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text; the text of a special token is text."""
-        return self._slow(texts, self._splitting)
+        return self._slow(texts, True)
 
-    def _slow(self, texts: Sequence[str], backend: tokenizers.Tokenizer | None = None) -> list[np.ndarray]:
+    def _slow(self, texts: Sequence[str], plain: bool = False) -> list[np.ndarray]:
         try:
-            encoded = (backend or self.backend).encode_batch_fast(list(texts), add_special_tokens=False)
+            with self._alone:  # one setting of the backend for all threads
+                self.backend.encode_special_tokens = plain or self._plain
+                encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # what `tokenizers` raises where a text has no tokens
             raise UserError(f"this {self.kind} tokenizer cannot encode the text: {error}") from None
         return [np.asarray(item.ids, dtype=np.int32) for item in encoded]

@@ -4,23 +4,27 @@ A tokenizer folder is what transformers' AutoTokenizer reads: loaded there it gi
 there, the text of a special token such as <|endoftext|> encodes to that token, and nothing is added to a text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.ends import generation_ends, union
-from mlxgpt.common.tokenizers.protocol import Tokenizer, read_files, read_json
+from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_files, read_json
 
 KINDS = ("char", "bpe", "sp-bpe", "sp-unigram")
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether ``folder`` holds the files of a tokenizer."""
-    folder = Path(folder)
+    return has_files({name for name in FILES if (Path(folder) / name).is_file()})
+
+
+def has_files(names: Collection[str]) -> bool:
+    """Whether files of these names make a tokenizer."""
+    alone = "tokenizer.json" in names or "tokenizer.model" in names
     pairs = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-    alone = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return alone or any(all((folder / name).is_file() for name in pair) for pair in pairs)
+    return alone or any(first in names and second in names for first, second in pairs)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

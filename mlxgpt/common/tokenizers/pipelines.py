@@ -171,7 +171,7 @@ CLASSES = {
     "CodeGenTokenizer": _Class(_code_gen, _BYTES | {"pad_token": None}, pair=True),
     "GPTNeoXTokenizer": _Class(_gpt_neox, _BYTES | {"pad_token": "<|padding|>"}, pair=True),
     "Qwen2Tokenizer": _Class(_qwen(_QWEN2), _QWEN, pair=True),
-    "Qwen3_5Tokenizer": _Class(_qwen(_QWEN3_5), _QWEN, pair=True),
+    "Qwen3_5Tokenizer": _Class(_qwen(_QWEN3_5), _QWEN),
     "CohereTokenizer": _Class(
         _cohere,
         {

@@ -50,9 +50,14 @@ def read(
     text = files.get("tokenizer.json", b"")
     name = class_of(settings, model or {}, b'"ByteLevel"' in text, where)
     alone = class_of(settings, {}, b'"ByteLevel"' in text, where) if model else name
+    kind = f"config.json's model_type {(model or {}).get('model_type')!r}"
+    theirs, name = name, alone if _made_here(settings) else name
     made = Specification(name, settings, {}, None if alone == name else name)
-    if alone != name and settings.get("tokenizer_class"):
-        kind = f"config.json's model_type {(model or {}).get('model_type')!r}"
+    if theirs != name:
+        made.notes.append(
+            f"{kind}: transformers reads this tokenizer, trained here, as {theirs}, which may give other ids"
+        )
+    elif alone != name and settings.get("tokenizer_class"):
         made.notes.append(
             f"{kind}: read as {name}, whatever tokenizer_config.json says ({settings['tokenizer_class']})"
         )
@@ -82,6 +87,22 @@ def read(
         elif value is not None:
             settings[key] = by_text.get(str(getattr(value, "content", value)), value)
     return made
+
+
+def _made_here(settings: dict[str, Any]) -> bool:
+    """Whether a tokenizer_config.json is that of a tokenizer trained here: its ids are those of the training."""
+    says = {name: settings.get(name) for name in (*_MADE[0], "add_prefix_space", "legacy", "add_bos_token")}
+    return any(all(says[name] == value for name, value in made.items()) for made in _MADE)
+
+
+_MADE = [
+    {"clean_up_tokenization_spaces": False, "tokenizer_class": name, "bos_token": bos, "unk_token": unknown} | more
+    for name, bos, unknown, more in (
+        ("PreTrainedTokenizerFast", "<|endoftext|>", "<|endoftext|>", {"add_prefix_space": False}),
+        ("PreTrainedTokenizerFast", "<s>", "<unk>", {}),
+        ("LlamaTokenizer", "<s>", "<unk>", {"add_prefix_space": False, "legacy": False, "add_bos_token": False}),
+    )
+]
 
 
 def _refuse_versions(settings: dict[str, Any], where: Path) -> None:
@@ -160,7 +181,8 @@ def _merge_older_files(made: Specification, files: dict[str, bytes], where: Path
     if isinstance(settings.get("extra_special_tokens"), dict):
         own = settings.setdefault("model_specific_special_tokens", {})
         own.update(settings.pop("extra_special_tokens"))
-    special = {_text(token) for token in (*map(settings.get, NAMES), *(settings.get("extra_special_tokens") or []))}
+    roles = (*map(settings.get, NAMES), *(settings.get("extra_special_tokens") or []))
+    special = {_text(token) for token in roles if not isinstance(token, dict)}  # of others transformers does not know
     for token, number in read_json(files, "added_tokens.json", where).items():
         if type(number) is not int:
             raise UserError(f"{where / 'added_tokens.json'}: {token!r}: {number!r}: expected ids by token")
