@@ -21,7 +21,7 @@ from mlxgpt.common.model import families
 from mlxgpt.load import load as mlx_load
 from torch_ref.load import load as torch_load
 
-NAMES = ("llama", "llama-untied", "gpt2-untied", "gpt_neox", "gemma3_text")
+NAMES = ("llama", "llama-untied", "gpt2-untied", "gpt_neox")
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +201,16 @@ def test_an_equal_head_of_a_tied_model_is_no_second_one(to: str, tmp_path: Path)
     assert open_model(place).config == config and "lm_head.weight" not in open_model(place).tensors
     rewrite(place, lambda arrays: arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"] + 1})
     assert not open_model(place).config.tied, "another head than the embedding is one of its own"
+
+
+def test_an_equal_head_in_mlx_lms_quantization_is_no_second_one(tmp_path: Path) -> None:
+    config = tiny(family="llama", n_embd=64)
+    model_folder.write_model(tmp_path / "a", config, weights(config))
+    place = tmp_path / "b"
+    convert_model(tmp_path / "a", place, "mlx-lm", bits=4, group_size=32)
+    table, parts = "model.embed_tokens", ("weight", "scales", "biases")
+    rewrite(place, lambda arrays: arrays | {f"lm_head.{part}": arrays[f"{table}.{part}"] for part in parts})
+    assert open_model(place).config == model_folder.read_config(place) == config
+    assert "lm_head.weight" not in model_folder.read_params(place, config)
+    rewrite(place, lambda arrays: arrays | {"lm_head.biases": arrays["lm_head.biases"] + 1})
+    assert not model_folder.read_config(place).tied

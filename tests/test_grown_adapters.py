@@ -28,8 +28,9 @@ from convert.conversion import convert
 from convert.fuse import fuse
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import adapter_folder, model_folder, peft_settings, resolve
+from mlxgpt.common.folders import adapter_folder, model_folder, resolve
 from mlxgpt.common.folders.adapter import Adapter, add_up
+from mlxgpt.common.folders.peft import settings as peft_settings
 from mlxgpt.common.model import adapters
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 

@@ -25,7 +25,7 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import mlx_lm_adapter, model_folder, peft_adapter, resolve
 from mlxgpt.common.folders.adapter import VOCABULARY, Adapter
-from mlxgpt.common.folders.peft_names import by_suffix, suffixes, tidy, usual
+from mlxgpt.common.folders.peft.names import by_suffix, suffixes, tidy, usual
 from mlxgpt.common.folders.tensors import read_header, read_tensor, write_tensors
 from mlxgpt.common.model import adapters, families, params, quantization_methods
 from mlxgpt.common.model.adapters import Target

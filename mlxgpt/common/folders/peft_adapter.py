@@ -7,8 +7,8 @@
     base_model.model.MODULE.base_layer.bias                                       bias: lora_only, all
     base_model.model.MODULE.base_layer.weight, or .weight alone                   the base's, where it was resized
 
-MODULE is what transformers calls a module in memory (peft_names.py). Ranks and alphas may differ by module
-(rank_pattern, alpha_pattern); what is adapted is target_modules (peft_settings.py). Where the base is tied, embedding
+MODULE is what transformers calls a module in memory (peft/names.py). Ranks and alphas may differ by module
+(rank_pattern, alpha_pattern); what is adapted is target_modules (peft/settings.py). Where the base is tied, embedding
 and head may be changed apart: then the head has weights of its own.
 """
 
@@ -21,9 +21,10 @@ import numpy as np
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import peft_names, peft_settings
 from mlxgpt.common.folders.adapter import VOCABULARY, Adapter
-from mlxgpt.common.folders.peft_names import PREFIX, by_suffix, module, modules, regex, suffixes, tidy, usual
+from mlxgpt.common.folders.peft import names as peft_names
+from mlxgpt.common.folders.peft import settings as peft_settings
+from mlxgpt.common.folders.peft.names import PREFIX, by_suffix, module, modules, regex, suffixes, tidy, usual
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.adapters import Target
 
