@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import mlx.core as mx
@@ -147,7 +147,9 @@ def test_the_index_counts_every_shard(tmp_path: Path) -> None:
 
 def test_token_ids_come_from_the_tokenizer_and_extra_keys_pass(tmp_path: Path) -> None:
     config = CASES["llama"]
-    model_folder.write_model(tmp_path / "a", config, weights(config), extra={"note": "x"}, tokenizer=Ending())
+    model_folder.write_model(
+        tmp_path / "a", config, weights(config), extra={"note": "x"}, tokenizer=cast(Any, Ending())
+    )
     values = json.loads((tmp_path / "a" / "config.json").read_text())
     assert (values["eos_token_id"], values["note"], values["dtype"], values["torch_dtype"]) == (
         7,

@@ -48,9 +48,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
+# the library's numpy half does not read fp8; test_quantized_inputs.py does
+_PLAIN = sorted(name for name in tensors.DTYPES if not name.startswith("F8_"))
 ARRAYS = st.dictionaries(
     st.text(max_size=4).filter(lambda name: name.isprintable() and name != "__metadata__"),
-    st.tuples(st.sampled_from(sorted(tensors.DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
+    st.tuples(st.sampled_from(_PLAIN), st.lists(st.integers(0, 3), max_size=3)),
     max_size=4,
 )
 
@@ -108,7 +110,7 @@ BROKEN = [
     (file_of({"__metadata__": {"format": 1}}), "__metadata__ in the header: expected strings by name"),
     (file_of({"a": 3}), "a: expected dtype, shape and data_offsets in the header"),
     (file_of({"a": line() | {"more": 1}}), "a: expected dtype, shape and data_offsets in the header"),
-    (file_of({"a": line(dtype="F8_E4M3")}), "a: dtype 'F8_E4M3': expected one of F64, F32, .*"),
+    (file_of({"a": line(dtype="F6_E2M3")}), "a: dtype 'F6_E2M3': expected one of F64, F32, .*"),
     (file_of({"a": line(dtype=["F32"])}), r"a: dtype \['F32'\]: expected one of F64, F32, .*"),
     (file_of({"a": line(shape=[-2])}), "a: shape and data_offsets in the header: expected whole numbers, at least 0"),
     (file_of({"a": line(shape=[2.0])}), "a: shape and data_offsets in the header: expected whole numbers, at least 0"),

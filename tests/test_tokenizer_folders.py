@@ -12,7 +12,7 @@ import tokenizer_folders
 from tokenizer_folders import Sources, write
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import classes
+from mlxgpt.common.tokenizers.folder import classes
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
 SOURCES = Sources()

@@ -12,7 +12,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from convert.formats.gguf import pre
-from mlxgpt.common.tokenizers import sp_model
+from mlxgpt.common.tokenizers.folder import sp_model
 
 TEXT = (
     "It was the best of times. def mean(xs):\n    return sum(xs) / len(xs)  # 3.14159 2024\n\tna\u00efve caf\u00e9, "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.sp_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, build, merges_as_run_c
+from mlxgpt.common.tokenizers.folder.sp_model import BYTE, CONTROL, NORMAL, UNKNOWN, Piece, build, merges_as_run_c
 
 _SPACE = "\u2581"
 _FIRST = 259  # of the tokens that are text

@@ -7,7 +7,7 @@ import numpy as np
 
 from convert.formats.gguf.vocabulary import SPACE, Vocabulary
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import sp_model
+from mlxgpt.common.tokenizers.folder import sp_model
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 

@@ -17,7 +17,8 @@ from convert.formats.gguf import pre, vocabulary
 from convert.formats.gguf.tokenizer import FILE, HF_JSON, IDS, TEMPLATE, tokenizer_of, turn_end
 from convert.formats.gguf.vocabulary import BYTE, CONTROL, GGML, NORMAL, SPACE, UNKNOWN, UNUSED, USER
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import ends, sp_model
+from mlxgpt.common.tokenizers import ends
+from mlxgpt.common.tokenizers.folder import sp_model
 
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _OWN_NAME = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*", re.ASCII)

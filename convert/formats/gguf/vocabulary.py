@@ -16,7 +16,7 @@ import numpy as np
 from convert.formats.gguf import pre
 from convert.formats.gguf.file import Value
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import sp_model
+from mlxgpt.common.tokenizers.folder import sp_model
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # also SentencePiece's numbers

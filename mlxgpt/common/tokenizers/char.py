@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.folder.specification import chat_templates
 from mlxgpt.common.tokenizers.protocol import read_json, sha256_of, write_files
-from mlxgpt.common.tokenizers.specification import chat_templates
 
 _SPLIT = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 

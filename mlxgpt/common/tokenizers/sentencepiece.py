@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import decoders, models
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import sp_model
+from mlxgpt.common.tokenizers.folder import sp_model
+from mlxgpt.common.tokenizers.folder.specification import chat_templates
 from mlxgpt.common.tokenizers.hf import JsonTokenizer, made
 from mlxgpt.common.tokenizers.protocol import Tokenizer, checked, read_json, sha256_of, write_files
-from mlxgpt.common.tokenizers.specification import chat_templates
 
 _SPACE = "\u2581"
 _SPECIAL = ("<unk>", "<s>", "</s>")

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers.classes import class_of
+from mlxgpt.common.tokenizers.folder.classes import class_of
 from mlxgpt.common.tokenizers.protocol import TEMPLATES, read_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

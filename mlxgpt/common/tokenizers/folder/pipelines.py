@@ -12,9 +12,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mlxgpt.common.tokenizers import sp_model
-from mlxgpt.common.tokenizers.classes import PLAIN
-from mlxgpt.common.tokenizers.specification import NAMES, Specification, Token
+from mlxgpt.common.tokenizers.folder import sp_model
+from mlxgpt.common.tokenizers.folder.classes import PLAIN
+from mlxgpt.common.tokenizers.folder.specification import NAMES, Specification, Token
 
 _SPACE = "\u2581"
 _TEXT = "<|endoftext|>"
