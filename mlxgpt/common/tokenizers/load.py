@@ -110,6 +110,19 @@ def from_files(files: dict[str, bytes], folder: Path, model: dict[str, Any] | No
     return from_gpt2_files(files, folder, model)
 
 
+def class_beside(tokenizer: Tokenizer, model_type: str) -> str | None:
+    """The class with which transformers reads the tokenizer in a folder of that model type, whatever its files name.
+
+    None where they have a say, as with all but a few model types.
+    """
+    from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
+
+    settings = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
+    over_bytes = b'"ByteLevel"' in tokenizer.files.get("tokenizer.json", b"")
+    found, own = (class_of(settings, model, over_bytes, Path(".")) for model in ({"model_type": model_type}, {}))
+    return found if found not in (own, PLAIN) else None
+
+
 def _files_beside(path: Path) -> dict[str, bytes]:
     """The file under its standard name, with the settings that lie beside it."""
     siblings = read_files(path.parent)

@@ -21,7 +21,7 @@ from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers import beginning
-from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, class_beside, has_tokenizer, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import session
 from mlxgpt.common.train.job import Job, Kind, Weights
@@ -64,6 +64,8 @@ class Pretraining(Kind[TokenSource]):
         self._open_data()
         if self._origin:
             _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
+        elif self.tokenizer:
+            _check_class(self.recipe, self.tokenizer)
         self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
         _check_sample(self.recipe, self.tokenizer)
 
@@ -247,6 +249,20 @@ def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenize
             source.compare_beginnings(own, str(origin), print)
     if source.vocab_size > model.vocab_size:
         raise UserError(f"--init-from {origin}: vocabulary of {model.vocab_size}, the data's has {source.vocab_size}")
+
+
+def _check_class(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuses a family whose tokenizer transformers would read with other ids than the ones trained on.
+
+    Raises:
+        UserError: the family is qwen2, and the tokenizer is not Qwen2's.
+    """
+    found = class_beside(tokenizer, recipe.model.family)
+    if found:
+        raise UserError(
+            f"model.family = {recipe.model.family!r}: transformers reads every tokenizer of this family as {found}, "
+            f"which gives other ids than this one ({tokenizer.kind}): expected another family, such as qwen3"
+        )
 
 
 def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
