@@ -133,6 +133,7 @@ class Tokenizer:
     n_vocab, eos_id, ends, kind = VOCABULARY, None, frozenset(), "fake"
     before: list[int] = []  # noqa: RUF012
     templates: dict[str, str] = {}  # noqa: RUF012
+    files: dict[str, bytes] = {}  # noqa: RUF012
     digest = hashlib.sha256(b"fake").hexdigest()
 
     def encode(self, text: str) -> list[int]:

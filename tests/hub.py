@@ -206,5 +206,5 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mistralai/Mixtral-8x7B-v0.1": (published(model_type="mixtral"), "model_type 'mixtral' is not supported"),
     "HuggingFaceTB/SmolLM2-135M, quantized with bitsandbytes": (
         published(**_LLAMA, quantization_config=dict(load_in_4bit=True, quant_method="bitsandbytes")),
-        "quantization_config: quantized weights are not supported"),
+        "quantization_config: weights quantized by bitsandbytes, 4 bits are not supported"),
 }  # fmt: skip
