@@ -18,6 +18,7 @@ import templates
 import tokenizers
 import torch
 import transformers
+import vocabularies
 from models import tiny, weights
 from tokenizers import processors
 
@@ -30,7 +31,7 @@ from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.tokenizers import beginning, separator
-from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
+from mlxgpt.common.tokenizers.load import from_files, load_tokenizer, other_class, train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -407,3 +408,16 @@ def test_data_inspect_shows_what_texts_begin_with(tmp_path: Path, capsys: pytest
         assert (found["begins_with"], found["begins_with_text"]) == ([0], "<s>")
         assert cli.main(["data", "inspect", *words]) == 0
         assert "<s> (0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "refused"), [("qwen2", "Qwen2Tokenizer"), ("qwen3", None), ("phi3", None)])
+def test_a_family_that_reads_a_trained_tokenizer_otherwise_is_seen(family: str, refused: str | None) -> None:
+    for kind in ("bpe", "sp-bpe"):
+        assert other_class(train_tokenizer(kind, [TEXT] * 9, 300), family) == refused
+
+
+def test_a_prefix_space_that_a_family_drops_is_seen() -> None:
+    made = vocabularies.sentencepiece_model(False, True)
+    files = {"tokenizer.model": made, "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer"}'}
+    tokenizer = from_files(files, Path("."))
+    assert other_class(tokenizer, "llama") is None and other_class(tokenizer, "phi3") == "TokenizersBackend"

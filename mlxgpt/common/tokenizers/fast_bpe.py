@@ -21,7 +21,7 @@ from mlxgpt.common.tokenizers.protocol import cut_before_space
 # GPT-2's expression, with the possessive quantifiers that keep it linear.
 _GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-_PROBE = (
+PROBE = (
     "The quick brown  fox's 12 dogs\n\n  don't\tjump; they'll   \r\n x_1 = [3.5, -2]  # end   ",
     "na\u00efve \u0416\u0443\u043a \u4f60\u597d\uff0c\u4e16\u754c\u3002\u3000\u0e2a\u0e27\u0e31\u0e2a",
     "\u0e14\u0e35 \U0001f600\u200d\U0001f525 \u00bd\u2167\u0664",
@@ -90,8 +90,8 @@ class FastBPE:
             fast = cls(ranks, [token["content"] for token in content["added_tokens"]])
         except ImportError:
             return None
-        slow = [item.ids for item in backend.encode_batch(list(_PROBE), add_special_tokens=False)]
-        return fast if [fast._ids(text) for text in _PROBE] == slow else None
+        slow = [item.ids for item in backend.encode_batch(list(PROBE), add_special_tokens=False)]
+        return fast if [fast._ids(text) for text in PROBE] == slow else None
 
     def encode(self, text: str) -> np.ndarray | None:
         """The ids; None for a text that is left to `tokenizers`: one with special tokens or endless white space."""

@@ -110,17 +110,26 @@ def from_files(files: dict[str, bytes], folder: Path, model: dict[str, Any] | No
     return from_gpt2_files(files, folder, model)
 
 
-def class_beside(tokenizer: Tokenizer, model_type: str) -> str | None:
-    """The class with which transformers reads the tokenizer in a folder of that model type, whatever its files name.
+def other_class(tokenizer: Tokenizer, model_type: str) -> str | None:
+    """The class of transformers that would give other ids than ``tokenizer`` in a folder of that model type, or None.
 
-    None where they have a say, as with all but a few model types.
+    Most types leave the class to the tokenizer's files; qwen2 and phi3 do not.
     """
+    from mlxgpt.common.tokenizers.fast_bpe import PROBE
     from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
+    from mlxgpt.common.tokenizers.folder.specification import made_here
 
-    settings = read_json(tokenizer.files, "tokenizer_config.json", Path("."))
+    here, model = Path("."), {"model_type": model_type}
+    settings = read_json(tokenizer.files, "tokenizer_config.json", here)
     over_bytes = b'"ByteLevel"' in tokenizer.files.get("tokenizer.json", b"")
-    found, own = (class_of(settings, model, over_bytes, Path(".")) for model in ({"model_type": model_type}, {}))
-    return found if found not in (own, PLAIN) else None
+    found = class_of(settings, model, over_bytes, here)
+    if not tokenizer.files or found == class_of(settings, {}, over_bytes, here):
+        return None
+    if made_here(settings):
+        return found if found != PLAIN else None
+    again = from_files(tokenizer.files, here, model)
+    pairs = zip(again.encode_batch(PROBE), tokenizer.encode_batch(PROBE), strict=True)
+    return None if all(one.tolist() == other.tolist() for one, other in pairs) else found
 
 
 def _files_beside(path: Path) -> dict[str, bytes]:

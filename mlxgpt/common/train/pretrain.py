@@ -21,7 +21,7 @@ from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers import beginning
-from mlxgpt.common.tokenizers.load import KINDS, class_beside, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer, other_class
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import session
 from mlxgpt.common.train.job import Job, Kind, Weights
@@ -252,16 +252,16 @@ def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenize
 
 
 def _check_class(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Refuses a family whose tokenizer transformers would read with other ids than the ones trained on.
+    """Refuses a family with which transformers would read the tokenizer otherwise than it was trained with.
 
     Raises:
-        UserError: the family is qwen2, and the tokenizer is not Qwen2's.
+        UserError: as qwen2 with any tokenizer but Qwen2's.
     """
-    found = class_beside(tokenizer, recipe.model.family)
+    found = other_class(tokenizer, recipe.model.family)
     if found:
         raise UserError(
-            f"model.family = {recipe.model.family!r}: transformers reads every tokenizer of this family as {found}, "
-            f"which gives other ids than this one ({tokenizer.kind}): expected another family, such as qwen3"
+            f"model.family = {recipe.model.family!r}: transformers reads this tokenizer beside it as {found}, "
+            "which gives other ids: expected another family, such as qwen3"
         )
 
 

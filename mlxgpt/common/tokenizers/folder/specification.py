@@ -51,7 +51,7 @@ def read(
     name = class_of(settings, model or {}, b'"ByteLevel"' in text, where)
     alone = class_of(settings, {}, b'"ByteLevel"' in text, where) if model else name
     kind = f"config.json's model_type {(model or {}).get('model_type')!r}"
-    theirs, name = name, alone if _made_here(settings) else name
+    theirs, name = name, alone if made_here(settings) else name
     made = Specification(name, settings, {}, None if alone == name else name)
     if theirs != name:
         made.notes.append(
@@ -89,7 +89,7 @@ def read(
     return made
 
 
-def _made_here(settings: dict[str, Any]) -> bool:
+def made_here(settings: dict[str, Any]) -> bool:
     """Whether a tokenizer_config.json is that of a tokenizer trained here: its ids are those of the training."""
     says = {name: settings.get(name) for name in (*_MADE[0], "add_prefix_space", "legacy", "add_bos_token")}
     return any(all(says[name] == value for name, value in made.items()) for made in _MADE)
