@@ -13,6 +13,7 @@ from published import PUBLISHED, Published
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.evaluate import rows as evaluation_rows
+from mlxgpt.common.sft import settings as sft_settings
 from mlxgpt.common.sft import source as sft_source
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers.load import load_tokenizer
@@ -156,3 +157,12 @@ def test_a_template_without_ends_is_cured_by_chatml_or_a_file(tmp_path: Path) ->
     (tmp_path / "own.jinja").write_text(endless.replace("m['content']", "m['content'] + eos_token"))
     source, _ = opened(tmp_path, tokenizer, rows, template=str(tmp_path / "own.jinja"))
     assert trained(source)[0].endswith("It is.</s>")
+
+
+def test_a_folder_does_not_hide_the_template_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chatml", "auto", "m", "own.jinja"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (("chatml", "chatml"), ("auto", "auto"), ("own.jinja", str(tmp_path / "own.jinja"))):
+        made = sft_settings.recipe({"tune": {"model": "m", "source": "m", "template": given}}, "test")
+        assert made.tune and made.tune.template == expected and made.tune.model == str(tmp_path / "m")

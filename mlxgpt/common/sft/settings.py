@@ -105,7 +105,9 @@ def recipe(sections: Sections, where: str) -> Recipe:
         if not getattr(made.tune, key):
             raise UserError(f"tune.{key}: expected {flag}")
     source = str(pydocs_qa.file()) if made.tune.source == pydocs_qa.NAME else made.tune.source
-    paths = {"source": source, "model": made.tune.model, "adapter": made.tune.adapter, "template": made.tune.template}
+    paths = {"source": source, "model": made.tune.model, "adapter": made.tune.adapter}
+    if made.tune.template not in ("auto", "chatml"):  # words, also beside a file or folder of that name
+        paths["template"] = made.tune.template
     absolute = {
         key: str(Path(value).expanduser().resolve())
         for key, value in paths.items()
