@@ -166,3 +166,11 @@ def test_a_folder_does_not_hide_the_template_of_its_name(tmp_path: Path, monkeyp
     for given, expected in (("chatml", "chatml"), ("auto", "auto"), ("own.jinja", str(tmp_path / "own.jinja"))):
         made = sft_settings.recipe({"tune": {"model": "m", "source": "m", "template": given}}, "test")
         assert made.tune and made.tune.template == expected and made.tune.model == str(tmp_path / "m")
+
+
+def test_eval_takes_a_parquet_file_without_the_text_column_as_rows(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), path)
+    assert evaluation_rows.is_rows(str(path), "text")
+    assert not evaluation_rows.is_rows(str(path), "prompt")

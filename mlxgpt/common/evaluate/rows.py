@@ -23,12 +23,19 @@ _SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 
 def is_rows(path: str, text_key: str) -> bool:
-    """Whether a path holds rows of fine-tuning, not documents: a .jsonl does whose first line has no ``text_key``."""
+    """Whether a path holds rows of fine-tuning, not documents: .jsonl and .parquet without ``text_key`` do."""
     place = Path(path)
     if place.is_dir():
         return (place / "train.jsonl").is_file() or arrow.is_dataset(place)
+    if place.suffix.lower() == ".parquet":
+        try:
+            from pyarrow import parquet
+
+            return text_key not in parquet.read_schema(place).names
+        except (ImportError, OSError, ValueError):
+            return False  # the reader of documents says what is wrong
     if place.suffix.lower() != ".jsonl":
-        return place.suffix.lower() in row_files.SUFFIXES and place.suffix.lower() != ".parquet"
+        return place.suffix.lower() in row_files.SUFFIXES
     try:
         with open(place, encoding="utf-8-sig") as file:
             first = json.loads(file.readline())
