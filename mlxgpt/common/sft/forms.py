@@ -117,7 +117,7 @@ def variables(environment: jinja2.Environment, sources: Sequence[str]) -> set[st
     return {name for names in found for name in names} - _GIVEN
 
 
-def check_kwargs(kwargs: Mapping[str, Any], known: set[str], where: str, template: str) -> None:
+def check_kwargs(kwargs: Mapping[str, Any], known: set[str], where: str) -> None:
     """Refuses what a template would not read.
 
     Raises:
@@ -128,4 +128,4 @@ def check_kwargs(kwargs: Mapping[str, Any], known: set[str], where: str, templat
             raise UserError(f"{where}: {name}: {_RESERVED[name]}: expected values that the template reads")
         if name not in known:
             reads = ", ".join(sorted(known)) or "no values"
-            raise UserError(f"{where}: {name}{nearest(name, known)}: {template} does not read it: it reads {reads}")
+            raise UserError(f"{where}: {name}{nearest(name, known)}: the template does not read it: it reads {reads}")

@@ -92,7 +92,7 @@ class Template:
         if kwargs:
             sources = list(self.sources.values())
             known = forms.variables(jinja.compiled(sources[0], False).environment, sources)
-            forms.check_kwargs(kwargs, known, where, self.name)
+            forms.check_kwargs(kwargs, known, where)
 
     @property
     def end(self) -> str:
