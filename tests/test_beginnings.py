@@ -4,6 +4,7 @@ The right values are transformers' (ids and losses) and mlx-lm's (rows of text a
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
-STORIES = Path("/work/shared/data/stories260K")
+# Karpathy's stories260K.bin and tok512.bin, where the variable names a folder with them
+STORIES = Path(os.environ.get("MLXGPT_STORIES260K", "stories260K"))
 TEXT = "The device that measures atmospheric pressure is a barometer. He goes to the park every day. "
 DOCUMENTS = [f"He goes to the park every day, {n} of them.\n" * 3 for n in range(40)]
 # special tokens, what stands before a text, what after it, the template
