@@ -54,7 +54,6 @@ def muon(
     tensors: list[tuple[Array, Array, Array]], shrink: Array, skip: Array, s: list[float], config: OptimConfig
 ) -> None:
     """optim.muon of matrices (p, g / shrink, m) of one shape, in place, if ``skip`` is 0; ``s`` from scalars()."""
-
     p, g, m = (torch.stack(group) for group in zip(*tensors, strict=True))
     optim.muon(p, g.div_(shrink), m, s, config)
     for (weight, _, moment), new_weight, new_moment in zip(tensors, p, m, strict=True):
