@@ -59,8 +59,12 @@ def attend(
     drop: Dropout | None,
     scale: float,
     softcap: float,
+    elements: Array | None = None,
 ) -> Array:
-    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
+    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look.
+
+    ``elements`` says where the weights lie in a row's own, of which they are a part: see noise.dropout.
+    """
     if not (drop and drop.rate) and not softcap:
         if isinstance(mask, Array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
             return fast.attention(q, k, v, mask, scale)
@@ -76,7 +80,7 @@ def attend(
         scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
     weights = mx.softmax(scores, axis=-1, precise=True)
     if drop and drop.rate:
-        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
+        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row, elements)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
 
 
@@ -126,7 +130,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
+        scale, softcap = self._config.attn_scale or D**-0.5, self._config.attn_softcap
+        size = fast.tile(B, H, T, k.shape[2], mx.default_device()) if self.training and cache is None else 0
+        if size and mask is not None:
+            y = fast.tiled(attend, q, k, v, mask, drop, scale, softcap, size)
+        else:
+            y = attend(q, k, v, mask, drop, scale, softcap)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 
