@@ -162,18 +162,20 @@ def tiled(
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | str,
+    mask: Array | str | None,
     drop: Dropout | None,
     scale: float,
     softcap: float,
-    size: int,
 ) -> Array:
-    """attend(q, k, v, mask, drop, scale, softcap) of ``size`` queries at a time, and again for the gradient.
+    """attend(q, k, v, mask, drop, scale, softcap), in tiles of queries, made again for the gradient, if tile() says so.
 
     A tile has all rows and heads. One follows the other, and none has keys that come after it: no query looks ahead of
     its own place, which is S - T + its index. Dropout is a function of a weight's place in the whole.
     """
-    H, T, S = q.shape[1], q.shape[2], k.shape[2]
+    B, H, T, S = *q.shape[:3], k.shape[2]
+    size = tile(B, H, T, S, mx.default_device())
+    if not size or mask is None:
+        return attend(q, k, v, mask, drop, scale, softcap)
     masks, random = [] if isinstance(mask, str) else [mask], [drop.keys, drop.first_row] if drop and drop.rate else []
     tiles = [(start, min(start + size, T)) for start in range(0, T, size)]
 

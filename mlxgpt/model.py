@@ -4,6 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
+from functools import partial
 from typing import Any, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -59,12 +60,9 @@ def attend(
     drop: Dropout | None,
     scale: float,
     softcap: float,
-    elements: Array | None = None,
+    elements: Array | None = None,  # see noise.dropout
 ) -> Array:
-    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look.
-
-    ``elements`` says where the weights lie in a row's own, of which they are a part: see noise.dropout.
-    """
+    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if not (drop and drop.rate) and not softcap:
         if isinstance(mask, Array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
             return fast.attention(q, k, v, mask, scale)
@@ -130,12 +128,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        scale, softcap = self._config.attn_scale or D**-0.5, self._config.attn_softcap
-        size = fast.tile(B, H, T, k.shape[2], mx.default_device()) if self.training and cache is None else 0
-        if size and mask is not None:
-            y = fast.tiled(attend, q, k, v, mask, drop, scale, softcap, size)
-        else:
-            y = attend(q, k, v, mask, drop, scale, softcap)
+        run = attend if cache or not self.training else partial(fast.tiled, attend)
+        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 

@@ -129,8 +129,11 @@ def test_tiles_are_chosen_by_size_and_device() -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "array", "window", "segments", "pad"])
 @pytest.mark.parametrize(("rate", "softcap"), [(0.0, 0.0), (0.3, 0.0), (0.0, 5.0), (0.3, 5.0)])
-def test_tiles_are_the_whole(kind: str, rate: float, softcap: float, gpu: None) -> None:
+def test_tiles_are_the_whole(
+    kind: str, rate: float, softcap: float, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients at a length that is no multiple of the tile, also of large scores and in bfloat16."""
+    monkeypatch.setattr(fast, "tile", lambda *_: 8)
     B, H, K, T, D, i = 3, 6, 2, 29, 8, mx.arange(29)
     mask = i[:, None] >= i
     if kind == "window":
@@ -154,7 +157,7 @@ def test_tiles_are_the_whole(kind: str, rate: float, softcap: float, gpu: None) 
             return model.attend(q, k, v, mask, drop, 0.4, softcap)
 
         def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return fast.tiled(model.attend, q, k, v, given, drop, 0.4, softcap, 8)
+            return fast.tiled(model.attend, q, k, v, given, drop, 0.4, softcap)
 
         expected, found = (mx.vjp(run, [q, k, v], [cotangent]) for run in (whole, tiles))
         for what, a, b in zip(("value", *"qkv"), found[0] + found[1], expected[0] + expected[1], strict=True):
@@ -192,12 +195,11 @@ def test_no_array_of_tiles_has_the_size_of_all_scores(drawn: bool, gpu: None, mo
     whole, none = B * H * T * T, mx.array([0], mx.uint32)
     drop = Dropout(0.2, none, none[0], 0.0, none[0], 0.0, none) if drawn else None
     monkeypatch.setattr(fast, "SCORES", whole // 32)
-    size = fast.tile(B, H, T, T, mx.default_device())
     mask = mx.arange(T)[:, None] >= mx.arange(T)
     q, k, v, c = (draw(name, B, H, T, D) for name in "qkvc")
 
     def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return fast.tiled(model.attend, q, k, v, mask if drawn else "causal", drop, 0.3, 0.0, size)
+        return fast.tiled(model.attend, q, k, v, mask if drawn else "causal", drop, 0.3, 0.0)
 
     def scores(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return model.attend(q, k, v, mask, drop, 0.3, 0.0)
@@ -219,19 +221,22 @@ def test_no_array_of_tiles_has_the_size_of_all_scores(drawn: bool, gpu: None, mo
 
 def test_few_scores_are_made_as_before(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the threshold, after a cache and without a gradient attention is MLX's own."""
-    config, used = recipe("llama-gqa"), []
+    config, used, plain = recipe("llama-gqa"), [], mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
-    monkeypatch.setattr(fast, "tiled", lambda *given: used.append(1) or given[1])
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda q, *given, **more: used.append(q.shape[2]) or plain(q, *given, **more),
+    )
     trained = engine("mlxgpt", config, moved(config))
     batch = trained._arrays(packed(config))
     trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
-    assert not used
-    monkeypatch.setattr(fast, "SCORES", 1)
+    monkeypatch.setattr(fast, "SCORES", 4 * 4 * 31 * 16)
     trained.evaluate(packed(config))
-    trained.model(batch.tokens[:, :5], cache=model.make_cache(trained.model, 4, 8))
-    assert not used
+    trained.model(batch.tokens, cache=model.make_cache(trained.model, 4, 31))
+    assert set(used) == {31}
     trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
-    assert used
+    assert set(used) == {31, 8, 7}
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "gpt2", "gemma2"])
@@ -247,12 +252,12 @@ def test_a_model_in_tiles_is_the_same(
     params = moved(config, scale)
     expected = probe("torch_ref", config, params)
     used = []
-    plain = fast.tiled
-    monkeypatch.setattr(fast, "tiled", lambda *given: used.append(1) or plain(*given))
+    plain = fast.tile
+    monkeypatch.setattr(fast, "tile", lambda *given: used.append(plain(*given)) or used[-1])
     monkeypatch.setattr(fast, "SCORES", 2 * 4 * 4 * 31 * 8)
     monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     found = probe("mlxgpt", config, params)
-    assert used
+    assert all(0 < size < 31 for size in used) and used
     agree("logits", found.logits, expected.logits, 1e-5)
     assert worst_gradient("gradient", found.gradients, expected.gradients) <= 1e-5
