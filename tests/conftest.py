@@ -13,6 +13,7 @@ from mlxgpt import blas  # noqa: F401
 import fake_run
 import mlx.core as mx
 import pytest
+from doubles.metal import Metal
 from fake_train import Go
 
 from mlxgpt import cli
@@ -30,6 +31,15 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(mx.Device(mx.cpu))
     yield
     mx.set_default_device(before)
+
+
+@pytest.fixture
+def metal() -> Iterator[Metal]:
+    """A Metal device, MLX's default, that computes on the CPU and refuses what Metal refuses."""
+    device = Metal()
+    device.install()
+    yield device
+    device.remove()
 
 
 @pytest.fixture
