@@ -55,7 +55,7 @@ SHARE = {
     "layers.py": 0.27,
     "load.py": 0.18,
     "losses.py": 0.23,
-    "model.py": 0.20,  # on a GPU MLX has no fused attention with a gradient: tiles; PyTorch has FlexAttention
+    "model.py": 0.22,  # on a GPU MLX has no fused attention with a gradient: tiles; PyTorch has FlexAttention
     "noise.py": 0.35,
     "optim.py": 0.31,  # Muon on a stack
     "probe.py": 0.37,
