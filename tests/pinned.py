@@ -20,7 +20,8 @@ import mlx.core as mx
 
 VARIABLE = "MLXGPT_DEVICE"
 _PINNED = os.environ.get(VARIABLE, "cpu") == "cpu"
-_OWN = mx.default_device()  # before the suite chooses
+_default = mx.default_device  # also where a test replaces it
+_OWN = _default()  # before the suite chooses
 _CPU = mx.Device(mx.cpu)
 _used: list[str] = []  # devices since the last look
 
@@ -70,8 +71,8 @@ def _watched(item: pytest.Item) -> Generator[None, object, object]:
     try:
         result = yield
     finally:
-        if mx.default_device() != _CPU:
-            _note(mx.default_device())
+        if _default() != _CPU:
+            _note(_default())
             mx.set_default_device(_CPU)
         found = sorted({*_used, *_torch_devices()})
         _used.clear()
