@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_ref import quant
+from torch_ref import fast, quant
 from torch_ref.layers import Array, finish
 
 
@@ -55,7 +55,7 @@ def logits(
     hidden: Array, weight: Array, bias: Array | None = None, logit_scale: float = 0.0, soft_cap: float = 0.0
 ) -> Array:
     """z (..., V) in float32 (float64 of float64) of hidden states (..., C), weight (V, C) and bias (V,)."""
-    z = hidden @ weight.to(hidden.dtype).T
+    z = fast.linear(hidden, weight.to(hidden.dtype))
     if bias is not None:
         z = z.to(torch.promote_types(z.dtype, torch.float32)) + bias
     return finish(z, logit_scale, soft_cap)

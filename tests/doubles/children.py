@@ -1,4 +1,8 @@
-"""A double in a process that no test plugin reaches: Python imports ``site/sitecustomize.py`` as it starts."""
+"""A double for a whole process and those that it starts: MLXGPT_DOUBLE names it, ``metal`` or ``macos`` or both.
+
+conftest.py imports this module first; in every other process ``site/sitecustomize.py`` does, which Python imports as it
+starts.
+"""
 
 import importlib
 import importlib.abc
@@ -9,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-VARIABLE = "MLXGPT_DOUBLE"  # metal or macos
+VARIABLE = "MLXGPT_DOUBLE"
 _SITE = Path(__file__).parent / "site"
 
 
@@ -21,10 +25,12 @@ def environment(double: str) -> dict[str, str]:
     return {VARIABLE: " ".join(dict.fromkeys(names)), "PYTHONPATH": os.pathsep.join([*places, *before])}
 
 
-def begin() -> None:
-    """Installs the doubles that the environment names, as this process starts."""
+def _begin() -> None:
+    """Installs the doubles that the environment names, as this process starts; once."""
     names = os.environ.get(VARIABLE, "").split()
-    if "metal" in names:
+    for name in names:
+        os.environ.update(environment(name))
+    if "metal" in names and "mlx.core" not in sys.modules:
         sys.meta_path.insert(0, _Finder())
     if "macos" in names:
         importlib.import_module("doubles.macos").MacOS().install()
@@ -52,4 +58,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module("doubles.metal").Metal().install()
+        importlib.import_module("doubles.metal").Metal(forbidden=True).install()
+
+
+_begin()

@@ -6,11 +6,11 @@ elements (backend/metal/indexing.cpp), a wired limit above the working set (back
 of ``mlx.core`` and every method of its arrays is wrapped, so what Python builds is seen, traced functions included;
 what C++ builds alone (gradients) is not. Metal's rounding, speed and memory are not imitated.
 
-One test: the fixture ``metal`` of conftest.py. All tests of a run, children included::
+One test: the fixture ``metal`` of conftest.py. Any test, and the processes that it starts::
 
-    PYTHONPATH=tests python -m pytest -p doubles.metal tests/test_generate.py
+    MLXGPT_DOUBLE=metal MLXGPT_DEVICE=gpu python -m pytest tests/test_generate.py
 
-A child process without pytest: the environment of ``children.environment("metal")``.
+Without MLXGPT_DEVICE the suite pins the CPU, and computing on the device is an error, in child processes too.
 """
 
 import functools
@@ -21,9 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
-
-from doubles import children
+from typing import Any, ClassVar
 
 GIB = 2**30
 # not operations: they take or give devices, or evaluate; those that matter here have a stand-in
@@ -47,22 +45,16 @@ _NEEDS_CPU = "This op is not yet supported on the GPU. Explicitly pass a CPU str
 _ON_GPU = {"norm", "cross"}  # of linalg; the other functions need a CPU stream
 
 
-def pytest_configure() -> None:
-    """``-p doubles.metal``: the device is there for the whole run and for the processes that it starts."""
-    os.environ.update(children.environment("metal"))
-    from mlxgpt import blas  # noqa: F401  (before MLX)
-
-    Metal().install()
-
-
 @dataclass
 class Metal:
     """The device: what ``mx.device_info`` says of it, and whether it is MLX's default now."""
 
+    current: ClassVar["Metal | None"] = None  # the one that is installed
     name: str = "Apple M2 Pro"
     memory: int = 16 * GIB
     working_set: int = 11 * GIB
     default: bool = True
+    forbidden: bool = False  # under MLXGPT_DEVICE=cpu every operation on it is an error
     used: int = 0  # operations that were built on it
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _streams: list[Any] = field(default_factory=list)
@@ -83,6 +75,7 @@ class Metal:
         """Replaces what of ``mlx.core`` knows a device; ``remove`` puts it back."""
         import mlx.core as mx
 
+        Metal.current = self
         self._devices(mx)
         parts = (mx, mx.linalg, mx.fast, mx.random, mx.fft)
         for part in parts:
@@ -99,6 +92,7 @@ class Metal:
 
     def remove(self) -> None:
         """MLX as it was."""
+        Metal.current = None
         while self._undo:
             self._undo.pop()()
 
@@ -163,7 +157,7 @@ class Metal:
         self._set(mx.metal, "set_wired_limit", set_wired_limit)
 
     def _operation(self, real: Any, name: str, cpu_only: str) -> Any:
-        """``real`` that refuses on the device what Metal refuses; ``cpu_only``: its name if Metal has none of it, or ''."""
+        """``real`` that refuses on the device what Metal refuses; ``cpu_only``: the name of what Metal lacks."""
         import mlx.core as mx
 
         @functools.wraps(real)
@@ -178,6 +172,8 @@ class Metal:
                 return found
             made = [args[0]] if name == "__setitem__" else list(_arrays(found, mx.array))
             self.used += bool(made)
+            if self.forbidden and made and os.environ.get("MLXGPT_DEVICE") == "cpu":
+                raise AssertionError(f"{name} computes on the GPU, which MLXGPT_DEVICE=cpu excludes")
             for array in (*made, *_arrays(args, mx.array)):
                 if array.dtype == mx.float64:
                     raise ValueError("float64 is not supported on the GPU")

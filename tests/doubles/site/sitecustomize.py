@@ -1,5 +1,3 @@
 """Read by Python as it starts where this folder is in PYTHONPATH."""
 
-from doubles import children
-
-children.begin()
+import doubles.children  # noqa: F401
