@@ -34,6 +34,11 @@ def use(name: str = "auto") -> mx.Device:
     return device
 
 
+def is_gpu(array: mx.array) -> bool:
+    """Whether what is made of the array is computed on a GPU."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def memory() -> dict[str, int]:
     """Bytes of arrays: ``active`` now and ``peak`` since the start."""
     return {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}

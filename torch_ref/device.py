@@ -38,6 +38,11 @@ def use(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def is_gpu(array: torch.Tensor) -> bool:
+    """Whether what is made of the array is computed on a GPU."""
+    return array.device.type != "cpu"
+
+
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes of tensors: ``active`` now and ``peak`` since the start; on the CPU, of the whole process."""
     if device.type == "cuda":

@@ -88,8 +88,9 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
         z = logits(h, w, b, o.logit_scale, o.soft_cap)
-        inside = (y >= start) & (y < start + n)
-        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(y - start, 0, n - 1), dim=-1), 0.0)
+        at = y - start
+        inside = (at >= 0) & (at < n)
+        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(at, 0, n - 1), dim=-1), 0.0)
         if o.label_smoothing:
             z_sum = z_sum + z.sum(dim=-1, keepdim=True)
         last, top = top, torch.maximum(top, z.amax(dim=-1, keepdim=True))
