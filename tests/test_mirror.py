@@ -45,6 +45,7 @@ ONLY = {
 SHARE = {
     "adapters.py": 0.33,
     "device.py": 0.66,  # each names its own memory limits
+    "doctor.py": 0.50,
     "engine.py": 0.43,
     "generate.py": 0.28,
     "head.py": 0.30,
