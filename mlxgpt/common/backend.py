@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def load(name: str | None) -> Backend:
     name = resolve(name)
     parts = ("engine", "load", "generate", "footprint")
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
+
+
+def device(name: str) -> tuple[str, str]:
+    """What ``auto`` is: the environment's MLXGPT_DEVICE, else ``auto``; and what to call it in an error."""
+    chosen = os.environ.get("MLXGPT_DEVICE", "") if name == "auto" else ""
+    return (chosen, f"MLXGPT_DEVICE={chosen}") if chosen else (name, f"--device {name}")
 
 
 def _broken(name: str) -> str:
