@@ -54,7 +54,7 @@ def judged(state: str) -> str:
     """
     if state == "unknown":
         raise UserError(
-            "TF32 is on: MLX was imported before mlxgpt, and may round float32 products to 10 bits of mantissa: no gate "
-            "can be judged; import mlxgpt first, or set MLX_ENABLE_TF32=0"
+            "TF32 is on: MLX was imported before mlxgpt and may round float32 products to 10 bits of mantissa, so no "
+            "gate can be judged; import mlxgpt first, or set MLX_ENABLE_TF32=0"
         )
     return NOTE if state == "on" else ""
