@@ -6,7 +6,7 @@ these is applied.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
 
     place: str
     wrong: Wrong
-    rungs: set[str]
+    rungs: Collection[str]
 
 
 def on_gpu(framework: str) -> bool:
@@ -114,7 +114,7 @@ MUTATIONS = {
     "no bias correction": Mutation("optim.scalars", no_correction, {"training"}),
     "other dropout masks": Mutation("noise.mix", other_masks, {"training"}),
     "the embedding's gradient twice": Mutation("layers.Embedding.rows", twice_the_gradient, {"gradients", "training"}),
-    "not a number": Mutation("layers.Norm.forward", not_a_number, set(RUNGS)),
+    "not a number": Mutation("layers.Norm.forward", not_a_number, RUNGS),
 }  # fmt: skip
 
 
