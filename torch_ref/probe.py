@@ -10,6 +10,7 @@ import torch.nn as nn
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.inference import probe as probing
 from mlxgpt.common.inference.probe import KEPT, Request
+from torch_ref import device as devices
 from torch_ref.generate import generate
 from torch_ref.layers import Array
 from torch_ref.load import load
@@ -71,6 +72,8 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     Raises:
         UserError: see ``load``; ids that the model does not have.
     """
+    if request.exact and devices.use(device).type == "mps":
+        device = "cpu"  # MPS has no float64
     model, _ = load(folder, device=device)
     if request.exact:
         model.double()._dtype = torch.float64
