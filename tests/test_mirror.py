@@ -48,6 +48,7 @@ ONLY = {
 SHARE = {
     "adapters.py": 0.34,
     "device.py": 0.66,  # each names its own memory limits
+    "doctor.py": 0.50,
     "engine.py": 0.46,  # PyTorch leaves the update and its one copy to the host to us
     "generate.py": 0.28,
     "head.py": 0.30,
