@@ -79,6 +79,8 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     Raises:
         UserError: see ``load`` and tf32.judged; ids that the model does not have.
     """
+    if request.exact and devices.use(device).type == "mps":
+        device = "cpu"  # MPS has no float64
     model, _ = load(folder, device=device)
     if note := tf32.judged(devices.tf32_state(model.device)):
         print(note, file=sys.stderr)
