@@ -9,6 +9,7 @@ import torch
 from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+from torch_ref import fast
 
 _MIB = 2**20
 
@@ -40,7 +41,7 @@ def use(name: str = "auto") -> torch.device:
 
 def is_gpu(array: torch.Tensor) -> bool:
     """Whether what is made of the array is computed on a GPU."""
-    return array.device.type != "cpu"
+    return fast.kind(array.device) in ("cuda", "mps")
 
 
 def memory(device: torch.device) -> dict[str, int]:
