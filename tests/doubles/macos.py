@@ -2,7 +2,7 @@
 
 A module of this repository that imports os, sys, platform, resource, fcntl or signal gets a stand-in: sys.platform is
 darwin, functions that only Linux has are missing, ru_maxrss is in bytes, RLIMIT_AS has no effect, F_FULLFSYNC is there.
-/proc, /sys, /dev/full and /dev/shm do not exist for it. Libraries, and Python's own, see Linux. A folder may not hold two
+/proc, /sys, /dev/full and /dev/shm do not exist for it. Libraries, and Python's own, see Linux. No folder may hold two
 names that a case-insensitive or normalizing disk takes for one, 256 files may be open, and ``sysctl`` and ``vm_stat``
 answer as on an Apple M2 Pro. MLX multiplies with the BLAS of Linux, though blas.py says Accelerate.
 
