@@ -165,7 +165,7 @@ def test_a_framework_whose_process_ends_is_a_failed_rung(
         "import os, sys\nprint('Abort trap in /Users/jane.doe/mlx/kernel.metal', file=sys.stderr)\nos.abort()"
     )
     (tmp_path / "broken" / "device.py").write_text(
-        "def use(name): pass\ndef describe(_): return {'device': 'cpu', 'version': '1'}"
+        "def use(name): pass\ndef describe(_): return {'device': 'cpu', 'version': '1', 'tf32': 'off'}"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -186,6 +186,20 @@ def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture, tmp_path: 
         assert cli.main(["doctor", *words]) == 2
         shown = capsys.readouterr()
         assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_where_tf32_was_asked_for_its_gates_hold_and_are_said(
+    tiny: None, gpu: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(MUTATIONS["products in TF32"], "torch", monkeypatch)
+    states = {"off": (1, "FAILED"), "on": (0, "TF32 is on: float32 products are rounded"), "unknown": (2, "")}
+    describe = torch_ref.doctor.devices.describe
+    for state, (code, words) in states.items():
+        monkeypatch.setattr(
+            torch_ref.doctor.devices, "describe", lambda device, s=state: {**describe(device), "tf32": s}
+        )
+        found, said = doctor(capsys, "--quick", "--backend", "torch", "--device", "gpu")
+        assert found == code and words in said
 
 
 # what a machine says of itself

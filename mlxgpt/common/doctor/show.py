@@ -64,6 +64,7 @@ def _frameworks(report: dict[str, Any]) -> Iterator[str]:
         yield f"  {TITLES[name]:<17} {'; '.join(parts)}"
         if facts["chip"] is None and facts["device"] != "cpu":
             yield f"  {'':<17} not in the table of chips: shares of its peak are left out"
+    yield from (f"  {'note':<17} {note}" for note in report["notes"])
     for name, why in report["not_here"].items():
         yield f"  {TITLES[name]:<17} not here: {why}"
 
