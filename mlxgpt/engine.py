@@ -56,7 +56,7 @@ class Engine:
         self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
         self.t = 0
         parameters.check(adapter_params.shapes(recipe), params)
-        base, self.note = quantize_base.prepare(recipe, params, self.device == mx.Device(mx.cpu))
+        base, self.note = quantize_base.prepare(recipe, params, devices.room(self.device))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantized):

@@ -14,6 +14,7 @@ ALONE = {
     *("__init__.py", "__main__.py", "arguments.py", "cli.py", "verbs.py", "blas.py", "mlx_memory.py"),
     "fused.py",  # one kernel for many tensors, which MLX's compiler makes by itself
     "fast.py",  # what each framework's own kernels lack
+    "sampled.py",  # MLX counts its peak by itself
     "transfer.py",  # MLX's arrays are where the host can read them
     "footprint.py",  # two programs: MLX's graph is exported and walked, PyTorch's operations are watched
 }

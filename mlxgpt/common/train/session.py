@@ -16,7 +16,7 @@ from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import chips, machine
 from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan.gate import Gate
 from mlxgpt.common.recipes import build, read_toml
@@ -46,7 +46,7 @@ def _begin(kind: Kind) -> int:
     args = kind.args
     out = run_folder.unused(*kind.read_settings())
     kind.open_model()
-    backend = _open_backend(args)
+    backend = _open_backend(args, kind.recipe)
     kind.open_source()
     recipe = kind.recipe
     check_settings(recipe, args)
@@ -92,7 +92,7 @@ def _resume(kind: Kind) -> int:
                 f"{out}: no checkpoint: it was stopped before its first weights were saved; "
                 f"remove it and start again{again}"
             )
-        backend = _open_backend(args)
+        backend = _open_backend(args, kind.recipe)
         kind.reopen_source(out, newest)
         if newest:
             resume.check_data(out, newest[1].data, kind.digests())
@@ -125,10 +125,11 @@ def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
     )
 
 
-def _open_backend(args: Namespace) -> Backend:
-    """The framework's modules, its device chosen: what is missing is said before the data is prepared."""
+def _open_backend(args: Namespace, recipe: Recipe) -> Backend:
+    """The framework's modules, its device chosen: what is missing, or is less than a limit, is said before any work."""
     backend = backends.load(args.backend)
-    backend.engine.devices.use(args.device)
+    device = backend.engine.devices.use(args.device)
+    machine.check_limits(recipe.train, backend.engine.devices.capacity(device))
     return backend
 
 
