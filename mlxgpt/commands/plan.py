@@ -115,7 +115,7 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         size = int(chip.memory * 1e9)
         where = {"total": size, "free": size, "recommended": 0, "limit": size}
         notes.append(f"memory is from a closed form, to about 25%: {chip.name} is not here to measure on")
-        need = _need(recipe, measured.computed(backend.name), where["limit"])
+        need = _need(recipe, measured.computed(backend.name, True), where["limit"])
     else:
         patience = None if args.measure else measured.PATIENCE
         with measured.here(backend, args.device, where["limit"], patience, args.measure) as measure:
@@ -192,7 +192,7 @@ def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         limit = plan_budget.size_of(args.memory)
     dtype = recipe.train.compute_dtype
     compute = plan_budget.compute_of(hours, chip, dtype) if timed and chip else None
-    measure = measured.computed(backend.name)
+    measure = measured.computed(backend.name, bool(chip) or described["device"] != "cpu")
     choice = plan_budget.choose(recipe, compute, limit, measure)
     made = choice.recipe
     if args.out:

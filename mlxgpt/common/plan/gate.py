@@ -43,7 +43,9 @@ class Gate:
     def finish(self, run: Path, engine: Any) -> str:
         """Predicted and measured memory in one line; writes the run's plan.json."""
         spent = time.perf_counter() - self.began
-        memory = self.memory or plan_memory.plan(self.recipe, measured_plan.computed(self.backend.name))
+        memory = self.memory or plan_memory.plan(
+            self.recipe, measured_plan.computed(self.backend.name, self.device != "cpu")
+        )
         measured, how = engine.memory()["peak"], "arrays"
         if (self.backend.name, self.device) == ("torch", "cpu"):
             # the resident memory of the process, which exceeds PyTorch's tensors

@@ -83,11 +83,12 @@ class Measured:
         if not job or not peak:
             return self._closed(recipe, rows, length, micro_batches)
         if first:
-            self.ratio = peak / closed.footprint(recipe, rows, length, micro_batches, self.backend).peak
+            self.ratio = peak / self._by_formula(recipe, rows, length, micro_batches).peak
         half = None
         if first and job.length > 1:
             half = self._ask(job._replace(length=job.length // 2, steps=similar.STEPS), recipe)
-        return Footprint(peak, pieces(recipe, rows * length, peak, half))
+        formula = self._by_formula(recipe, rows, length, micro_batches)
+        return Footprint(peak, pieces(similar.state(recipe, not self.cpu), formula, peak, half))
 
     def _job(self, recipe: Recipe, rows: int, length: int, count: int, first: bool) -> Job | None:
         """The copy to measure; None where none is cheap enough."""
@@ -113,9 +114,12 @@ class Measured:
         if not self.notes:
             self.notes.append(note)
 
+    def _by_formula(self, recipe: Recipe, rows: int, length: int, micro_batches: int) -> Footprint:
+        return closed.footprint(recipe, rows, length, micro_batches, self.backend, not self.cpu)
+
     def _closed(self, recipe: Recipe, rows: int, length: int, micro_batches: int) -> Footprint:
         """The closed form, corrected by what was measured, if anything was."""
-        found = closed.footprint(recipe, rows, length, micro_batches, self.backend)
+        found = self._by_formula(recipe, rows, length, micro_batches)
         ratio = self.ratio or 1.0
         return Footprint(
             int(found.peak * ratio), [piece._replace(size=int(piece.size * ratio)) for piece in found.pieces]
@@ -136,7 +140,7 @@ class Measured:
             return None
         self.spent += job.steps * similar.flops(job.recipe, job.rows, job.length, job.micro_batches)
         self.steps += job.steps
-        self.found[key] = similar.grown(recipe, job, answer)
+        self.found[key] = similar.grown(recipe, job, answer, not self.cpu)
         return self.found[key]
 
     def _answer(self, job: bytes, left: float | None) -> dict[str, Any]:
@@ -167,13 +171,20 @@ class Measured:
         return self.process
 
 
-def pieces(recipe: Recipe, tokens: int, peak: int, half: int | None) -> list[Piece]:
-    """A peak by component; activations and logits are what grows with the tokens (``half``: half of them)."""
-    made = memory.static(recipe)
-    rest = max(0, peak - sum(made.values()))
+def pieces(state: dict[str, int], formula: Footprint, peak: int, half: int | None) -> list[Piece]:
+    """A peak by component: weights and moments are known, activations and logits grow with the tokens.
+
+    Args:
+        state: bytes of weights and moments.
+        formula: the closed form's footprint, which has a share of logits in what grows.
+        half: the peak of half the tokens, if it was measured.
+    """
+    rest = max(0, peak - sum(state.values()))
     growing = rest if half is None else min(rest, max(0, 2 * (peak - half)))
-    logits = min(growing, memory.logits(recipe, tokens))
-    made |= {"gradients": rest - growing, "logits": logits, "activations": growing - logits}
+    parts = {piece.label: piece.size for piece in formula.pieces}
+    wide = parts.get("logits", 0) / (parts.get("logits", 0) + parts.get("activations", 0) or 1)
+    logits = int(growing * wide)
+    made = state | {"gradients": rest - growing, "logits": logits, "activations": growing - logits}
     made["weights"] += peak - sum(made.values())
     return [Piece(name, (), size) for name, size in made.items()]
 
@@ -184,6 +195,6 @@ def here(backend: Backend, device: str, limit: int, patience: float | None = Non
     return Measured(backend.name, device, cpu, limit, patience, whole)
 
 
-def computed(backend: str) -> memory.Measure:
+def computed(backend: str, gpu: bool) -> memory.Measure:
     """The closed form as a Measure, for chips that are not here, and where dozens of models are tried."""
-    return functools.partial(closed.footprint, backend=backend)
+    return functools.partial(closed.footprint, backend=backend, gpu=gpu)

@@ -83,36 +83,6 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
     return made
 
 
-def static(recipe: Recipe) -> dict[str, int]:
-    """Bytes that a step finds and leaves: ``weights`` and ``moments``."""
-    trains, adapter = adapters.trainable(recipe), recipe.adapter
-    made = {"weights": 0, "moments": 0}
-    for name, param in (params.table(recipe.model) | trains).items():
-        size = elements(param.shape)
-        whole = not (adapter and adapter.bits and adapter.dequantize == "never" and param.adaptable)
-        if name in trains or whole or param.shape[1] % adapter.group_size:  # type: ignore[union-attr]
-            made["weights"] += 4 * size
-        else:  # a scale and a bias a group
-            made["weights"] += size * adapter.bits // 8 + 2 * 4 * size // adapter.group_size  # type: ignore[union-attr]
-    for name, param in trains.items():
-        muon = recipe.optim.name == "muon" and name.startswith("h.") and len(param.shape) == 2
-        made["moments"] += (4 if muon else 8) * elements(param.shape)
-    return made
-
-
-def logits(recipe: Recipe, tokens: int) -> int:
-    """Bytes of what the head keeps for the gradient of ``tokens`` tokens: exp(z), whole or of a chunk at a time."""
-    model, train = recipe.model, recipe.train
-    width = len(model.labels) or model.vocab_size
-    chunk = 0 if model.labels else train.head_chunk(tokens, width, False)
-    if not chunk:
-        return 4 * tokens * width
-    head = "wte.weight" if model.tied else "lm_head.weight"
-    if head in adapters.trainable(recipe):
-        return (2 if train.compute_dtype == "bfloat16" else 4) * tokens * width
-    return 4 * tokens * chunk
-
-
 def checkpoint_copy(recipe: Recipe) -> int:
     """Bytes of the copy of trainable weights and moments that a checkpoint is written from."""
     return 4 * sum(3 * elements(param.shape) for param in adapters.trainable(recipe).values())
@@ -132,7 +102,8 @@ def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
     for layers in (4, 6):  # beyond the layers that MLX frees late
         model = dataclasses.replace(recipe.model, n_layer=layers, no_rope=(), window_layers=(), window=0)
         plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None)
-        made.append(measure(plain, rows * more, tokens, 1).peak - sum(static(plain).values()))
+        found = components(plain, measure(plain, rows * more, tokens, 1))
+        made.append(sum(found.values()) - found["weights"] - found["moments"])
     return max(0, made[1] - made[0]) // (2 * more)
 
 
@@ -193,10 +164,13 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
         model = dataclasses.replace(recipe.model, block_size=max(tokens, recipe.model.block_size))
         return dataclasses.replace(recipe, model=model)
 
+    def state(tokens: int) -> int:
+        """Weights and moments: learned positions grow with the length."""
+        trains = sum(elements(param.shape) for param in adapters.trainable(at(tokens)).values())
+        return 4 * params.count(at(tokens).model) + 8 * trains
+
     def bytes_of(tokens: int) -> int:
-        # positions that are not used are weights of another size, which are known
-        step = measure(recipe if tokens <= recipe.model.block_size else at(tokens), rows, tokens, count).peak
-        return step - sum(static(at(tokens)).values())
+        return measure(at(tokens), rows, tokens, count).peak - state(tokens)
 
     first = 128
     while first * rows < recipe.model.n_embd:  # so many that weights do not hide activations
@@ -206,8 +180,7 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     slope = max((two - one) / first - 3 * first * square, 1.0)
     rest = one - first * slope - first**2 * square
     fits = lambda tokens: (  # noqa: E731
-        rest + slope * tokens + square * tokens**2 + sum(static(at(tokens)).values()) + checkpoint_copy(at(tokens))
-        <= limit
+        rest + slope * tokens + square * tokens**2 + state(tokens) + checkpoint_copy(at(tokens)) <= limit
     )
     low, high = 0, most + 1
     while low < high - 1:

@@ -15,7 +15,7 @@ import numpy as np
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, Recipe
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.plan import compute, memory
+from mlxgpt.common.plan import closed, compute
 from mlxgpt.common.plan.memory import Footprint
 from mlxgpt.common.plan.worker import Job
 
@@ -101,10 +101,16 @@ def smallest_scale(
     return None
 
 
-def grown(recipe: Recipe, job: Job, answer: dict[str, int]) -> int:
+def state(recipe: Recipe, gpu: bool = False) -> dict[str, int]:
+    """Bytes that a step finds and leaves: ``weights`` and ``moments``."""
+    found = {piece.label: piece.size for piece in closed.footprint(recipe, 1, 1, gpu=gpu).pieces}
+    return {name: found.get(name, 0) for name in ("weights", "moments")}
+
+
+def grown(recipe: Recipe, job: Job, answer: dict[str, int], gpu: bool = False) -> int:
     """Peak bytes of ``recipe``'s step, from what was measured of its copy; weights and moments are known exactly."""
-    known = [sum(memory.static(each).values()) for each in (recipe, job.recipe)]
-    return job.scale**2 * (answer["peak"] - known[1]) + known[0] + answer["fixed"]
+    true, copied = (sum(state(each, gpu).values()) for each in (recipe, job.recipe))
+    return job.scale**2 * (answer["peak"] - copied) + true + answer["fixed"]
 
 
 def batch(recipe: Recipe, rows: int, length: int) -> Batch:
