@@ -15,7 +15,8 @@ from mlxgpt.common.plan.memory import Footprint, Piece
 
 SCORES = 1 << 25  # attention scores that exist at once in training on a GPU, in MLX: mlxgpt/fast.py
 LATE = {True: 2.2, False: 1.2}  # of what a block keeps: made for its gradient or not yet freed, with a gated MLP or not
-LATER = 0.8  # more of it where blocks are computed again
+LATER = 1.1  # more of it where blocks are computed again
+TRAILING = 1.2  # of what a block keeps: not yet freed when the head's gradient is made
 UPDATE = 1.8  # of the gradients: scaled ones, and what the update has not yet freed
 MANY = 1 << 14  # elements from which MLX on a CPU computes attention in tiles, the same
 
@@ -58,8 +59,9 @@ def footprint(
     logits, head, head_gradient = heads(s)
     earlier = gradients if micro_batches > 1 else 0
     last = (block if again else 0) + works
+    trailing = int(TRAILING * block) if s.mlx else 0
     phases = (
-        {"activations": layers + head + outside(s), "logits": logits, "gradients": earlier + head_gradient},
+        {"activations": layers + head + trailing + outside(s), "logits": logits, "gradients": earlier + head_gradient},
         {"activations": layers + last + outside(s), "gradients": earlier + head_gradient},
         {"activations": block + works + outside(s), "gradients": gradients + (largest(s) if earlier else 0)},
         {"gradients": gradients + update(s) + (earlier if s.mlx else 0)},
@@ -178,7 +180,7 @@ def working(s: Sizes) -> int:
     """Bytes that the gradient of a block makes on its way; in MLX those too that wait to be freed."""
     model = s.recipe.model
     if s.mlx:
-        late = LATE[model.gated] + (LATER if s.recipe.train.checkpoint_activations else 0)
+        late = LATE[model.gated] + (LATER * (1 - 1 / model.n_layer) if s.recipe.train.checkpoint_activations else 0)
         return int(late * kept(s))
     wide = max(model.n_hidden * (2 if model.gated else 1), model.n_embd, model.n_head * model.head_dim)
     return 2 * s.tokens * wide * s.item + (attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0)
@@ -201,7 +203,8 @@ def heads(s: Sizes) -> tuple[int, int, int]:
     if not chunk:
         return 3 * 4 * s.tokens * model.vocab_size, 0, gradient
     keeps = trains and not train.checkpoint_activations
-    logits = 4 * s.tokens * (2 * chunk + (model.vocab_size if keeps else 0))
+    now = (2 if s.mlx else 1) + (2 if model.final_softcap else 0)
+    logits = 4 * s.tokens * (now * chunk + (model.vocab_size if keeps else 0))
     return logits, 4 * 2 * s.tokens * model.n_embd, gradient
 
 
