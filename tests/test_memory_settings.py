@@ -1,5 +1,6 @@
 """train.memory_limit, cache_limit, clear_cache, wired_limit: each does what it says, or says that it does nothing."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def test_a_limit_above_what_there_is_is_refused(
     monkeypatch.setattr(machine, "total", lambda: 8192 * MIB)
     machine.check_limits(TrainConfig(memory_limit=4096, cache_limit=4096, wired_limit=4096), capacity)
     with pytest.raises(UserError) as caught:
-        machine.check_limits(TrainConfig(**{setting: 9000}), capacity)
+        machine.check_limits(dataclasses.replace(TrainConfig(), **{setting: 9000}), capacity)
     assert str(caught.value) == expected
 
 
