@@ -12,7 +12,6 @@ Reading checks every file against its sha256 first.
 import argparse
 import hashlib
 import importlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 from benchmarks.pairs import Contender, race, row
 from benchmarks.report import Row, finish
 from benchmarks.train_step import SIZES, batch_of
+from mlxgpt.common import files
 
 WIDTH, WORDS = 512, 16000
 
@@ -126,7 +126,7 @@ def copy(layers: str, folder: str, sealed: str = ""):
             if path.is_file():
                 with open(path, "rb") as file:
                     hashlib.file_digest(file, "sha256")
-                    os.fsync(file)
+                    files.flush(file.fileno())
         return sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
 
     return run

@@ -8,6 +8,7 @@ from mlxgpt import blas
 # isort: split
 import mlx.core as mx
 
+from mlxgpt.common import backend
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 
@@ -15,19 +16,27 @@ _MIB = 2**20
 
 
 def use(name: str = "auto") -> mx.Device:
-    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device and returns it; auto is the GPU where there is one.
+    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device and returns it.
+
+    auto is what MLXGPT_DEVICE says, else the GPU where there is one.
 
     Raises:
         UserError: a device that MLX does not have here.
     """
+    name, asked = backend.device(name)
     if name not in ("auto", "cpu", "gpu"):
-        raise UserError(f"--device {name}: the mlx backend has auto, cpu and gpu")
+        raise UserError(f"{asked}: the mlx backend has auto, cpu and gpu")
     gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not gpu:
-        raise UserError("--device gpu: this machine has no GPU that MLX can use; expected auto or cpu")
+        raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
     device = mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
     mx.set_default_device(device)
     return device
+
+
+def is_gpu(array: mx.array) -> bool:
+    """Whether what is made of the array is computed on a GPU."""
+    return mx.default_device() != mx.Device(mx.cpu)
 
 
 def memory() -> dict[str, int]:

@@ -190,7 +190,9 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        self.model.eval()  # attention that needs no gradient
         terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
+        self.model.train()
         sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
         return sums | (confusion.count(batch, answers[0]) if answers else {})
 

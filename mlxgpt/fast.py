@@ -1,9 +1,11 @@
-"""What MLX's CPU backend computes slowly, spelled out: e^x, and what is made of it. A GPU has kernels of its own.
+"""What MLX's backends compute slowly or in too much memory, spelled out.
 
-The backend's transcendental functions are scalar code, about 15 ns an element; these are polynomials that compile to
+The CPU's transcendental functions are scalar code, about 15 ns an element; these are polynomials that compile to
 vector code. Each keeps its inputs alone for the gradient and makes the rest again, which costs less than to keep it.
+A GPU has kernels of its own, but for attention none with a gradient: ``tiled``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -11,10 +13,11 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 
-from mlxgpt.layers import Array
+from mlxgpt.layers import Array, Dropout
 
 TILE = 64  # queries whose weights exist at a time; 128 costs an eighth more CPU time, at a width of 512
 MANY = 1 << 14  # elements below which the kernels' overhead is all that counts
+SCORES = 1 << 25  # attention scores that may exist at once in training on a GPU: 128 MiB in float32
 
 
 def helps(x: Array) -> bool:
@@ -141,3 +144,73 @@ def joined(tiles: list[Array], batch: int) -> Array:
 def after(done: list[Array], x: Array) -> Array:
     """x, but not before ``done``."""
     return mx.depends([x], done)[0] if done else x
+
+
+def tile(rows: int, heads: int, queries: int, keys: int, device: mx.Device) -> int:
+    """Queries of a tile of attention that is trained on a GPU; 0: its scores are few enough to exist as a whole.
+
+    MLX's fused attention has no gradient on Metal: in training all scores (B, H, T, S) exist and their softmax is kept.
+    """
+    if device == mx.Device(mx.cpu) or rows * heads * queries * keys <= SCORES:
+        return 0
+    most = max(1, SCORES // 2 // (rows * heads * keys))
+    return most // 32 * 32 or most
+
+
+def tiled(
+    attend: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | str | None,
+    drop: Dropout | None,
+    scale: float,
+    softcap: float,
+) -> Array:
+    """attend(q, k, v, mask, drop, scale, softcap), in tiles of queries, made again for the gradient, if tile() says so.
+
+    A tile has all rows and heads. One follows the other, and none has keys that come after it: no query looks ahead of
+    its own place, which is S - T + its index. Dropout is a function of a weight's place in the whole.
+    """
+    B, H, T, S = *q.shape[:3], k.shape[2]
+    size = tile(B, H, T, S, mx.default_device())
+    if not size or mask is None:
+        return attend(q, k, v, mask, drop, scale, softcap)
+    masks, random = [] if isinstance(mask, str) else [mask], [drop.keys, drop.first_row] if drop and drop.rate else []
+    tiles = [(start, min(start + size, T)) for start in range(0, T, size)]
+
+    def of(start: int, stop: int, extra: list[Array]) -> tuple[int, Callable[..., Array]]:
+        """How many keys a tile looks at, and its attention as a function of its q, k and v."""
+        s, some, drawn, at = S - T + stop, mask, None, None
+        if masks:
+            some = extra[0][..., start:stop, :s]
+        if drop and random:
+            drawn = drop._replace(keys=extra[-2], first_row=extra[-1])
+            at = mx.arange(H, dtype=mx.uint32)[:, None] * T + mx.arange(start, stop, dtype=mx.uint32)
+            at = at[..., None] * S + mx.arange(s, dtype=mx.uint32)
+        return s, lambda q, k, v: attend(q, k, v, some, drawn, scale, softcap, at)
+
+    @mx.custom_function
+    def run(q: Array, k: Array, v: Array, *extra: Array) -> Array:
+        made: list[Array] = []
+        for start, stop in tiles:
+            s, function = of(start, stop, list(extra))
+            made.append(function(after(made[-1:], q[:, :, start:stop]), k[:, :, :s], v[:, :, :s]))
+        return mx.concatenate(made, axis=2)
+
+    @run.vjp
+    def run_vjp(primals: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
+        q, k, v, *extra = primals
+        sums, by_q, done = [mx.zeros(each.shape) for each in (k, v)], [], []
+        for start, stop in tiles:
+            s, function = of(start, stop, extra)
+            given = [after(done, q[:, :, start:stop]), k[:, :, :s], v[:, :, :s]]
+            grad, *parts = mx.vjp(function, given, [cotangent[:, :, start:stop]])[1]
+            for n, part in enumerate(parts):
+                sums[n] = sums[n] + mx.pad(part.astype(mx.float32), [(0, 0), (0, 0), (0, S - s), (0, 0)])
+            by_q, done = [*by_q, grad], [grad, *sums]
+        by_k, by_v = (each.astype(k.dtype) for each in sums)
+        return mx.concatenate(by_q, axis=2), by_k, by_v, *(mx.zeros_like(each) for each in extra)
+
+    made: Any = run(q, k, v, *masks, *random)
+    return made

@@ -90,13 +90,15 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
     z_y, z_sum = mx.zeros((N, 1)), mx.zeros((N, 1))
     pull, even = mx.zeros((N, C)), mx.zeros((N, C))  # sum of exp(z - top) k w, and of k w
     kept, tops = [], []
+    places = mx.arange(0, V, o.chunk, dtype=y.dtype)  # a constant would be compiled into kernels of each chunk
     for start in range(0, V, o.chunk):
         chunk = slice(start, start + o.chunk)
         w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
         z = logits(h, w, b, o.logit_scale, o.soft_cap)
-        inside = (y >= start) & (y < start + n)
-        z_y = z_y + mx.where(inside, mx.take_along_axis(z, mx.clip(y - start, 0, n - 1), axis=-1), 0.0)
+        at = y - places[start // o.chunk :][:1]
+        inside = (at >= 0) & (at < n)
+        z_y = z_y + mx.where(inside, mx.take_along_axis(z, mx.clip(at, 0, n - 1), axis=-1), 0.0)
         if o.label_smoothing:
             z_sum = z_sum + z.sum(axis=-1, keepdims=True)
         last, top = top, mx.maximum(top, z.max(axis=-1, keepdims=True))

@@ -61,5 +61,5 @@ def load(
         else:
             setattr(model.at(module), kind, mx.array(each).astype(model.dtype))
     adapters.adapt(model, both.targets, both.params)
-    mx.eval(model.parameters())
+    mx.eval(model.eval().parameters())
     return model, tokenizer.load_last([place, *(each for each, _ in found)])

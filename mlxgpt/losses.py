@@ -1,5 +1,6 @@
 """What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -7,7 +8,7 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 # isort: split
 import mlx.core as mx
 
-from mlxgpt import head
+from mlxgpt import device, head
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
@@ -44,8 +45,8 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
     module: Any = model.wte if model.config.tied else model.lm_head
-    small = not config.loss_chunk or model.config.vocab_size <= config.loss_chunk
-    if small or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
+    chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
+    if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     bias = module.bias if model.config.head_bias else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
@@ -60,7 +61,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
     finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
-    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
+    options = head.Options(chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
     return head.token_losses(hidden, module.tensors(), batch.targets, options, bias, low)
 
 

@@ -4,6 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
+from functools import partial
 from typing import Any, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -59,6 +60,7 @@ def attend(
     drop: Dropout | None,
     scale: float,
     softcap: float,
+    elements: Array | None = None,  # see noise.dropout
 ) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
     if not (drop and drop.rate) and not softcap:
@@ -76,7 +78,7 @@ def attend(
         scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
     weights = mx.softmax(scores, axis=-1, precise=True)
     if drop and drop.rate:
-        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
+        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row, elements)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
 
 
@@ -126,7 +128,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
+        run = attend if cache or not self.training else partial(fast.tiled, attend)
+        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 

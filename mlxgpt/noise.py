@@ -21,20 +21,30 @@ def mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+def bits_at(key: Array, first_row: Array, rows: int, elements: Array) -> Array:
+    """24 random bits of each row's ``elements``, uint32 (rows, ...); rows count from ``first_row``; uint32 scalars."""
+    each = mix(mx.arange(rows, dtype=mx.uint32) + first_row + key)
+    return mix(elements[None] ^ each.reshape(-1, *[1] * elements.ndim)) >> 8
+
+
 def bits(key: Array, first_row: Array, shape: tuple[int, ...]) -> Array:
     """24 random bits an element, uint32 of ``shape``; axis 0 counts rows from ``first_row``; uint32 scalars."""
-    rows = mix(mx.arange(shape[0], dtype=mx.uint32) + first_row + key)
     size = 1
     for n in shape[1:]:
         size *= n
-    elements = mx.arange(size, dtype=mx.uint32)
-    return (mix(elements[None, :] ^ rows[:, None]) >> 8).reshape(shape)
+    return bits_at(key, first_row, shape[0], mx.arange(size, dtype=mx.uint32)).reshape(shape)
 
 
-def dropout(x: Array, rate: float, key: Array, first_row: Array) -> Array:
-    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
-    keep = bits(key, first_row, x.shape) >= mx.array(int(rate * 2**24), mx.uint32)
-    return mx.where(keep, x * (1 / (1 - rate)), mx.array(0, x.dtype))
+def dropout(x: Array, rate: float, key: Array, first_row: Array, elements: Array | None = None) -> Array:
+    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014).
+
+    ``elements``: where those of a row lie in a larger array, of which x is a part; all of its rows are in x.
+    """
+    if elements is None:
+        drawn = bits(key, first_row, x.shape)
+    else:
+        drawn = bits_at(key, first_row, x.shape[0], elements).reshape(x.shape)
+    return mx.where(drawn >= mx.array(int(rate * 2**24), mx.uint32), x * (1 / (1 - rate)), mx.array(0, x.dtype))
 
 
 def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""Before any test file is imported: the BLAS, without which MLX would stay slow for the whole process; signals.
+"""Before any test file is imported: a double; the BLAS, without which MLX would stay slow; the CPU; signals.
 
 Also the fixtures of several files.
 """
@@ -7,29 +7,36 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from doubles import children  # noqa: F401
+
+# isort: split
 from mlxgpt import blas  # noqa: F401
 
 # isort: split
 import fake_run
-import mlx.core as mx
 import pytest
+from doubles.metal import Metal
 from fake_train import Go
 
 from mlxgpt import cli
 from mlxgpt.common import backend
 from mlxgpt.common.train import pretrain
 
+pytest_plugins = ["pinned"]
+
 # a shell that runs the suite in the background ignores Ctrl-C, and so would every child that a test interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def cpu() -> Iterator[None]:
-    """MLX on the CPU, whatever its default is."""
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.cpu))
-    yield
-    mx.set_default_device(before)
+def metal() -> Iterator[Metal]:
+    """A Metal device, MLX's default, that computes on the CPU and refuses what Metal refuses."""
+    if Metal.current:
+        pytest.skip("this whole run has it")
+    device = Metal()
+    device.install()
+    yield device
+    device.remove()
 
 
 @pytest.fixture

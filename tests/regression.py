@@ -187,6 +187,7 @@ def system_bytes(work: Callable[[], Any]) -> dict[str, int]:
 
 def checkpoint() -> Figures:
     """A save: bytes written and read a byte of state, and flushes."""
+    from mlxgpt.common import files
     from mlxgpt.common.folders import resolve
     from mlxgpt.common.model import params
     from mlxgpt.common.recipes import build
@@ -197,7 +198,7 @@ def checkpoint() -> Figures:
     snapshot: Any = {"params": weights, "m": weights, "v": weights, "t": 1}
     state = checkpoint.RunState(0, {}, {}, "none", {}, step=1)
     size = sum(array.nbytes for array in weights.values())
-    with tempfile.TemporaryDirectory() as folder, counted(os, "fsync") as flushes:
+    with tempfile.TemporaryDirectory() as folder, counted(files, "flush") as flushes:
         run = Path(folder)
         moved = system_bytes(lambda: checkpoint.write(run, snapshot, config, None, state, 0))
         place = resolve.path_of(run, 1)

@@ -35,8 +35,6 @@ from mlxgpt.common.tokenizers import beginning, separator
 from mlxgpt.common.tokenizers.load import from_files, load_tokenizer, other_class, train_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("cpu")
-
 # Karpathy's stories260K.bin and tok512.bin, where the variable names a folder with them
 STORIES = Path(os.environ.get("MLXGPT_STORIES260K", "stories260K"))
 TEXT = "The device that measures atmospheric pressure is a barometer. He goes to the park every day. "

@@ -33,9 +33,6 @@ from torch_ref.model import Model as TorchModel
 TEXT = "caf\u00e9 \u65e5\u672c \U0001f600 the cat sat on the mat, the end. " * 12
 
 
-pytestmark = pytest.mark.usefixtures("cpu")
-
-
 def quiet(progress: str) -> None:
     """No progress."""
 

@@ -1,15 +1,16 @@
-"""What MLX's CPU backend computes slowly, spelled out: the same values and gradients, and the model's."""
+"""What MLX's backends compute slowly or in too much memory, spelled out: the same values, gradients and models."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from adapting import moved, packed, probe, recipe
+from adapting import engine, moved, packed, probe, recipe
 from compare import agree, worst_gradient
 
-from mlxgpt import blas, fast  # noqa: F401  (a BLAS must be loaded before MLX)
+from mlxgpt import blas, device, fast, model  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common import rng
+from mlxgpt.layers import Dropout
 
 # isort: split
 import mlx.core as mx
@@ -106,3 +107,157 @@ def test_what_another_segment_holds_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     other = mx.concatenate([k[:, :, :20] * 100, k[:, :, 20:]], axis=2)
     a, b = (np.array(fast.attention(q, keys, v, mask, 1.0)) for keys in (k, other))
     assert (a[:, :, 20:] == b[:, :, 20:]).all() and (a[:, :, 1:20] != b[:, :, 1:20]).any()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's default device is said to be a GPU; it computes on the CPU."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+
+def test_tiles_are_chosen_by_size_and_device() -> None:
+    cpu, gpu = mx.Device(mx.cpu), mx.Device(mx.gpu)
+    assert fast.tile(12, 12, 1024, 1024, cpu) == 0
+    assert fast.tile(32, 8, 256, 512, gpu) == 0  # exactly what may exist
+    for rows, heads, queries, keys in ((33, 8, 256, 512), (12, 12, 1024, 1024), (1, 32, 8192, 8192)):
+        size = fast.tile(rows, heads, queries, keys, gpu)
+        assert 0 < size < queries
+        assert size % 32 == 0 or size < 32
+        assert rows * heads * size * keys <= fast.SCORES / 2
+    assert fast.tile(2**10, 2**10, 64, 64, gpu) == 1  # one query is the least
+
+
+@pytest.mark.parametrize("kind", ["causal", "array", "window", "segments", "pad"])
+@pytest.mark.parametrize(("rate", "softcap"), [(0.0, 0.0), (0.3, 0.0), (0.0, 5.0), (0.3, 5.0)])
+def test_tiles_are_the_whole(
+    kind: str, rate: float, softcap: float, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients at a length that is no multiple of the tile, also of large scores and in bfloat16."""
+    monkeypatch.setattr(fast, "tile", lambda *_: 8)
+    B, H, K, T, D, i = 3, 6, 2, 29, 8, mx.arange(29)
+    mask = i[:, None] >= i
+    if kind == "window":
+        mask = mask & (i[:, None] - i < 7)
+    elif kind == "segments":
+        parts = mx.array(rng.integers(0, "parts", count=B * T, high=3).reshape(B, T))
+        mask = mask & (parts[:, None, :, None] == parts[:, None, None, :])
+    elif kind == "pad":
+        mask = mask & ((i >= mx.array([0, 3, 5])[:, None, None, None]) | (i[:, None] == i))
+    none = mx.array(0, mx.uint32)
+    drop = Dropout(rate, mx.array([12345], mx.uint32), mx.array(5, mx.uint32), 0.0, none, 0.0, none)
+    given = "causal" if kind == "causal" and not rate and not softcap else mask
+    for std, dtype, gate in ((1.0, mx.float32, 2e-6), (8.0, mx.float32, 4e-6), (1.0, mx.bfloat16, 2e-2)):
+        q, k, v = (
+            draw(name, B, n, T, D, std=std if name == "q" else 1).astype(dtype)
+            for name, n in zip("qkv", (H, K, K), strict=True)
+        )
+        cotangent = draw("c", B, H, T, D).astype(dtype)
+
+        def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return model.attend(q, k, v, mask, drop, 0.4, softcap)
+
+        def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return fast.tiled(model.attend, q, k, v, given, drop, 0.4, softcap)
+
+        expected, found = (mx.vjp(run, [q, k, v], [cotangent]) for run in (whole, tiles))
+        for what, a, b in zip(("value", *"qkv"), found[0] + found[1], expected[0] + expected[1], strict=True):
+            assert a.dtype == dtype
+            agree(f"{what}, {std} {dtype}", np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32)), gate)
+
+
+class Opened:
+    """Stands for mx.custom_function, whose graph MLX does not export: keeps what the gradient is computed by."""
+
+    backward: Any
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def vjp(self, function: Any) -> None:
+        Opened.backward = staticmethod(function)
+
+    def __call__(self, *primals: mx.array) -> Any:
+        return self.function(*primals)
+
+
+def sizes(function: Callable, *given: mx.array) -> list[int]:
+    """Elements of every array that a primitive of the exported graph makes."""
+    records: list[dict[str, Any]] = []
+    mx.export_function(records.append, function, *given)
+    made = [each for record in records if record["type"] == "primitive" for each in record["outputs"]]
+    return [int(np.prod(shape)) for _, shape, _ in made]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_no_array_of_tiles_has_the_size_of_all_scores(drawn: bool, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the exported graphs of values and gradients, and of what was allocated."""
+    B, H, T, D = 2, 4, 256, 8
+    whole, none = B * H * T * T, mx.array([0], mx.uint32)
+    drop = Dropout(0.2, none, none[0], 0.0, none[0], 0.0, none) if drawn else None
+    monkeypatch.setattr(fast, "SCORES", whole // 32)
+    mask = mx.arange(T)[:, None] >= mx.arange(T)
+    q, k, v, c = (draw(name, B, H, T, D) for name in "qkvc")
+
+    def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return fast.tiled(model.attend, q, k, v, mask if drawn else "causal", drop, 0.3, 0.0)
+
+    def scores(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return model.attend(q, k, v, mask, drop, 0.3, 0.0)
+
+    def peak(run: Callable) -> int:
+        mx.eval(q, k, v, c, mask)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.vjp(run, [q, k, v], [c]))
+        return mx.get_peak_memory() - before
+
+    assert peak(tiles) < 4 * whole < peak(scores) / 1.5
+    assert max(sizes(lambda *given: mx.vjp(scores, list(given), [c])[1], q, k, v)) == whole
+    monkeypatch.setattr(mx, "custom_function", Opened)
+    more = [mask, none, none[0]] if drawn else []
+    assert max(sizes(tiles, q, k, v)) <= fast.SCORES
+    assert max(sizes(lambda *given: list(Opened.backward(given, c, c))[:3], q, k, v, *more)) <= fast.SCORES
+
+
+def test_few_scores_are_made_as_before(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the threshold, after a cache and without a gradient attention is MLX's own."""
+    config, used, plain = recipe("llama-gqa"), [], mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda q, *given, **more: used.append(q.shape[2]) or plain(q, *given, **more),
+    )
+    trained = engine("mlxgpt", config, moved(config))
+    batch = trained._arrays(packed(config))
+    trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
+    monkeypatch.setattr(fast, "SCORES", 4 * 4 * 31 * 16)
+    trained.evaluate(packed(config))
+    trained.model(batch.tokens, cache=model.make_cache(trained.model, 4, 31))
+    assert set(used) == {31}
+    trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
+    assert set(used) == {31, 8, 7}
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "gpt2", "gemma2"])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize(
+    "loop", [{}, {"dropout": 0.2}, {"checkpoint_activations": True}], ids=["", "dropout", "recompute"]
+)
+def test_a_model_in_tiles_is_the_same(
+    case: str, scale: float, loop: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what says that it is a GPU, against PyTorch, which knows no tiles."""
+    config = recipe(case, loop)
+    params = moved(config, scale)
+    expected = probe("torch_ref", config, params)
+    used = []
+    plain = fast.tile
+    monkeypatch.setattr(fast, "tile", lambda *given: used.append(plain(*given)) or used[-1])
+    monkeypatch.setattr(fast, "SCORES", 2 * 4 * 4 * 31 * 8)
+    monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    found = probe("mlxgpt", config, params)
+    assert all(0 < size < 31 for size in used) and used
+    agree("logits", found.logits, expected.logits, 1e-5)
+    assert worst_gradient("gradient", found.gradients, expected.gradients) <= 1e-5

@@ -25,7 +25,6 @@ from torch_ref.model import Model as TorchModel
 from torch_ref.model import make_cache as torch_cache
 
 FAMILIES = ("gpt2", "llama", "qwen3")
-pytestmark = pytest.mark.usefixtures("cpu")
 
 # ---- rung 6: cached decoding and chunked prefill are the full forward pass
 

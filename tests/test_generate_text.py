@@ -17,8 +17,6 @@ from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.inference import generation
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("cpu")
-
 TEXT = "naive na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f600 the cat sat on the mat, the end. " * 20
 
 

@@ -65,9 +65,24 @@ def test_frozen_head_gives_the_hidden_states_the_same_gradient(framework, choice
 @pytest.mark.parametrize("framework", CHUNKED)
 def test_any_chunk_gives_the_same_without_a_bias(framework, chunk):
     data = problem(bias=False)
-    # each chunk compiles kernels of its own, half a second apiece: many small chunks run uncompiled
-    found = CHUNKED[framework](data, leaf_names(data), compiled=chunk >= 50, chunk=chunk)
+    found = CHUNKED[framework](data, leaf_names(data), chunk=chunk)
     hold(found, judge(data, {}))
+
+
+def test_chunks_share_their_compiled_kernels():
+    """No constant of the graph belongs to one chunk: it would be compiled into kernels of that chunk alone."""
+
+    def constants(chunks: int) -> int:
+        records: list[dict[str, Any]] = []
+        h, w, y = mx.zeros((6, 8)), mx.zeros((64, 8)), mx.zeros((6,), mx.int32)
+        options = mlxgpt.head.Options(64 // chunks)
+        mx.export_function(
+            records.append, lambda *given: mlxgpt.head.sweep(given[0], [given[1]], given[2], None, options)[0], h, w, y
+        )
+        found = [each for record in records if record["type"] == "constants" for _, each in record["constants"]]
+        return len({(str(each.dtype), each.item()) for each in found if each.size == 1})
+
+    assert 0 < constants(8) <= constants(2)
 
 
 @pytest.mark.parametrize("framework", CHUNKED)

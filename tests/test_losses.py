@@ -18,6 +18,8 @@ import torch_ref.losses
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common import rng
 from mlxgpt.common.config import TrainConfig
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.recipes import build
 
 # isort: split
 import mlx.core as mx
@@ -154,3 +156,28 @@ def test_loss_chunk_decides_the_form(framework, monkeypatch):
     for chunk in (0, 80):
         with pytest.raises(RuntimeError, match="whole logits"):
             objective_of(framework, True, TrainConfig(loss_chunk=chunk), plain=True)
+
+
+def test_chunks_are_chosen_by_size_and_device() -> None:
+    """1024 entries on a CPU; on a GPU as many logits as keep it busy, and few of them whole."""
+    auto, given = TrainConfig(), TrainConfig(loss_chunk=300)
+    assert auto.head_chunk(2048, 32000, gpu=False) == 1024
+    assert [auto.head_chunk(2048, size, gpu=False) for size in (1024, 1025)] == [0, 1024]
+    assert auto.head_chunk(12 * 1024, 50257, gpu=True) == 2560
+    assert auto.head_chunk(2**20, 50257, gpu=True) == 1024
+    assert auto.head_chunk(16, 151936, gpu=True) == 0
+    assert auto.head_chunk(2048, 8192, gpu=True) == 8192  # one chunk: what a whole needs thrice
+    for tokens, size in ((300, 50257), (5000, 32000), (12288, 50257), (40000, 262144)):
+        chunk = auto.head_chunk(tokens, size, gpu=True)
+        assert 1024 < chunk <= size or tokens * chunk > 2**24
+        assert chunk == 1024 or tokens * chunk <= 2**25
+    assert [given.head_chunk(9, size, gpu) for size in (300, 301) for gpu in (False, True)] == [0, 0, 300, 300]
+    assert TrainConfig(loss_chunk=0).head_chunk(2048, 32000, gpu=True) == 0
+
+
+@pytest.mark.parametrize("value", ["512", "all", -1, 1.5, True])
+def test_a_chunk_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match=r"train\.loss_chunk = .*: expected"):
+        build({"train": {"loss_chunk": value}})
+    assert build({"train": {"loss_chunk": 512}}).train.loss_chunk == 512
+    assert build({"train": {"loss_chunk": "auto"}}).train.loss_chunk == "auto"

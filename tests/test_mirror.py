@@ -11,14 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALONE = {
-    *("__init__.py", "__main__.py", "arguments.py", "cli.py", "verbs.py", "blas.py", "fast.py", "mlx_memory.py"),
+    *("__init__.py", "__main__.py", "arguments.py", "cli.py", "verbs.py", "blas.py", "mlx_memory.py"),
+    "fused.py",  # one kernel for many tensors, which MLX's compiler makes by itself
+    "fast.py",  # what each framework's own kernels lack
+    "transfer.py",  # MLX's arrays are where the host can read them
     "footprint.py",  # two programs: MLX's graph is exported and walked, PyTorch's operations are watched
 }
 
 # names that one framework needs and the other has no counterpart of
 ONLY = {
     "adapters.py": {"low_rank.run", "low_rank.run_vjp"},
-    "engine.py": {"Engine._settle", "Engine._step", "Engine._tensor", "Engine._weights"},
+    "engine.py": {"Engine._settle", "Engine._step", "Engine._weights"},
     "head.py": {
         "Losses",
         "Losses.forward",
@@ -43,18 +46,19 @@ ONLY = {
 
 # the largest share of lines that may differ
 SHARE = {
-    "adapters.py": 0.33,
+    "adapters.py": 0.34,
     "device.py": 0.66,  # each names its own memory limits
-    "engine.py": 0.43,
+    "doctor.py": 0.50,
+    "engine.py": 0.46,  # PyTorch leaves the update and its one copy to the host to us
     "generate.py": 0.28,
     "head.py": 0.30,
     "judge.py": 0.60,  # two libraries, each with an interface of its own
     "layers.py": 0.27,
     "load.py": 0.18,
     "losses.py": 0.23,
-    "model.py": 0.17,
+    "model.py": 0.22,  # on a GPU MLX has no fused attention with a gradient: tiles; PyTorch has FlexAttention
     "noise.py": 0.35,
-    "optim.py": 0.28,
+    "optim.py": 0.31,  # Muon on a stack
     "probe.py": 0.37,
     "quant.py": 0.38,
 }

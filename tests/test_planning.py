@@ -18,6 +18,7 @@ from mlxgpt.common.plan import chips, machine
 from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan import memory as plan_memory
+from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.memory import Footprint, Piece
 from mlxgpt.common.recipes import build
 
@@ -149,10 +150,21 @@ def test_plan_of_a_recipe_as_json_has_the_documented_keys(capsys: pytest.Capture
     assert picture.read_text().startswith("<?xml")
 
 
-def test_plan_as_a_table_keeps_to_80_columns(capsys: pytest.CaptureFixture) -> None:
-    text = command(["plan", "pydocs", *SMALL], capsys)
-    assert "peak" in text and "largest micro-batch" in text
-    assert max(map(len, text.splitlines())) <= 80
+@pytest.mark.parametrize("budget", [[], ["--memory", "1GB", "--hours", "0.001"]], ids=["recipe", "budget"])
+def test_plan_keeps_to_80_columns_whatever_the_chip_is_called(
+    budget: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[tuple[str, str]]] = []
+    monkeypatch.setattr(plan_show, "show", shown.append)
+    command(["plan", "pydocs", "--chip", "rtx4090", *budget, *SMALL], capsys)
+    monkeypatch.undo()
+    assert ({"peak memory"} if budget else {"peak", "largest micro-batch"}) <= {label for label, _ in shown[0]}
+    long = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition MIG 4g.96gb"
+    for name in [*(chip.name for chip in chips.CHIPS.values()), long, "N" * 90]:
+        plan_show.show([(label, text.replace("NVIDIA GeForce RTX 4090", name)) for label, text in shown[0]])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "".join("".join(lines).split()).count("".join(name.split())) >= 1 + (not budget)
 
 
 def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -242,3 +254,21 @@ def test_chips_are_found_however_they_are_written() -> None:
         assert chips.chip_named(name) is chips.CHIPS["m3-max"]
     assert chips.chip_named("RTX4090").memory == 24
     assert chips.chip_of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
+
+
+@pytest.mark.parametrize(
+    ("device", "key"),
+    [
+        ("mps", "m2-pro"), ("gpu", "m2-pro"), ("Apple M4 Max", "m4-max"), ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        *((name, None) for name in (
+            "cpu", "Apple M9", "Apple Paravirtual device", "NVIDIA Unknown", "NVIDIA RTX A1000", "NVIDIA GH200 480GB",
+            "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "",
+        )),
+    ],
+)  # fmt: skip
+def test_only_a_device_without_a_name_is_the_hosts_chip(
+    device: str, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chips, "chip_name", lambda: "Apple M2 Pro")
+    assert chips.chip_of(device) == (key and chips.CHIPS[key])

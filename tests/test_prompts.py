@@ -23,8 +23,6 @@ from mlxgpt.common.tokenizers.char import CharTokenizer
 from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.train.pretrain import Pretraining
 
-pytestmark = pytest.mark.usefixtures("cpu")
-
 SHORT = ("-n", "6", "--temperature", "0", "--device", "cpu")
 
 

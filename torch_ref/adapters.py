@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mlxgpt.common.model import adapters
 from mlxgpt.common.model.adapters import Target
-from torch_ref import noise
+from torch_ref import fast, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear
 from torch_ref.model import Model
 
@@ -44,7 +44,7 @@ class LowRankUpdate:
         y = module.rows(index)
 
         def changed(a: Array, b: Array) -> Array:
-            return (F.embedding(index, a.T) @ b.T) * self.scale
+            return fast.linear(F.embedding(index, a.T), b) * self.scale
 
         y = y + changed(module.lora_a, module.lora_b).to(y.dtype)
         if hasattr(module, "start_a"):
@@ -68,9 +68,10 @@ class LowRankUpdate:
             turned = [each.T for each in (module.lora_b, module.lora_a, *start(module)[::-1])]
         else:
             turned = [module.lora_a, module.lora_b, *start(module)]
-        u, b = self.dropped(x, drop if isinstance(module, Linear) else None) @ turned[0].to(x.dtype).T, turned[1]
+        given = self.dropped(x, drop if isinstance(module, Linear) else None)
+        u, b = fast.linear(given, turned[0].to(x.dtype)), turned[1]
         if turned[2:]:
-            u, b = torch.cat([u, -(x @ turned[2].to(x.dtype).T)], dim=-1), torch.cat([b, turned[3]], dim=-1)
+            u, b = torch.cat([u, -fast.linear(x, turned[2].to(x.dtype))], dim=-1), torch.cat([b, turned[3]], dim=-1)
         return u * self.scale, b
 
     def dropped(self, x: Array, drop: Dropout | None) -> Array:
@@ -102,7 +103,7 @@ class LowRankUpdate:
 
 def low_rank(x: Array, a: Array, b: Array, scale: float) -> Array:
     """scale B A x, in x's dtype."""
-    return ((x @ a.to(x.dtype).T) * scale) @ b.to(x.dtype).T
+    return fast.linear(fast.linear(x, a.to(x.dtype)) * scale, b.to(x.dtype))
 
 
 def start(module: Any) -> tuple[Array, ...]:

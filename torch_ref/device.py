@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from mlxgpt.common import backend
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 
@@ -13,23 +14,31 @@ _MIB = 2**20
 
 
 def use(name: str = "auto") -> torch.device:
-    """The device ``auto``, ``cpu``, ``mps``, ``cuda``, ``cuda:N`` or ``gpu``; auto is CUDA, else MPS, else the CPU.
+    """The device ``auto``, ``cpu``, ``mps``, ``cuda``, ``cuda:N`` or ``gpu``.
+
+    auto is what MLXGPT_DEVICE says, else CUDA, else MPS, else the CPU.
 
     Raises:
         UserError: a device that PyTorch does not have here.
     """
+    name, asked = backend.device(name)
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name in ("auto", "gpu"):
         if name == "gpu" and best == "cpu":
-            raise UserError("--device gpu: this machine has no GPU that PyTorch can use; expected auto or cpu")
+            raise UserError(f"{asked}: this machine has no GPU that PyTorch can use; expected auto or cpu")
         return torch.device(best)
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "mps", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"--device {name}: the torch backend has auto, cpu, gpu, mps, cuda and cuda:N")
+        raise UserError(f"{asked}: the torch backend has auto, cpu, gpu, mps, cuda and cuda:N")
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
     if int(index or 0) >= count:
-        raise UserError(f"--device {name}: PyTorch finds {count} {kind} devices here; expected auto or cpu")
+        raise UserError(f"{asked}: PyTorch finds {count} {kind} devices here; expected auto or cpu")
     return torch.device(name)
+
+
+def is_gpu(array: torch.Tensor) -> bool:
+    """Whether what is made of the array is computed on a GPU."""
+    return array.device.type != "cpu"
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import _foreach_norm  # type: ignore[reportPrivateImportUsage]
 
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
@@ -14,7 +15,7 @@ from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.scores import confusion
-from torch_ref import adapters, losses, optim, quant
+from torch_ref import adapters, fused, losses, optim, quant, transfer
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
@@ -65,6 +66,8 @@ class Engine:
         self.v = {name: torch.zeros_like(self.weights[name]) for name in self.table if name not in self.muon}
         self.t = 0
         self.compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda")
+        # elsewhere the bits of a curve stay those of one tensor at a time
+        self.fused = self.device.type == "cuda" or (self.compiled and self.device.type == "cpu")
         compiled = torch.compile if self.compiled else lambda function: function
         self._run_objective = compiled(self._objective)
         self._run_evaluate = compiled(self._evaluate)
@@ -75,13 +78,9 @@ class Engine:
         for name in self.table:
             self.weights[name].copy_(torch.from_numpy(params[name]))
 
-    def _tensor(self, array: np.ndarray) -> Array:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
     def _arrays(self, batch: Batch) -> losses.Arrays:
-        tokens, targets, weights = (self._tensor(field) for field in (batch.tokens, batch.targets, batch.weights))
-        extra = (None if field is None else self._tensor(field) for field in (batch.positions, batch.segments))
-        return losses.Arrays(tokens, targets, weights, *extra)
+        fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
+        return losses.Arrays(*transfer.put(fields, self.device))
 
     def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
@@ -91,7 +90,9 @@ class Engine:
         sites += [("neftune", step), *(("adapter-dropout", step, path) for path in self.adapted)]
         rates = {"dropout": recipe.train.dropout, "neftune": self.neftune, "adapter-dropout": self.adapter_dropout}
         keys = [rng.key32(recipe.train.seed, *site) if rates[str(site[0])] else 0 for site in sites]
-        return self._tensor(np.array(keys, dtype=np.uint32).view(np.int32))
+        if not any(rates.values()):
+            return torch.zeros(len(keys), dtype=torch.int32, device=self.device)
+        return transfer.put([np.array(keys, dtype=np.uint32).view(np.int32)], self.device)[0]
 
     def _drop(self, keys: Array, first_row: Array) -> Dropout | None:
         """What is random in a step."""
@@ -114,24 +115,37 @@ class Engine:
         return terms
 
     @torch.no_grad()
-    def _update(self, terms: Array, inverse_weight: float, scalars: list[float]) -> tuple[float, list[float]]:
-        """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared."""
-        config = self.recipe.optim
+    def _update(self, terms: Array, weight: float, lr: float) -> tuple[float, float, list[float]]:
+        """Clips and updates in place unless something is not finite.
+
+        Returns all that the host reads of a step, in one copy: the sum of the terms, the norm, each tensor's squared.
+        """
+        config, scalars = self.recipe.optim, optim.scalars(self.recipe.optim, lr, self.t + 1)
         grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
-        squares = torch.stack([torch.linalg.vector_norm(grads[name]).square() for name in self.table])
-        squares = squares.mul(inverse_weight**2)
-        squares = squares.tolist()
-        norm = sum(squares) ** 0.5
-        if np.isfinite(norm) and bool(torch.isfinite(terms).all()):
+        squares = torch.stack(_foreach_norm([grads[name] for name in self.table])).square().mul((1 / weight) ** 2)
+        fetched = transfer.fetch(torch.cat([terms.flatten(), squares]))
+        if self.fused:
+            shrink, skip = fused.verdict(terms, squares, weight, config.clip)
+            for names in fused.groups(self.table, self.muon):
+                each = [(self.weights[name], grads[name], self.m[name]) for name in names]
+                if names[0] in self.muon:
+                    fused.muon(each, shrink, skip, scalars, config)
+                else:
+                    each = [(*three, self.v[name]) for three, name in zip(each, names, strict=True)]
+                    fused.adamw(each, lr, self.t + 1, shrink, skip, self.table[names[0]], config)
+        host = fetched()
+        loss_sum, found = float(host[: terms.numel()].sum(dtype=np.float64)), host[terms.numel() :].tolist()
+        norm = sum(found) ** 0.5
+        if not self.fused and np.isfinite(norm) and np.isfinite(loss_sum):
             clip = min(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
             for name, p in self.weights.items():
-                g, m = grads[name].mul_(inverse_weight * clip), self.m[name]
+                g, m = grads[name].mul_(1 / weight * clip), self.m[name]
                 if name in self.muon:
                     optim.muon(p, g, m, scalars, config)
                 else:
                     optim.adamw(p, g, m, self.v[name], scalars, self.table[name], config)
         self.model.zero_grad(set_to_none=True)
-        return norm, squares
+        return loss_sum, norm, found
 
     @torch.no_grad()
     def _evaluate(self, batch: losses.Arrays) -> list[Array]:
@@ -145,14 +159,12 @@ class Engine:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
         keys = self._keys(step)
         weight = sum(batch.weight for batch in micro_batches)
-        scalars = optim.scalars(self.recipe.optim, lr, self.t + 1)
         parts = []
         for batch in micro_batches:
-            first_row = torch.tensor(batch.first_row, dtype=torch.int32, device=self.device)
+            first_row = torch.full((), batch.first_row, dtype=torch.int32, device=self.device)
             parts.append(self._gradients(self._arrays(batch), keys, first_row))
         terms = torch.cat(parts)
-        norm, squares = self._update(terms, 1 / weight, scalars)
-        loss_sum = float(terms.cpu().numpy().sum(dtype=np.float64))
+        loss_sum, norm, squares = self._update(terms, weight, lr)
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
         devices.trim(self.device, self.recipe.train)
         self.t += finite

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_ref import quant
+from torch_ref import fast, quant
 from torch_ref.layers import Array, finish
 
 
@@ -55,7 +55,7 @@ def logits(
     hidden: Array, weight: Array, bias: Array | None = None, logit_scale: float = 0.0, soft_cap: float = 0.0
 ) -> Array:
     """z (..., V) in float32 (float64 of float64) of hidden states (..., C), weight (V, C) and bias (V,)."""
-    z = hidden @ weight.to(hidden.dtype).T
+    z = fast.linear(hidden, weight.to(hidden.dtype))
     if bias is not None:
         z = z.to(torch.promote_types(z.dtype, torch.float32)) + bias
     return finish(z, logit_scale, soft_cap)
@@ -88,8 +88,9 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         w, b = rows(weight, chunk, o), None if bias is None else bias[chunk]
         n = w.shape[0]
         z = logits(h, w, b, o.logit_scale, o.soft_cap)
-        inside = (y >= start) & (y < start + n)
-        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(y - start, 0, n - 1), dim=-1), 0.0)
+        at = y - start
+        inside = (at >= 0) & (at < n)
+        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(at, 0, n - 1), dim=-1), 0.0)
         if o.label_smoothing:
             z_sum = z_sum + z.sum(dim=-1, keepdim=True)
         last, top = top, torch.maximum(top, z.amax(dim=-1, keepdim=True))

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mlxgpt.common.config import ModelConfig
+from torch_ref import fast
 
 Array = torch.Tensor
 
@@ -63,7 +64,7 @@ class Matrix(nn.Module):
 
     def matmul(self, x: Array, bias: Array | None = None) -> Array:
         """x W^T + bias, in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return fast.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def tensors(self) -> list[Array]:
         """The weight, or a quantized one's packed words, scales and biases."""

@@ -1,12 +1,13 @@
 """What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from mlxgpt.common.config import TrainConfig
-from torch_ref import head
+from torch_ref import device, head
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
 
@@ -41,8 +42,8 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
     module: Any = model.wte if model.config.tied else model.lm_head
-    small = not config.loss_chunk or model.config.vocab_size <= config.loss_chunk
-    if small or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
+    chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
+    if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     bias = module.bias if model.config.head_bias else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
@@ -53,7 +54,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
     finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
-    options = head.Options(config.loss_chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
+    options = head.Options(chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
     return head.token_losses(hidden, module.tensors(), batch.targets, options, bias, low)
 
 

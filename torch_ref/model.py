@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
-from torch_ref import noise
+from torch_ref import fast, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
+
+Mask = Array | str | fast.BlockMask | None
 
 
 class Cache:
@@ -56,14 +58,17 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | str | None,
+    mask: Mask,
     drop: Dropout | None,
     scale: float,
     softcap: float,
 ) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
+    if isinstance(mask, fast.BlockMask):
+        return fast.flex(q, k, v, mask, scale, softcap)
     if not (drop and drop.rate) and not softcap:
         causal = isinstance(mask, str)
+        q, k, v = fast.arrange(q, k, v)
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -110,7 +115,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Array,
-        mask: Array | str | None,
+        mask: Mask,
         rope: tuple[Array, Array] | None,
         cache: Cache | None,
         drop: Dropout | None,
@@ -192,7 +197,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Array,
-        mask: Array | str | None,
+        mask: Mask,
         rope: tuple[Array, Array] | None = None,
         cache: Cache | None = None,
         drop: Dropout | None = None,
@@ -284,10 +289,12 @@ class Model(nn.Module):
         pad: Array | None,
         window: int = 0,
         fused: bool = True,
-    ) -> Array | str | None:
+        flexible: bool = False,
+    ) -> Mask:
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
-        None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
+        None if every query may look everywhere; "causal" where a fused kernel knows that by itself; blocks of it if
+        it is ``flexible``.
         """
         slides = 0 < window < S
         if segments is None and pad is None and not slides:
@@ -295,6 +302,8 @@ class Model(nn.Module):
                 return None
             if fused and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
+        if flexible:
+            return fast.block_mask(T, window if slides else 0, segments, self.device)
         i, j = torch.arange(S - T, S, device=self.device)[:, None], torch.arange(S, device=self.device)[None, :]
         mask = j <= i
         if slides:
@@ -329,9 +338,11 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
-        fused = not (drop and drop.rate) and not config.attn_softcap
+        drops = bool(drop and drop.rate)
+        fused = not drops and not config.attn_softcap
+        flexible = not drops and pad is None and cache is None and fast.flexes(self.device, config.head_dim)
         masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
+            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)

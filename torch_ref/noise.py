@@ -19,20 +19,32 @@ def mix(x: Array) -> Array:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def bits_at(key: Array, first_row: Array, rows: int, elements: Array) -> Array:
+    """24 random bits of each row's ``elements``, int32 (rows, ...); rows count from ``first_row``; int32 scalars."""
+    each = mix(torch.arange(rows, dtype=torch.int32, device=key.device) + first_row + key)
+    return (mix(elements[None] ^ each.reshape(-1, *[1] * elements.ndim)) >> 8) & 0xFFFFFF
+
+
 def bits(key: Array, first_row: Array, shape: tuple[int, ...]) -> Array:
     """24 random bits an element, int32 of ``shape``; axis 0 counts rows from ``first_row``; int32 scalars."""
-    rows = mix(torch.arange(shape[0], dtype=torch.int32, device=key.device) + first_row + key)
     size = 1
     for n in shape[1:]:
         size *= n
-    elements = torch.arange(size, dtype=torch.int32, device=key.device)
-    return ((mix(elements[None, :] ^ rows[:, None]) >> 8) & 0xFFFFFF).reshape(shape)
+    return bits_at(key, first_row, shape[0], torch.arange(size, dtype=torch.int32, device=key.device)).reshape(shape)
 
 
-def dropout(x: Array, rate: float, key: Array, first_row: Array) -> Array:
-    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
-    keep = bits(key, first_row, x.shape) >= int(rate * 2**24)
-    return torch.where(keep, x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+def dropout(x: Array, rate: float, key: Array, first_row: Array, elements: Array | None = None) -> Array:
+    """Zeroes a share ``rate`` of the elements and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014).
+
+    ``elements``: where those of a row lie in a larger array, of which x is a part; all of its rows are in x.
+    """
+    if elements is None:
+        drawn = bits(key, first_row, x.shape)
+    else:
+        drawn = bits_at(key, first_row, x.shape[0], elements).reshape(x.shape)
+    return torch.where(
+        drawn >= int(rate * 2**24), x * (1 / (1 - rate)), torch.zeros((), dtype=x.dtype, device=x.device)
+    )
 
 
 def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Array | None) -> Array:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from mlxgpt.common.config import OptimConfig
 from mlxgpt.common.model.params import Param
 from torch_ref.layers import Array
@@ -51,6 +53,8 @@ def adamw(
 
 def orthogonalize(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
+    if g.ndim == 3:  # a stack of them
+        return torch.vmap(orthogonalize)(g)
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
     x = g.T if tall else g
@@ -65,5 +69,5 @@ def muon(p: Array, g: Array, m: Array, s: list[float], config: OptimConfig) -> N
     """Muon, in place: Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / columns)), decoupled decay."""
     m.lerp_(g, 1 - config.muon_momentum)
     u = orthogonalize(g + config.muon_momentum * (m - g))
-    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+    scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
     p.mul_(s[4]).sub_(u, alpha=s[3] * scale)

@@ -40,6 +40,11 @@ def multiply(model: Model, scale: float, before: float) -> None:
         weights[name].mul_(factor)
 
 
+def host(array: Array) -> np.ndarray:
+    """An array as numpy, which has no bfloat16: that as float32."""
+    return (array.float() if array.dtype == torch.bfloat16 else array).cpu().numpy()
+
+
 @torch.no_grad()
 def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
@@ -48,17 +53,17 @@ def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]
     model.h = nn.ModuleList(watched)
     last = model.hidden(tokens)
     model.h = blocks
-    yield "logits", model.head(last[:, -KEPT:])[0].cpu().numpy()
-    yield "hidden.embed", watched[0]._given[0, -KEPT:].cpu().numpy()
+    yield "logits", host(model.head(last[:, -KEPT:])[0])
+    yield "hidden.embed", host(watched[0]._given[0, -KEPT:])
     for n, block in enumerate(watched):
-        yield f"hidden.h.{n}", block._gave[0, -KEPT:].cpu().numpy()
-    yield "hidden.ln_f", last[0, -KEPT:].cpu().numpy()
+        yield f"hidden.h.{n}", host(block._gave[0, -KEPT:])
+    yield "hidden.ln_f", host(last[0, -KEPT:])
 
 
 def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:
-    """The mean loss's gradient of every parameter."""
+    """The mean loss's gradient of everything that trains."""
     arrays = Arrays(tokens, targets, torch.ones(tokens.shape, device=tokens.device), None, None)
-    weights = dict(model.named_parameters())
+    weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
     grads = torch.autograd.grad(lm(model, arrays, TrainConfig()).mean(), tuple(weights.values()))
     found = dict(zip(weights, grads, strict=True))
     for name in list(found):

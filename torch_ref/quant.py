@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from mlxgpt.common.model.affine import Quantized
+from torch_ref import fast
 from torch_ref.layers import Array, Embedding, Linear, Matrix
 from torch_ref.model import Model
 
@@ -83,12 +84,12 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Array, *matrix: Any) -> Array:
         ctx.save_for_backward(*matrix[:3])
         ctx.rest = matrix[3:]
-        return x @ dequantize(*matrix).to(x.dtype).T
+        return fast.linear(x, dequantize(*matrix).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Array | None, ...]:
         cotangent = cotangents[0]
-        grad = cotangent @ dequantize(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype)
+        grad = fast.linear(cotangent, dequantize(*ctx.saved_tensors, *ctx.rest).to(cotangent.dtype).T)
         return grad, None, None, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -50,10 +51,16 @@ def load(name: str | None) -> Backend:
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
 
 
+def device(name: str) -> tuple[str, str]:
+    """What ``auto`` is: the environment's MLXGPT_DEVICE, else ``auto``; and what to call it in an error."""
+    chosen = os.environ.get("MLXGPT_DEVICE", "") if name == "auto" else ""
+    return (chosen, f"MLXGPT_DEVICE={chosen}") if chosen else (name, f"--device {name}")
+
+
 def _broken(name: str) -> str:
     """Why a framework cannot be used here and what to do, or ''."""
     if importlib.util.find_spec(name) is None:
-        return _ROSETTA if name == "mlx" and _translated() else f"not installed: {_INSTALL[name]}"
+        return _ROSETTA if name == "mlx" and translated() else f"not installed: {_INSTALL[name]}"
     try:
         # the device module imports the framework, and before MLX its BLAS
         importlib.import_module(f"{PACKAGES[name]}.device")
@@ -62,9 +69,9 @@ def _broken(name: str) -> str:
     return ""
 
 
-def _translated() -> bool:
+def translated() -> bool:
     """Whether an x86-64 Python runs on Apple Silicon."""
     if (sys.platform, platform.machine()) != ("darwin", "x86_64"):
         return False
-    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True)
+    answer = subprocess.run(["sysctl", "-n", "sysctl.proctranslated"], capture_output=True, text=True)
     return answer.stdout.strip() == "1"

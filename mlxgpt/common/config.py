@@ -10,6 +10,9 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 
+LOGITS = 1 << 25
+"""Logits of a chunk on a GPU: 128 MiB in float32."""
+
 
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
@@ -214,7 +217,9 @@ class TrainConfig:
     z_loss: float = _field(0.0, "weight of logsumexp(logits)^2, which keeps logits from growing")
     compute_dtype: str = _field("float32", "float32 or bfloat16; weights, moments, logits and loss stay float32")
     checkpoint_activations: bool = _field(False, "activation checkpointing: recompute blocks in the backward pass")
-    loss_chunk: int = _field(1024, "vocabulary entries per chunk of head and loss; 0 = whole logits")
+    loss_chunk: int | str = _field(
+        "auto", "vocabulary entries per chunk of head and loss; 0 = whole logits; auto: 1024, on a GPU more"
+    )
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "bit-equal results on a GPU too, at a cost in speed")
     memory_limit: int = _field(0, "MiB of arrays above which the framework waits for memory; 0 = its default")
@@ -237,13 +242,29 @@ class TrainConfig:
         _one_of("train", self, "compile", "auto", "on", "off")
         for name in ("steps", "batch_size"):
             _check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        counts = "micro_batch_size loss_chunk eval_every eval_batches sample_every save_every keep early_stop seed"
+        counts = "micro_batch_size eval_every eval_batches sample_every save_every keep early_stop seed"
         limits = "memory_limit cache_limit clear_cache wired_limit"
         for name in (*counts.split(), *limits.split(), "z_loss"):
             _check("train", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
+        chunk = self.loss_chunk
+        whole = chunk == "auto" if isinstance(chunk, str) else chunk >= 0
+        _check("train", whole, "loss_chunk", chunk, "auto, 0 or a positive number")
         _check("train", self.log_every > 0, "log_every", self.log_every, "a positive number")
         for name in ("dropout", "label_smoothing"):
             _check("train", 0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+
+    def head_chunk(self, tokens: int, vocabulary: int, gpu: bool) -> int:
+        """Vocabulary entries of a chunk of head and loss for so many tokens at once; 0: whole logits.
+
+        By itself a GPU takes chunks of LOGITS logits, which keep it busy, and a quarter of them whole.
+        """
+        chunk = self.loss_chunk
+        if isinstance(chunk, str):
+            chunk = 1024
+            if gpu and vocabulary > chunk:
+                chunk = max(chunk, LOGITS // tokens // 512 * 512)
+                return 0 if 4 * tokens * vocabulary <= LOGITS else min(chunk, vocabulary)
+        return chunk if chunk < vocabulary else 0
 
 
 @dataclass(frozen=True, kw_only=True)

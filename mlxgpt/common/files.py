@@ -1,5 +1,7 @@
 """Files and folders that appear under their name complete and on disk, or not at all; and JSON files."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +12,26 @@ from typing import Any, BinaryIO
 
 from mlxgpt.common.errors import UserError
 
+# how a file system, such as one over a network, says that it has no F_FULLFSYNC
+_LACKING = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
+
+
+def flush(descriptor: int) -> None:
+    """Returns when the bytes are on the disk. macOS' fsync leaves them in the drive's cache, its F_FULLFSYNC does not.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError as error:
+            if error.errno not in _LACKING:
+                raise
+    os.fsync(descriptor)
+
 
 def sync(place: Path) -> None:
     """Returns when a file's bytes, or a folder's list of names, are on disk.
@@ -19,7 +41,7 @@ def sync(place: Path) -> None:
     """
     descriptor = os.open(place, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
 

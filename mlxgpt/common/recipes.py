@@ -114,6 +114,8 @@ def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
             raise UserError(f"{section}.{field.name} = {value!r}: expected text, numbers, true, false, lists, tables")
     if kind is str and isinstance(value, bool) and field.default == "auto":
         value = str(value).lower()  # auto, true or false
+    if field.type == int | str and isinstance(value, int) and not isinstance(value, bool):
+        return value  # a number, or auto
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):

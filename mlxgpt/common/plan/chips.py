@@ -1,6 +1,7 @@
 """Peak FLOP/s of chips and FLOPs of models: the two numbers of MFU (model FLOPs utilization)."""
 
 import platform
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -54,6 +55,16 @@ CHIPS = dict(
     ]
 )  # fmt: skip
 
+# the GPU of a Mac where a framework does not name it: the host's chip; any other name is the device's own
+_UNNAMED = ("mps", "gpu")
+# CUDA's names of the table's cards: not a part of one (MIG), nor what is slower under nearly the same name
+_CARDS = {
+    "a100": r"\bA100\b(?!.*\bMIG\b)",
+    "h100": r"\bH100\b(?!.*\b(MIG|PCIe|NVL)\b)",
+    "h200": r"\bH200\b(?!.*\b(MIG|NVL)\b)",
+    "rtx4090": r"\bRTX 4090\b(?! (D|Laptop)\b)",
+}
+
 
 def chip_name() -> str:
     """The chip's name, such as ``Apple M2 Pro``; elsewhere the platform's name of the processor."""
@@ -82,11 +93,8 @@ def chip_named(asked: str) -> Chip:
 def chip_of(device: str) -> Chip | None:
     """The chip of a device in environment.json; None for a CPU or an unknown chip."""
     names = {chip.name: chip for chip in CHIPS.values()}
-    if device == "cpu":
-        return None
-    known = {"A100": "a100", "H100": "h100", "H200": "h200", "4090": "rtx4090"}  # part of CUDA's device name
-    card = next((CHIPS[key] for part, key in known.items() if part in device), None)
-    return names.get(device) or names.get(chip_name()) or card
+    card = next((key for key, pattern in _CARDS.items() if re.search(pattern, device)), "")
+    return names.get(chip_name() if device in _UNNAMED else device) or CHIPS.get(card)
 
 
 def peak_flops(device: str) -> float | None:

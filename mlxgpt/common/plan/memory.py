@@ -70,8 +70,9 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
     """Component -> bytes at the peak; they sum to it. An array shaped like a trainable tensor counts as a gradient."""
     trains = {param.shape for param in adapters.trainable(recipe).values()}
     trains |= {shape[::-1] for shape in trains}
-    vocabulary, chunk = recipe.model.vocab_size, recipe.train.loss_chunk
-    wide = {vocabulary, *((chunk, vocabulary % chunk) if 0 < chunk < vocabulary else ())}
+    vocabulary, tokens = recipe.model.vocab_size, micro_batch(recipe)[0] * length(recipe)
+    chunks = {recipe.train.head_chunk(tokens, vocabulary, gpu) for gpu in (False, True)} - {0}
+    wide = {vocabulary, *(n for chunk in chunks for n in (chunk, vocabulary % chunk) if n)}
     made: dict[str, int] = {name: 0 for name in COMPONENTS}
     for label, shape, size in found.pieces:
         if not label:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def show(lines: Rows) -> None:
         Console().print(table)
         return
     for label, text in lines:
-        print(f"  {label:<26} {text}" if label else text)
+        start = f"  {label:<26} " if label else ""
+        print(textwrap.fill(text, 80, initial_indent=start, subsequent_indent=" " * (len(start) or 2)))
 
 
 def check_plot(path: Path) -> None:

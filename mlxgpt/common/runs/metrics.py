@@ -9,14 +9,13 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.files import atomic_write
+from mlxgpt.common.files import atomic_write, flush
 
 FILE = "metrics.jsonl"
 
@@ -113,7 +112,7 @@ class Metrics:
     def sync(self) -> None:
         """Returns when the lines so far are on disk; call it before their checkpoint is written."""
         try:
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
         except OSError as error:
             raise RunError(f"{self._path}: {error.strerror}") from None
 
