@@ -31,6 +31,10 @@ def use(name: str = "auto") -> mx.Device:
         raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
     device = mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
     mx.set_default_device(device)
+    if device == mx.Device(mx.cpu):
+        # on a CPU, the thread that begins here starts g++ whenever MLX needs a kernel
+        with backend.without_signals():
+            mx.eval(mx.zeros(1) + 1)
     return device
 
 

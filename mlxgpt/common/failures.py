@@ -7,14 +7,12 @@ CPU), of numpy and of malloc. An error that is not among them is a bug, and keep
 import contextlib
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.units import size
-
-Advice = str | Callable[[], str]
 
 _UNITS = r"([\d.]+ ?(?:[KMGT]i?B|bytes))"
 # Message -> what it says of the groups; groups that are counts of bytes become sizes first.
@@ -83,24 +81,50 @@ _OTHERS = [
         "the NVIDIA driver is too old for this build: update it, or use --device cpu",
     ),
     (r"launch timed out", f"the driver stopped the GPU's work because it took too long: {_SHORTER}"),
-    (
-        r"\[Compile::eval_cpu\] Failed to compile",
-        "g++ could not compile a kernel for MLX: is there space in the temporary folder and memory? --set "
-        "train.compile=off trains without compilation",
-    ),
 ]
+_COMPILER = r"\[Compile::eval_cpu\] Failed to|CppCompileError|C\+\+ compile error"
+# What helps a verb whose memory lacks; a run of training says settings that would fit.
+_READ = "expected a smaller model, one that was quantized (mlxgpt convert MODEL NEW --bits 4), or more free memory"
+_TEXTS = "expected shorter prompts, a smaller --max-tokens, fewer prompts at once, or a quantized or smaller model"
+_SHARDED = "it holds one tensor and the largest layer: close other programs, or use a machine with more memory"
+ADVICE = {
+    "train": "expected a smaller model, --set train.micro_batch_size=1 or --set train.checkpoint_activations=true",
+    "finetune": "expected a smaller or quantized model, --method lora, or --set train.micro_batch_size=1",
+    "plan": "expected a smaller recipe",
+    "generate": _TEXTS,
+    "chat": _TEXTS,
+    "eval": _READ,
+    "classify": _READ,
+    "convert": _SHARDED,
+    "fuse": _SHARDED,
+    "verify": "expected smaller models, --weights-only, or --frameworks with one of mlx and torch",
+    "data prepare": "expected fewer --workers, or documents in smaller files",
+}
 _LIBRARY = r"Could not load C\+\+ shared library (/[^:]+): "
 
 
 class OutOfMemory(RunError):
-    """Memory lacked; the message says for what."""
+    """Memory lacked; the message says for what, and if it is ``advised``, what would fit."""
+
+    def __init__(self, line: str, advice: str = ""):
+        super().__init__(f"{line}; {advice}" if advice else line)
+        self.advised = bool(advice)
+
+
+class CompilerFailed(RunError):
+    """A kernel could not be compiled; a signal to all processes of a command does that too."""
 
 
 class Meaning(NamedTuple):
-    """One line, and whether memory lacked."""
+    """One line, and the error to raise."""
 
     line: str
-    memory: bool
+    kind: type[RunError]
+
+    @property
+    def memory(self) -> bool:
+        """Whether memory lacked."""
+        return self.kind is OutOfMemory
 
 
 def meaning(error: BaseException) -> Meaning | None:
@@ -113,24 +137,33 @@ def meaning(error: BaseException) -> Meaning | None:
     for pattern, line in _MEMORY:
         if found := re.search(pattern, text, re.DOTALL):
             groups = [size(int(group)) if group.isdecimal() else group for group in found.groups()]
-            return Meaning("out of memory" + (f": {line.format(*groups)}" if line else ""), True)
+            return Meaning("out of memory" + (f": {line.format(*groups)}" if line else ""), OutOfMemory)
     if isinstance(error, (MemoryError, OSError)):
-        return Meaning("out of memory", True)
+        return Meaning("out of memory", OutOfMemory)
     for pattern, line in _OTHERS:
         if re.search(pattern, text):
-            return Meaning(f"{line} ({_short(text)})", False)
+            return Meaning(f"{line} ({_short(text)})", RunError)
     if found := re.search(_LIBRARY, text):
         Path(found[1]).unlink(missing_ok=True)
-        return Meaning(f"{found[1]}: a damaged kernel of MLX's compiler, now removed: start it again", False)
+        return Meaning(
+            f"{found[1]}: a kernel that was not written whole, and is removed: start it again", CompilerFailed
+        )
+    if re.search(_COMPILER, text):
+        return Meaning(
+            "the C++ compiler failed: is there space in the temporary folder, and memory? --set train.compile=off "
+            f"trains without it ({_short(text)})",
+            CompilerFailed,
+        )
     return None
 
 
 @contextlib.contextmanager
-def doing(what: str, advice: Advice = "") -> Iterator[None]:
+def doing(what: str, advice: str = "") -> Iterator[None]:
     """Names ``what`` was tried when a known error leaves the block; ``advice`` says what would fit.
 
     Raises:
         OutOfMemory: memory lacked.
+        CompilerFailed: a kernel could not be compiled.
         RunError: another known error.
     """
     try:
@@ -139,9 +172,8 @@ def doing(what: str, advice: Advice = "") -> Iterator[None]:
         known = meaning(error)
         if known is None:
             raise
-        more = "" if not known.memory else advice if isinstance(advice, str) else advice()
-        line = f"{what}: {known.line}{'; ' if more else ''}{more}"
-        raise (OutOfMemory if known.memory else RunError)(line) from error
+        line = f"{what}: {known.line}"
+        raise (OutOfMemory(line, advice) if known.memory else known.kind(line)) from error
 
 
 def _short(text: str) -> str:
