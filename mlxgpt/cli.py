@@ -98,8 +98,10 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
     _check_flags(parser, argv)
     args = parser.parse_args(argv)
     if hasattr(args, "backend"):
+        from mlxgpt.common import tf32
         from mlxgpt.common.backend import resolve
 
+        tf32.take(args)  # a framework is told before it is imported
         # a device that is not here is refused before any work
         args.backend = resolve(args.backend or backend, getattr(args, "device", None))
     module, _, function = verb.function.partition(":")

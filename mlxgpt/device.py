@@ -8,15 +8,15 @@ from mlxgpt import blas
 # isort: split
 import mlx.core as mx
 
-from mlxgpt.common import backend
+from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 
 _MIB = 2**20
 
 
-def use(name: str = "auto") -> mx.Device:
-    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device and returns it.
+def find(name: str = "auto") -> mx.Device:
+    """The device ``auto``, ``cpu`` or ``gpu``; MLX's default device stays what it is.
 
     auto is what MLXGPT_DEVICE says, else the GPU where there is one.
 
@@ -29,7 +29,16 @@ def use(name: str = "auto") -> mx.Device:
     gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not gpu:
         raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
-    device = mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+    return mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+
+
+def use(name: str = "auto") -> mx.Device:
+    """Makes the device of ``find`` MLX's default device and returns it.
+
+    Raises:
+        UserError: a device that MLX does not have here.
+    """
+    device = find(name)
     mx.set_default_device(device)
     if device == mx.Device(mx.cpu):
         # on a CPU, the thread that begins here starts g++ whenever MLX needs a kernel
@@ -67,6 +76,12 @@ def limit(device: mx.Device, train: TrainConfig) -> list[str]:
             set_limit(asked * _MIB)
         elif asked:
             unused.append(f"train.{name}: no effect in MLX on a CPU")
+    if train.tf32 and not gpu:
+        unused.append("train.tf32: no effect in MLX on a CPU")
+    elif train.tf32 and blas.precision() != "on":
+        raise UserError(f"train.tf32 = true: MLX was imported without it; set {tf32.VARIABLE}=1 before Python starts")
+    elif train.tf32:
+        unused.append(tf32.NOTE)
     return unused
 
 
@@ -74,6 +89,11 @@ def trim(device: mx.Device, train: TrainConfig) -> None:
     """Gives back what MLX keeps for reuse, if that is more than train.clear_cache."""
     if train.clear_cache and mx.get_cache_memory() > train.clear_cache * _MIB:
         mx.clear_cache()
+
+
+def tf32_state(device: mx.Device) -> str:
+    """``on``, ``off`` or ``unknown``: whether the device may round the operands of float32 products."""
+    return blas.precision() if device == mx.Device(mx.gpu) else "off"
 
 
 def describe(device: mx.Device) -> dict[str, str]:
@@ -88,4 +108,5 @@ def describe(device: mx.Device) -> dict[str, str]:
         "blas": " ".join(filter(None, (library.get("name"), library.get("core"), library.get("jit")))),
         "threads": str(library.get("threads", "")),
         "cores": str(os.cpu_count()),
+        "tf32": tf32_state(device),
     }

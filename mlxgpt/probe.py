@@ -1,5 +1,6 @@
 """What a model makes of given tokens, in MLX; common/inference/probe.py names the arrays and their use."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxgpt import device as devices
+from mlxgpt.common import tf32
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference import probe as probing
@@ -75,11 +78,13 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     """Computes what was asked for, in float32, an array at a time.
 
     Raises:
-        UserError: see ``load``; ids that the model does not have; float64, which is torch's.
+        UserError: see ``load`` and tf32.judged; ids that the model does not have; float64, which is torch's.
     """
     if request.exact:
         raise UserError("--exact: float64 is of the torch backend alone")
     model, _ = load(folder, device=device)
+    if note := tf32.judged(devices.tf32_state(mx.default_device())):
+        print(note, file=sys.stderr)
     request.check(model.config, str(folder))
     tokens, targets = (mx.array(array) for array in request.batch)
     before = 1.0

@@ -1,5 +1,6 @@
 """What a model makes of given tokens, in PyTorch; common/inference/probe.py names the arrays and their use."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from mlxgpt.common import tf32
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.inference import probe as probing
 from mlxgpt.common.inference.probe import KEPT, Request
+from torch_ref import device as devices
 from torch_ref.generate import generate
 from torch_ref.layers import Array
 from torch_ref.load import load
@@ -74,9 +77,13 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     """Computes what was asked for, in float32 or with ``request.exact`` in float64, an array at a time.
 
     Raises:
-        UserError: see ``load``; ids that the model does not have.
+        UserError: see ``load`` and tf32.judged; ids that the model does not have.
     """
+    if request.exact and devices.use(device).type == "mps":
+        device = "cpu"  # MPS has no float64
     model, _ = load(folder, device=device)
+    if note := tf32.judged(devices.tf32_state(model.device)):
+        print(note, file=sys.stderr)
     if request.exact:
         model.double()._dtype = torch.float64
     request.check(model.config, str(folder))

@@ -31,7 +31,7 @@ class Backend:
 
 
 def resolve(name: str | None, device: str | None = None) -> str:
-    """``mlx`` or ``torch``: as asked, else MLX where it runs, else torch; ``device``, if given, is then its default.
+    """``mlx`` or ``torch``: as asked, else MLX where it runs, else torch; which must have ``device``, if given.
 
     Raises:
         UserError: the one asked for does not import here, or neither does; it does not have the device.
@@ -43,7 +43,7 @@ def resolve(name: str | None, device: str | None = None) -> str:
             if _ROSETTA in reasons:
                 print(f"mlxgpt: warning: {_ROSETTA}", file=sys.stderr)
             if device is not None:
-                importlib.import_module(f"{PACKAGES[candidate]}.device").use(device)
+                importlib.import_module(f"{PACKAGES[candidate]}.device").find(device)
             return candidate
         reasons.append(reason)
     raise UserError(f"--backend {name or 'mlx or torch'}: {'; '.join(reasons)}")
