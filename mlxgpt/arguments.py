@@ -87,6 +87,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time a few real steps on this machine and estimate the hours from them",
     )
+    add("--measure", action="store_true", help="memory: run a few real steps of the true size, in a process of its own")
     add("--price", type=_positive_number, metavar="X", help="price of an hour")
     add("--budget", metavar="MONEY", help="the reverse: the best model for '100 USD', with --price")
     add("--hours", type=_positive_number, metavar="H", help="the same for a number of hours")

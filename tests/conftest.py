@@ -29,10 +29,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def metal() -> Iterator[Metal]:
-    """A Metal device, MLX's default, that computes on the CPU and refuses what Metal refuses."""
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
+    """A Metal device, MLX's default and what ``auto`` is, that computes on the CPU and refuses what Metal refuses."""
     if Metal.current:
         pytest.skip("this whole run has it")
+    monkeypatch.delenv("MLXGPT_DEVICE", raising=False)
     device = Metal()
     device.install()
     yield device
