@@ -42,6 +42,10 @@ def use(name: str = "auto") -> mx.Device:
     """
     device = find(name)
     mx.set_default_device(device)
+    if device == mx.Device(mx.cpu):
+        # on a CPU, the thread that begins here starts g++ whenever MLX needs a kernel
+        with backend.without_signals():
+            mx.synchronize()
     return device
 
 
