@@ -325,8 +325,6 @@ def test_what_a_framework_starts_does_not_receive_signals_and_the_process_does()
     with Signals() as signals:
         assert blocked(threading.get_native_id()) & both == both
         signal.pthread_kill(next(t.ident for t in threading.enumerate() if t.name == "signals"), signal.SIGTERM)  # type: ignore[arg-type]
-        for _ in range(1000):
-            if signals.received:
-                break
+        assert signals.came(10)
         assert signals.received == signal.SIGTERM
     assert blocked(threading.get_native_id()) & both == 0
