@@ -27,7 +27,6 @@ from mlxgpt.common.model import adapters
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten"),
@@ -109,9 +108,9 @@ class Counted(engines.Engine):
     def __init__(self, recipe: Recipe):
         tensors: Any = {name: _like(shape) for name, shape in adapters.shapes(recipe).items()}
         super().__init__(recipe, tensors)
-        self.model.update(tree_unflatten([(name, _like(each.shape)) for name, each in self._weights().items()]))
-        for group in (self.m, self.v):
+        for group in (self.p, self.m, self.v):
             group |= {name: _like(each.shape) for name, each in group.items()}
+        self._show({name: _like(self.table[name].shape) for name in self.table})
 
     def _settle(self, *more: mx.array) -> None:
         """Leaves everything pending."""
@@ -139,7 +138,7 @@ class Counted(engines.Engine):
 
     def state(self) -> list[mx.array]:
         """Weights and moments."""
-        return [*self._weights().values(), *self.m.values(), *self.v.values()]
+        return [*(self.p or self._weights()).values(), *self.m.values(), *self.v.values()]
 
 
 def of_recipe(name: str) -> Recipe:
