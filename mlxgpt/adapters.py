@@ -54,7 +54,8 @@ class LowRankUpdate:
         if self.squares is None:
             return y
         norm = mx.stop_gradient(mx.sqrt(mx.square(y.astype(mx.float32)).sum(axis=-1)))
-        return (module.magnitude[index] / norm)[..., None].astype(y.dtype) * y
+        magnitude: Any = gather(module.magnitude, index) if module._deterministic else module.magnitude[index]
+        return (magnitude / norm)[..., None].astype(y.dtype) * y
 
     def head(self, module: Embedding, x: Array) -> Array:
         """x (W + scale A^T B^T)^T; dora: its rows at their magnitude."""

@@ -395,6 +395,15 @@ def probe(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
+def doctor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the parity ladder alone, on the smallest models")
+    add("--backend", dest="framework", choices=["mlx", "torch"], help="one framework; default: both, if installed")
+    add("--device", default="auto", help="what is held against the CPU: auto, gpu, mps, cuda or cuda:N; default: auto")
+    add("-o", "--out", metavar="FILE", help="also write what is printed to FILE")
+    _add_json(parser)
+
+
 def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="runs/demo", metavar="DIR",
         help="folder for its runs, replacing those of an earlier demo; default: runs/demo")  # fmt: skip

@@ -2,7 +2,8 @@
 
 The Linux wheel of MLX links netlib's reference BLAS. The dynamic linker searches a process's global scope first, so an
 OpenBLAS or MKL loaded with RTLD_GLOBAL *before* ``import mlx.core`` takes its place: float32 products are then 15 to 30
-times faster. macOS has Accelerate and needs nothing. Every module that imports MLX imports this one first.
+times faster. macOS has Accelerate and needs nothing. Every module that imports MLX imports this one first, which is why
+MLX's TF32 is decided here as well (common/tf32.py).
 
 The environment variable MLXGPT_BLAS forces a choice: auto (OpenBLAS, else MKL), openblas, mkl or none.
 """
@@ -14,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from mlxgpt.common import tf32
 from mlxgpt.common.errors import UserError
 
 _ADVICE = "install OpenBLAS (Debian: apt install libopenblas0-pthread) or, on x86-64, pip install 'mlxgpt[cpu-fast]'"
@@ -55,6 +57,25 @@ def load() -> str:
         raise UserError(f"MLXGPT_BLAS={choice}: this library was not found; {_ADVICE}")
     _warn(f"MLX has only its slow reference BLAS here; {_ADVICE}")
     return "reference"
+
+
+@functools.cache
+def precision() -> str:
+    """Decides, once, how MLX multiplies float32 on a GPU: TF32 ``on`` or ``off``, ``unknown`` if MLX came first.
+
+    Raises:
+        UserError: MLXGPT_TF32 is neither 0 nor 1.
+    """
+    on = tf32.asked()
+    # MLX reads the variable at its first product, which may be behind us
+    late = "mlx.core" in sys.modules and os.environ.get("MLX_ENABLE_TF32", "1") != ("1" if on else "0")
+    os.environ["MLX_ENABLE_TF32"] = "1" if on else "0"
+    if not late:
+        return "on" if on else "off"
+    mx = sys.modules["mlx.core"]
+    if mx.is_available(mx.gpu):
+        _warn("MLX was imported before mlxgpt: its float32 products may be TF32; import mlxgpt first", "")
+    return "unknown"
 
 
 def describe() -> dict[str, str]:
@@ -110,8 +131,9 @@ def _load_mkl() -> bool:
     return False
 
 
-def _warn(text: str) -> None:
-    print(f"mlxgpt: warning: {text} (MLXGPT_BLAS=none hides this)", file=sys.stderr)
+def _warn(text: str, hint: str = " (MLXGPT_BLAS=none hides this)") -> None:
+    print(f"mlxgpt: warning: {text}{hint}", file=sys.stderr)
 
 
 load()
+precision()

@@ -79,8 +79,10 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
     _check_flags(parser, argv)
     args = parser.parse_args(argv)
     if hasattr(args, "backend"):
+        from mlxgpt.common import tf32
         from mlxgpt.common.backend import resolve
 
+        tf32.take(args)  # a framework is told before it is imported
         args.backend = resolve(args.backend or backend)
     module, _, function = verb.function.partition(":")
     return getattr(importlib.import_module(module), function)(args) or 0

@@ -8,7 +8,7 @@ from mlxgpt import blas
 # isort: split
 import mlx.core as mx
 
-from mlxgpt.common import backend
+from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 
@@ -63,6 +63,12 @@ def limit(device: mx.Device, train: TrainConfig) -> list[str]:
             set_limit(asked * _MIB)
         elif asked:
             unused.append(f"train.{name}: no effect in MLX on a CPU")
+    if train.tf32 and not gpu:
+        unused.append("train.tf32: no effect in MLX on a CPU")
+    elif train.tf32 and blas.precision() != "on":
+        raise UserError(f"train.tf32 = true: MLX was imported without it; set {tf32.VARIABLE}=1 before Python starts")
+    elif train.tf32:
+        unused.append(tf32.NOTE)
     return unused
 
 
@@ -70,6 +76,11 @@ def trim(device: mx.Device, train: TrainConfig) -> None:
     """Gives back what MLX keeps for reuse, if that is more than train.clear_cache."""
     if train.clear_cache and mx.get_cache_memory() > train.clear_cache * _MIB:
         mx.clear_cache()
+
+
+def tf32_state(device: mx.Device) -> str:
+    """``on``, ``off`` or ``unknown``: whether the device may round the operands of float32 products."""
+    return blas.precision() if device == mx.Device(mx.gpu) else "off"
 
 
 def describe(device: mx.Device) -> dict[str, str]:
@@ -84,4 +95,5 @@ def describe(device: mx.Device) -> dict[str, str]:
         "blas": " ".join(filter(None, (library.get("name"), library.get("core"), library.get("jit")))),
         "threads": str(library.get("threads", "")),
         "cores": str(os.cpu_count()),
+        "tf32": tf32_state(device),
     }

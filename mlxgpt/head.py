@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
     ``needs`` says what is differentiated: "none", "hidden" (a frozen head), "both", or "low" (a frozen head's update).
     ``recompute`` keeps nothing of the logits' size for "both", at the price of one more product. ``bits`` > 0: the
-    weight is quantized.
+    weight is quantized. ``deterministic``: no scatter, which a GPU adds in whatever order its threads arrive.
     """
 
     chunk: int
@@ -41,6 +41,7 @@ class Options(NamedTuple):
     recompute: bool = False
     bits: int = 0
     group_size: int = 0
+    deterministic: bool = False
 
 
 class Sweep(NamedTuple):
@@ -172,13 +173,18 @@ def weight_gradient(
                 k = cap_slope(z, o)
                 e = e * k
         scale = (1 + 2 * o.z_loss * done.lse) * fast.exp(top - done.lse)
+        if o.deterministic:
+            hit = targets[:, None] == mx.arange(start, start + e.shape[1])
+            e, scale = e * scale - mx.where(hit, (1 - o.label_smoothing) * done.slope, 0.0), mx.ones((1, 1))
         part = (e.astype(h.dtype).T @ (scale * x).astype(h.dtype)).astype(mx.float32)  # (n, C)
         if o.label_smoothing:
             even = x.sum(axis=0) if k is None else k.T @ x
             part = part - o.label_smoothing / V * even
         parts.append(part)
         h, x = after([part], h, x)
-    grad = mx.concatenate(parts).at[targets].add((o.label_smoothing - 1) * done.slope * x)
+    grad = mx.concatenate(parts)
+    if not o.deterministic:
+        grad = grad.at[targets].add((o.label_smoothing - 1) * done.slope * x)
     return (grad, None) if bias is None else (grad[:, :-1], grad[:, -1])
 
 

@@ -91,6 +91,9 @@ class Linear(Matrix):
         return self.matmul(x, self.bias if "bias" in self else None)
 
 
+ONE_HOT = 4096  # rows of a weight in a product of gather's gradient
+
+
 @mx.custom_function
 def gather(weight: Array, index: Array) -> Array:
     """weight[index], whose gradient is a matrix product: a GPU's scatter adds in whatever order its threads arrive."""
@@ -99,9 +102,13 @@ def gather(weight: Array, index: Array) -> Array:
 
 @gather.vjp
 def _gather_vjp(primals: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
-    weight, index = primals
-    one_hot = (index.reshape(-1, 1) == mx.arange(weight.shape[0])).astype(cotangent.dtype)
-    return one_hot.T @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
+    (weight, index), made = primals, []
+    given = cotangent.reshape(index.size, -1)
+    for start in range(0, weight.shape[0], ONE_HOT):
+        given = mx.depends([given], made[-1:])[0] if made else given  # one array of ones and zeros at a time
+        rows = mx.arange(start, min(start + ONE_HOT, weight.shape[0]))
+        made.append((index.reshape(-1, 1) == rows).astype(given.dtype).T @ given)
+    return mx.concatenate(made).reshape(weight.shape), mx.zeros_like(index)
 
 
 class Embedding(Matrix):

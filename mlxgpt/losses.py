@@ -24,13 +24,18 @@ class Arrays(NamedTuple):
     segments: Array | None
 
 
-def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
-    """Loss (...) of float32 logits (..., V) against targets (...).
+def cross_entropy(
+    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0, deterministic: bool = False
+) -> Array:
+    """Loss (...) of float32 logits (..., V) against targets (...); ``deterministic``: without a scatter.
 
     (1 - s) nll + s mean over V of -log p (Szegedy et al. 2016), plus z logsumexp^2 (Chowdhery et al. 2022, PaLM).
     """
     lse = mx.logsumexp(logits, axis=-1)
-    target = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    if deterministic:
+        target = mx.where(targets[..., None] == mx.arange(logits.shape[-1]), logits, 0.0).sum(axis=-1)
+    else:
+        target = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
     loss = lse - target
     if label_smoothing:
         loss = loss + label_smoothing * (target - logits.mean(axis=-1))
@@ -47,7 +52,7 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     module: Any = model.wte if model.config.tied else model.lm_head
     chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
-        return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
+        return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss, config.deterministic)
     bias = module.bias if model.config.head_bias else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
     trained = set(module.trainable_parameters())
@@ -61,13 +66,14 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
     finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
-    options = head.Options(chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
+    options = head.Options(chunk, needs, smoothing, z_loss, *finishing, recompute, *kind, config.deterministic)
     return head.token_losses(hidden, module.tensors(), batch.targets, options, bias, low)
 
 
 def classify(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
     """Losses (B, T) of a classifier's scores at every token; the weights pick each text's last."""
-    return cross_entropy(scores(model, batch, config, drop), batch.targets, config.label_smoothing, config.z_loss)
+    made, smoothing = scores(model, batch, config, drop), config.label_smoothing
+    return cross_entropy(made, batch.targets, smoothing, config.z_loss, config.deterministic)
 
 
 def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:

@@ -1,5 +1,6 @@
 """What a model makes of given tokens, in MLX; common/inference/probe.py names the arrays and their use."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxgpt import device as devices
+from mlxgpt.common import tf32
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference import probe as probing
@@ -43,6 +46,11 @@ def multiply(model: Model, scale: float, before: float) -> None:
     model.update(tree_unflatten([(name, weights[name] * factor) for name, factor in grown.items()]))
 
 
+def host(array: Array) -> np.ndarray:
+    """An array as numpy, which has no bfloat16: that as float32."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
 def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
     blocks = list(model.h)
@@ -50,15 +58,15 @@ def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]
     model.h = watched  # type: ignore[assignment]
     last = model.hidden(tokens)
     model.h = blocks
-    yield "logits", np.array(model.head(last[:, -KEPT:])[0])
-    yield "hidden.embed", np.array(watched[0]._given[0, -KEPT:])
+    yield "logits", host(model.head(last[:, -KEPT:])[0])
+    yield "hidden.embed", host(watched[0]._given[0, -KEPT:])
     for n, block in enumerate(watched):
-        yield f"hidden.h.{n}", np.array(block._gave[0, -KEPT:])
-    yield "hidden.ln_f", np.array(last[0, -KEPT:])
+        yield f"hidden.h.{n}", host(block._gave[0, -KEPT:])
+    yield "hidden.ln_f", host(last[0, -KEPT:])
 
 
 def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:
-    """The mean loss's gradient of every parameter."""
+    """The mean loss's gradient of everything that trains."""
     arrays = Arrays(tokens, targets, mx.ones(tokens.shape), None, None)
     mean = nn.value_and_grad(model, lambda: lm(model, arrays, TrainConfig()).mean())
     found = dict(tree_flatten(mean()[1]))
@@ -70,11 +78,13 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     """Computes what was asked for, in float32, an array at a time.
 
     Raises:
-        UserError: see ``load``; ids that the model does not have; float64, which is torch's.
+        UserError: see ``load`` and tf32.judged; ids that the model does not have; float64, which is torch's.
     """
     if request.exact:
         raise UserError("--exact: float64 is of the torch backend alone")
     model, _ = load(folder, device=device)
+    if note := tf32.judged(devices.tf32_state(mx.default_device())):
+        print(note, file=sys.stderr)
     request.check(model.config, str(folder))
     tokens, targets = (mx.array(array) for array in request.batch)
     before = 1.0

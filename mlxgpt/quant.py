@@ -52,9 +52,9 @@ class QuantizedLinear(Words, Linear):
 class QuantizedEmbedding(Words, Embedding):
     """Rows of W."""
 
-    def __init__(self, matrix: Quantized):
+    def __init__(self, matrix: Quantized, deterministic: bool):
         super().__init__(matrix)
-        self._deterministic = False
+        self._deterministic = deterministic
 
     def rows(self, index: Array) -> Array:
         """W[index]."""
@@ -110,6 +110,6 @@ def place(model: Model, path: str, matrix: Quantized) -> None:
     owner: Any = model.at(above) if above else model
     module = getattr(owner, name)
     if isinstance(module, Embedding):
-        setattr(owner, name, QuantizedEmbedding(matrix))
+        setattr(owner, name, QuantizedEmbedding(matrix, module._deterministic))
     else:
         setattr(owner, name, QuantizedLinear(matrix, module.bias if "bias" in module else None))

@@ -189,6 +189,16 @@ VERBS = {
         arguments.probe,
         ("probe model --tokens ids.npy --out .",),
     ),
+    "doctor": Verb(
+        "check this machine: chip, parity with the CPU, speed",
+        "mlxgpt.commands.doctor:doctor_command",
+        arguments.doctor,
+        (
+            "doctor",
+            "doctor --quick --backend torch --device mps",
+            "doctor --json --out doctor.json",
+        ),
+    ),
     "demo": Verb(
         "train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", arguments.demo, ("demo",)
     ),

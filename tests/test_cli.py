@@ -87,6 +87,7 @@ FLAGS = {
     "convert": {"--to", "--tokenizer", "--dtype", "--bits", "--verify", "--force", "--json"},
     "verify": {"--json", "--html", "--weights-only", "--rungs", "--frameworks", "--data"},
     "probe": {"--tokens", "--out", "--scale", "--greedy"} | RUNS_A_MODEL,
+    "doctor": {"--quick", "--backend", "--device", "--out", "--json"},
     "demo": {"--out"},
 }
 
@@ -229,7 +230,7 @@ def test_torch_where_only_torch_is_there(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(UserError, match=r"--backend mlx: not installed: pip install mlx"):
         backend.resolve("mlx")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(backend, "_translated", lambda: True)
+    monkeypatch.setattr(backend, "translated", lambda: True)
     assert backend.resolve(None) == "torch"
     assert "an arm64 one" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlxgpt import cli
 from mlxgpt.commands import demo
+from mlxgpt.common.doctor import answers
+from mlxgpt.common.doctor.answers import Answer, Tie
 from mlxgpt.common.errors import RunError
 
 
@@ -56,12 +59,83 @@ def test_the_gates_of_lora_fail_on_their_own(changed: dict[str, float], fails: l
     assert [one.step for one in found if not one.agrees] == fails
 
 
+def answered(*texts: str) -> list[Answer]:
+    return [Answer(text, tuple(map(ord, text))) for text in texts]
+
+
 def test_answers_that_differ_are_shown() -> None:
-    same = ["one", "two", "three", "four"]
-    shown = demo.side_by_side(["", *same[1:]], same, [*same[:3], "for"]).splitlines()
-    assert shown[1].endswith("(nothing)") and shown[2].endswith("one") and shown[3].endswith("the same")
-    assert shown[-1].endswith("PyTorch         for")
-    assert "DIFFER" in demo._verdict([], False, False)[-1] and "DIFFER" not in demo._verdict([], False, True)[-1]
+    same = answered("one", "two", "three", "four")
+    tie, other = Tie(2, 1e-6, 2e-5), Tie(3, 1e-3, 2e-5)
+    shown = demo.side_by_side(
+        [*answered(""), *same[1:]], same, [*same[:2], *answered("thin", "for")], [None, None, tie, other]
+    )
+    lines = shown.splitlines()
+    assert lines[1].endswith("(nothing)") and lines[2].endswith("one") and lines[3].endswith("the same")
+    assert (
+        lines[11].endswith("PyTorch         thin") and lines[12] == "    a tie at token 3: margin 1.0e-06, gate 2e-05"
+    )
+    assert (
+        lines[16].endswith("PyTorch         for") and lines[17] == "    no tie at token 4: margin 1.0e-03, gate 2e-05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ties", "word"),
+    [
+        ([None, None], "are the same in both"),
+        ([None, Tie(2, 2e-5, 2e-5)], "are the same in both, up to ties"),
+        ([Tie(2, 2.1e-5, 2e-5), Tie(2, 0.0, 2e-5)], "DIFFER"),
+        ([Tie(0, math.nan, 2e-5)], "DIFFER"),
+    ],
+)
+def test_answers_may_part_at_a_tie_alone(ties: list[Tie | None], word: str) -> None:
+    assert demo._verdict([], True, ties)[-1] == f"verdict: the answers of the adapter {word}"
+
+
+LOGITS = {"mlxgpt": [-3.0, 4.0, 4.0 - 4e-6, 1.0, -10.0], "torch_ref": [-3.0, 4.0 - 6e-6, 4.0, 1.0, -10.0]}
+
+
+@pytest.mark.parametrize(
+    ("mlx", "torch", "found"),
+    [
+        ((7, 1, 3), (7, 1, 3), None),
+        ((7, 1, 3), (7, 2), Tie(1, 6e-7, 1e-6)),
+        ((7, 1, 3), (7, 3), Tie(1, 0.3, 1e-6)),  # no second-best token at all
+        ((7, 1, 3), (7, None), Tie(1, 6e-7, 1e-6)),  # 2 ends a text
+        ((7, 1, 3), (7,), Tie(1, 6e-7, 1e-6)),  # whatever stopped it
+    ],
+)
+def test_a_margin_is_that_of_the_first_other_token(
+    mlx: tuple, torch: tuple, found: Tie | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(package: str, run: Path, ids: list[int]) -> np.ndarray:
+        assert ids == [5, 6, 7]
+        return np.array(LOGITS[package])
+
+    monkeypatch.setattr(answers, "_logits", logits)
+    got = answers.tie(tuple(LOGITS), Path("run"), [5, 6], Answer("", mlx), Answer("", torch), {0, 2}, 1e-6)
+    assert (got is None) == (found is None)
+    if got and found:
+        assert (got.at, got.agrees) == (found.at, found.agrees) and got.margin == pytest.approx(found.margin, rel=1e-3)
+
+
+@pytest.mark.parametrize(("device", "legs"), [("Apple M2 Pro", ["doctor --quick"]), ("cpu", ["train pydocs"])])
+def test_on_a_gpu_doctor_comes_first_and_its_failure_ends_the_demo(
+    device: str, legs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from mlxgpt import device as devices
+
+    started = []
+
+    class Failing(subprocess.Popen):
+        def __init__(self, command: list[str]) -> None:
+            started.append(" ".join(command[3:5]))
+            super().__init__([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(devices, "describe", lambda _: {"device": device})
+    monkeypatch.setattr(subprocess, "Popen", Failing)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert started == legs and f"leg {0 if legs[0][0] == 'd' else 1} of the demo" in capsys.readouterr().err
 
 
 def test_a_missing_step_is_no_agreement() -> None:
@@ -105,8 +179,11 @@ tiny = "model.n_layer=1 model.n_embd=16 optim.warmup=2 train.batch_size=2 train.
 demo.PRESET = demo.SLOW_PRESET = (6, tiny.split())
 demo.TUNE_PRESET = (3, "optim.warmup=1 train.eval_batches=1 train.batch_size=1 sample.max_tokens=0".split())
 if {gate!r} == "answers":
-    told = demo.answers
-    demo.answers = lambda package, run: [f"{{package}} {{text}}" for text in told(package, run)]
+    told = demo.answers.ask
+    def ask(package, *args):
+        found = told(package, *args)
+        return [demo.Answer(each.text, (len(package), *each.tokens)) for each in found]
+    demo.answers.ask = ask
 elif {gate!r}:
     impossible = demo.Gates(**{{{gate!r}: -1.0}})
     demo.Gates, demo.ACCELERATOR_GATES = lambda: impossible, impossible

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from mlxgpt.common import backend
+from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 
@@ -26,13 +26,15 @@ def use(name: str = "auto") -> torch.device:
     if name in ("auto", "gpu"):
         if name == "gpu" and best == "cpu":
             raise UserError(f"{asked}: this machine has no GPU that PyTorch can use; expected auto or cpu")
-        return torch.device(best)
+        name = best
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "mps", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"{asked}: the torch backend has auto, cpu, gpu, mps, cuda and cuda:N")
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
     if int(index or 0) >= count:
         raise UserError(f"{asked}: PyTorch finds {count} {kind} devices here; expected auto or cpu")
+    if kind == "cuda":  # also over TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
+        torch.set_float32_matmul_precision("high" if tf32.asked() else "highest")
     return torch.device(name)
 
 
@@ -79,6 +81,11 @@ def limit(device: torch.device, train: TrainConfig) -> list[str]:
         unused.append("train.clear_cache: no effect in PyTorch on a CPU, where nothing is kept")
     if train.wired_limit:
         unused.append("train.wired_limit: no effect in PyTorch")
+    if train.tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        unused.append(tf32.NOTE)
+    elif train.tf32:
+        unused.append(f"train.tf32: no effect in PyTorch on {device.type}")
     return unused
 
 
@@ -96,6 +103,11 @@ def trim(device: torch.device, train: TrainConfig) -> None:
         release()
 
 
+def tf32_state(device: torch.device) -> str:
+    """``on`` or ``off``: whether the device may round the operands of float32 products."""
+    return "on" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "off"
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """What bit-equality depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -106,4 +118,5 @@ def describe(device: torch.device) -> dict[str, str]:
         "blas": f"mkl {torch.backends.cpu.get_cpu_capability()}" if torch.backends.mkl.is_available() else "",
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
+        "tf32": tf32_state(device),
     }

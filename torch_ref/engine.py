@@ -15,7 +15,7 @@ from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.scores import confusion
-from torch_ref import adapters, fused, losses, optim, quant, transfer
+from torch_ref import adapters, fast, fused, losses, optim, quant, transfer
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
@@ -65,9 +65,10 @@ class Engine:
         self.m = {name: torch.zeros_like(self.weights[name]) for name in self.table}
         self.v = {name: torch.zeros_like(self.weights[name]) for name in self.table if name not in self.muon}
         self.t = 0
-        self.compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and self.device.type == "cuda")
+        kind = fast.kind(self.device)
+        self.compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and kind == "cuda")
         # elsewhere the bits of a curve stay those of one tensor at a time
-        self.fused = self.device.type == "cuda" or (self.compiled and self.device.type == "cpu")
+        self.fused = kind == "cuda" or (self.compiled and kind == "cpu")
         compiled = torch.compile if self.compiled else lambda function: function
         self._run_objective = compiled(self._objective)
         self._run_evaluate = compiled(self._evaluate)

@@ -40,6 +40,17 @@ def arrange(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
+def running_sums(x: Array) -> Array:
+    """Sums x (B, n) along the rows; in CUDA's deterministic mode, where cumsum raises, by doubling the distance."""
+    if kind(x.device) != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return torch.cumsum(x, dim=-1)
+    far = 1
+    while far < x.shape[-1]:
+        x = torch.cat([x[:, :far], x[:, far:] + x[:, :-far]], dim=-1)
+        far *= 2
+    return x
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether FlexAttention's kernels can be compiled; without Triton they would hold all scores."""
@@ -67,10 +78,13 @@ def call(function: Callable, *args: Any, **kwargs: Any) -> Any:
 def block_mask(T: int, window: int, segments: Array | None, device: torch.device) -> BlockMask:
     """The blocks of the causal mask of T tokens within ``window`` (0: all) and within segments (B, T)."""
 
+    # a tensor: the kernels take no number that torch.compile may have made a variable
+    reach = torch.full((), window, dtype=torch.int32, device=device) if window else None
+
     def sees(b: Array, h: Array, i: Array, j: Array) -> Array:
         seen = j <= i
-        if window:
-            seen = seen & (i - j < window)
+        if reach is not None:
+            seen = seen & (i - j < reach)
         return seen if segments is None else seen & (segments[b, i] == segments[b, j])
 
     rows = None if segments is None else segments.shape[0]
@@ -80,8 +94,10 @@ def block_mask(T: int, window: int, segments: Array | None, device: torch.device
 def flex(q: Array, k: Array, v: Array, mask: BlockMask, scale: float, softcap: float) -> Array:
     """softmax(scale q k^T) v under the mask, scores capped by cap tanh(s / cap); no scores are kept."""
 
+    cap = torch.full((), softcap, device=q.device)
+
     def capped(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     grouped = q.shape[1] != k.shape[1]
     score_mod = capped if softcap else None

@@ -13,7 +13,7 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
 from mlxgpt.common.tokenizers.protocol import Tokenizer
-from torch_ref import noise
+from torch_ref import fast, noise
 from torch_ref.layers import Array
 from torch_ref.losses import cross_entropy
 from torch_ref.model import Cache, Model, make_cache
@@ -59,7 +59,7 @@ def keep(logits: Array, sample: SampleConfig) -> Array:
     if sample.top_p < 1:
         ordered = torch.sort(logits, dim=-1).values
         weights = torch.exp(ordered - ordered[:, -1:])
-        dropped = torch.cumsum(weights, dim=-1) <= (1 - sample.top_p) * weights.sum(dim=-1, keepdim=True)
+        dropped = fast.running_sums(weights) <= (1 - sample.top_p) * weights.sum(dim=-1, keepdim=True)
         dropped = dropped & (ordered < ordered[:, -1:])
         lowest = torch.where(dropped, math.inf, ordered).amin(dim=-1, keepdim=True)
         logits = drop(logits, lowest)

@@ -1,5 +1,6 @@
 """What a model makes of given tokens, in PyTorch; common/inference/probe.py names the arrays and their use."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from mlxgpt.common import tf32
 from mlxgpt.common.config import SampleConfig, TrainConfig
 from mlxgpt.common.inference import probe as probing
 from mlxgpt.common.inference.probe import KEPT, Request
+from torch_ref import device as devices
 from torch_ref.generate import generate
 from torch_ref.layers import Array
 from torch_ref.load import load
@@ -40,6 +43,11 @@ def multiply(model: Model, scale: float, before: float) -> None:
         weights[name].mul_(factor)
 
 
+def host(array: Array) -> np.ndarray:
+    """An array as numpy, which has no bfloat16: that as float32."""
+    return (array.float() if array.dtype == torch.bfloat16 else array).cpu().numpy()
+
+
 @torch.no_grad()
 def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
@@ -48,17 +56,17 @@ def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]
     model.h = nn.ModuleList(watched)
     last = model.hidden(tokens)
     model.h = blocks
-    yield "logits", model.head(last[:, -KEPT:])[0].cpu().numpy()
-    yield "hidden.embed", watched[0]._given[0, -KEPT:].cpu().numpy()
+    yield "logits", host(model.head(last[:, -KEPT:])[0])
+    yield "hidden.embed", host(watched[0]._given[0, -KEPT:])
     for n, block in enumerate(watched):
-        yield f"hidden.h.{n}", block._gave[0, -KEPT:].cpu().numpy()
-    yield "hidden.ln_f", last[0, -KEPT:].cpu().numpy()
+        yield f"hidden.h.{n}", host(block._gave[0, -KEPT:])
+    yield "hidden.ln_f", host(last[0, -KEPT:])
 
 
 def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:
-    """The mean loss's gradient of every parameter."""
+    """The mean loss's gradient of everything that trains."""
     arrays = Arrays(tokens, targets, torch.ones(tokens.shape, device=tokens.device), None, None)
-    weights = dict(model.named_parameters())
+    weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
     grads = torch.autograd.grad(lm(model, arrays, TrainConfig()).mean(), tuple(weights.values()))
     found = dict(zip(weights, grads, strict=True))
     for name in list(found):
@@ -69,9 +77,13 @@ def probe(folder: Path | str, request: Request, device: str = "auto") -> Iterato
     """Computes what was asked for, in float32 or with ``request.exact`` in float64, an array at a time.
 
     Raises:
-        UserError: see ``load``; ids that the model does not have.
+        UserError: see ``load`` and tf32.judged; ids that the model does not have.
     """
+    if request.exact and devices.use(device).type == "mps":
+        device = "cpu"  # MPS has no float64
     model, _ = load(folder, device=device)
+    if note := tf32.judged(devices.tf32_state(model.device)):
+        print(note, file=sys.stderr)
     if request.exact:
         model.double()._dtype = torch.float64
     request.check(model.config, str(folder))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torch_ref import fast
 from torch_ref.layers import Array
 
 ALIGNED = 4  # elements: an array begins at a multiple of 16 bytes, which kernels like
@@ -18,7 +19,7 @@ def pinned(elements: int) -> torch.Tensor:
 
 def put(arrays: Sequence[np.ndarray | None], device: torch.device) -> list[Any]:
     """Host arrays of 4-byte elements as tensors, None as None; to CUDA in one copy from pinned memory, only started."""
-    if device.type != "cuda":
+    if fast.kind(device) != "cuda":
         return [None if each is None else torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in arrays]
     sizes = [0 if each is None else -(-each.size // ALIGNED) * ALIGNED for each in arrays]
     host = pinned(sum(sizes))
@@ -38,7 +39,7 @@ def put(arrays: Sequence[np.ndarray | None], device: torch.device) -> list[Any]:
 
 def fetch(tensor: Array) -> Callable[[], np.ndarray]:
     """Starts a copy to the host. What is returned waits for it, and not for what the device is given later."""
-    if tensor.device.type != "cuda":
+    if fast.kind(tensor.device) != "cuda":
         return lambda: tensor.numpy(force=True)
     host = pinned(tensor.numel()).view(tensor.dtype).reshape(tensor.shape)
     host.copy_(tensor, non_blocking=True)

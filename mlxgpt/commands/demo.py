@@ -2,7 +2,7 @@
 
 Then MLX's model is fine-tuned to answer questions, with LoRA in both frameworks, and the adapter that MLX trained
 answers in both: one curve and one text. Every leg is a public command in its own process; this file starts them and
-compares their metrics.jsonl and answers.
+compares their metrics.jsonl and answers. On a GPU doctor's short ladder comes first.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxgpt.common import backend
+from mlxgpt.common.doctor import answers
+from mlxgpt.common.doctor.answers import Answer, Tie
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import metrics
@@ -29,6 +31,7 @@ TUNED = ("lora-mlx", "lora-torch")
 COUNT = len(LEGS) + len(TUNED) + 1  # the last one answers
 QUESTIONS = ("What does os.path.join do?", "What does shutil.copyfile do?", "What does random.shuffle do?",
              "What is queue.Queue?")  # fmt: skip
+TOKENS = 24  # of an answer
 # Steps and settings: about a minute per leg on two cores or any GPU.
 PRESET = (300, ["train.batch_size=8", "train.eval_batches=20", "train.keep=0"])
 # LoRA on questions and answers: a low rank on a model this small needs a high learning rate.
@@ -69,11 +72,11 @@ def demo(args: argparse.Namespace) -> int:
     """Runs the three legs under ``args.out`` and prints the comparison.
 
     Returns:
-        0 if every difference is within its gate, else 1.
+        0 if every difference is within its gate, and answers are the same up to ties, else 1.
 
     Raises:
         UserError: a framework is missing, or the folder is not a demo's.
-        RunError: a leg failed.
+        RunError: a leg failed, or doctor's ladder on this machine's GPU.
     """
     began = time.perf_counter()
     runs = {leg: Path(args.out) / leg for leg in (*LEGS, *TUNED)}
@@ -85,6 +88,8 @@ def demo(args: argparse.Namespace) -> int:
     slow = importlib.import_module("mlxgpt.blas").load() == "reference"
     steps, sets = SLOW_PRESET if slow else PRESET
     resumed_at = steps // 2
+    if accelerated():
+        _leg(0, "does this machine's GPU compute what its CPU does?", "mlxgpt", ["--quick"], "doctor")
     for run in runs.values():
         shutil.rmtree(run, ignore_errors=True)
 
@@ -104,47 +109,46 @@ def demo(args: argparse.Namespace) -> int:
         title = f"{name}: LoRA on the questions of pydocs-qa, on MLX's model, steps 1 to {tuned}"
         _leg(number, title, package, [*rows, "--out", str(runs[leg])], "finetune")
     print(f"\n[{COUNT}/{COUNT}] answers: MLX's model, its adapter in MLX, and the same adapter in PyTorch", flush=True)
-    base, mlx, torch = (
-        answers(package, run)
-        for package, run in (("mlxgpt", runs["mlx"]), ("mlxgpt", runs["lora-mlx"]), ("torch_ref", runs["lora-mlx"]))
-    )
+    asked = [f"{question}\n" for question in QUESTIONS]
+    plain, (prompts, ends) = answers.prompt_ids(runs["mlx"], asked)[0], answers.prompt_ids(runs["lora-mlx"], asked)
+    base = answers.ask("mlxgpt", runs["mlx"], plain, TOKENS)
+    mlx, torch = (answers.ask(package, runs["lora-mlx"], prompts, TOKENS) for package in ("mlxgpt", "torch_ref"))
+    on_gpu = any(_devices(run) != {"cpu"} for run in runs.values())
+    limit = answers.gate(on_gpu)
+    ties = [
+        answers.tie(("mlxgpt", "torch_ref"), runs["lora-mlx"], prompt, a, b, ends, limit)
+        for prompt, a, b in zip(prompts, mlx, torch, strict=True)
+    ]
 
     curves = {leg: losses(run, "train") for leg, run in runs.items()}
-    accelerated = any(_devices(run) != {"cpu"} for run in runs.values())
-    gates = ACCELERATOR_GATES if accelerated else Gates()
+    gates = ACCELERATOR_GATES if on_gpu else Gates()
     differences = [*compare(curves, steps, resumed_at, gates), *compare_tuned(curves, tuned, gates)]
     print("\n" + table(curves, {leg: losses(run, "val") for leg, run in runs.items()}, steps, resumed_at))
-    print("\n" + side_by_side(base, mlx, torch))
-    print("\n" + "\n".join(_verdict(differences, accelerated, mlx == torch)))
+    print("\n" + side_by_side(base, mlx, torch, ties))
+    print("\n" + "\n".join(_verdict(differences, on_gpu, ties)))
     print(f"the demo took {duration(time.perf_counter() - began)}; its runs are in {args.out}")
-    return 0 if mlx == torch and all(difference.agrees for difference in differences) else 1
+    return 0 if all(one.agrees for one in (*differences, *filter(None, ties))) else 1
 
 
-def answers(package: str, run: Path) -> list[str]:
-    """The greedy answer of a run's model to each question.
-
-    Raises:
-        RunError: the command failed.
-    """
-    prompts = [word for question in QUESTIONS for word in ("--prompt", f"{question}\n")]
-    command = [sys.executable, "-m", package, "generate", "--model", str(run), *prompts]
-    command += ["--max-tokens", "24", "--temperature", "0", "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RunError(f"leg {COUNT} of the demo ended with exit code {done.returncode}")
-    return [result["text"] for result in json.loads(done.stdout)["results"]]
+def accelerated() -> bool:
+    """Whether a framework computes on a GPU here."""
+    devices = [importlib.import_module(f"{package}.device") for package in backend.PACKAGES.values()]
+    return any(each.describe(each.use("auto"))["device"] != "cpu" for each in devices)
 
 
-def side_by_side(base: list[str], mlx: list[str], torch: list[str]) -> str:
+def side_by_side(base: list[Answer], mlx: list[Answer], torch: list[Answer], ties: list[Tie | None]) -> str:
     """Each question with its answers before and after."""
 
-    def shown(text: str) -> str:
-        return " ".join(text.split())[:100] or "(nothing)"
+    def shown(answer: Answer) -> str:
+        return " ".join(answer.text.split())[:100] or "(nothing)"
 
     lines = []
-    for question, before, after, other in zip(QUESTIONS, base, mlx, torch, strict=True):
+    for question, before, after, other, tie in zip(QUESTIONS, base, mlx, torch, ties, strict=True):
         lines += [question, f"  before             {shown(before)}", f"  after LoRA, MLX    {shown(after)}"]
-        lines.append(f"  in PyTorch         {'the same' if other == after else shown(other)}")
+        lines.append(f"  in PyTorch         {shown(other) if tie else 'the same'}")
+        if tie:
+            word = "a tie" if tie.agrees else "no tie"
+            lines.append(f"    {word} at token {tie.at + 1}: margin {tie.margin:.1e}, gate {tie.gate:.0e}")
     return "\n".join(lines)
 
 
@@ -210,16 +214,20 @@ def table(train: dict[str, dict[int, float]], val: dict[str, dict[int, float]], 
     ])  # fmt: skip
 
 
-def _verdict(differences: list[Difference], accelerated: bool, same_answers: bool) -> list[str]:
+def _verdict(differences: list[Difference], on_gpu: bool, ties: list[Tie | None]) -> list[str]:
     lines = [f"{'largest difference of the training loss':<44}{'at step':>8}{'found':>10}{'gate':>10}"]
     for one in differences:
         word = "" if one.agrees else "  over the gate"
         lines.append(f"{one.what:<44}{one.step:>8}{one.largest:>10.1e}{one.gate:>10.0e}{word}")
-    if accelerated:
+    if on_gpu:
         lines.append("a GPU took part: these gates are ten times those measured on the CPU")
     agrees = all(one.agrees for one in differences)
     lines.append(f"verdict: the curves {'agree' if agrees else 'DISAGREE'}")
-    return [*lines, f"verdict: the answers of the adapter {'are the same' if same_answers else 'DIFFER'} in both"]
+    parted = [tie for tie in ties if tie]
+    word = "are the same in both" + (", up to ties" if parted else "")
+    if not all(tie.agrees for tie in parted):
+        word = "DIFFER"
+    return [*lines, f"verdict: the answers of the adapter {word}"]
 
 
 def _leg(number: int, title: str, package: str, arguments: list[str], verb: str = "train") -> None:

@@ -60,7 +60,7 @@ def device(name: str) -> tuple[str, str]:
 def _broken(name: str) -> str:
     """Why a framework cannot be used here and what to do, or ''."""
     if importlib.util.find_spec(name) is None:
-        return _ROSETTA if name == "mlx" and _translated() else f"not installed: {_INSTALL[name]}"
+        return _ROSETTA if name == "mlx" and translated() else f"not installed: {_INSTALL[name]}"
     try:
         # the device module imports the framework, and before MLX its BLAS
         importlib.import_module(f"{PACKAGES[name]}.device")
@@ -69,9 +69,9 @@ def _broken(name: str) -> str:
     return ""
 
 
-def _translated() -> bool:
+def translated() -> bool:
     """Whether an x86-64 Python runs on Apple Silicon."""
     if (sys.platform, platform.machine()) != ("darwin", "x86_64"):
         return False
-    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True)
+    answer = subprocess.run(["sysctl", "-n", "sysctl.proctranslated"], capture_output=True, text=True)
     return answer.stdout.strip() == "1"

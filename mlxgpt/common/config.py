@@ -222,6 +222,9 @@ class TrainConfig:
     )
     compile: str = _field("auto", "on, off or auto: mx.compile always, torch.compile (slow to start) on CUDA only")
     deterministic: bool = _field(False, "bit-equal results on a GPU too, at a cost in speed")
+    tf32: bool = _field(
+        False, "round the operands of float32 products to TF32 (M5, CUDA): faster, and not the same curve"
+    )
     memory_limit: int = _field(0, "MiB of arrays above which the framework waits for memory; 0 = its default")
     cache_limit: int = _field(0, "MLX: maximum MiB of freed memory kept for reuse; 0 = its default")
     clear_cache: int = _field(0, "MiB of kept memory above which it is released after a step; 0 = never")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlxgpt.common import tf32
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
@@ -16,7 +17,7 @@ from mlxgpt.common.train import schedule
 ACCEPTED = {
     "data.source", "data.tokenizer", "data.workers",
     "train.micro_batch_size", "train.checkpoint_activations", "train.loss_chunk", "train.compile",
-    "train.deterministic",
+    "train.deterministic", "train.tf32",
     "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
     "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
     "train.log_every", "train.tensorboard", "train.wandb", "tune.model", "tune.source", "tune.test",
@@ -28,6 +29,7 @@ ROUNDING = {
     "train.loss_chunk",
     "train.compile",
     "train.deterministic",
+    "train.tf32",
 }
 
 Sections = dict[str, dict[str, Any]]
@@ -126,14 +128,19 @@ def say_environment(
     state: RunState, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]
 ) -> None:
     """One line if the resumed run cannot be bit-equal to an uninterrupted one."""
-    keys = dict.fromkeys([*state.environment, *environment])
+    before = state.environment
+    if before.get("device") == "cpu":
+        before = {"tf32": "off", **before}  # checkpoints did not always say so
     differ = [
-        f"{key} {state.environment.get(key, '-')} -> {environment.get(key, '-')}"
-        for key in keys
-        if state.environment.get(key) != environment.get(key)
+        f"{key} {before.get(key, '-')} -> {environment.get(key, '-')}"
+        for key in dict.fromkeys([*before, *environment])
+        if before.get(key) != environment.get(key)
     ]
+    near = "but within 2e-5 of its losses (float32 on CPU)"
+    if "on" in (before.get("tf32"), environment.get("tf32")):
+        near = f"and {tf32.NOTE}"
     if differ or rounding:
         say(
             f"another environment than at step {state.step} ({', '.join(differ + rounding)}): not bit-equal to an "
-            "uninterrupted run, but within 2e-5 of its losses (float32 on CPU)"
+            f"uninterrupted run, {near}"
         )

@@ -1,0 +1,74 @@
+"""PyTorch's half of ``mlxgpt doctor``: what common/doctor/measure.py asks of a model and of a device."""
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from mlxgpt.common.doctor import measure
+from torch_ref import device as devices  # noqa: F401
+from torch_ref import engine, footprint, generate, probe  # noqa: F401  (what measure.py and speed.py ask for)
+from torch_ref.layers import Array
+from torch_ref.model import Model, make_cache
+
+EXACT = True  # whether it computes in float64
+COMPILE = "off"  # torch.compile takes a minute to start
+
+
+def put(model: Model, array: np.ndarray) -> Array:
+    """An array where the model is."""
+    return torch.tensor(array, device=model.device)
+
+
+def exact(trained: engine.Engine) -> None:
+    """Makes an engine's model compute in float64: torch's alone."""
+    trained.model.double()
+    trained.model._dtype = torch.float64
+
+
+@torch.no_grad()
+def plain(model: Model, tokens: Array) -> np.ndarray:
+    """Logits (B, T, V) of one pass."""
+    return model(tokens).cpu().numpy()
+
+
+@torch.no_grad()
+def cached(model: Model, tokens: Array, first: int) -> np.ndarray:
+    """The same through a KV cache: ``first`` tokens, then half of the rest, then one by one."""
+    rows, length = tokens.shape
+    cache, pieces = make_cache(model, rows, length), []
+    for start, stop in measure.cuts(length, first):
+        pieces.append(model(tokens[:, start:stop], cache=cache))
+    return torch.cat(pieces, dim=1).cpu().numpy()
+
+
+def restart_peak(device: torch.device) -> None:
+    """Forgets the peak of memory so far, and gives back what is kept for reuse."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(trained: engine.Engine) -> int | None:
+    """Bytes of arrays at the peak since ``restart_peak``; None where the framework does not count them."""
+    return trained.memory()["peak"] if trained.device.type == "cuda" else None
+
+
+def stream(device: torch.device, count: int, times: int) -> tuple[float, float]:
+    """Least seconds of a copy, s a, and of a triad, s a + c, over ``count`` float32."""
+    a, c = torch.rand(count, device=device), torch.rand(count, device=device)
+    found = []
+    for function in (lambda: torch.mul(a, 0.5, out=a), lambda: torch.add(c, a, alpha=0.5, out=a)):
+        spent = []
+        for _ in range(times + 1):
+            start = time.perf_counter()
+            function()
+            a[-1].item()  # waits for the device
+            spent.append(time.perf_counter() - start)
+        found.append(min(spent[1:]))
+    return found[0], found[1]
+
+
+if __name__ == "__main__":
+    sys.exit(measure.main(sys.modules[__name__], sys.argv[1:]))
