@@ -49,6 +49,7 @@ ONLY = {
 SHARE = {
     "adapters.py": 0.34,
     "device.py": 0.66,  # each names its own memory limits
+    "doctor.py": 0.50,
     "engine.py": 0.48,  # MLX stacks weights on a GPU; PyTorch has kernels for many tensors
     "generate.py": 0.28,
     "head.py": 0.32,  # MLX without a scatter, where train.deterministic asks
