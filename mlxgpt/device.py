@@ -15,8 +15,8 @@ from mlxgpt.common.errors import UserError
 _MIB = 2**20
 
 
-def use(name: str = "auto") -> mx.Device:
-    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device and returns it.
+def find(name: str = "auto") -> mx.Device:
+    """The device ``auto``, ``cpu`` or ``gpu``; MLX's default device stays what it is.
 
     auto is what MLXGPT_DEVICE says, else the GPU where there is one.
 
@@ -29,8 +29,21 @@ def use(name: str = "auto") -> mx.Device:
     gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not gpu:
         raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
-    device = mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+    return mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+
+
+def use(name: str = "auto") -> mx.Device:
+    """Makes the device of ``find`` MLX's default device and returns it.
+
+    Raises:
+        UserError: a device that MLX does not have here.
+    """
+    device = find(name)
     mx.set_default_device(device)
+    if device == mx.Device(mx.cpu):
+        # on a CPU, the thread that begins here starts g++ whenever MLX needs a kernel
+        with backend.without_signals():
+            mx.synchronize()
     return device
 
 

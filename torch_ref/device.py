@@ -13,7 +13,7 @@ from mlxgpt.common.errors import UserError
 _MIB = 2**20
 
 
-def use(name: str = "auto") -> torch.device:
+def find(name: str = "auto") -> torch.device:
     """The device ``auto``, ``cpu``, ``mps``, ``cuda``, ``cuda:N`` or ``gpu``.
 
     auto is what MLXGPT_DEVICE says, else CUDA, else MPS, else the CPU.
@@ -36,6 +36,15 @@ def use(name: str = "auto") -> torch.device:
     if kind == "cuda":  # also over TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
         torch.set_float32_matmul_precision("high" if tf32.asked() else "highest")
     return torch.device(name)
+
+
+def use(name: str = "auto") -> torch.device:
+    """The device of ``find``; PyTorch has no default device that matters here.
+
+    Raises:
+        UserError: a device that PyTorch does not have here.
+    """
+    return find(name)
 
 
 def is_gpu(array: torch.Tensor) -> bool:
