@@ -94,8 +94,8 @@ PRIVATE = ("jane", "doe", "macbook", "hf_secret", "/Users", "/private", "/places
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What doctor starts computes tiny models, in this process."""
 
-    def start(name: str, part: str, out: Path, device: str) -> str:
-        measure.main(HALVES[name], [part, "--out", str(out), "--device", device])
+    def start(name: str, out: Path, device: str, quick: bool) -> str:
+        measure.main(HALVES[name], ["--out", str(out), "--device", device, *["--quick"] * quick])
         return ""
 
     sizes = [speed._sized("1 2 32 16 64", 2), speed._sized("1 2 64 16 64", 2)]
