@@ -18,7 +18,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.failures import doing
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import chips, machine
 from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan.gate import Gate
 from mlxgpt.common.recipes import build, read_toml
@@ -49,6 +49,7 @@ def _begin(kind: Kind) -> int:
     out = run_folder.unused(*kind.read_settings())
     backend = backends.load(args.backend)
     kind.open_model()
+    _check_limits(kind, backend)
     kind.open_source()
     recipe = kind.recipe
     check_settings(recipe, args)
@@ -95,6 +96,7 @@ def _resume(kind: Kind) -> int:
                 f"remove it and start again{again}"
             )
         backend = backends.load(args.backend)
+        _check_limits(kind, backend)
         kind.reopen_source(out, newest)
         if newest:
             resume.check_data(out, newest[1].data, kind.digests())
@@ -125,6 +127,12 @@ def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
     return RunState(
         recipe.train.seed, kind.digests(), dataclasses.asdict(recipe), environment["framework"], environment
     )
+
+
+def _check_limits(kind: Kind, backend: Backend) -> None:
+    """Refuses memory settings above what the device has, before any work."""
+    devices = backend.engine.devices
+    machine.check_limits(kind.recipe.train, devices.capacity(devices.find(kind.args.device)))
 
 
 def _engine(kind: Kind, backend: Backend, weights: Any) -> Any:
