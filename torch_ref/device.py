@@ -3,12 +3,15 @@
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
 from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan import machine
+from torch_ref import sampled
 
 _MIB = 2**20
 
@@ -57,8 +60,7 @@ def memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         return {"active": torch.cuda.memory_allocated(device), "peak": torch.cuda.max_memory_allocated(device)}
     if device.type == "mps":
-        now = torch.mps.current_allocated_memory()
-        return {"active": now, "peak": now}
+        return {"active": sampled.PEAK.look(), "peak": sampled.PEAK.bytes}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"active": peak, "peak": peak}
@@ -72,6 +74,11 @@ def capacity(device: torch.device) -> dict[str, int]:
     if device.type == "mps":
         return {"recommended": torch.mps.recommended_max_memory()}
     return {}
+
+
+def room(device: torch.device) -> Callable[[], int] | None:
+    """Says how many bytes a CPU can have now, for quantize_base.py; None of another device."""
+    return machine.free if device.type == "cpu" else None
 
 
 def limit(device: torch.device, train: TrainConfig) -> list[str]:
