@@ -26,12 +26,13 @@ def find(name: str = "auto") -> mx.Device:
         UserError: a device that MLX does not have here.
     """
     name, asked = backend.device(name)
-    if name not in ("auto", "cpu", "gpu"):
-        raise UserError(f"{asked}: the mlx backend has auto, cpu and gpu")
-    gpu = mx.is_available(mx.gpu)
-    if name == "gpu" and not gpu:
-        raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
-    return mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+    here = ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+    if name == "auto":
+        name = here[0]
+    if name not in here:
+        other = "; --backend torch has cuda and mps" if name.startswith(("cuda", "mps")) else ""
+        raise UserError(f"{asked}: MLX has {', '.join(here)} on this machine; expected auto or one of these{other}")
+    return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
 
 
 def use(name: str = "auto") -> mx.Device:

@@ -178,8 +178,11 @@ def test_a_framework_whose_process_ends_is_a_failed_rung(
 
 def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for words, said in {
-        ("--device", "tpu"): "--device tpu: the mlx backend has auto, cpu and gpu; --device tpu: the torch backend has",
-        ("--device", "gpu", "--backend", "mlx"): "this machine has no GPU that MLX can use; expected auto or cpu",
+        (
+            "--device",
+            "tpu",
+        ): "--device tpu: MLX has cpu on this machine; expected auto or one of these; --device tpu: PyTorch has",
+        ("--device", "gpu", "--backend", "mlx"): "--device gpu: MLX has cpu on this machine; expected auto or",
         ("--backend", "jax"): "choose from 'mlx', 'torch'",
         ("--out", str(tmp_path)): "expected a file in a folder that exists",
     }.items():

@@ -328,3 +328,42 @@ def test_what_a_framework_starts_does_not_receive_signals_and_the_process_does()
         assert signals.came(10)
         assert signals.received == signal.SIGTERM
     assert blocked(threading.get_native_id()) & both == 0
+
+
+VERBS_WITH_A_DEVICE = {
+    "train": ["--out", "new"], "finetune": ["-m", "x", "-d", "y", "--out", "new"], "plan": [], "generate": ["-m", "x"],
+    "chat": ["-m", "x"], "eval": ["-m", "x", "-d", "y"], "classify": ["-m", "x", "-t", "y"],
+    "probe": ["x", "--tokens", "y", "-o", "."],
+}  # fmt: skip
+
+
+def test_every_verb_that_takes_a_device_is_tried_below() -> None:
+    found = set()
+    for name, verb in verbs.VERBS.items():
+        parser = cli.Parser()
+        verb.declare(parser)
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        found |= {name} if "--device" in flags else set()
+    assert found == {*VERBS_WITH_A_DEVICE, "doctor"}
+
+
+@pytest.mark.parametrize("verb", [*VERBS_WITH_A_DEVICE, "doctor"])
+def test_a_device_that_is_not_here_is_refused_before_any_work(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLXGPT_CACHE", str(tmp_path / "cache"))
+    for backend, devices in (("mlx", ("tpu", "cuda:7", "")), ("torch", ("cuda:7", "cuda:", "cuda:٣", "mps:0", "CPU"))):
+        for device in devices:
+            words = [*verb.split(), *VERBS_WITH_A_DEVICE.get(verb, []), "--backend", backend, "--device", device]
+            assert cli.main(words) == 2
+            line = capsys.readouterr().err
+            assert line.count("\n") == 1 and f"--device {device}: " in line and "cpu on this machine" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "m9-ultra"])
+def test_an_unknown_chip_is_refused_with_those_known(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--chip", name]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f"--chip {name}: unknown" in line and "m3-ultra" in line and "h200" in line
