@@ -11,7 +11,7 @@ from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan import machine
-from torch_ref import sampled
+from torch_ref import fast, sampled
 
 _MIB = 2**20
 
@@ -48,7 +48,7 @@ def use(name: str = "auto") -> torch.device:
 
 def is_gpu(array: torch.Tensor) -> bool:
     """Whether what is made of the array is computed on a GPU."""
-    return array.device.type != "cpu"
+    return fast.kind(array.device) in ("cuda", "mps")
 
 
 def memory(device: torch.device) -> dict[str, int]:
