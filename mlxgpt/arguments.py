@@ -12,7 +12,9 @@ def _positive(text: str) -> int:
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["mlx", "torch"], help="framework; default: MLX where it runs, else torch")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu, mps, cuda or cuda:N; default: auto")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, gpu, mps, cuda or cuda:N; default: $MLXGPT_DEVICE or auto"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

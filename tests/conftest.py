@@ -44,7 +44,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
-    monkeypatch.setattr(backend, "resolve", lambda name: "fake")
+    monkeypatch.setattr(backend, "resolve", lambda name, device=None: "fake")
     monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text(fake_run.RECIPE)

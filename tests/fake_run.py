@@ -210,7 +210,7 @@ def main(argv: list[str]) -> int:
 
     backend.load = load_backend  # type: ignore[assignment]
     pretrain.token_source.open_data = open_data  # type: ignore[assignment]
-    backend.resolve = lambda name: "fake"
+    backend.resolve = lambda name, device=None: "fake"
     return cli.main(["train", *argv])
 
 

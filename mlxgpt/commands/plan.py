@@ -48,7 +48,7 @@ def plan_command(args: Namespace) -> int:
         raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
     if args.model and args.recipe:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
-    chip = chips.chip_named(args.chip) if args.chip else None
+    chip = chips.chip_named(args.chip) if args.chip is not None else None
     recipe, notes = _recipe(args)
     backend = backends.load(args.backend)
     device = backend.engine.devices.find(args.device)

@@ -10,7 +10,7 @@ from typing import Any
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.plan import chips, machine
+from mlxgpt.common.plan import advice, chips, machine
 from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import measured as measured_plan
 from mlxgpt.common.plan import memory as plan_memory
@@ -80,7 +80,7 @@ def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
             memory = plan_memory.plan(recipe, measure)
             if memory.whole > where["limit"] and not args.force:
                 settings = plan_memory.fitting(recipe, measure, where["limit"])
-                fits = " ".join(f"--set train.{key}={str(value).lower()}" for key, value in (settings or {}).items())
+                fits = advice.as_flags(settings or {})
                 raise UserError(
                     f"memory: {plan_show.size(memory.whole)} predicted, {plan_show.size(where['limit'])} free: "
                     + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")

@@ -194,6 +194,11 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     return low if low >= 16 else 0
 
 
+def changed(recipe: Recipe, settings: dict[str, object]) -> Recipe:
+    """The recipe with other settings of ``[train]``."""
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **settings))
+
+
 def fitting(recipe: Recipe, measure: Measure, limit: int) -> dict[str, object] | None:
     """Settings of ``[train]`` that keep a step within ``limit``: a smaller micro-batch, then recomputed activations."""
     rows, _ = micro_batch(recipe)
@@ -203,9 +208,7 @@ def fitting(recipe: Recipe, measure: Measure, limit: int) -> dict[str, object] |
         some = rows
         while some:
             settings: dict[str, object] = {**more, **({"micro_batch_size": some} if some != rows else {})}
-            train = dataclasses.replace(recipe.train, **settings)
-            changed = dataclasses.replace(recipe, train=train)
-            if settings and plan(changed, measure).whole <= limit:
+            if settings and plan(changed(recipe, settings), measure).whole <= limit:
                 return settings
             some //= 2
     return None
