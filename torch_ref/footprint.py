@@ -13,6 +13,7 @@ from mlxgpt.common.plan import similar, worker
 from mlxgpt.common.plan.memory import Footprint
 from mlxgpt.common.plan.worker import Job
 from torch_ref import engine as engines
+from torch_ref import sampled
 
 
 def measure(job: Job, device: str) -> dict[str, int]:
@@ -26,6 +27,9 @@ def measure(job: Job, device: str) -> dict[str, int]:
             engine.train_step(step, batch.split(job.rows), 1e-3)
 
     if where.type != "cpu":
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+        sampled.PEAK.bytes = 0
         run(1, job.steps)
         peak = engine.memory()["peak"]
         del run, engine
