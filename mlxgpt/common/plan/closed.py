@@ -175,7 +175,8 @@ def attention(s: Sizes) -> int:
         whole = bool(plain)
     if not whole:
         return 4 * s.tokens * model.n_head
-    return scores * (s.item * (1 + bool(model.attn_softcap) + drop) + drop)
+    soft = s.item if s.mlx else 4  # PyTorch's softmax is kept in float32
+    return scores * (soft + s.item * (bool(model.attn_softcap) + drop) + drop)
 
 
 def working(s: Sizes) -> int:
@@ -188,7 +189,10 @@ def working(s: Sizes) -> int:
         tiles = 3 * 4 * SCORES // 2 if s.gpu and s.tokens * model.n_head * s.length > SCORES else 0
         return tiles + int(late * (kept(s) - attention(s)) + SCORES_LATE * attention(s))
     wide = max(model.n_hidden * (2 if model.gated else 1), model.n_embd, model.n_head * model.head_dim)
-    return 2 * s.tokens * wide * s.item + (attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0)
+    scores = attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0
+    if scores and s.item == 2 and s.recipe.train.dropout:
+        scores = 2 * scores  # random bits and what they are compared to are no narrower
+    return 2 * s.tokens * wide * s.item + scores
 
 
 def outside(s: Sizes) -> int:
