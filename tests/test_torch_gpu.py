@@ -380,3 +380,17 @@ def test_a_model_decodes_with_cuda_kernels_as_without(monkeypatch: pytest.Monkey
     expected = [each.tokens for each in generate(model, None, prompts, sample)]
     Gpu("cuda", monkeypatch)
     assert [each.tokens for each in generate(model, None, prompts, sample)] == expected
+
+
+def test_a_product_with_a_transposed_matrix_gets_a_copy_of_it_on_mps(mps: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 with a transposed matrix aborts the process there (PyTorch 2.13, macOS 27)."""
+    x, weight, linear = torch.randn(2, 3, 5), torch.randn(5, 4).T, F.linear
+    seen: list[tuple[int, bool]] = []
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+        seen.append((x.ndim, weight.is_contiguous()))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    agree("product", fast.linear(x, weight).numpy(), linear(x, weight).numpy(), 1e-6)
+    assert seen == [(2, True)]
