@@ -101,7 +101,7 @@ def test_the_recipe_decides_before_a_framework_is_imported(
     class Imported(Exception):
         pass
 
-    def imports(_: Any) -> str:
+    def imports(*_: Any) -> str:
         raise Imported(os.environ[tf32.VARIABLE])
 
     monkeypatch.setenv(tf32.VARIABLE, "0" if expected == "1" else "1")  # the recipe's word counts
@@ -135,6 +135,7 @@ def test_a_recipe_that_asks_is_told_what_it_gets(metal: Metal, monkeypatch: pyte
 def test_torch_multiplies_in_float32_on_cuda_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv(tf32.VARIABLE, raising=False)
     use = inspect.unwrap(torch_ref.device.use)  # nothing is computed there
