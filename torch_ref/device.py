@@ -123,11 +123,12 @@ def tf32_state(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, str]:
     """What bit-equality depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    mkl = f"mkl {torch.backends.cpu.get_cpu_capability()}, CBWR {os.environ.get('MKL_CBWR', 'OFF')}"
     return {
         "framework": "torch",
         "version": torch.__version__,
         "device": name,
-        "blas": f"mkl {torch.backends.cpu.get_cpu_capability()}" if torch.backends.mkl.is_available() else "",
+        "blas": mkl if torch.backends.mkl.is_available() else "",
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),
