@@ -33,8 +33,10 @@ def use(name: str = "auto") -> torch.device:
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
     if int(index or 0) >= count:
         raise UserError(f"{asked}: PyTorch finds {count} {kind} devices here; expected auto or cpu")
-    if kind == "cuda":  # also over TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
-        torch.set_float32_matmul_precision("high" if tf32.asked() else "highest")
+    # also over a user's own values; "high" and "medium" would reach the CPU's products as well
+    torch.set_float32_matmul_precision("highest")
+    tf32.override(tf32.asked())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32.asked()
     return torch.device(name)
 
 
@@ -81,8 +83,10 @@ def limit(device: torch.device, train: TrainConfig) -> list[str]:
         unused.append("train.clear_cache: no effect in PyTorch on a CPU, where nothing is kept")
     if train.wired_limit:
         unused.append("train.wired_limit: no effect in PyTorch")
-    if train.tf32 and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if train.tf32:
+        tf32.override(True)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if tf32_state(device) == "on":
         unused.append(tf32.NOTE)
     elif train.tf32:
         unused.append(f"train.tf32: no effect in PyTorch on {device.type}")
@@ -105,7 +109,7 @@ def trim(device: torch.device, train: TrainConfig) -> None:
 
 def tf32_state(device: torch.device) -> str:
     """``on`` or ``off``: whether the device may round the operands of float32 products."""
-    return "on" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "off"
+    return "on" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "off"
 
 
 def describe(device: torch.device) -> dict[str, str]:
