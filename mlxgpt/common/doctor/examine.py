@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 
 import mlxgpt
-from mlxgpt.common import backend
+from mlxgpt.common import backend, tf32
 from mlxgpt.common.doctor import compare, facts, private
 from mlxgpt.common.doctor.compare import TITLES, Finding, Pair, Side
 from mlxgpt.common.errors import UserError
@@ -42,7 +42,7 @@ class Examined:
     @property
     def tf32(self) -> bool:
         """Whether float32 products are in reduced precision."""
-        return str(self.facts.get("tf32", "off")) not in ("off", "False", "0", "")
+        return self.facts["tf32"] == "on"
 
     def arrays(self, place: str) -> dict[str, np.ndarray]:
         """``tested``, ``cpu`` or ``exact`` by name; a CPU that is tested is its own reference."""
@@ -101,11 +101,13 @@ def examine(asked: str | None, device: str, quick: bool, say: Say) -> dict[str, 
     """The whole report; ``say`` hears what is being done.
 
     Raises:
-        UserError: see ``frameworks``.
+        UserError: see ``frameworks``; it is not known whether TF32 is on.
     """
     began = time.perf_counter()
     found, absent = frameworks(asked, device)
+    notes = [note for described in found.values() if (note := tf32.judged(described["tf32"]))]
     report: dict[str, Any] = {"mlxgpt": mlxgpt.__version__, "date": datetime.date.today().isoformat(), "quick": quick}
+    report["notes"] = list(dict.fromkeys(notes))
     report["machine"] = private.clean(facts.facts())
     with tempfile.TemporaryDirectory(prefix="mlxgpt-doctor-") as work:
         done = []

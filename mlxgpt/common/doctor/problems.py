@@ -55,7 +55,7 @@ def problems(quick: bool, long: bool = True) -> list[Problem]:
     ]
     if quick:
         return made
-    made.append(_problem("llama, wide", 2, 3, {"family": "llama", **wide}))
+    made.append(_problem("llama, wide", 1, 3, {"family": "llama", **wide}))
     if long:
         size = {"n_layer": 1, "n_head": 8, "n_kv_head": 4, "n_embd": 128, "block_size": 2176, "vocab_size": 1100}
         made.append(_problem("llama, long", 1, 0, {"family": "llama", **size}))

@@ -64,6 +64,7 @@ def _frameworks(report: dict[str, Any]) -> Iterator[str]:
         yield f"  {TITLES[name]:<17} {'; '.join(parts)}"
         if facts["chip"] is None and facts["device"] != "cpu":
             yield f"  {'':<17} not in the table of chips: shares of its peak are left out"
+    yield from (f"  {'note':<17} {note}" for note in report["notes"])
     for name, why in report["not_here"].items():
         yield f"  {TITLES[name]:<17} not here: {why}"
 
@@ -79,32 +80,28 @@ def _ladder(findings: list[dict[str, Any]]) -> Iterator[str]:
 
 def _speed(report: dict[str, Any]) -> Iterator[str]:
     title = f"{'step speed':<27}{'batch':>9}{'dtype':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}"
-    yield f"\n{title}  memory, predicted"
+    yield f"\n{title}  verdict"
     for row in report["speed"]:
         name = f"{TITLES[row['framework']]:<8}{row['model']}, {short(row['parameters'])}"
         start = f"{name:<27}{'{rows}x{length}'.format(**row):>9}{row['dtype']:>10}"
-        if "left_out" in row:
-            yield f"{start}  left out: {row['left_out']}"
+        if row["verdict"] == "left out":
+            yield f"{start}{'':28}  left out: {row['note']}"
             continue
         share = "-" if row["peak_share"] is None else f"{row['peak_share']:.1%}"
-        measured, predicted = row["memory_measured"], row["memory_predicted"]
-        memory = "not counted here" if measured is None else size(measured)
-        off = "" if measured is None else f" ({predicted / measured - 1:+.0%})"
-        yield (
-            f"{start}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.3f}{share:>9}  "
-            f"{memory}, {size(predicted)}{off}"
-        )
+        memory = f"memory {size(row['memory_predicted'])} predicted, "
+        memory += "not counted here" if row["memory_measured"] is None else f"{size(row['memory_measured'])} measured"
+        yield f"{start}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.3f}{share:>9}  {row['verdict']}; {memory}"
 
 
 def _bandwidth(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"\n{'bandwidth':<17}{'array':>10}{'copy':>12}{'triad':>12}{'of peak':>10}"
+    yield f"\n{'bandwidth':<17}{'array':>10}{'copy':>12}{'triad':>12}{'of peak':>10}  verdict"
     for row in rows:
         start = f"{TITLES[row['framework']]:<17}{row['mib']:>6} MiB"
-        if "left_out" in row:
-            yield f"{start}  left out: {row['left_out']}"
+        if row["verdict"] == "left out":
+            yield f"{start}{'':34}  left out: {row['note']}"
             continue
         share = "-" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.0%}"
-        yield f"{start}{row['copy']:>7.1f} GB/s{row['triad']:>7.1f} GB/s{share:>10}"
+        yield f"{start}{row['copy']:>7.1f} GB/s{row['triad']:>7.1f} GB/s{share:>10}  {row['verdict']}"
 
 
 def _verdict(report: dict[str, Any]) -> str:
