@@ -172,7 +172,7 @@ def test_a_recipe_that_asks_is_told_what_it_gets(m5: Metal, monkeypatch: pytest.
 def torch_state(device: torch.device) -> tuple[bool, bool, str, str]:
     """What torch may do on CUDA (products, cuDNN) and on the CPU, and what we say of the device."""
     cuda, cpu = torch.backends.cuda.matmul.allow_tf32, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[reportAttributeAccessIssue]
-    return cuda, torch.backends.cudnn.allow_tf32, cpu, torch_ref.device.tf32_state(device)
+    return bool(cuda), torch.backends.cudnn.allow_tf32, cpu, torch_ref.device.tf32_state(device)
 
 
 @pytest.mark.usefixtures("torch_flags")
