@@ -27,7 +27,6 @@ from mlxgpt.common.model import adapters
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten"),
@@ -42,12 +41,15 @@ def operations(*arrays: mx.array) -> Counter[str]:
     return Counter(label for _, label in _nodes(arrays))
 
 
-def kernels(*arrays: mx.array) -> int:
-    """Kernels that the graph of the arrays launches."""
+def kernels(*arrays: mx.array, copies: bool = True) -> int:
+    """Kernels that the graph of the arrays launches, with or without ``copies`` into larger arrays."""
     text, launched = _text(arrays), 0
     inputs = Counter(re.findall(r"-> (\d+)$", text, re.MULTILINE))
     for node, label in NODE.findall(text):
-        launched += 0 if label in VIEWS else inputs[node] if label == "Concatenate" else 2 if label == "Pad" else 1
+        if label == "Concatenate":
+            launched += inputs[node] if copies else 0
+        else:
+            launched += 0 if label in VIEWS else 2 if label == "Pad" else 1
     return launched
 
 
@@ -109,9 +111,9 @@ class Counted(engines.Engine):
     def __init__(self, recipe: Recipe):
         tensors: Any = {name: _like(shape) for name, shape in adapters.shapes(recipe).items()}
         super().__init__(recipe, tensors)
-        self.model.update(tree_unflatten([(name, _like(each.shape)) for name, each in self._weights().items()]))
-        for group in (self.m, self.v):
+        for group in (self.p, self.m, self.v):
             group |= {name: _like(each.shape) for name, each in group.items()}
+        self._show({name: _like(self.table[name].shape) for name in self.table})
 
     def _settle(self, *more: mx.array) -> None:
         """Leaves everything pending."""
@@ -139,7 +141,7 @@ class Counted(engines.Engine):
 
     def state(self) -> list[mx.array]:
         """Weights and moments."""
-        return [*self._weights().values(), *self.m.values(), *self.v.values()]
+        return [*(self.p or self._weights()).values(), *self.m.values(), *self.v.values()]
 
 
 def of_recipe(name: str) -> Recipe:

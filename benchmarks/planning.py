@@ -10,7 +10,6 @@ Nothing of the prediction was fitted to a measurement; ``--random`` draws new se
 
 import argparse
 import gc
-import importlib
 import json
 import random
 import subprocess
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Row, finish
+from mlxgpt.common.plan import closed, machine, measured, similar
+from mlxgpt.common.plan.measured import Measured
 
 Setting = dict[str, dict[str, Any]]
 GATE = (0.95, 1.10)  # of predicted / measured
@@ -107,28 +108,18 @@ def recipe_of(setting: Setting) -> Any:
     return build(setting, "benchmark")
 
 
-def batch_of(recipe: Any) -> Any:
-    """Random tokens of the recipe's batch."""
-    from mlxgpt.common.batch import Batch
-
-    shape = (recipe.train.batch_size, recipe.model.block_size)
-    tokens, targets = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (2, *shape)).astype(np.int32)
-    return Batch(tokens, targets, np.ones(shape, np.float32))
-
-
-def tensors_of(recipe: Any) -> dict[str, Any]:
-    """What an engine is given: weights from the seed, and what adapters start from."""
-    from mlxgpt.common.model import adapters, params
-
-    base = params.init_params(recipe.model, 0)
-    return base | (adapters.init(recipe, base) if recipe.adapter else {})
-
-
-def predict(backend: str, recipe: Any) -> int:
+def predict(measure: Measured, recipe: Any) -> int:
     """Bytes, as the planner says."""
     rows = recipe.train.micro_batch_size or recipe.train.batch_size
-    module = importlib.import_module(f"{PACKAGES[backend]}.footprint")
-    return module.footprint(recipe, rows, recipe.model.block_size, -(-recipe.train.batch_size // rows)).peak
+    measure.begin()
+    return measure(recipe, rows, recipe.model.block_size, -(-recipe.train.batch_size // rows)).peak
+
+
+def closed_form(backend: str, recipe: Any) -> int:
+    """Bytes by arithmetic alone."""
+    rows = recipe.train.micro_batch_size or recipe.train.batch_size
+    count = -(-recipe.train.batch_size // rows)
+    return closed.footprint(recipe, rows, recipe.model.block_size, count, backend).peak
 
 
 def measure_mlx(recipe: Any) -> int:
@@ -140,8 +131,8 @@ def measure_mlx(recipe: Any) -> int:
 
     gc.collect()
     before = mx.get_active_memory()
-    engine = engines.Engine(recipe, tensors_of(recipe), "cpu")
-    batch = batch_of(recipe)
+    engine = engines.Engine(recipe, similar.tensors(recipe), "cpu")
+    batch = similar.batch(recipe, recipe.train.batch_size, recipe.model.block_size)
     mx.reset_peak_memory()
     for step in (1, 2, 3):
         engine.train_step(step, batch.split(recipe.train.micro_batch_size), 1e-3)
@@ -155,8 +146,8 @@ def measure_torch(recipe: Any) -> int:
     from torch_ref import engine as engines
 
     gc.collect()
-    engine = engines.Engine(recipe, tensors_of(recipe), "cpu")
-    batch = batch_of(recipe)
+    engine = engines.Engine(recipe, similar.tensors(recipe), "cpu")
+    batch = similar.batch(recipe, recipe.train.batch_size, recipe.model.block_size)
     kept = [*engine.model.parameters(), *engine.model.buffers(), *engine.m.values(), *engine.v.values()]
     engine.train_step(1, batch.split(recipe.train.micro_batch_size), 1e-3)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -174,15 +165,17 @@ def serve(backend: str) -> None:
 
     out, sys.stdout = sys.stdout, sys.stderr
     measure = {"mlx": measure_mlx, "torch": measure_torch}[backend]
-    for line in sys.stdin:
-        recipe = recipe_of(json.loads(line))
-        found = {"predicted": predict(backend, recipe), "measured": measure(recipe), "resident": peak_memory()}
-        print(json.dumps(found), file=out, flush=True)
+    with Measured(backend, "cpu", True, machine.free()) as planner:
+        for line in sys.stdin:
+            recipe = recipe_of(json.loads(line))
+            found = {"predicted": predict(planner, recipe), "measured": measure(recipe), "resident": peak_memory()}
+            found |= {"closed": closed_form(backend, recipe), "flops": planner.spent, "notes": planner.notes}
+            print(json.dumps(found), file=out, flush=True)
 
 
-def compare(backend: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
+def compare(backend: str, settings: list[Setting], gflop: float) -> Iterator[dict[str, Any]]:
     """Predicted and measured of each setting, from a process of its own for the framework."""
-    command = [sys.executable, "-m", "benchmarks.planning", "--serve", backend]
+    command = [sys.executable, "-m", "benchmarks.planning", "--serve", backend, "--gflop", str(gflop)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         for setting in settings:
@@ -236,6 +229,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=PACKAGES, action="append", help="default: both")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N random settings in place of the list")
     parser.add_argument("--seed", type=int, default=0, help="of --random")
+    parser.add_argument(
+        "--gflop", type=float, help="of a measurement; default: 12, which many settings need not shrink for"
+    )
     parser.add_argument("--few", action="store_true", help="every seventh setting of the list")
     parser.add_argument("--hours", action="store_true", help="time a run instead, against what plan --calibrate says")
     parser.add_argument("--recipe", default="pydocs", help="of --hours; default: pydocs")
@@ -245,6 +241,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.serve:
+        measured.FIRST = args.gflop * 1e9
         serve(args.serve)
         return
     if args.hours:
@@ -256,11 +253,12 @@ def main() -> None:
     settings = [draw(dice) for _ in range(args.random)] if args.random else SETTINGS[:: 7 if args.few else 1]
     rows = []
     for backend in args.backend or PACKAGES:
-        for row in compare(backend, settings):
+        for row in compare(backend, settings, args.gflop or measured.FIRST / 1e9):
             ratio = row["predicted"] / row["measured"]
             rows.append(row | {"ratio": ratio})
             mark = "" if GATE[0] <= ratio <= GATE[1] else "  <- off"
             sizes = "".join(f"{row[key] / 2**20:10.1f}" for key in ("predicted", "measured", "resident"))
+            sizes += f"{row['closed'] / row['measured']:8.2f}{row['flops'] / 1e9:6.1f}"
             print(f"{backend:6}{sizes}{ratio:8.3f}  {describe(row['setting'])}{mark}", file=sys.stderr, flush=True)
     ratios = [row["ratio"] for row in rows]
     off = sum(not GATE[0] <= ratio <= GATE[1] for ratio in ratios)

@@ -12,7 +12,9 @@ def _positive(text: str) -> int:
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["mlx", "torch"], help="framework; default: MLX where it runs, else torch")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu, mps, cuda or cuda:N; default: auto")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, gpu, mps, cuda or cuda:N; default: $MLXGPT_DEVICE or auto"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +89,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time a few real steps on this machine and estimate the hours from them",
     )
+    add("--measure", action="store_true", help="memory: run a few real steps of the true size, in a process of its own")
     add("--price", type=_positive_number, metavar="X", help="price of an hour")
     add("--budget", metavar="MONEY", help="the reverse: the best model for '100 USD', with --price")
     add("--hours", type=_positive_number, metavar="H", help="the same for a number of hours")

@@ -8,11 +8,13 @@ MLX's TF32 is decided here as well (common/tf32.py).
 The environment variable MLXGPT_BLAS forces a choice: auto (OpenBLAS, else MKL), openblas, mkl or none.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxgpt.common import tf32
@@ -99,6 +101,25 @@ def describe() -> dict[str, str]:
     if sys.platform == "linux" and shutil.which("g++"):
         known["jit"] = "g++"
     return known
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Products by one thread within; where the BLAS has no such setting, as they are."""
+    name, scope = load(), ctypes.CDLL(None)
+    if name not in _MARKS:
+        yield
+        return
+    get, put = {
+        "openblas": ("openblas_get_num_threads", "openblas_set_num_threads"),
+        "mkl": ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+    }[name]
+    before = getattr(scope, get)()
+    getattr(scope, put)(1)
+    try:
+        yield
+    finally:
+        getattr(scope, put)(before)
 
 
 def _in_scope() -> str:

@@ -29,7 +29,17 @@ def main(argv: Sequence[str] | None = None, backend: str | None = None) -> int:
     prog = "python -m torch_ref" if backend == "torch" else "mlxgpt"
     terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv), prog, backend)
+        return _guarded(list(sys.argv[1:] if argv is None else argv), prog, backend)
+    except KeyboardInterrupt:
+        # also one that came while an error was looked at, such as that of a compiler which it had stopped
+        return _fail(prog, "interrupted", 130)
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+
+
+def _guarded(argv: list[str], prog: str, backend: str | None) -> int:
+    try:
+        code = _run(list(argv), prog, backend)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -40,12 +50,21 @@ def main(argv: Sequence[str] | None = None, backend: str | None = None) -> int:
         # the reader, such as head, left; what is still buffered must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        return _fail(prog, f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
-    except KeyboardInterrupt:
-        return _fail(prog, "interrupted", 130)
-    finally:
-        signal.signal(signal.SIGTERM, terminated)
+    except Exception as error:
+        return _fail(prog, *_explained(error, argv))
+
+
+def _explained(error: Exception, argv: list[str]) -> tuple[str, int]:
+    """The line and the exit code of an error that the verb did not name; raises it again if nobody knows it."""
+    from mlxgpt.common import failures
+
+    if known := failures.meaning(error):
+        verb = next((name for name in VERBS if name.split() == argv[: len(name.split())]), "")
+        advice = failures.ADVICE.get(verb, "") if known.memory else ""
+        return ": ".join(filter(None, (verb, known.line))) + (f"; {advice}" if advice else ""), 1
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+    raise error
 
 
 def _run(argv: list[str], prog: str, backend: str | None) -> int:
@@ -83,7 +102,8 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
         from mlxgpt.common.backend import resolve
 
         tf32.take(args)  # a framework is told before it is imported
-        args.backend = resolve(args.backend or backend)
+        # a device that is not here is refused before any work
+        args.backend = resolve(args.backend or backend, getattr(args, "device", None))
     module, _, function = verb.function.partition(":")
     return getattr(importlib.import_module(module), function)(args) or 0
 

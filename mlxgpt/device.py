@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 
 from mlxgpt import blas
@@ -12,12 +13,13 @@ import mlx.core as mx
 from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan import machine
 
 _MIB = 2**20
 
 
-def use(name: str = "auto") -> mx.Device:
-    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device and returns it.
+def find(name: str = "auto") -> mx.Device:
+    """The device ``auto``, ``cpu`` or ``gpu``; MLX's default device stays what it is.
 
     auto is what MLXGPT_DEVICE says, else the GPU where there is one.
 
@@ -25,13 +27,27 @@ def use(name: str = "auto") -> mx.Device:
         UserError: a device that MLX does not have here.
     """
     name, asked = backend.device(name)
-    if name not in ("auto", "cpu", "gpu"):
-        raise UserError(f"{asked}: the mlx backend has auto, cpu and gpu")
-    gpu = mx.is_available(mx.gpu)
-    if name == "gpu" and not gpu:
-        raise UserError(f"{asked}: this machine has no GPU that MLX can use; expected auto or cpu")
-    device = mx.Device(mx.gpu if gpu and name != "cpu" else mx.cpu)
+    here = ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+    if name == "auto":
+        name = here[0]
+    if name not in here:
+        other = "; --backend torch has cuda and mps" if name.startswith(("cuda", "mps")) else ""
+        raise UserError(f"{asked}: MLX has {', '.join(here)} on this machine; expected auto or one of these{other}")
+    return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
+
+
+def use(name: str = "auto") -> mx.Device:
+    """Makes the device of ``find`` MLX's default device and returns it.
+
+    Raises:
+        UserError: a device that MLX does not have here.
+    """
+    device = find(name)
     mx.set_default_device(device)
+    if device == mx.Device(mx.cpu):
+        # on a CPU, the thread that begins here starts g++ whenever MLX needs a kernel
+        with backend.without_signals():
+            mx.synchronize()
     return device
 
 
@@ -46,11 +62,21 @@ def memory() -> dict[str, int]:
 
 
 def capacity(device: mx.Device) -> dict[str, int]:
-    """Bytes: what the device says of its memory beyond the machine's; Metal's ``recommended`` working set."""
+    """Bytes: what the device says of its memory beyond the machine's.
+
+    Metal has a ``recommended`` working set, CUDA memory of its own, ``total`` and ``free``.
+    """
     if device == mx.Device(mx.cpu):
         return {}
     info = mx.device_info(device)
+    if "total_memory" in info:
+        return {"total": int(info["total_memory"]), "free": int(info.get("free_memory", info["total_memory"]))}
     return {"recommended": int(info.get("max_recommended_working_set_size", 0))}
+
+
+def room(device: mx.Device) -> Callable[[], int] | None:
+    """Says how many bytes a CPU can have now, for quantize_base.py; None of another device."""
+    return machine.free if device == mx.Device(mx.cpu) else None
 
 
 def limit(device: mx.Device, train: TrainConfig) -> list[str]:

@@ -1,9 +1,10 @@
 """MLX's half of ``mlxgpt doctor``: what common/doctor/measure.py asks of a model and of a device."""
 
+import contextlib
 import sys
 import time
 
-from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+from mlxgpt import blas
 
 # isort: split
 import mlx.core as mx
@@ -18,6 +19,11 @@ from mlxgpt.model import Model, make_cache
 
 EXACT = False  # whether it computes in float64
 COMPILE = "auto"
+
+
+def one_thread() -> contextlib.AbstractContextManager:
+    """Products by one thread within, on a CPU."""
+    return blas.one_thread()
 
 
 def put(model: Model, array: np.ndarray) -> Array:

@@ -25,6 +25,7 @@ from mlxgpt.common.scores import confusion
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
 from mlxgpt.noise import SITES
+from mlxgpt.stacks import Stacks
 
 
 class Engine:
@@ -52,11 +53,13 @@ class Engine:
         train = recipe.train
         self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic)
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
-        self.m = {name: mx.zeros(param.shape) for name, param in self.table.items()}
-        self.v = {name: mx.zeros(param.shape) for name, param in self.table.items() if name not in self.muon}
+        self.stacks = Stacks(self.table, self.muon, self.device)
+        self.m = self.stacks.join({name: mx.zeros(param.shape) for name, param in self.table.items()})
+        self.v = {name: mx.zeros(m.shape) for name, m in self.m.items() if name not in self.muon}
+        self.p: dict[str, Array] = {}  # weights where they are stacked, of which the model has views
         self.t = 0
         parameters.check(adapter_params.shapes(recipe), params)
-        base, self.note = quantize_base.prepare(recipe, params, self.device == mx.Device(mx.cpu))
+        base, self.note = quantize_base.prepare(recipe, params, devices.room(self.device))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantized):
@@ -68,10 +71,11 @@ class Engine:
         for name in self.table:
             path, _, kind = name.rpartition(".")
             self.model.at(path).unfreeze(recurse=False, keys=kind)
+        self.p |= self.stacks.join(self._weights()) if self.stacks.together else {}
         self._settle()
         self._loss_and_grad = nn.value_and_grad(self.model, self._objective)
         self.compiled = recipe.train.compile != "off"
-        state = [self.model.state, self.m, self.v]
+        state = [self.p or self.model.state, self.m, self.v]
         compiled = partial(mx.compile, inputs=state) if self.compiled else lambda function, **_: function
         self._run_step = compiled(self._step, outputs=state)
         self._run_gradients = compiled(self._gradients, outputs=state)
@@ -80,15 +84,21 @@ class Engine:
 
     def _put(self, params: dict[str, np.ndarray]) -> None:
         parameters.check({name: param.shape for name, param in self.table.items()}, params)
-        self.model.update(tree_unflatten([(name, mx.array(params[name])) for name in self.table]))
+        self._show({name: mx.array(params[name]) for name in self.table})
+        self.p |= self.stacks.join(self._weights()) if self.p else {}
         self._settle()
 
     def _weights(self) -> dict[str, Array]:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
+    def _show(self, weights: dict[str, Array] | None = None) -> None:
+        """Gives the model weights by name, or views of those that are stacked."""
+        self.model.update(tree_unflatten(list((weights or self.stacks.split(self.p)).items())))
+
     def _settle(self, *more: Array) -> None:
         """Computes what is pending: MLX is lazy."""
-        mx.eval(self.model.parameters(), self.m, self.v, *more)
+        self._show()
+        mx.eval(self.model.parameters(), self.p, self.m, self.v, *more)
 
     def _arrays(self, batch: Batch) -> losses.Arrays:
         tokens, targets, weights = (mx.array(field) for field in (batch.tokens, batch.targets, batch.weights))
@@ -123,6 +133,7 @@ class Engine:
         self, batch: losses.Arrays, keys: Array, first_row: Array, total: dict[str, Array] | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Row losses of a micro-batch, and its gradients added to ``total``."""
+        self._show()
         (_, terms), grads = self._loss_and_grad(batch, keys, first_row)
         flat = dict(tree_flatten(grads))
         return terms, flat if total is None else {name: g + total[name] for name, g in flat.items()}
@@ -132,24 +143,24 @@ class Engine:
 
         ``scalars`` holds 1 / weight, then what optim.scalars lists.
         """
-        config = self.recipe.optim
-        grads = {name: grads[name] * scalars[0] for name in self.table}
-        squares = mx.stack([mx.square(g).sum(axis=-1).sum() for g in grads.values()])
+        config, grads = self.recipe.optim, self.stacks.join({name: grads[name] for name in self.table})
+        means = {name: g * scalars[0] for name, g in grads.items()}
+        squares = mx.concatenate([self.stacks.squares(g) for g in means.values()])
         norm = mx.sqrt(squares.sum())
         finite = mx.isfinite(norm) & mx.isfinite(terms.sum())
-        clip = mx.minimum(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
-        new = {}
-        for name, p in self._weights().items():
-            g, m = grads[name] * clip, self.m[name]
+        clip = mx.minimum(config.clip / (norm + 1e-6), 1.0) if config.clip else mx.array(1.0)
+        rates, new = mx.where(finite, scalars[1:], mx.array(optim.NOTHING)), {}
+        for name, p in (self.p or self._weights()).items():
+            g, m = grads[name] * (scalars[0] * clip) if self.p else means[name] * clip, self.m[name]
             if name in self.muon:
-                p_new, m_new = optim.muon(p, g, m, scalars[1:], config)
+                new[name], self.m[name] = optim.muon(p, g, m, rates, finite, config)
             else:
-                v = self.v[name]
-                p_new, m_new, v_new = optim.adamw(p, g, m, v, scalars[1:], self.table[name], config)
-                self.v[name] = mx.where(finite, v_new, v)
-            self.m[name] = mx.where(finite, m_new, m)
-            new[name] = mx.where(finite, p_new, p)
-        self.model.update(tree_unflatten(list(new.items())))
+                param, v = self.table[name], self.v[name]
+                new[name], self.m[name], self.v[name] = optim.adamw(p, g, m, v, rates, finite, param, config)
+        if self.p:
+            self.p |= new
+        else:
+            self._show(new)
         return norm, squares
 
     def _step(self, batch: losses.Arrays, keys: Array, first_row: Array, scalars: Array) -> tuple[Array, Array, Array]:
@@ -158,6 +169,7 @@ class Engine:
 
     def _evaluate(self, batch: losses.Arrays) -> list[Array]:
         """The plain loss's terms, and of a classifier its answers (B, T)."""
+        self._show()
         if not self.recipe.model.labels:
             return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
         logits = losses.scores(self.model, batch, self.recipe.train)
@@ -185,7 +197,7 @@ class Engine:
         finite = bool(np.isfinite(grad_norm) and np.isfinite(loss_sum))
         devices.trim(self.device, self.recipe.train)
         self.t += finite
-        zeros = tuple(name for name, square in zip(self.table, np.array(squares), strict=True) if square == 0)
+        zeros = tuple(name for name, square in zip(self.stacks.names, np.array(squares), strict=True) if square == 0)
         return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
@@ -193,16 +205,18 @@ class Engine:
         self.model.eval()  # attention that needs no gradient
         terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
         self.model.train()
+        self._show()
         sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
         return sums | (confusion.count(batch, answers[0]) if answers else {})
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
 
-        def copy(group: dict[str, Array]) -> dict[str, np.ndarray]:
+        def copy(own: dict[str, Array]) -> dict[str, np.ndarray]:
+            group = self.stacks.split(own)
             return {name: np.array(group[name]) for name in self.table if name in group}
 
-        return State(params=copy(self._weights()), m=copy(self.m), v=copy(self.v), t=self.t)
+        return State(params=copy(self.p or self._weights()), m=copy(self.m), v=copy(self.v), t=self.t)
 
     def load_state(self, state: State) -> None:
         """Takes a snapshot back.
@@ -213,11 +227,10 @@ class Engine:
         shapes = {name: param.shape for name, param in self.table.items()}
         moments = ((self.m, state["m"], "m"), (self.v, state["v"], "v"))
         for own, given, key in moments:
-            parameters.check({name: shapes[name] for name in own}, given, f"optimizer state {key}")
+            parameters.check({name: shapes[name] for name in self.stacks.split(own)}, given, f"optimizer state {key}")
         self._put(state["params"])
         for own, given, _ in moments:
-            for name in own:
-                own[name] = mx.array(given[name])
+            own |= self.stacks.join({name: mx.array(array) for name, array in given.items()})
         self.t = state["t"]
         self._settle()
 

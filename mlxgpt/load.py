@@ -52,7 +52,7 @@ def load(
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(mx, dtype))
-    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), where == mx.Device(mx.cpu), dequantize)
+    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
     arrays = both.onto(arrays)
     for name in params.table(both.config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)

@@ -20,22 +20,31 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
 from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
+BLOCK = 256  # tokens by which a cache grows
+
 
 class Cache:
-    """Keys and values of one layer: room for ``length`` tokens, of which ``offset`` are held."""
+    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks."""
 
     def __init__(self, batch: int, length: int, config: ModelConfig, dtype: mx.Dtype):
-        shape = (batch, config.n_kv_head, length, config.head_dim)
-        self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
-        self.offset = 0
+        self.length, self.offset = length, 0
+        self.keys = self.values = mx.zeros((batch, config.n_kv_head, 0, config.head_dim), dtype)
 
     def append(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
         start, self.offset = self.offset, self.offset + k.shape[2]
-        assert self.offset <= self.keys.shape[2]
+        assert self.offset <= self.length
+        if self.offset > self.keys.shape[2]:
+            self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
         self.keys[:, :, start : self.offset] = k
         self.values[:, :, start : self.offset] = v
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def grown(self, held: Array, tokens: int) -> Array:
+        """The first ``tokens`` of keys or values in an array of whole blocks that has room for ``offset``."""
+        room = min(self.length, -(-self.offset // BLOCK) * BLOCK)
+        more = mx.zeros((*held.shape[:2], room - tokens, held.shape[3]), held.dtype)
+        return mx.concatenate([held[:, :, :tokens], more], axis=2) if tokens else more
 
 
 def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None) -> list[Cache]:

@@ -36,19 +36,30 @@ def own_rate(param: Param, s: Any) -> tuple[Any, Any]:
     return s[0] * param.lr, 1 - (1 - s[2]) * param.lr
 
 
+NOTHING = (0.0, 1.0, 1.0, 0.0, 1.0)
+"""What scalars() would list for an update that leaves p as it is."""
+
+
 def adamw(
-    p: Array, g: Array, m: Array, v: Array, s: Array, param: Param, config: OptimConfig
+    p: Array, g: Array, m: Array, v: Array, s: Array, finite: Array, param: Param, config: OptimConfig
 ) -> tuple[Array, Array, Array]:
-    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars()."""
-    m = m + (1 - config.beta1) * (g - m)
-    v = config.beta2 * v + (1 - config.beta2) * g * g
+    """AdamW (Loshchilov and Hutter 2019): p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), m, v; ``s`` from scalars().
+
+    Unless ``finite``, m and v stay, and with NOTHING for s so does p. Three kernels, each of which writes where it
+    reads: MLX never gives a kernel of several outputs the memory of its inputs.
+    """
+    m = mx.where(finite, m + (1 - config.beta1) * (g - m), m)
+    v = mx.where(finite, config.beta2 * v + (1 - config.beta2) * g * g, v)
+    first, second = mx.depends([m, v], [g])
     rate, keep = own_rate(param, s)
     p = p * keep if param.decay else p
-    return p - rate * m / (mx.sqrt(v) * s[1] + config.eps), m, v
+    return p - rate * first / (mx.sqrt(second) * s[1] + config.eps), m, v
 
 
 def orthogonalize(g: Array) -> Array:
     """About U V^T of g = U S V^T: five Newton-Schulz steps in float32 (Jordan et al. 2024, Muon)."""
+    if g.ndim == 3:  # a stack of them
+        return mx.vmap(orthogonalize)(g)
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
     x = g.T if tall else g
@@ -59,9 +70,9 @@ def orthogonalize(g: Array) -> Array:
     return x.T if tall else x
 
 
-def muon(p: Array, g: Array, m: Array, s: Array, config: OptimConfig) -> tuple[Array, Array]:
+def muon(p: Array, g: Array, m: Array, s: Array, finite: Array, config: OptimConfig) -> tuple[Array, Array]:
     """Muon: Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / columns)), decoupled decay; p, m."""
-    m = m + (1 - config.muon_momentum) * (g - m)
-    u = orthogonalize(g + config.muon_momentum * (m - g))
-    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-    return p * s[4] - s[3] * scale * u, m
+    m_new = m + (1 - config.muon_momentum) * (g - m)
+    u = orthogonalize(g + config.muon_momentum * (m_new - g))
+    scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
+    return mx.where(finite, p * s[4] - s[3] * scale * u, p), mx.where(finite, m_new, m)

@@ -29,10 +29,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def metal() -> Iterator[Metal]:
-    """A Metal device, MLX's default, that computes on the CPU and refuses what Metal refuses."""
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
+    """A Metal device, MLX's default and what ``auto`` is, that computes on the CPU and refuses what Metal refuses."""
     if Metal.current:
         pytest.skip("this whole run has it")
+    monkeypatch.delenv("MLXGPT_DEVICE", raising=False)
     device = Metal()
     device.install()
     yield device
@@ -43,7 +44,7 @@ def metal() -> Iterator[Metal]:
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in an empty folder that holds recipe.toml."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
-    monkeypatch.setattr(backend, "resolve", lambda name: "fake")
+    monkeypatch.setattr(backend, "resolve", lambda name, device=None: "fake")
     monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text(fake_run.RECIPE)

@@ -185,16 +185,19 @@ def open_data(data: Any, block: int, train: Any, out: Path | None = None, say: A
 def load_backend(name: str) -> Any:
     """In place of common.backend.load."""
     devices = SimpleNamespace(
-        use=lambda device: None, describe=lambda device: {"device": "cpu"}, capacity=lambda device: {"free": FREE}
+        use=lambda device: None,
+        find=lambda device: None,
+        describe=lambda device: {"device": "cpu"},
+        capacity=lambda device: {"free": FREE},
     )
     engine = SimpleNamespace(Engine=Engine, devices=devices)
     return SimpleNamespace(
-        name="fake", engine=engine, footprint=SimpleNamespace(footprint=footprint),
+        name="fake", engine=engine,
         generate=SimpleNamespace(sample_text=lambda model, tokenizer, sample: f"bcd {model.t}"),
     )  # fmt: skip
 
 
-def footprint(recipe: Any, rows: int, length: int, micro_batches: int) -> Footprint:
+def footprint(recipe: Any, rows: int, length: int, micro_batches: int = 1) -> Footprint:
     """1000 bytes a row."""
     return Footprint(1000 * rows, [Piece("", (rows, length), 1000 * rows)])
 
@@ -207,7 +210,7 @@ def main(argv: list[str]) -> int:
 
     backend.load = load_backend  # type: ignore[assignment]
     pretrain.token_source.open_data = open_data  # type: ignore[assignment]
-    backend.resolve = lambda name: "fake"
+    backend.resolve = lambda name, device=None: "fake"
     return cli.main(["train", *argv])
 
 

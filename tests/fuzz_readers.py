@@ -347,20 +347,23 @@ class Hang(BaseException):
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """No more than ``SECONDS`` and ``MEMORY``."""
+    """No more than ``SECONDS`` and ``MEMORY``; macOS takes a limit on memory and does not enforce it."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise Hang
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")
+    held = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else None
     before = signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
+    if held is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if held is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 

@@ -35,8 +35,10 @@ MARGINS = {
     "report.calls": 0.15,
 }
 EVERYWHERE = {
-    "help.modules", "mlx.waits", "mlx.operations", "torch.waits", "torch.kept_tensors", "checkpoint.size",
-    "checkpoint.flushes", "report.parsed_a_line", "report.calls", "report.page_bytes",
+    "help.modules", "mlx.waits", "mlx.operations", "metal.update.2", "metal.update.4", "metal.update.uncopied.2",
+    "metal.update.uncopied.4", "metal.gradients.2", "metal.gradients.4", "metal.chunks", "metal.tiles", "torch.waits",
+    "torch.kept_tensors", "checkpoint.size", "checkpoint.flushes", "report.parsed_a_line", "report.calls",
+    "report.page_bytes",
 }  # fmt: skip
 """What is the same on other systems: allocators and kernels are not, and only Linux counts the bytes that it moves."""
 Figures = dict[str, float]
@@ -141,6 +143,36 @@ def mlx_operations() -> int:
     engine._settle = settle
     step()
     return int(pending[0])
+
+
+def metal_step() -> Figures:
+    """Kernels that steps launch on Metal, by their compiled graph: of 2 and 4 layers, so that growth is seen."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import kernels
+    from mlxgpt import fast
+    from mlxgpt.common.recipes import build
+
+    def made(layers: int, **train: Any) -> kernels.Counted:
+        model = {"family": "gpt2", "n_layer": layers, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 3000}
+        return kernels.Counted(build({"model": model, "train": {"batch_size": 4, **train}}))
+
+    found: Figures = {}
+    with kernels.on_metal():
+        for layers in (2, 4):
+            engine = made(layers)
+            terms, grads = engine.gradients(4)
+            update = engine.update()
+            found |= {
+                f"metal.update.{layers}": kernels.kernels(*update),
+                f"metal.update.uncopied.{layers}": kernels.kernels(*update, copies=False),
+                f"metal.gradients.{layers}": kernels.kernels(terms, *grads.values()),
+            }
+        terms, grads = made(2).gradients(200)  # more logits than a chunk has
+        found["metal.chunks"] = kernels.kernels(terms, *grads.values()) - found["metal.gradients.2"]
+        fast.SCORES = 4 * 4 * 64 * 32  # half of a layer's
+        terms, grads = made(2).gradients(4)
+        found["metal.tiles"] = kernels.kernels(terms, *grads.values()) - found["metal.gradients.2"]
+    return found
 
 
 def torch_step() -> Figures:
@@ -262,7 +294,7 @@ def report() -> Figures:
         }
 
 
-MEASURES = {f.__name__: f for f in (startup, mlx_step, torch_step, checkpoint, conversion, report)}
+MEASURES = {f.__name__: f for f in (startup, mlx_step, metal_step, torch_step, checkpoint, conversion, report)}
 
 
 def measure(name: str, before: str = "") -> Figures:

@@ -94,8 +94,8 @@ PRIVATE = ("jane", "doe", "macbook", "hf_secret", "/Users", "/private", "/places
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """What doctor starts computes tiny models, in this process."""
 
-    def start(name: str, part: str, out: Path, device: str) -> str:
-        measure.main(HALVES[name], [part, "--out", str(out), "--device", device])
+    def start(name: str, out: Path, device: str, quick: bool) -> str:
+        measure.main(HALVES[name], ["--out", str(out), "--device", device, *["--quick"] * quick])
         return ""
 
     sizes = [speed._sized("1 2 32 16 64", 2), speed._sized("1 2 64 16 64", 2)]
@@ -178,8 +178,11 @@ def test_a_framework_whose_process_ends_is_a_failed_rung(
 
 def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for words, said in {
-        ("--device", "tpu"): "--device tpu: the mlx backend has auto, cpu and gpu; --device tpu: the torch backend has",
-        ("--device", "gpu", "--backend", "mlx"): "this machine has no GPU that MLX can use; expected auto or cpu",
+        (
+            "--device",
+            "tpu",
+        ): "--device tpu: MLX has cpu on this machine; expected auto or one of these; --device tpu: PyTorch has",
+        ("--device", "gpu", "--backend", "mlx"): "--device gpu: MLX has cpu on this machine; expected auto or",
         ("--backend", "jax"): "choose from 'mlx', 'torch'",
         ("--out", str(tmp_path)): "expected a file in a folder that exists",
     }.items():

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
     """``mlxgpt train`` with the fake framework, in a folder that holds both runs."""
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
-    monkeypatch.setattr(backend, "resolve", lambda name: "fake")
+    monkeypatch.setattr(backend, "resolve", lambda name, device=None: "fake")
     monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     shutil.copytree(made, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")

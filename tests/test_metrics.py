@@ -1,5 +1,6 @@
 """metrics.jsonl: a function of the run, not of how often it was stopped; and its optional copies."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import full_disk
 import pytest
 
 from mlxgpt.common.errors import RunError, UserError
@@ -106,11 +108,13 @@ while True:
     assert lines(tmp_path)[-1]["step"] >= int(said[-2])
 
 
-def test_a_full_disk_is_one_clear_line() -> None:
-    writer = Metrics.__new__(Metrics)
-    writer._path, writer._sinks = Path("/dev/full"), []
-    writer._file = open("/dev/full", "a")  # noqa: SIM115
-    with pytest.raises(RunError, match="/dev/full: No space left on device"):
+@pytest.mark.parametrize("stand_in", [False, True])
+def test_a_full_disk_is_one_clear_line(stand_in: bool, tmp_path: Path) -> None:
+    writer = Metrics(tmp_path, [])
+    writer._file.close()
+    raw = full_disk.Full() if stand_in else full_disk.opened()
+    writer._file = io.TextIOWrapper(io.BufferedWriter(raw))
+    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device"):
         writer.write(step=1, split="train", loss=1.0)
     writer.close()
 

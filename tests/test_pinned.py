@@ -73,7 +73,7 @@ def test_a_test_on_another_device_fails(tmp_path: Path) -> None:
 def test_the_environment_says_what_auto_is(use: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(use)
     monkeypatch.setenv("MLXGPT_DEVICE", "tpu")
-    with pytest.raises(UserError, match="^MLXGPT_DEVICE=tpu: the .* backend has auto, cpu"):
+    with pytest.raises(UserError, match="^MLXGPT_DEVICE=tpu: .* has .*cpu on this machine"):
         use("auto")
     assert str(use("cpu")) in ("cpu", "Device(cpu, 0)")
     with pytest.raises(UserError, match="^--device tpu: "):

@@ -31,6 +31,28 @@ model.Block.__call__ = lambda self, *args, **kw: forward(self, *args, **kw) + su
 """,
         {"mlx.peak_bytes", "mlx.kept_bytes", "mlx.waits", "mlx.operations"},
     ),
+    # tensors are updated apart, chunks of logits are small, and what a block adds is written out
+    "metal_step": (
+        """
+from mlxgpt import fast, stacks
+from mlxgpt.common import config
+import mlxgpt.model as model
+from mlxgpt.model import mx
+stacks.helps = lambda device: False
+choose, forward, tile = config.TrainConfig.head_chunk, model.Block.__call__, fast.tile
+config.TrainConfig.head_chunk = lambda self, *sizes: choose(self, *sizes) // 2
+model.Block.__call__ = lambda self, *args, **kw: mx.sort(mx.sort(forward(self, *args, **kw)))
+fast.tile = lambda *sizes: tile(*sizes) // 2
+""",
+        {
+            "metal.update.2",
+            "metal.update.uncopied.2",
+            "metal.update.uncopied.4",
+            "metal.gradients.4",
+            "metal.chunks",
+            "metal.tiles",
+        },
+    ),
     "torch_step": (
         """
 import torch, torch_ref.engine as engine

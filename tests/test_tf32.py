@@ -122,7 +122,7 @@ def test_the_recipe_decides_before_a_framework_is_imported(
     class Imported(Exception):
         pass
 
-    def imports(_: Any) -> str:
+    def imports(*_: Any) -> str:
         raise Imported(os.environ[tf32.VARIABLE])
 
     monkeypatch.setenv(tf32.VARIABLE, "0" if expected == "1" else "1")  # the recipe's word counts
@@ -180,6 +180,7 @@ def test_torch_multiplies_in_float32_unless_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv(tf32.VARIABLE, raising=False)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     use = inspect.unwrap(torch_ref.device.use)  # nothing is computed there
     torch.set_float32_matmul_precision("medium")  # the user's
     off, on = (False, False, "ieee", "off"), (True, True, "ieee", "on")

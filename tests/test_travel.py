@@ -97,7 +97,7 @@ def test_a_run_warns_once_of_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(backend, "load", fake_run.load_backend)
-    monkeypatch.setattr(backend, "resolve", lambda name: "fake")
+    monkeypatch.setattr(backend, "resolve", lambda name, device=None: "fake")
     monkeypatch.setattr(pretrain.token_source, "open_data", fake_run.open_data)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text(fake_run.RECIPE)

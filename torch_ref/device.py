@@ -3,17 +3,20 @@
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
 from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan import machine
+from torch_ref import sampled
 
 _MIB = 2**20
 
 
-def use(name: str = "auto") -> torch.device:
+def find(name: str = "auto") -> torch.device:
     """The device ``auto``, ``cpu``, ``mps``, ``cuda``, ``cuda:N`` or ``gpu``.
 
     auto is what MLXGPT_DEVICE says, else CUDA, else MPS, else the CPU.
@@ -22,22 +25,28 @@ def use(name: str = "auto") -> torch.device:
         UserError: a device that PyTorch does not have here.
     """
     name, asked = backend.device(name)
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name in ("auto", "gpu"):
-        if name == "gpu" and best == "cpu":
-            raise UserError(f"{asked}: this machine has no GPU that PyTorch can use; expected auto or cpu")
-        name = best
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "mps", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"{asked}: the torch backend has auto, cpu, gpu, mps, cuda and cuda:N")
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
-    if int(index or 0) >= count:
-        raise UserError(f"{asked}: PyTorch finds {count} {kind} devices here; expected auto or cpu")
+    cards = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 0
+    here = ["cuda", *(f"cuda:{n}" for n in range(cards))] if cards else []
+    here += [*(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name == "auto" or (name == "gpu" and len(here) > 1):
+        name = here[0]
+    if name not in here:
+        raise UserError(f"{asked}: PyTorch has {', '.join(here)} on this machine; expected auto or one of these")
+    return torch.device(name)
+
+
+def use(name: str = "auto") -> torch.device:
+    """The device of ``find``, its TF32 on or off; PyTorch has no default device that matters here.
+
+    Raises:
+        UserError: a device that PyTorch does not have here.
+    """
+    device = find(name)
     # also over a user's own values; "high" and "medium" would reach the CPU's products as well
     torch.set_float32_matmul_precision("highest")
     tf32.override(tf32.asked())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32.asked()
-    return torch.device(name)
+    return device
 
 
 def is_gpu(array: torch.Tensor) -> bool:
@@ -50,8 +59,7 @@ def memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         return {"active": torch.cuda.memory_allocated(device), "peak": torch.cuda.max_memory_allocated(device)}
     if device.type == "mps":
-        now = torch.mps.current_allocated_memory()
-        return {"active": now, "peak": now}
+        return {"active": sampled.PEAK.look(), "peak": sampled.PEAK.bytes}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"active": peak, "peak": peak}
@@ -65,6 +73,11 @@ def capacity(device: torch.device) -> dict[str, int]:
     if device.type == "mps":
         return {"recommended": torch.mps.recommended_max_memory()}
     return {}
+
+
+def room(device: torch.device) -> Callable[[], int] | None:
+    """Says how many bytes a CPU can have now, for quantize_base.py; None of another device."""
+    return machine.free if device.type == "cpu" else None
 
 
 def limit(device: torch.device, train: TrainConfig) -> list[str]:

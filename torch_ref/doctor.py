@@ -1,7 +1,9 @@
 """PyTorch's half of ``mlxgpt doctor``: what common/doctor/measure.py asks of a model and of a device."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +16,17 @@ from torch_ref.model import Model, make_cache
 
 EXACT = True  # whether it computes in float64
 COMPILE = "off"  # torch.compile takes a minute to start
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Products by one thread within, on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def put(model: Model, array: np.ndarray) -> Array:

@@ -15,7 +15,7 @@ from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.scores import confusion
-from torch_ref import adapters, fast, fused, losses, optim, quant, transfer
+from torch_ref import adapters, fast, fused, losses, optim, quant, sampled, transfer
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
@@ -50,7 +50,7 @@ class Engine:
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
         self.model.requires_grad_(False)
         parameters.check(adapter_params.shapes(recipe), params)
-        base, self.note = quantize_base.prepare(recipe, params, self.device.type == "cpu")
+        base, self.note = quantize_base.prepare(recipe, params, devices.room(self.device))
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantized):
@@ -156,6 +156,7 @@ class Engine:
         logits = losses.scores(self.model, batch, self.recipe.train)
         return [losses.cross_entropy(logits, batch.targets) * batch.weights, logits.argmax(-1)]
 
+    @sampled.watched
     def train_step(self, step: int, micro_batches: list[Batch], lr: float) -> StepStats:
         """One update from the micro-batches of a global batch, skipped if its loss or gradient is not finite."""
         keys = self._keys(step)

@@ -20,23 +20,32 @@ from torch_ref import fast, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 Mask = Array | str | fast.BlockMask | None
+BLOCK = 256  # tokens by which a cache grows
 
 
 class Cache:
-    """Keys and values of one layer: room for ``length`` tokens, of which ``offset`` are held."""
+    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks."""
 
     def __init__(self, batch: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        shape = (batch, config.n_kv_head, length, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.offset = 0
+        self.length, self.offset = length, 0
+        self.keys = self.values = torch.zeros((batch, config.n_kv_head, 0, config.head_dim), dtype=dtype, device=device)
 
     def append(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
         start, self.offset = self.offset, self.offset + k.shape[2]
-        assert self.offset <= self.keys.shape[2]
+        assert self.offset <= self.length
+        if self.offset > self.keys.shape[2]:
+            self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
         self.keys[:, :, start : self.offset] = k
         self.values[:, :, start : self.offset] = v
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def grown(self, held: Array, tokens: int) -> Array:
+        """The first ``tokens`` of keys or values in an array of whole blocks that has room for ``offset``."""
+        room = min(self.length, -(-self.offset // BLOCK) * BLOCK)
+        made = held.new_zeros((*held.shape[:2], room, held.shape[3]))
+        made[:, :, :tokens] = held[:, :, :tokens]
+        return made
 
 
 def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:

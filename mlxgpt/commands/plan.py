@@ -1,7 +1,7 @@
 """The verb ``plan``: memory, time and cost before anything runs.
 
-The bytes come from the framework's own step, built and not computed (``footprint.py`` of either package), so what is
-predicted is what is run, whatever the model. Nothing is fitted to measurements.
+The bytes come from the framework's own steps, run by a subprocess on a smaller copy (common/plan/similar.py), so what
+is predicted is what is run, whatever the model; for chips that are not here, from a closed form.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import calibrate as plan_calibrate
-from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import chips, measured
 from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
@@ -48,10 +48,10 @@ def plan_command(args: Namespace) -> int:
         raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
     if args.model and args.recipe:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
-    chip = chips.chip_named(args.chip) if args.chip else None
+    chip = chips.chip_named(args.chip) if args.chip is not None else None
     recipe, notes = _recipe(args)
     backend = backends.load(args.backend)
-    device = backend.engine.devices.use(args.device)
+    device = backend.engine.devices.find(args.device)
     result = (_plan_budget if budgeted else _plan_recipe)(args, recipe, backend, device, chip)
     result = {"backend": backend.name, **result, "notes": [*notes, *result["notes"]]}
     if args.plot:
@@ -98,7 +98,7 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
 
 def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
     """Memory, time and cost of the recipe."""
-    measure, notes = backend.footprint.footprint, []
+    notes: list[str] = []
     described = backend.engine.devices.describe(device)
     timing = None
     if args.calibrate:
@@ -110,13 +110,17 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         model = dataclasses.replace(recipe.model, vocab_size=max(recipe.model.vocab_size, source.vocab_size))
         recipe = dataclasses.replace(recipe, model=model)
         timing = plan_calibrate.time_steps(recipe, source, backend, args.device)
-    memory, where = plan_memory.plan(recipe, measure), room(backend, device)
-    if chip:
-        where = {"total": int(chip.memory * 1e9), "free": int(chip.memory * 1e9), "recommended": 0,
-                 "limit": int(chip.memory * 1e9)}  # fmt: skip
-        notes.append(f"memory is counted for {backend.name} on this machine's device, not on {chip.name}")
-    if (backend.name, recipe.train.compile) == ("mlx", "off"):
-        notes.append("train.compile = off: MLX then needs more than predicted, for a small model up to a third")
+    where = room(backend, device)
+    if chip and chip != chips.chip_of(described["device"]):
+        size = int(chip.memory * 1e9)
+        where = {"total": size, "free": size, "recommended": 0, "limit": size}
+        notes.append(f"memory is from a closed form, to about 25%: {chip.name} is not here to measure on")
+        need = _need(recipe, measured.computed(backend.name, True), where["limit"])
+    else:
+        patience = None if args.measure else measured.PATIENCE
+        with measured.here(backend, args.device, where["limit"], patience, args.measure) as measure:
+            need = _need(recipe, measure, where["limit"])
+        notes += measure.notes
     chip = chip or chips.chip_of(described["device"])
     seconds, origin = None, None
     if timing:
@@ -137,15 +141,9 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         "flops_per_token": dataclasses.asdict(each),
         "micro_batch_size": rows,
         "length": length,
-        "memory": {"peak": memory.peak, "components": memory.components, "checkpoint_copy": memory.copy,
-                   "whole": memory.whole},
-        "activations_per_layer": {key: plan_memory.per_layer(recipe, measure, again)
-                                  for key, again in (("kept", False), ("recomputed", True))},
         "kv_cache": plan_memory.kv_cache(recipe.model, 1, length, itemsize),
         "machine": where,
-        "fits": memory.whole <= where["limit"],
-        "largest_micro_batch": plan_memory.largest_rows(recipe, measure, where["limit"]),
-        "longest_row": plan_memory.longest(recipe, measure, where["limit"]),
+        **need,
         "steps": recipe.train.steps,
         "tokens": tokens,
         "compute": each.exact * tokens,
@@ -154,6 +152,20 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         "price": args.price,
         "cost": None if args.price is None or seconds is None else args.price * seconds / 3600,
         "notes": notes,
+    }  # fmt: skip
+
+
+def _need(recipe: Recipe, measure: plan_memory.Measure, limit: int) -> dict[str, Any]:
+    """The part of the plan that is about memory."""
+    memory = plan_memory.plan(recipe, measure)
+    return {
+        "memory": {"peak": memory.peak, "components": memory.components, "checkpoint_copy": memory.copy,
+                   "whole": memory.whole},
+        "activations_per_layer": {key: plan_memory.per_layer(recipe, measure, again)
+                                  for key, again in (("kept", False), ("recomputed", True))},
+        "fits": memory.whole <= limit,
+        "largest_micro_batch": plan_memory.largest_rows(recipe, measure, limit),
+        "longest_row": plan_memory.longest(recipe, measure, limit),
     }  # fmt: skip
 
 
@@ -180,7 +192,7 @@ def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         limit = plan_budget.size_of(args.memory)
     dtype = recipe.train.compute_dtype
     compute = plan_budget.compute_of(hours, chip, dtype) if timed and chip else None
-    measure = backend.footprint.footprint
+    measure = measured.computed(backend.name, bool(chip) or described["device"] != "cpu")
     choice = plan_budget.choose(recipe, compute, limit, measure)
     made = choice.recipe
     if args.out:
@@ -208,5 +220,6 @@ def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
                    "whole": memory.whole},
         "limit": limit,
         "recipe": to_toml(made),
-        "notes": [choice.note] if choice.note else [],
+        "notes": [*([choice.note] if choice.note else []),
+                  "memory is from a closed form, to about 25%: mlxgpt plan RECIPE measures the one that was chosen"],
     }  # fmt: skip

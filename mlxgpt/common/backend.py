@@ -1,11 +1,14 @@
 """The framework half of a command: mlxgpt or torch_ref, imported by name, for this package may import neither."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -27,11 +30,11 @@ class Backend:
     footprint: ModuleType
 
 
-def resolve(name: str | None) -> str:
-    """``mlx`` or ``torch``: as asked, else MLX where it runs, else torch.
+def resolve(name: str | None, device: str | None = None) -> str:
+    """``mlx`` or ``torch``: as asked, else MLX where it runs, else torch; which must have ``device``, if given.
 
     Raises:
-        UserError: the one asked for does not import here, or neither does.
+        UserError: the one asked for does not import here, or neither does; it does not have the device.
     """
     reasons = []
     for candidate in PACKAGES if name is None else [name]:
@@ -39,6 +42,8 @@ def resolve(name: str | None) -> str:
         if not reason:
             if _ROSETTA in reasons:
                 print(f"mlxgpt: warning: {_ROSETTA}", file=sys.stderr)
+            if device is not None:
+                importlib.import_module(f"{PACKAGES[candidate]}.device").find(device)
             return candidate
         reasons.append(reason)
     raise UserError(f"--backend {name or 'mlx or torch'}: {'; '.join(reasons)}")
@@ -49,6 +54,19 @@ def load(name: str | None) -> Backend:
     name = resolve(name)
     parts = ("engine", "load", "generate", "footprint")
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
+
+
+@contextlib.contextmanager
+def without_signals() -> Iterator[None]:
+    """Threads and processes that begin in the block never receive Ctrl-C and SIGTERM, nor do processes they start.
+
+    A terminal sends Ctrl-C to every process of a command, so also to a compiler; killed, it takes a step with it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def device(name: str) -> tuple[str, str]:

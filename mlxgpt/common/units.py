@@ -14,3 +14,8 @@ def short(number: float) -> str:
         if number < limit:
             return f"{number * 1e3 / limit:.3g}{unit}" if number < limit * 0.9995 else f"1{'kMG'[len(unit)]}"
     return f"{number / 1e9:.3g}G"
+
+
+def size(count: float) -> str:
+    """Bytes as text: ``1.50 GiB``, ``74.4 MiB``."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,14 +28,14 @@ PATIENCE = 240  # seconds after which a process hangs
 
 
 class Examined:
-    """What a framework's processes left in ``place``, also where one ended early: ``ended`` says how.
+    """What a framework's process left in ``place``, also where it ended early: ``ended`` says how, or is ''.
 
     ``facts`` are what its device.describe says of the device that is tested.
     """
 
     def __init__(self, name: str, facts: dict[str, str], place: Path):
         self.name, self.facts, self.place = name, facts, place
-        self.ended: list[str] = []
+        self.ended = ""
         self.tested = Side(name, facts["device"] == "cpu")
 
     @property
@@ -58,24 +57,19 @@ class Examined:
         return made
 
 
-def start(name: str, part: str, out: Path, device: str) -> str:
-    """Runs a part in a process of its own; how it failed, or ''.
-
-    One thread for the ladder: its models are small, and a busy machine's threads wait for one another.
-    """
-    command = [sys.executable, "-m", f"{backend.PACKAGES[name]}.doctor", part, "--out", str(out), "--device", device]
-    environment = {**os.environ, **({} if part == "speed" else {"OMP_NUM_THREADS": "1"})}
+def start(name: str, out: Path, device: str, quick: bool) -> str:
+    """Runs one framework in a process of its own; how it failed, or ''."""
+    command = [sys.executable, "-m", f"{backend.PACKAGES[name]}.doctor", "--out", str(out), "--device", device]
+    command += ["--quick"] if quick else []
     try:
-        done = subprocess.run(
-            command, env=environment, timeout=PATIENCE, capture_output=True, text=True, errors="replace"
-        )
+        done = subprocess.run(command, timeout=PATIENCE, capture_output=True, text=True, errors="replace")
     except subprocess.TimeoutExpired:
-        return f"{part}: its process did not end within {PATIENCE} s"
+        return f"its process did not end within {PATIENCE} s"
     if done.returncode == 0:
         return ""
     said, code = done.stderr.strip().splitlines() or ["nothing said"], done.returncode
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"{part}: its process ended with {how}: {said[-1][:300]}"
+    return f"its process ended with {how}: {said[-1][:300]}"
 
 
 def frameworks(asked: str | None, device: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -114,9 +108,8 @@ def examine(asked: str | None, device: str, quick: bool, say: Say) -> dict[str, 
         for name, described in found.items():
             one = Examined(name, described, Path(work, name))
             one.place.mkdir()
-            for part in ("quick",) if quick else ("ladder", "speed"):
-                say(f"{TITLES[name]} on {described['device']}: {part if part == 'speed' else 'the ladder'}")
-                one.ended += filter(None, [start(name, part, one.place, device)])
+            say(f"{TITLES[name]} on {described['device']}: the ladder{'' if quick else ', speed'}")
+            one.ended = start(name, one.place, device, quick)
             done.append(one)
         report |= _results(done)
     report["not_here"] = private.clean(absent)
@@ -127,7 +120,7 @@ def examine(asked: str | None, device: str, quick: bool, say: Say) -> dict[str, 
 
 
 def _results(done: list[Examined]) -> dict[str, Any]:
-    findings = [Finding("process", TITLES[one.name], None, 0.0, note=how) for one in done for how in one.ended]
+    findings = [Finding("process", TITLES[one.name], None, 0.0, note=one.ended) for one in done if one.ended]
     findings += ladder(done)
     return {
         "frameworks": {one.name: {**one.facts, "chip": _chip(one.facts["device"])} for one in done},

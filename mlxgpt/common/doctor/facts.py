@@ -18,8 +18,9 @@ from mlxgpt.common.plan import chips, machine
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "torch", "numpy", "ml_dtypes",
             "safetensors", "tokenizers", "transformers", "mkl")  # fmt: skip
 # Settings that change numbers or speed. Their values are numbers or words; a variable that may hold a path is not here.
-VARIABLES = ("MLX_ENABLE_TF32", "MLX_DISABLE_COMPILE", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER",
-             "MLX_METAL_FAST_SYNCH", "MLX_BFS_MAX_WIDTH", "MLXGPT_BLAS", "MLXGPT_TF32", "OMP_NUM_THREADS",
+VARIABLES = ("MLX_DISABLE_COMPILE", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER",
+             "MLX_METAL_FAST_SYNCH", "MLX_BFS_MAX_WIDTH", "MLXGPT_BLAS", "MLXGPT_DEVICE", "MLXGPT_TF32",
+             "OMP_NUM_THREADS",
              "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "MKL_CBWR", "OPENBLAS_NUM_THREADS",
              "VECLIB_MAXIMUM_THREADS", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
              "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK", "PYTORCH_MPS_HIGH_WATERMARK_RATIO")  # fmt: skip

@@ -105,13 +105,17 @@ def ladder(half: ModuleType, device: str, quick: bool, long: bool = True, exact:
 
 
 def write_ladder(half: ModuleType, out: Path, device: str, quick: bool) -> None:
-    """A file an array, so that what is on disk stays if the process ends."""
+    """A file an array, so that what is on disk stays if the process ends.
+
+    By one thread, for the models are small, and a busy machine's threads wait for one another.
+    """
     cpu = half.devices.describe(half.devices.use(device))["device"] == "cpu"
     jobs = [("tested", device, False), *[("cpu", "cpu", False)] * (not cpu), *[("exact", "cpu", True)] * half.EXACT]
     for place, where, exact in jobs:
         (out / place).mkdir()
-        for name, array in ladder(half, where, quick, not cpu, exact):
-            np.save(out / place / quote(name, safe=""), array)
+        with half.one_thread():
+            for name, array in ladder(half, where, quick, not cpu, exact):
+                np.save(out / place / quote(name, safe=""), array)
 
 
 def write_speed(half: ModuleType, out: Path, device: str) -> None:
@@ -124,14 +128,13 @@ def write_speed(half: ModuleType, out: Path, device: str) -> None:
 
 
 def main(half: ModuleType, argv: list[str]) -> int:
-    """The process of one framework: writes its ladder, or its speed, into --out."""
+    """The process of one framework: writes its ladder into --out and, unless --quick, its speed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["ladder", "quick", "speed"])
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", required=True)
     args = parser.parse_args(argv)
-    if args.part == "speed":
+    write_ladder(half, args.out, args.device, args.quick)
+    if not args.quick:
         write_speed(half, args.out, args.device)
-    else:
-        write_ladder(half, args.out, args.device, args.part == "quick")
     return 0

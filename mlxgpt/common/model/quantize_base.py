@@ -1,8 +1,6 @@
 """What becomes of a base's matrices before training or inference: quantized, left so, or dequantized once."""
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -11,14 +9,17 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.model.affine import Quantized
 
+Room = Callable[[], int]
 WORKING = (2, 4, 8)  # bits that both frameworks compute with; others are dequantized in any case
 _SHARE = 0.5  # of the memory that is free, what dequantized matrices may take
 
 
 def prepare(
-    recipe: Recipe, weights: Mapping[str, np.ndarray | Quantized], cpu: bool
+    recipe: Recipe, weights: Mapping[str, np.ndarray | Quantized], room: Room | None
 ) -> tuple[dict[str, np.ndarray | Quantized], str]:
     """The base's tensors among ``weights`` as training is to have them, and a line that says what was done or ''.
+
+    ``room`` as ``widen`` has it.
 
     Raises:
         UserError: what is to train is quantized.
@@ -27,7 +28,7 @@ def prepare(
     for name in adapters.trainable(recipe):
         if isinstance(base.get(name), Quantized):
             raise UserError(f"{name} is quantized, so it cannot train: expected an adapter, or a base in float32")
-    return widen(quantize(recipe, base), cpu, recipe.adapter.dequantize if recipe.adapter else "auto")
+    return widen(quantize(recipe, base), room, recipe.adapter.dequantize if recipe.adapter else "auto")
 
 
 def quantize(recipe: Recipe, weights: Mapping[str, np.ndarray | Quantized]) -> dict[str, np.ndarray | Quantized]:
@@ -48,11 +49,14 @@ def quantize(recipe: Recipe, weights: Mapping[str, np.ndarray | Quantized]) -> d
 
 
 def widen(
-    weights: Mapping[str, np.ndarray | Quantized], cpu: bool, choice: str = "auto"
+    weights: Mapping[str, np.ndarray | Quantized], room: Room | None, choice: str = "auto"
 ) -> tuple[dict[str, np.ndarray | Quantized], str]:
     """``weights``, dequantized once where a CPU computes and memory allows, and a line that says what was done or ''.
 
-    ``choice`` is adapter.dequantize: auto or never.
+    Args:
+        weights: the base's tensors by name.
+        room: says how many bytes can be had where a CPU computes; None: another device does.
+        choice: adapter.dequantize, auto or never.
     """
     found = {name: each for name, each in weights.items() if isinstance(each, Quantized)}
     made = dict(weights)
@@ -62,20 +66,12 @@ def widen(
     rest = [name for name in found if isinstance(made[name], Quantized)]
     if not rest:
         return made, ""
-    size, free = 4 * sum(int(np.prod(found[name].shape)) for name in rest), available()
     what = f"{len(rest)} quantized matrices"
-    if not cpu or choice == "never" or size > _SHARE * free:
-        why = "" if choice == "never" or not cpu else f": {size / 2**20:,.0f} MiB in float32, {free / 2**20:,.0f} free"
-        return made, f"{what} stay quantized{why}"
+    if room is None or choice == "never":
+        return made, f"{what} stay quantized"
+    size, free = 4 * sum(int(np.prod(found[name].shape)) for name in rest), room()
+    if size > _SHARE * free:
+        return made, f"{what} stay quantized: {size / 2**20:,.0f} MiB in float32, {free / 2**20:,.0f} free"
     for name in rest:
         made[name] = found[name].dequantize()
     return made, f"{what} dequantized once, {size / 2**20:,.0f} MiB: a CPU computes faster so"
-
-
-def available() -> int:
-    """Bytes of memory that can be had now without swapping; where the system does not say, half of all."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

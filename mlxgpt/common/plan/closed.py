@@ -14,6 +14,10 @@ from mlxgpt.common.model.params import Param
 from mlxgpt.common.plan.memory import Footprint, Piece
 
 SCORES = 1 << 25  # attention scores that exist at once in training on a GPU, in MLX: mlxgpt/fast.py
+LATE = {True: 2.2, False: 1.2}  # of what a block keeps: made for its gradient or not yet freed, with a gated MLP or not
+LATER = 1.1  # more of it where blocks are computed again
+TRAILING = 1.2  # of what a block keeps: not yet freed when the head's gradient is made
+UPDATE = 1.8  # of the gradients: scaled ones, and what the update has not yet freed
 MANY = 1 << 14  # elements from which MLX on a CPU computes attention in tiles, the same
 
 
@@ -55,11 +59,12 @@ def footprint(
     logits, head, head_gradient = heads(s)
     earlier = gradients if micro_batches > 1 else 0
     last = (block if again else 0) + works
+    trailing = int(TRAILING * block) if s.mlx else 0
     phases = (
-        {"activations": layers + head + outside(s), "logits": logits, "gradients": earlier + head_gradient},
+        {"activations": layers + head + trailing + outside(s), "logits": logits, "gradients": earlier + head_gradient},
         {"activations": layers + last + outside(s), "gradients": earlier + head_gradient},
         {"activations": block + works + outside(s), "gradients": gradients + (largest(s) if earlier else 0)},
-        {"gradients": gradients + update(s)},
+        {"gradients": gradients + update(s) + (earlier if s.mlx else 0)},
     )
     most = max(phases, key=lambda phase: sum(phase.values()))
     found = {"weights": weights, "moments": moments, **most}
@@ -133,13 +138,25 @@ def kept(s: Sizes) -> int:
     made += heads + (q + kv) * s.item * (model.fused_qkv and rope and not s.mlx)
     if model.qk_norm != "none":
         made += (q + kv) * s.item * (1 if s.mlx or model.norm != "rms" or not trained else 2)
-    made += f * s.item * (3 if model.gated else 1)
+    made += f * s.item * hidden(s)
+    if s.mlx and not s.gpu:  # norms spelled out: the input centered, and normalized; attention's output once more
+        made += norms * c * s.item * (2 if model.norm == "layer" else 1) + q * s.item
     if drop:
         made += 2 * c
     if low and reads(s, *qkv, *up):  # bfloat16 copies of the matrices
         per = sum(size(param.shape) for name, param in params.table(model).items() if name.startswith("h.0."))
         return s.tokens * made + attention(s) + 2 * per
     return s.tokens * made + attention(s)
+
+
+def hidden(s: Sizes) -> int:
+    """Arrays of the MLP's width that a block keeps besides the input of c_proj."""
+    model, fused = s.recipe.model, s.mlx and not s.gpu and s.item == 4
+    if not s.mlx:  # one kernel, which keeps its input
+        return 3 if model.gated else 1
+    if model.activation == "silu":
+        return 2 if fused else 4
+    return {"gelu_tanh": 5, "gelu": 3}[model.activation] + (2 if model.gated else 0)
 
 
 def attention(s: Sizes) -> int:
@@ -160,8 +177,11 @@ def attention(s: Sizes) -> int:
 
 
 def working(s: Sizes) -> int:
-    """Bytes that the gradient of a block makes on its way."""
+    """Bytes that the gradient of a block makes on its way; in MLX those too that wait to be freed."""
     model = s.recipe.model
+    if s.mlx:
+        late = LATE[model.gated] + (LATER * (1 - 1 / model.n_layer) if s.recipe.train.checkpoint_activations else 0)
+        return int(late * kept(s))
     wide = max(model.n_hidden * (2 if model.gated else 1), model.n_embd, model.n_head * model.head_dim)
     return 2 * s.tokens * wide * s.item + (attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0)
 
@@ -183,7 +203,8 @@ def heads(s: Sizes) -> tuple[int, int, int]:
     if not chunk:
         return 3 * 4 * s.tokens * model.vocab_size, 0, gradient
     keeps = trains and not train.checkpoint_activations
-    logits = 4 * s.tokens * (2 * chunk + (model.vocab_size if keeps else 0))
+    now = (2 if s.mlx else 1) + (2 if model.final_softcap else 0)
+    logits = 4 * s.tokens * (now * chunk + (model.vocab_size if keeps else 0))
     return logits, 4 * 2 * s.tokens * model.n_embd, gradient
 
 
@@ -193,5 +214,5 @@ def largest(s: Sizes) -> int:
 
 
 def update(s: Sizes) -> int:
-    """Bytes that the update makes besides the gradients."""
-    return largest(s)
+    """Bytes that the update makes besides the gradients: in MLX scaled gradients, and new tensors beside the old."""
+    return largest(s) + (int(UPDATE * 4 * elements(s.trains)) if s.mlx else 0)

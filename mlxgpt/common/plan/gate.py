@@ -10,8 +10,9 @@ from typing import Any
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.plan import chips, machine
+from mlxgpt.common.plan import advice, chips, machine
 from mlxgpt.common.plan import compute as plan_compute
+from mlxgpt.common.plan import measured as measured_plan
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.memory import Memory
@@ -42,7 +43,9 @@ class Gate:
     def finish(self, run: Path, engine: Any) -> str:
         """Predicted and measured memory in one line; writes the run's plan.json."""
         spent = time.perf_counter() - self.began
-        memory = self.memory or plan_memory.plan(self.recipe, self.backend.footprint.footprint)
+        memory = self.memory or plan_memory.plan(
+            self.recipe, measured_plan.computed(self.backend.name, self.device != "cpu")
+        )
         measured, how = engine.memory()["peak"], "arrays"
         if (self.backend.name, self.device) == ("torch", "cpu"):
             # the resident memory of the process, which exceeds PyTorch's tensors
@@ -68,21 +71,21 @@ def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
     Raises:
         UserError: out of memory is predicted, and ``args.force`` is not set; names settings that would fit.
     """
-    device = backend.engine.devices.use(args.device)
+    device = backend.engine.devices.find(args.device)
     described = backend.engine.devices.describe(device)["device"]
-    where, measure = room(backend, device), backend.footprint.footprint
-    memory = None
-    # shapes alone cost PyTorch seconds of imports: a run far from the limit is planned at its end
-    if backend.name == "mlx" or plan_memory.at_most(recipe) > where["limit"] / 2:
-        memory = plan_memory.plan(recipe, measure)
-        if memory.whole > where["limit"] and not args.force:
-            settings = plan_memory.fitting(recipe, measure, where["limit"])
-            fits = " ".join(f"--set train.{key}={str(value).lower()}" for key, value in (settings or {}).items())
-            raise UserError(
-                f"memory: {plan_show.size(memory.whole)} predicted, {plan_show.size(where['limit'])} free: "
-                + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")
-                + "; --force starts it anyway"
-            )
+    where, memory = room(backend, device), None
+    # to measure costs seconds: a run far from the limit is compared with the closed form at its end
+    if plan_memory.at_most(recipe) > where["limit"] / 2:
+        with measured_plan.here(backend, args.device, where["limit"]) as measure:
+            memory = plan_memory.plan(recipe, measure)
+            if memory.whole > where["limit"] and not args.force:
+                settings = plan_memory.fitting(recipe, measure, where["limit"])
+                fits = advice.as_flags(settings or {})
+                raise UserError(
+                    f"memory: {plan_show.size(memory.whole)} predicted, {plan_show.size(where['limit'])} free: "
+                    + (f"would fit: {fits}" if fits else "no micro-batch fits: expected a smaller model")
+                    + "; --force starts it anyway"
+                )
     chip = chips.chip_of(described)
     seconds = plan_compute.seconds(recipe, plan_memory.length(recipe), chip) if chip else None
     before = backend.engine.devices.memory(device)["peak"] if backend.name == "torch" else 0

@@ -1,4 +1,4 @@
-"""How much memory this machine has, and how much of it is free now."""
+"""How much memory this machine has, how much of it is free now, and limits that it cannot keep."""
 
 import os
 import re
@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlxgpt.common.config import TrainConfig
+from mlxgpt.common.errors import UserError
+
+_MIB = 2**20
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
@@ -16,8 +20,29 @@ def total() -> int:
 
 
 def free() -> int:
-    """Bytes that can be taken now without swapping."""
-    return min([_free(), *(max(0, limit - used) for limit, used in _limits())])
+    """Bytes that can be taken now without swapping; half of all where the system does not say."""
+    try:
+        found = _free()
+    except (OSError, subprocess.SubprocessError, TypeError):  # the system does not say
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([found, *(max(0, limit - used) for limit, used in _limits())])
+
+
+def check_limits(train: TrainConfig, capacity: dict[str, int]) -> None:
+    """Refuses limits of ``train`` above what exists: the device's memory, for Metal's wired memory its working set.
+
+    ``capacity`` is what devices.capacity says of the device.
+
+    Raises:
+        UserError: names the limit and what there is.
+    """
+    whole, working = capacity.get("total", 0) or total(), capacity.get("recommended", 0)
+    for name in ("memory_limit", "cache_limit", "wired_limit"):
+        asked, most, what = getattr(train, name), whole, "the memory"
+        if name == "wired_limit" and working:
+            most, what = working, "the device's recommended working set"
+        if asked * _MIB > most:
+            raise UserError(f"train.{name} = {asked}: {what} is {most // _MIB} MiB; expected at most that, or 0")
 
 
 def _free() -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.model import adapters, params
 
+ROWS = 256  # of a micro-batch that is measured; more are extrapolated
 COMPONENTS = ("weights", "moments", "gradients", "logits", "activations")
 
 
@@ -95,13 +96,15 @@ def elements(shape: tuple[int, ...]) -> int:
 def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
     """Bytes of activations that one more layer adds, kept or recomputed (``again``)."""
     train = dataclasses.replace(recipe.train, checkpoint_activations=again)
+    rows, tokens = micro_batch(recipe)[0], length(recipe)
+    more = max(1, -(-recipe.model.n_embd // (rows * tokens)))  # so many that weights do not hide activations
     made = []
-    for layers in (6, 8):  # beyond the layers that MLX frees late
+    for layers in (4, 6):  # beyond the layers that MLX frees late
         model = dataclasses.replace(recipe.model, n_layer=layers, no_rope=(), window_layers=(), window=0)
         plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None)
-        rows, _ = micro_batch(recipe)
-        made.append(components(plain, measure(plain, rows, length(recipe), 1))["activations"])
-    return max(0, made[1] - made[0]) // 2
+        found = components(plain, measure(plain, rows * more, tokens, 1))
+        made.append(sum(found.values()) - found["weights"] - found["moments"])
+    return max(0, made[1] - made[0]) // (2 * more)
 
 
 def kv_cache(model: ModelConfig, rows: int, tokens: int, itemsize: int) -> int:
@@ -125,44 +128,70 @@ def at_most(recipe: Recipe) -> int:
 def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096) -> int:
     """Rows of the largest micro-batch whose step stays within ``limit`` bytes; 0 if not even one row does.
 
-    Bytes grow linearly with rows, so two footprints predict where the limit is reached; a third one verifies it.
+    Bytes are a maximum of lines, one for each moment of a step: where two footprints further, fourfold each, no other
+    line begins, the last one is followed to the limit.
     """
 
     def bytes_of(rows: int) -> int:
         train = dataclasses.replace(recipe.train, micro_batch_size=rows, batch_size=rows)
         return plan(dataclasses.replace(recipe, train=train), measure).whole
 
-    one, four = bytes_of(1), bytes_of(4)
-    if one > limit:
+    rows, found = 1, bytes_of(1)
+    alone = found
+    if found > limit:
         return 0
-    slope = max((four - one) / 3, 1.0)
-    rows = min(most, max(1, int(1 + (limit - one) / slope)))
-    while rows > 1 and bytes_of(rows) > limit:
-        rows = max(1, int(rows * 0.95))
-    return rows
+    slope = 0.0
+    while rows < most:
+        more = min(4 * rows, most)
+        then = bytes_of(more)
+        before, slope = slope, max((then - found) / (more - rows), 1.0)
+        if then > limit:
+            return min(int(rows + (limit - found) / slope), more - 1)
+        rows, found = more, then
+        if (slope < 1.1 * before and found > 1.5 * alone) or rows >= ROWS:
+            break
+    return min(most, int(rows + (limit - found) / slope)) if rows < most else most
 
 
 def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> int:
     """The longest row, in tokens, whose step stays within ``limit`` bytes with the micro-batch as it is; 0: none.
 
-    Bytes are quadratic in the length (attention scores); three footprints fit the polynomial, more verify the result.
+    Bytes are quadratic in the length at most (attention scores): three footprints give the polynomial.
     """
     rows, count = micro_batch(recipe)
 
-    def bytes_of(tokens: int) -> int:
+    def at(tokens: int) -> Recipe:
         model = dataclasses.replace(recipe.model, block_size=max(tokens, recipe.model.block_size))
-        changed = dataclasses.replace(recipe, model=model)
-        return measure(changed, rows, tokens, count).peak + checkpoint_copy(changed)
+        return dataclasses.replace(recipe, model=model)
 
-    one, two, four = (bytes_of(tokens) for tokens in (128, 256, 512))
-    square = max((four - 3 * two + 2 * one) / (6 * 128**2), 0.0)
-    slope = max((two - one) / 128 - 3 * 128 * square, 1.0)
-    left = limit - (one - 128 * slope - 128**2 * square)
-    root = (slope * slope + 4 * square * left) ** 0.5 if left > 0 else 0.0
-    tokens = min(most, int(2 * left / (slope + root)) if left > 0 else 0)
-    while tokens >= 16 and bytes_of(tokens) > limit:
-        tokens = int(tokens * 0.95)
-    return tokens if tokens >= 16 else 0
+    def state(tokens: int) -> int:
+        """Weights and moments: learned positions grow with the length."""
+        trains = sum(elements(param.shape) for param in adapters.trainable(at(tokens)).values())
+        return 4 * params.count(at(tokens).model) + 8 * trains
+
+    def bytes_of(tokens: int) -> int:
+        return measure(at(tokens), rows, tokens, count).peak - state(tokens)
+
+    first = 128
+    while first * rows < recipe.model.n_embd:  # so many that weights do not hide activations
+        first *= 2
+    one, two, four = (bytes_of(first * times) for times in (1, 2, 4))
+    square = max((four - 3 * two + 2 * one) / (6 * first**2), 0.0)
+    slope = max((two - one) / first - 3 * first * square, 1.0)
+    rest = one - first * slope - first**2 * square
+    fits = lambda tokens: (  # noqa: E731
+        rest + slope * tokens + square * tokens**2 + state(tokens) + checkpoint_copy(at(tokens)) <= limit
+    )
+    low, high = 0, most + 1
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if low >= 16 else 0
+
+
+def changed(recipe: Recipe, settings: dict[str, object]) -> Recipe:
+    """The recipe with other settings of ``[train]``."""
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **settings))
 
 
 def fitting(recipe: Recipe, measure: Measure, limit: int) -> dict[str, object] | None:
@@ -174,9 +203,7 @@ def fitting(recipe: Recipe, measure: Measure, limit: int) -> dict[str, object] |
         some = rows
         while some:
             settings: dict[str, object] = {**more, **({"micro_batch_size": some} if some != rows else {})}
-            train = dataclasses.replace(recipe.train, **settings)
-            changed = dataclasses.replace(recipe, train=train)
-            if settings and plan(changed, measure).whole <= limit:
+            if settings and plan(changed(recipe, settings), measure).whole <= limit:
                 return settings
             some //= 2
     return None

@@ -8,14 +8,9 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan.budget import BESIROGLU, HOFFMANN
-from mlxgpt.common.units import duration
+from mlxgpt.common.units import duration, size
 
 Rows = list[tuple[str, str]]
-
-
-def size(count: float) -> str:
-    """Bytes as text: ``1.50 GiB``, ``74.4 MiB``."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def big(number: float) -> str:

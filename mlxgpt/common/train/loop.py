@@ -5,10 +5,13 @@ Everything that decides is in RunState, which a checkpoint holds, so a run that 
 had never stopped. The loss of step s is the one before update s.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.failures import CompilerFailed, doing
 from mlxgpt.common.model import adapters
 from mlxgpt.common.runs import samples
 from mlxgpt.common.runs.checkpoint import RunState
@@ -25,67 +28,96 @@ def train(job: Job) -> int:
         0: the end, ``stop_after`` or early stopping; 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        RunError: three steps in a row were not finite, a tensor does not train, or a checkpoint cannot be written.
+        RunError: three steps in a row were not finite, a tensor does not train, memory lacked, or a checkpoint cannot
+            be written.
     """
-    settings, state, engine, progress = job.recipe.train, job.state, job.engine, job.progress
-    first = state.step + 1
-    saver, finite = Saver(job), guards.Finite()
-    watch = guards.FirstUpdates(engine, adapters.trainable(job.recipe))
-    compiling = ", compilation included" if engine.describe().get("compiled") == "True" else ""
-    stopped_early = False
+    saver = Saver(job)
     with Signals() as signals, saver:
-        if not job.kind.seeded:
+        try:
+            _steps(job, signals, saver)
+        except CompilerFailed:
+            # the signal reached a compiler too, in the middle of a step: the engine's state is not whole
+            if not signals.came():
+                raise
+            job.state.step = saver.step
+        else:
             saver.save()
-        if _unvalidated(job):
-            # the run was stopped between a step and the validation that follows it
-            stopped_early = _validate(job, signals, saver)
-
-        last = min(settings.steps, job.stop_after or settings.steps)
-        while state.step < last and not signals.received and not stopped_early:
-            step, start = state.step + 1, time.perf_counter()
-            batch = job.kind.source.batch(step)
-            if step == 1:
-                progress.say(guards.describe_targets(batch))
-            rate = schedule.rate(job.recipe.optim, step, settings.steps)
-            stats = engine.train_step(step, batch.split(settings.micro_batch_size), rate)
-            now = time.perf_counter()
-
-            loss, tokens = stats.loss_sum / stats.weight, batch.tokens.size
-            state.step, state.t, state.tokens = step, engine.t, state.tokens + tokens
-            line = {"step": step, "split": "train", "loss": loss, "lr": rate, "grad_norm": stats.grad_norm}
-            line |= {name: value / stats.weight for name, value in stats.sums.items()}
-            line |= {"tokens": state.tokens, "seconds": round(now - start, 6), "memory": engine.memory()["peak"]}
-            if not stats.finite:
-                line["skipped"] = True
-            job.metrics.write(**line)
-            progress.step(step, loss, rate, stats.grad_norm, tokens, now - start, now)
-            if step == first:
-                progress.say(f"first step: {now - start:.2f} s{compiling}")
-            if message := finite.check(step, stats, batch):
-                progress.say(message)
-            else:
-                watch.check(stats, rate)
-            saver.check()
-
-            if _unvalidated(job):
-                stopped_early = _validate(job, signals, saver)
-            if _due(settings.save_every, step) and not finite.streak:
-                saver.save()
-            if _due(settings.sample_every, step) and step < settings.steps:
-                _sample(job)
-
-        saver.save()
         saver.wait()
-        done = bool(finished(job.recipe, state))
+        done = bool(finished(job.recipe, job.state))
         if done and not signals.received:
-            _sample(job)
-            job.kind.finish(job)
+            _sample(job, signals)
+            with _stopped_whole(signals), doing("scores after the last step"):
+                job.kind.finish(job)
     return 0 if done else signals.exit_code
 
 
-def _sample(job: Job) -> None:
+def _steps(job: Job, signals: Signals, saver: Saver) -> None:
+    """Steps until the end, ``stop_after``, early stopping or a signal."""
+    settings, state, engine, progress = job.recipe.train, job.state, job.engine, job.progress
+    first, finite = state.step + 1, guards.Finite()
+    watch = guards.FirstUpdates(engine, adapters.trainable(job.recipe))
+    compiling = ", compilation included" if engine.describe().get("compiled") == "True" else ""
+    stopped_early = False
+    if not job.kind.seeded:
+        saver.save()
+    if _unvalidated(job):
+        # the run was stopped between a step and the validation that follows it
+        stopped_early = _validate(job, signals, saver)
+
+    last = min(settings.steps, job.stop_after or settings.steps)
+    while state.step < last and not signals.received and not stopped_early:
+        step, start = state.step + 1, time.perf_counter()
+        batch = job.kind.source.batch(step)
+        if step == 1:
+            progress.say(guards.describe_targets(batch))
+        rate = schedule.rate(job.recipe.optim, step, settings.steps)
+        with doing(f"step {step}"):
+            stats = engine.train_step(step, batch.split(settings.micro_batch_size), rate)
+        now = time.perf_counter()
+
+        loss, tokens = stats.loss_sum / stats.weight, batch.tokens.size
+        state.step, state.t, state.tokens = step, engine.t, state.tokens + tokens
+        line = {"step": step, "split": "train", "loss": loss, "lr": rate, "grad_norm": stats.grad_norm}
+        line |= {name: value / stats.weight for name, value in stats.sums.items()}
+        line |= {"tokens": state.tokens, "seconds": round(now - start, 6), "memory": engine.memory()["peak"]}
+        if not stats.finite:
+            line["skipped"] = True
+        job.metrics.write(**line)
+        progress.step(step, loss, rate, stats.grad_norm, tokens, now - start, now)
+        if step == first:
+            progress.say(f"first step: {now - start:.2f} s{compiling}")
+        if message := finite.check(step, stats, batch):
+            progress.say(message)
+        else:
+            watch.check(stats, rate)
+        saver.check()
+
+        if _unvalidated(job):
+            stopped_early = _validate(job, signals, saver)
+        if _due(settings.save_every, step) and not finite.streak:
+            saver.save()
+        if _due(settings.sample_every, step) and step < settings.steps:
+            _sample(job, signals)
+
+
+@contextlib.contextmanager
+def _stopped_whole(signals: Signals) -> Iterator[None]:
+    """Ends a block that changes no weights where a signal stopped a compiler in it: the state is as before."""
+    try:
+        yield
+    except CompilerFailed:
+        if not signals.came():
+            raise
+
+
+def _sample(job: Job, signals: Signals) -> None:
     """Shows what the model writes now, and keeps it in samples.jsonl."""
-    text = job.kind.sample(job)
+    text = None
+    with (
+        _stopped_whole(signals),
+        doing(f"sample at step {job.state.step}", "a smaller sample.max_tokens, or 0, would fit"),
+    ):
+        text = job.kind.sample(job)
     if text is None:
         return
     samples.append(job.run, job.state.step, text)
@@ -120,20 +152,16 @@ def _validate(job: Job, signals: Signals, saver: Saver) -> bool:
 
     A signal interrupts it and leaves no trace: a resumed run validates again.
     """
-    state, settings, start = job.state, job.recipe.train, time.perf_counter()
-    total: dict[str, float] = {}
-    for number, batch in enumerate(job.kind.source.validation(), start=1):
-        if signals.received:
-            job.progress.status("")
-            return False
-        job.progress.status(f"validating {number}")
-        for part in batch.split(settings.micro_batch_size):
-            for name, value in job.engine.evaluate(part).items():
-                total[name] = total.get(name, 0.0) + value
-    found = {"loss": total["loss"] / total["weight"]}
-    found |= job.kind.score(job, total)
+    state, start = job.state, time.perf_counter()
+    scored = None
+    with _stopped_whole(signals), doing(f"validation after step {state.step}"):
+        scored = _scored(job, signals)
+    if scored is None:
+        job.progress.status("")
+        return False
+    found, targets = scored
     seconds = round(time.perf_counter() - start, 6)
-    job.metrics.write(step=state.step, split="val", **found, targets=round(total["weight"]), seconds=seconds)
+    job.metrics.write(step=state.step, split="val", **found, targets=targets, seconds=seconds)
     state.evaluated = state.step
     name = selection_metric(job.recipe)
     better = is_better(name, found, state.best)
@@ -145,7 +173,23 @@ def _validate(job: Job, signals: Signals, saver: Saver) -> bool:
     job.progress.validation(state.step, found, name, state.best)
     if better:
         saver.save()
-    return bool(settings.early_stop and state.stale >= settings.early_stop)
+    early_stop = job.recipe.train.early_stop
+    return bool(early_stop and state.stale >= early_stop)
+
+
+def _scored(job: Job, signals: Signals) -> tuple[dict[str, float], int] | None:
+    """Metrics of the validation split and its count of targets; None if a signal came."""
+    settings = job.recipe.train
+    total: dict[str, float] = {}
+    for number, batch in enumerate(job.kind.source.validation(), start=1):
+        if signals.received:
+            return None
+        job.progress.status(f"validating {number}")
+        for part in batch.split(settings.micro_batch_size):
+            for name, value in job.engine.evaluate(part).items():
+                total[name] = total.get(name, 0.0) + value
+    found = {"loss": total["loss"] / total["weight"]}
+    return found | job.kind.score(job, total), round(total["weight"])
 
 
 def selection_metric(recipe: Recipe) -> str:

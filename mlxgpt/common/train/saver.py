@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mlxgpt.common import failures
 from mlxgpt.common.errors import RunError
 from mlxgpt.common.folders import resolve
+from mlxgpt.common.plan import advice, gate
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.train.job import Job
+from mlxgpt.common.units import size
 
 
 class Writer:
@@ -66,16 +69,47 @@ class Saver:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             return
-        failure = None
+        failure, job = None, self._job
+        if known := failures.meaning(error):
+            line = f"after step {job.state.step}: {known.line}"
+            error = known.kind(line)
         try:
             self._writer.wait()
         except Exception as other:
             failure = other
         if isinstance(error, RunError):
-            good = resolve.follow(self._job.run, "last")
+            good = resolve.follow(job.run, "last")
             where = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
             also = "" if failure is None or failure is error else f" ({failure})"
-            raise RunError(f"{error}; the run stops; {where}{also}") from None
+            cure = f"; {self._cure(error)}" if isinstance(error, failures.OutOfMemory) else ""
+            raise RunError(f"{error}; the run stops; {where}{also}{cure}") from None
+
+    def _cure(self, error: failures.OutOfMemory) -> str:
+        """How a run that ran out of memory goes on."""
+        job = self._job
+        resume = f"mlxgpt {job.kind.verb} --resume {job.run}"
+        if error.advised:
+            return f"{resume} continues it"
+        try:
+            device = job.backend.engine.devices.use(job.kind.args.device)
+            limit = gate.room(job.backend, device)["limit"] + job.engine.memory()["active"]
+            gpu = job.engine.describe()["device"] != "cpu"
+            settings, need = advice.smaller(job.recipe, job.backend.name, gpu, limit)
+        except Exception:
+            # what is said must not depend on a device that has just failed
+            return f"{resume} --set train.micro_batch_size=1 --set train.checkpoint_activations=true needs the least"
+        if not settings:
+            return (
+                "its micro-batch is one row and activations are recomputed already: expected a smaller model or "
+                f"shorter rows, in a new run; {resume} continues this one where more memory is free"
+            )
+        fits = f"would fit, with {size(need)} predicted" if need else "needs the least, and may still be too much"
+        return f"{resume} {advice.as_flags(settings)} {fits}"
+
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint; 0 before the first."""
+        return self._saved.step if self._saved else 0
 
     def save(self) -> None:
         """Copies the state on this thread and writes it on the other, unless this very state is saved already."""

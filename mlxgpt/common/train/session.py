@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import failures
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.failures import doing
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.model import adapters, params
-from mlxgpt.common.plan import chips
+from mlxgpt.common.plan import chips, machine
 from mlxgpt.common.plan import gate as plan_gate
 from mlxgpt.common.plan.gate import Gate
 from mlxgpt.common.recipes import build, read_toml
@@ -45,14 +47,15 @@ def _begin(kind: Kind) -> int:
     """A new run."""
     args = kind.args
     out = run_folder.unused(*kind.read_settings())
+    backend = backends.load(args.backend)
     kind.open_model()
-    backend = _open_backend(args)
+    _check_limits(kind, backend)
     kind.open_source()
     recipe = kind.recipe
     check_settings(recipe, args)
     checkpoint.check_space(run_folder.existing(out), _checkpoint_bytes(recipe))
     gate = plan_gate.gate(recipe, backend, args)
-    engine = backend.engine.Engine(recipe, kind.weights(None), device=args.device)
+    engine = _engine(kind, backend, kind.weights(None))
     environment = engine.describe()
     state = first_state(kind, environment)
     kind.set_first_state(engine, state)
@@ -92,7 +95,8 @@ def _resume(kind: Kind) -> int:
                 f"{out}: no checkpoint: it was stopped before its first weights were saved; "
                 f"remove it and start again{again}"
             )
-        backend = _open_backend(args)
+        backend = backends.load(args.backend)
+        _check_limits(kind, backend)
         kind.reopen_source(out, newest)
         if newest:
             resume.check_data(out, newest[1].data, kind.digests())
@@ -102,7 +106,7 @@ def _resume(kind: Kind) -> int:
             state = _restored_state(kind, out, newest, engine.describe(), rounding)
         else:
             print(f"{out}: no checkpoint yet: starts from step 1")
-            engine = backend.engine.Engine(kind.recipe, kind.weights(None), device=args.device)
+            engine = _engine(kind, backend, kind.weights(None))
             state = first_state(kind, engine.describe())
         _rewind(kind, out, engine.describe(), state.step)
         return _train(kind, out, backend, engine, gate, state)
@@ -125,18 +129,27 @@ def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
     )
 
 
-def _open_backend(args: Namespace) -> Backend:
-    """The framework's modules, its device chosen: what is missing is said before the data is prepared."""
-    backend = backends.load(args.backend)
-    backend.engine.devices.use(args.device)
-    return backend
+def _check_limits(kind: Kind, backend: Backend) -> None:
+    """Refuses memory settings above what the device has, before any work."""
+    devices = backend.engine.devices
+    machine.check_limits(kind.recipe.train, devices.capacity(devices.find(kind.args.device)))
+
+
+def _engine(kind: Kind, backend: Backend, weights: Any) -> Any:
+    """The engine with ``weights`` on the device.
+
+    Raises:
+        OutOfMemory: they do not fit.
+    """
+    with doing("weights and moments on the device", failures.ADVICE[kind.verb]):
+        return backend.engine.Engine(kind.recipe, weights, device=kind.args.device)
 
 
 def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
     """The engine with the weights and the optimizer's state of the checkpoint ``place``."""
     weights = kind.weights(place)
     trained = {name: weights[name] for name in adapters.trainable(kind.recipe)}
-    engine = backend.engine.Engine(kind.recipe, weights, device=kind.args.device)
+    engine = _engine(kind, backend, weights)
     engine.load_state(checkpoint.read_optimizer(place, trained))
     return engine
 
@@ -203,8 +216,10 @@ def _last_line(job: Job, code: int, seconds: float) -> str:
     state, recipe, run = job.state, job.recipe, job.run
     why = loop.finished(recipe, state)
     if not why:
+        resume = f"resume with: mlxgpt {job.kind.verb} --resume {run}"
         reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[code]
-        return f"stopped {reason} and saved at step {state.step}; resume with: mlxgpt {job.kind.verb} --resume {run}"
+        where = f"and saved at step {state.step}" if resolve.follow(run, "last") else "before the first step was done"
+        return f"stopped {reason} {where}; {resume}"
     parts = [f"done in {duration(seconds)}"]
     if state.step < recipe.train.steps:
         parts[0] += f", {why}"

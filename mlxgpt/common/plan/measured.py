@@ -1,0 +1,200 @@
+"""Footprints from real steps of similar copies, which one subprocess runs."""
+
+import contextlib
+import functools
+import json
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from mlxgpt.common.backend import PACKAGES, Backend
+from mlxgpt.common.config import Recipe
+from mlxgpt.common.plan import closed, memory, similar
+from mlxgpt.common.plan.memory import Footprint, Piece
+from mlxgpt.common.plan.worker import Job
+
+BUDGET = 100e9  # FLOPs of a plan, all measurements together
+FIRST, LATER = 12e9, 2e9  # of a measurement: the step that was asked for, and others
+SLOW = 4  # FLOPs count so many times where a CPU multiplies bfloat16 or quantized matrices, 10 times as slowly or more
+PATIENCE = 4.0  # seconds that plan waits: MLX's CPU backend compiles each kernel once, 0.2 s each
+
+
+class Measured:
+    """Calls are a plan's ``Measure``. Use it in ``with``, which ends the subprocess.
+
+    Args:
+        backend: mlx or torch.
+        device: as ``--device`` has it.
+        cpu: whether that is a CPU.
+        limit: bytes that the subprocess may take.
+        patience: seconds after which what is left is computed (closed form); None: as long as it takes.
+        whole: measure the true size, whatever it takes.
+    """
+
+    def __init__(
+        self, backend: str, device: str, cpu: bool, limit: int, patience: float | None = None, whole: bool = False
+    ):
+        self.backend, self.device, self.cpu, self.limit, self.whole = backend, device, cpu, limit, whole
+        self.ends = None if patience is None else time.monotonic() + patience
+        self.late = f"measuring takes over {patience:.0f} s" if patience else ""
+        self.process: subprocess.Popen | None = None
+        self.processes = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a plan: nothing is spent or known."""
+        self.broken = False  # nothing more can be measured
+        self.spent = 0.0  # FLOPs
+        self.steps = 0
+        self.notes: list[str] = []
+        self.ratio: float | None = None  # measured / closed form
+        self.found: dict[bytes, int] = {}
+
+    def __enter__(self) -> "Measured":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the subprocess and the compilers that it runs."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def __call__(self, recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
+        """See memory.Measure. Of the first call, half the tokens are measured too, which tells what grows with them."""
+        first = not self.found
+        count = min(micro_batches, 2)  # the second finds the first one's gradients, as any other does
+        job = self._job(recipe, rows, length, count, first)
+        peak = job and self._ask(job, recipe)
+        if not job or not peak:
+            return self._closed(recipe, rows, length, micro_batches)
+        if first:
+            self.ratio = peak / self._by_formula(recipe, rows, length, micro_batches).peak
+        half = None
+        if first and job.length > 1:
+            half = self._ask(job._replace(length=job.length // 2, steps=similar.STEPS), recipe)
+        formula = self._by_formula(recipe, rows, length, micro_batches)
+        return Footprint(peak, pieces(similar.state(recipe, not self.cpu), formula, peak, half))
+
+    def _job(self, recipe: Recipe, rows: int, length: int, count: int, first: bool) -> Job | None:
+        """The copy to measure; None where none is cheap enough."""
+        if self.whole and first:
+            return Job(recipe, rows, length, count, 1, similar.STEPS + 1)
+        share = min(FIRST if first else LATER, BUDGET - self.spent)
+        scale = similar.smallest_scale(recipe, rows, length, count, share / self._slowness(recipe), not self.cpu)
+        if scale is None:
+            self._note("a measurement would take too long")
+            return None
+        copy, tokens = similar.similar(recipe, rows, length, scale, not self.cpu)
+        return Job(copy, rows, tokens, count, scale, similar.STEPS if first else 1)
+
+    def _slowness(self, recipe: Recipe) -> int:
+        quantized = recipe.adapter and recipe.adapter.bits and recipe.adapter.dequantize == "never"
+        return SLOW if self.cpu and (recipe.train.compute_dtype == "bfloat16" or quantized) else 1
+
+    def _note(self, why: str) -> None:
+        if self.ratio is None:
+            note = f"memory is from a closed form, to about 25%: {why}; --measure runs the true size"
+        else:
+            note = "layers, rows or lengths other than the recipe's: from a closed form, corrected by what was measured"
+        if not self.notes:
+            self.notes.append(note)
+
+    def _by_formula(self, recipe: Recipe, rows: int, length: int, micro_batches: int) -> Footprint:
+        return closed.footprint(recipe, rows, length, micro_batches, self.backend, not self.cpu)
+
+    def _closed(self, recipe: Recipe, rows: int, length: int, micro_batches: int) -> Footprint:
+        """The closed form, corrected by what was measured, if anything was."""
+        found = self._by_formula(recipe, rows, length, micro_batches)
+        ratio = self.ratio or 1.0
+        return Footprint(
+            int(found.peak * ratio), [piece._replace(size=int(piece.size * ratio)) for piece in found.pieces]
+        )
+
+    def _ask(self, job: Job, recipe: Recipe) -> int | None:
+        """Bytes of the true size; None if it could not be measured."""
+        key = pickle.dumps(job)
+        if key in self.found:
+            return self.found[key]
+        left = None if self.ends is None else self.ends - time.monotonic()
+        if self.broken or (left is not None and left <= 0):
+            self._note(self.late)
+            return None
+        answer = self._answer(key, left)
+        if "error" in answer:
+            self._note(answer["error"])
+            return None
+        self.spent += job.steps * similar.flops(job.recipe, job.rows, job.length, job.micro_batches)
+        self.steps += job.steps
+        self.found[key] = similar.grown(recipe, job, answer, not self.cpu)
+        return self.found[key]
+
+    def _answer(self, job: bytes, left: float | None) -> dict[str, Any]:
+        """What the subprocess says to a pickled job within ``left`` seconds."""
+        late = self.late
+        try:
+            process = self.process or self._start()
+            assert process.stdin and process.stdout
+            process.stdin.write(job)
+            process.stdin.flush()
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stdout, selectors.EVENT_READ)
+                line = process.stdout.readline() if ready.select(left) else None
+        except OSError as error:
+            line, late = None, f"no process could be started or asked ({error.strerror})"
+        if line:
+            return json.loads(line)
+        self.broken = True
+        self.close()
+        return {"error": late if line is None else "the process that measures ended, out of memory perhaps"}
+
+    def _start(self) -> subprocess.Popen:
+        """The subprocess, in a group of its own: Ctrl-C reaches the parent alone, which then ends the group."""
+        self.processes += 1
+        command = [sys.executable, "-m", f"{PACKAGES[self.backend]}.footprint", self.device, str(self.limit)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        return self.process
+
+
+def pieces(state: dict[str, int], formula: Footprint, peak: int, half: int | None) -> list[Piece]:
+    """A peak by component: weights and moments are known, activations and logits grow with the tokens.
+
+    Args:
+        state: bytes of weights and moments.
+        formula: the closed form's footprint, which has a share of logits in what grows.
+        half: the peak of half the tokens, if it was measured.
+    """
+    rest = max(0, peak - sum(state.values()))
+    growing = rest if half is None else min(rest, max(0, 2 * (peak - half)))
+    parts = {piece.label: piece.size for piece in formula.pieces}
+    wide = parts.get("logits", 0) / (parts.get("logits", 0) + parts.get("activations", 0) or 1)
+    logits = int(growing * wide)
+    made = state | {"gradients": rest - growing, "logits": logits, "activations": growing - logits}
+    made["weights"] += peak - sum(made.values())
+    return [Piece(name, (), size) for name, size in made.items()]
+
+
+def here(backend: Backend, device: str, limit: int, patience: float | None = None, whole: bool = False) -> Measured:
+    """Measures on this machine; see Measured."""
+    cpu = backend.engine.devices.describe(backend.engine.devices.find(device))["device"] == "cpu"
+    return Measured(backend.name, device, cpu, limit, patience, whole)
+
+
+def computed(backend: str, gpu: bool) -> memory.Measure:
+    """The closed form as a Measure, for chips that are not here, and where dozens of models are tried."""
+    return functools.partial(closed.footprint, backend=backend, gpu=gpu)
