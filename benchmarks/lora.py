@@ -1,6 +1,7 @@
 """LoRA beside mlx_lm.lora and PEFT: real tokens a second, peak memory, the same examples in turns; loss curves.
 
     python -m benchmarks.lora [--rounds 5] [--rows 12] [--json]
+    python -m benchmarks.lora --device cuda [--rows 64]       torch and PEFT alone, there
     python -m benchmarks.lora --curves [--steps 100]
 
 A random llama of 54 M (width 512, 12 layers, 8 heads, MLP 1376, vocabulary 32,000, tied), float32, rank 8 on every
@@ -29,6 +30,7 @@ import numpy as np
 from benchmarks.head import torch_peak
 from benchmarks.pairs import Contender, race, row
 from benchmarks.report import Row, finish
+from benchmarks.train_step import finish_on
 
 SIZES = {"n_layer": 12, "n_head": 8, "n_embd": 512, "n_hidden": 1376, "vocab_size": 32000, "block_size": 512}
 MEDIAN, LARGEST, SIGMA, BATCH, RANK, SCALE, RATE = 120, 512, 0.7, 4, 8, 2.0, 1e-4
@@ -64,7 +66,7 @@ def write_folder(folder: Path, quantized: Path) -> None:
         raise SystemExit(f"convert: exit code {code}")
 
 
-def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) -> Callable[[], int]:
+def ours(package: str, folder: str, count: str, bins: str, checkpointed: str, device: str = "cpu") -> Callable[[], int]:
     """mlxgpt or torch_ref: the engine on packed batches."""
     from mlxgpt.common.folders import model_folder as folders
     from mlxgpt.common.model import adapters
@@ -84,7 +86,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
 
     recipe = dataclasses.replace(build(settings), model=config)
     own = adapters.init(recipe, Dequantized(weights))
-    engine = importlib.import_module(f"{package}.engine").Engine(recipe, weights | own, "cpu")
+    engine = importlib.import_module(f"{package}.engine").Engine(recipe, weights | own, device)
     held = [pack.Example("", r[:-1], r[1:], np.ones(len(r) - 1, np.float32)) for r in rows(int(count))]
     sizes = np.array([len(example) for example in held])
     plan = pack.pack(sizes, np.arange(len(held)), LARGEST)
@@ -94,6 +96,7 @@ def ours(package: str, folder: str, count: str, bins: str, checkpointed: str) ->
     def run() -> int:
         for batch in batches:
             engine.train_step(engine.t + 1, [batch], RATE)
+        finish_on(device)
         return int(sizes.sum())
 
     return run
@@ -168,28 +171,30 @@ def mlx_lm(folder: str, count: str, checkpointed: str) -> Callable[[], int]:
     return run
 
 
-def peft(folder: str, count: str, checkpointed: str) -> Callable[[], int]:
+def peft(folder: str, count: str, checkpointed: str, device: str = "cpu") -> Callable[[], int]:
     """PEFT in a plain loop: rows padded to the longest of their batch, masked, clipped, AdamW."""
     import torch
 
-    model = peft_model(folder)
+    model = peft_model(folder).to(device)
     if checkpointed == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0.0)
+    fused = True if device.startswith("cuda") else None
+    optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0.0, fused=fused)
     held = rows(int(count))
 
     def run() -> int:
         for at in range(0, len(held), BATCH):
-            part = [torch.from_numpy(r).long() for r in held[at : at + BATCH]]
+            part = [torch.from_numpy(r).long().to(device) for r in held[at : at + BATCH]]
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in part], batch_first=True)
             model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        finish_on(device)
         return sum(len(r) - 1 for r in held)
 
     run.model = model  # type: ignore[attr-defined]
@@ -236,6 +241,17 @@ def measured_peak(contender: Contender) -> float:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     return int(done.stdout.splitlines()[-1]) / 2**20
+
+
+def measure_on(device: str, rounds: int, count: int) -> list[Row]:
+    """torch against PEFT on one device; speed alone, memory there is for torch.cuda to say."""
+    with tempfile.TemporaryDirectory() as temporary:
+        base = str(Path(temporary) / "model")
+        write_folder(Path(base), Path(temporary) / "model-4bit")
+        ours = Contender("torch_ref", "lora", "ours", ("torch_ref", base, str(count), "1", "plain", device))
+        peer = Contender("PEFT", "lora", "peft", (base, str(count), "plain", device))
+        race([ours, peer], rounds)
+    return [row(f"torch LoRA, llama 54 M, {device}", "PEFT, a plain loop", "tok/s", ours, peer, "worse quartile >= 1")]
 
 
 def measure(rounds: int, count: int) -> list[Row]:
@@ -412,6 +428,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=12, help="a multiple of 4")
+    parser.add_argument("--device", help="torch and PEFT alone, on cuda, cuda:N, mps or cpu")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--steps", type=int, default=100, help="of the curves")
     parser.add_argument("--json", action="store_true")
@@ -427,6 +444,8 @@ def main() -> None:
         print(*(repr(loss) for loss in curve(package, folder, method, int(steps))))
     elif args.curves:
         sys.exit(curves(args.steps))
+    elif args.device:
+        finish(measure_on(args.device, args.rounds, args.rows), args.json)
     else:
         finish(measure(args.rounds, args.rows), args.json)
 

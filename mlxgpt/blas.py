@@ -94,7 +94,7 @@ def describe() -> dict[str, str]:
         text = ctypes.create_string_buffer(256)
         scope.MKL_Get_Version_String(text, len(text))
         known["version"] = text.value.decode().strip()
-        known["core"] = f"branch {scope.MKL_CBWR_Get_Auto_Branch()}"
+        known["core"] = f"branch {scope.MKL_CBWR_Get_Auto_Branch()}, CBWR {os.environ.get('MKL_CBWR', 'OFF')}"
         known["threads"] = str(scope.MKL_Get_Max_Threads())
     elif name == "accelerate":
         known["threads"] = ""

@@ -50,17 +50,6 @@ def cached(model: Model, tokens: Array, first: int) -> np.ndarray:
     return np.array(mx.concatenate(pieces, axis=1))
 
 
-def restart_peak(device: mx.Device) -> None:
-    """Forgets the peak of memory so far, and gives back what is kept for reuse."""
-    mx.clear_cache()
-    mx.reset_peak_memory()
-
-
-def peak(trained: engine.Engine) -> int | None:
-    """Bytes of arrays at the peak since ``restart_peak``; None where the framework does not count them."""
-    return trained.memory()["peak"]
-
-
 def stream(device: mx.Device, count: int, times: int) -> tuple[float, float]:
     """Least seconds of a copy, s a, and of a triad, s a + c, over ``count`` float32; on MLX's default device."""
     a, c = mx.random.uniform(shape=(count,)), mx.random.uniform(shape=(count,))

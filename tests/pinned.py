@@ -1,7 +1,7 @@
 """A pytest plugin: the suite computes on the CPU, and a test that does not fails, unless it is marked ``accelerator``.
 
 ``auto`` means the CPU in both packages, also in child processes, by the variable that users have (MLXGPT_DEVICE); what
-uses MLX itself finds the CPU as its default device. ``MLXGPT_DEVICE=gpu pytest FILE`` runs tests elsewhere, unwatched.
+uses MLX itself finds the CPU as its default device. ``MLXGPT_DEVICE=auto pytest FILE`` runs tests elsewhere, unwatched.
 A marked test has the machine's own devices. So has one with the fixture ``metal``, whose device is the CPU.
 """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import torch_ref.device
 from mlxgpt import blas
 from mlxgpt.common.errors import UserError
 
@@ -135,3 +136,15 @@ for m, n, k in ((1, 192, 64), (3, 384, 384), (124, 192, 64)):
         assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max(), (blas.load(), m, n, k)
 """
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"}, cwd=ROOT, check=True)
+
+
+def test_mkl_splits_no_sum_as_threads_become_free_and_the_environment_says_so() -> None:
+    code = "import mlxgpt, os; print(os.environ['MKL_CBWR'])"
+    own = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"}
+    for given, expected in (({}, "AUTO"), ({"MKL_CBWR": "AVX2"}, "AVX2")):
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own | given, capture_output=True, text=True)
+        assert run.stdout == f"{expected}\n"
+    described = torch_ref.device.describe(torch_ref.device.use("cpu"))["blas"]
+    assert f"CBWR {os.environ['MKL_CBWR']}" in described or "mkl" not in described
+    if blas.load() == "mkl":
+        assert f"CBWR {os.environ['MKL_CBWR']}" in blas.describe()["core"]

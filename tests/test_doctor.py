@@ -98,13 +98,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         measure.main(HALVES[name], ["--out", str(out), "--device", device, *["--quick"] * quick])
         return ""
 
-    sizes = [speed._sized("1 2 32 16 64", 2), speed._sized("1 2 64 16 64", 2)]
+    sizes = [speed._sized("1 2 32 16 64", 2), speed._sized("1 4 64 16 64", 2)]
     monkeypatch.setattr(examine, "start", start)
     monkeypatch.setattr(problems, "problems", lambda quick, long: [TINY])
     monkeypatch.setattr(speed, "sizes", lambda cpu: sizes)
+    monkeypatch.setattr(speed, "WHOLE", 1000.0)
     monkeypatch.setattr(speed, "STREAMS", {True: (1,), False: (1,)})
-    for half in HALVES.values():  # PyTorch's needs seconds of imports
+    for half in HALVES.values():  # PyTorch's profiler takes seconds to start
         monkeypatch.setattr(half.footprint, "footprint", lambda *_: SimpleNamespace(peak=10**6))
+        monkeypatch.setattr(half.footprint, "measure", lambda job, _: {"peak": 10**6 * 2 // job.recipe.model.n_head})
 
 
 def doctor(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str]:
@@ -125,6 +127,7 @@ def test_two_cpus_are_held_against_each_other(tiny: None, capsys: pytest.Capture
         == set(HALVES)
     )
     assert all(row["tokens_per_second"] > 0 and row["memory_predicted"] == 10**6 for row in report["speed"])
+    assert [row["verdict"] for row in report["speed"]] == ["ok", "memory off"] * 2
     documented = (ROOT / "docs/doctor.md").read_text().partition("## `--json`")[2]
     keys = {*report, *report["machine"], *report["ladder"][0], *report["speed"][0], *report["bandwidth"][0]}
     assert {key for key in keys if f"`{key}`" not in documented} == set()
@@ -274,14 +277,16 @@ def test_a_slow_machine_leaves_out_what_it_has_no_time_for(rate: float, monkeypa
 
     stub: Any = SimpleNamespace(
         COMPILE="off", devices=SimpleNamespace(use=str, describe=lambda _: {"device": "cpu"}),
-        footprint=SimpleNamespace(footprint=lambda *_: SimpleNamespace(peak=1)), restart_peak=str,
-        engine=SimpleNamespace(Engine=Engine), peak=lambda _: None,
+        footprint=SimpleNamespace(footprint=lambda *_: SimpleNamespace(peak=1), measure=lambda *_: {"peak": 1}),
+        engine=SimpleNamespace(Engine=Engine),
     )  # fmt: skip
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(speed.params, "init_params", lambda *_: {})
-    rows = list(speed.steps(stub, "cpu", 2**40))
+    rows = list(speed.steps(stub, "cpu", 2**40, until=100.0))
     assert now[0] <= speed.SECONDS
     assert [row["verdict"] for row in rows] == ["ok", *["left out" if rate == 1e9 else "ok"] * 2]
+    assert {row["note"] for row in speed.steps(stub, "cpu", 2**40, until=now[0] - 1)} == {speed.BUSY}
+    assert {row["note"] for row in speed.bandwidth(stub, "cpu", until=now[0] - 1)} == {speed.BUSY}
 
 
 def test_the_ladder_is_small() -> None:

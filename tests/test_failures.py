@@ -20,7 +20,7 @@ from mlxgpt.common import failures
 from mlxgpt.common.backend import PACKAGES, without_signals
 from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig
 from mlxgpt.common.folders import resolve
-from mlxgpt.common.plan import advice
+from mlxgpt.common.plan import advice, machine
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.train import saver
 from mlxgpt.common.train.signals import Signals
@@ -367,3 +367,11 @@ def test_an_unknown_chip_is_refused_with_those_known(name: str, capsys: pytest.C
     assert cli.main(["plan", "--chip", name]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"--chip {name}: unknown" in line and "m3-ultra" in line and "h200" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_ulimit_leaves_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine.free()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (used + 2**26, -1))
+    assert 2**25 < machine.free() <= 2**26 < before

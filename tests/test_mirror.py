@@ -58,7 +58,7 @@ SHARE = {
     "judge.py": 0.60,  # two libraries, each with an interface of its own
     "layers.py": 0.29,
     "load.py": 0.18,
-    "losses.py": 0.33,  # MLX picks the target's logit by itself, with a gradient that scatters or without
+    "losses.py": 0.36,  # torch.compile takes the sizes of a batch as variables
     "model.py": 0.22,  # on a GPU MLX has no fused attention with a gradient: tiles; PyTorch has FlexAttention
     "noise.py": 0.35,
     "optim.py": 0.34,  # MLX updates nothing in place; Muon on a stack

@@ -11,7 +11,7 @@ from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan import machine
-from torch_ref import sampled
+from torch_ref import fast, sampled
 
 _MIB = 2**20
 
@@ -51,7 +51,7 @@ def use(name: str = "auto") -> torch.device:
 
 def is_gpu(array: torch.Tensor) -> bool:
     """Whether what is made of the array is computed on a GPU."""
-    return array.device.type != "cpu"
+    return fast.kind(array.device) in ("cuda", "mps")
 
 
 def memory(device: torch.device) -> dict[str, int]:
@@ -128,11 +128,12 @@ def tf32_state(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, str]:
     """What bit-equality depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    mkl = f"mkl {torch.backends.cpu.get_cpu_capability()}, CBWR {os.environ.get('MKL_CBWR', 'OFF')}"
     return {
         "framework": "torch",
         "version": torch.__version__,
         "device": name,
-        "blas": f"mkl {torch.backends.cpu.get_cpu_capability()}" if torch.backends.mkl.is_available() else "",
+        "blas": mkl if torch.backends.mkl.is_available() else "",
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),

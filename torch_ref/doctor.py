@@ -56,18 +56,6 @@ def cached(model: Model, tokens: Array, first: int) -> np.ndarray:
     return torch.cat(pieces, dim=1).cpu().numpy()
 
 
-def restart_peak(device: torch.device) -> None:
-    """Forgets the peak of memory so far, and gives back what is kept for reuse."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(trained: engine.Engine) -> int | None:
-    """Bytes of arrays at the peak since ``restart_peak``; None where the framework does not count them."""
-    return trained.memory()["peak"] if trained.device.type == "cuda" else None
-
-
 def stream(device: torch.device, count: int, times: int) -> tuple[float, float]:
     """Least seconds of a copy, s a, and of a triad, s a + c, over ``count`` float32."""
     a, c = torch.rand(count, device=device), torch.rand(count, device=device)

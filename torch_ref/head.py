@@ -90,7 +90,7 @@ def sweep(hidden: Array, weight: list[Array], targets: Array, bias: Array | None
         z = logits(h, w, b, o.logit_scale, o.soft_cap)
         at = y - start
         inside = (at >= 0) & (at < n)
-        z_y = z_y + torch.where(inside, torch.take_along_dim(z, torch.clip(at, 0, n - 1), dim=-1), 0.0)
+        z_y = z_y + torch.where(inside, torch.gather(z, -1, torch.clip(at, 0, n - 1)), 0.0)
         if o.label_smoothing:
             z_sum = z_sum + z.sum(dim=-1, keepdim=True)
         last, top = top, torch.maximum(top, z.amax(dim=-1, keepdim=True))

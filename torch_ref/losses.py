@@ -1,6 +1,5 @@
 """What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
 
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,9 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
     module: Any = model.wte if model.config.tied else model.lm_head
-    chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
+    # of the largest batch: a chunk that follows the batch's size would be compiled for every size
+    tokens = (config.micro_batch_size or config.batch_size) * model.config.block_size
+    chunk = config.head_chunk(tokens, model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
     bias = module.bias if model.config.head_bias else None

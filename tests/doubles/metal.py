@@ -8,7 +8,7 @@ what C++ builds alone (gradients) is not. Metal's rounding, speed and memory are
 
 One test: the fixture ``metal`` of conftest.py. Any test, and the processes that it starts::
 
-    MLXGPT_DOUBLE=metal MLXGPT_DEVICE=gpu python -m pytest tests/test_generate.py
+    MLXGPT_DOUBLE=metal MLXGPT_DEVICE=auto python -m pytest tests/test_generate.py
 
 Without MLXGPT_DEVICE the suite pins the CPU, and computing on the device is an error, in child processes too.
 """

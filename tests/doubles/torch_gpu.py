@@ -29,6 +29,7 @@ class Gpu:
         patch.setattr(fast, "call", self._call)
         patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # on CPUs it has no backward officially
         patch.setattr(transfer, "pinned", self._pinned)
+        patch.setattr(torch.mps, "current_allocated_memory", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", lambda _: self)
 
     def watch(self) -> None:

@@ -6,6 +6,7 @@ A process of its own for each framework, so that a kernel that ends its process 
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -118,9 +119,10 @@ def write_ladder(half: ModuleType, out: Path, device: str, quick: bool) -> None:
                 np.save(out / place / quote(name, safe=""), array)
 
 
-def write_speed(half: ModuleType, out: Path, device: str) -> None:
+def write_speed(half: ModuleType, out: Path, device: str, until: float) -> None:
     """A line a size."""
-    rows = {"speed": speed.steps(half, device, speed.room(half, device)), "bandwidth": speed.bandwidth(half, device)}
+    steps = speed.steps(half, device, speed.room(half, device), until)
+    rows = {"speed": steps, "bandwidth": speed.bandwidth(half, device, until)}
     for kind, found in rows.items():
         with (out / f"{kind}.jsonl").open("w") as file:
             for row in found:
@@ -134,7 +136,8 @@ def main(half: ModuleType, argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", required=True)
     args = parser.parse_args(argv)
+    until = time.perf_counter() + speed.WHOLE
     write_ladder(half, args.out, args.device, args.quick)
     if not args.quick:
-        write_speed(half, args.out, args.device)
+        write_speed(half, args.out, args.device, until)
     return 0

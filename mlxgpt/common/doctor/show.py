@@ -88,8 +88,7 @@ def _speed(report: dict[str, Any]) -> Iterator[str]:
             yield f"{start}{'':28}  left out: {row['note']}"
             continue
         share = "-" if row["peak_share"] is None else f"{row['peak_share']:.1%}"
-        memory = f"memory {size(row['memory_predicted'])} predicted, "
-        memory += "not counted here" if row["memory_measured"] is None else f"{size(row['memory_measured'])} measured"
+        memory = f"memory {size(row['memory_predicted'])} predicted, {size(row['memory_measured'])} measured"
         yield f"{start}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.3f}{share:>9}  {row['verdict']}; {memory}"
 
 

@@ -16,11 +16,14 @@ from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.model import params
-from mlxgpt.common.plan import chips, compute, machine
+from mlxgpt.common.plan import chips, compute, machine, similar
 from mlxgpt.common.plan.chips import Chip
+from mlxgpt.common.plan.worker import Job
 from mlxgpt.common.recipes import build
 
 SECONDS = 12.0  # that all steps of a framework may take
+WHOLE = 40.0  # seconds of a framework's process after which nothing more is begun
+BUSY = f"over {WHOLE:.0f} s have passed: a busy or slow machine"
 LEAST, MOST = 2, 8  # steps that are timed, after one that is not
 MEMORY = (0.95, 1.10)  # predicted / measured, the gate of docs/planning.md
 MIB = 2**20
@@ -64,7 +67,7 @@ def described(recipe: Recipe) -> Row:
     }
 
 
-def steps(half: ModuleType, device: str, limit: int) -> Iterator[Row]:
+def steps(half: ModuleType, device: str, limit: int, until: float) -> Iterator[Row]:
     """A row a size: speed, share of the chip's peak, memory predicted and measured; or ``note``: why not."""
     where = half.devices.use(device)
     name = half.devices.describe(where)["device"]
@@ -73,23 +76,26 @@ def steps(half: ModuleType, device: str, limit: int) -> Iterator[Row]:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=half.COMPILE))
         row, tokens = described(recipe), recipe.train.batch_size * recipe.model.block_size
         flops = compute.flops(recipe, recipe.model.block_size, recipe.train.batch_size).exact * tokens
+        if time.perf_counter() > until:
+            yield {**row, "verdict": "left out", "note": BUSY}
+            continue
         expected = flops / rate if rate else 0.0
         if expected * (LEAST + 1) > left:
             yield {**row, "verdict": "left out", "note": f"about {expected:.0f} s a step at the rate above"}
             continue
-        predicted = half.footprint.footprint(recipe, recipe.train.batch_size, recipe.model.block_size, 1).peak
+        predicted = half.footprint.footprint(recipe, recipe.train.batch_size, recipe.model.block_size, 1, device).peak
         if predicted > limit:
             note = f"{predicted / 2**30:.1f} GiB predicted, {limit / 2**30:.1f} GiB free"
             yield {**row, "verdict": "left out", "note": note}
             continue
-        half.restart_peak(where)
         began = time.perf_counter()
-        seconds, measured = _timed(half, recipe, device, left)
+        seconds = _timed(half, recipe, device, left)
+        measured = _peak(half, recipe, device)
         left -= time.perf_counter() - began
         rate = flops / seconds
         yield {
             **row,
-            "verdict": "ok" if measured is None or MEMORY[0] <= predicted / measured <= MEMORY[1] else "memory off",
+            "verdict": "ok" if MEMORY[0] <= predicted / measured <= MEMORY[1] else "memory off",
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "tflops": rate / 1e12,
@@ -99,23 +105,32 @@ def steps(half: ModuleType, device: str, limit: int) -> Iterator[Row]:
         }
 
 
-def _timed(half: ModuleType, recipe: Recipe, device: str, left: float) -> tuple[float, int | None]:
-    """Median seconds of a step, and the peak of the framework's arrays where it counts them."""
+def _timed(half: ModuleType, recipe: Recipe, device: str, left: float) -> float:
+    """Median seconds of a step."""
     trained = half.engine.Engine(recipe, params.init_params(recipe.model, recipe.train.seed), device)
     batch, spent, began = random_batch(recipe), [], time.perf_counter()
     while len(spent) <= LEAST or (len(spent) <= MOST and time.perf_counter() - began < min(1.0, left / 3)):
         start = time.perf_counter()
         trained.train_step(len(spent) + 1, [batch], 1e-4)
         spent.append(time.perf_counter() - start)
-    return statistics.median(spent[1:]), half.peak(trained)
+    return statistics.median(spent[1:])
 
 
-def bandwidth(half: ModuleType, device: str) -> Iterator[Row]:
+def _peak(half: ModuleType, recipe: Recipe, device: str) -> int:
+    """Bytes at the peak of some steps, as the plan measures those of its copy."""
+    job = Job(recipe, recipe.train.batch_size, recipe.model.block_size, 1, 1, similar.STEPS)
+    return half.footprint.measure(job, device)["peak"]
+
+
+def bandwidth(half: ModuleType, device: str, until: float) -> Iterator[Row]:
     """A row a size: GB/s of a copy (an array read and one written) and of a triad (two read, one written)."""
     where = half.devices.use(device)
     name = half.devices.describe(where)["device"]
     chip = chips.chip_of(name)
     for size in STREAMS[name == "cpu"]:
+        if time.perf_counter() > until:
+            yield {"mib": size, "verdict": "left out", "note": BUSY}
+            continue
         if 3 * size * MIB > machine.free() / 4:
             yield {"mib": size, "verdict": "left out", "note": "more than a quarter of the free memory"}
             continue

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def _free() -> int:
 
 
 def _limits() -> list[tuple[int, int]]:
-    """(limit, used) of the control group that this process is in, where it has one."""
+    """(limit, used) of the control group that this process is in, and of its address space, where there is one."""
     found = []
     for names in _CGROUPS:
         try:
@@ -65,4 +66,8 @@ def _limits() -> list[tuple[int, int]]:
             continue
         if limit.isdecimal():
             found.append((int(limit), int(used)))
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY and Path("/proc/self/statm").exists():  # ulimit -v
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        found.append((space, pages * os.sysconf("SC_PAGE_SIZE")))
     return found
