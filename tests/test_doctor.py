@@ -179,7 +179,10 @@ def test_a_framework_whose_process_ends_is_a_failed_rung(
     assert "SIGABRT: Abort trap in kernel.metal" in found["ladder"][0]["note"]
 
 
-def test_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_what_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx.core.is_available", lambda device: "cpu" in str(device))
     for words, said in {
         (
             "--device",

@@ -38,7 +38,10 @@ def test_a_reader_that_raises_hangs_or_takes_memory_is_found(tmp_path: Path) -> 
     def says(path: Path) -> None:
         raise UserError("two\nlines")
 
-    for read, expected in ((fails, "KeyError at"), (takes, "MemoryError at"), (says, "more than one line")):
+    cases = [(fails, "KeyError at"), (says, "more than one line")]
+    if Path("/proc/self/statm").exists():  # elsewhere no limit on memory is enforced
+        cases.append((takes, "MemoryError at"))
+    for read, expected in cases:
         fuzzer.read = read
         assert (fuzzer.one(0, 0) or "").removeprefix("_Array").startswith(expected)
 

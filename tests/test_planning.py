@@ -136,7 +136,7 @@ def test_what_a_plan_of_a_shipped_recipe_takes(
     assert sum(found["memory"]["components"].values()) == found["memory"]["peak"]
     assert not [note for note in found["notes"] if "to about 25%" in note]
     assert 0 < used[0].spent < 35e9 < measured.BUDGET
-    assert used[0].steps <= 16 and not used[0].broken
+    assert used[0].steps <= 18 and not used[0].broken
 
 
 def test_ctrl_c_and_sigterm_end_the_plan_and_the_process_that_measures() -> None:
@@ -186,6 +186,7 @@ def test_where_nothing_can_be_measured_a_closed_form_answers(
     assert [note for note in found["notes"] if "closed form" in note and "Resource temporarily unavailable" in note]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes RLIMIT_AS and does not enforce it")
 def test_the_process_that_measures_keeps_to_its_limit() -> None:
     recipe = planning.recipe_of(planning._s("gpt2", "1 2 2 64 64 50000", 2))
     with measured.Measured("mlx", "cpu", True, 2**24) as measure:

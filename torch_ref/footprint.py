@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.plan import similar, worker
 from mlxgpt.common.plan.memory import Footprint
 from mlxgpt.common.plan.worker import Job
 from torch_ref import engine as engines
+from torch_ref import sampled
 
 
 def measure(job: Job, device: str) -> dict[str, int]:
@@ -26,6 +27,9 @@ def measure(job: Job, device: str) -> dict[str, int]:
             engine.train_step(step, batch.split(job.rows), 1e-3)
 
     if where.type != "cpu":
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+        sampled.PEAK.bytes = 0
         run(1, job.steps)
         peak = engine.memory()["peak"]
         del run, engine
@@ -34,10 +38,10 @@ def measure(job: Job, device: str) -> dict[str, int]:
         return {"peak": peak - left, "fixed": left}
     kept = [*engine.model.parameters(), *engine.model.buffers(), *engine.m.values(), *engine.v.values()]
     run(1, job.steps - 1)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:  # torch.profiler's imports torch._inductor, which takes 4 s
         run(job.steps, job.steps)
-    assert profiler.profiler and profiler.profiler.kineto_results
-    events: list[Any] = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    assert profiler and profiler.kineto_results
+    events: list[Any] = [each for each in profiler.kineto_results.events() if each.name() == "[memory]"]
     live = np.cumsum([each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())])
     return {"peak": sum(each.untyped_storage().nbytes() for each in kept) + int(live.max()), "fixed": 0}
 

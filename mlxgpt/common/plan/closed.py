@@ -14,8 +14,10 @@ from mlxgpt.common.model.params import Param
 from mlxgpt.common.plan.memory import Footprint, Piece
 
 SCORES = 1 << 25  # attention scores that exist at once in training on a GPU, in MLX: mlxgpt/fast.py
-LATE = {True: 2.2, False: 1.2}  # of what a block keeps: made for its gradient or not yet freed, with a gated MLP or not
+# of what a block keeps, made on the way of its gradient or not yet freed, by activation: MLX computes ahead
+LATE = {"silu": 2.2, "gelu": 1.3, "gelu_tanh": 1.3}
 LATER = 1.1  # more of it where blocks are computed again
+SCORES_LATE = 0.6  # the same of attention scores that exist as a whole
 TRAILING = 1.2  # of what a block keeps: not yet freed when the head's gradient is made
 UPDATE = 1.8  # of the gradients: scaled ones, and what the update has not yet freed
 MANY = 1 << 14  # elements from which MLX on a CPU computes attention in tiles, the same
@@ -59,7 +61,7 @@ def footprint(
     logits, head, head_gradient = heads(s)
     earlier = gradients if micro_batches > 1 else 0
     last = (block if again else 0) + works
-    trailing = int(TRAILING * block) if s.mlx else 0
+    trailing = int(TRAILING * (block - attention(s))) if s.mlx else 0
     phases = (
         {"activations": layers + head + trailing + outside(s), "logits": logits, "gradients": earlier + head_gradient},
         {"activations": layers + last + outside(s), "gradients": earlier + head_gradient},
@@ -173,17 +175,24 @@ def attention(s: Sizes) -> int:
         whole = bool(plain)
     if not whole:
         return 4 * s.tokens * model.n_head
-    return scores * (s.item * (1 + bool(model.attn_softcap) + drop) + drop)
+    soft = s.item if s.mlx else 4  # PyTorch's softmax is kept in float32
+    return scores * (soft + s.item * (bool(model.attn_softcap) + drop) + drop)
 
 
 def working(s: Sizes) -> int:
     """Bytes that the gradient of a block makes on its way; in MLX those too that wait to be freed."""
     model = s.recipe.model
     if s.mlx:
-        late = LATE[model.gated] + (LATER * (1 - 1 / model.n_layer) if s.recipe.train.checkpoint_activations else 0)
-        return int(late * kept(s))
+        late = LATE[model.activation] + (
+            LATER * (1 - 1 / model.n_layer) if s.recipe.train.checkpoint_activations else 0
+        )
+        tiles = 3 * 4 * SCORES // 2 if s.gpu and s.tokens * model.n_head * s.length > SCORES else 0
+        return tiles + int(late * (kept(s) - attention(s)) + SCORES_LATE * attention(s))
     wide = max(model.n_hidden * (2 if model.gated else 1), model.n_embd, model.n_head * model.head_dim)
-    return 2 * s.tokens * wide * s.item + (attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0)
+    scores = attention(s) if attention(s) > 8 * s.tokens * model.n_head else 0
+    if scores and s.item == 2 and s.recipe.train.dropout:
+        scores = 2 * scores  # random bits and what they are compared to are no narrower
+    return 2 * s.tokens * wide * s.item + scores
 
 
 def outside(s: Sizes) -> int:

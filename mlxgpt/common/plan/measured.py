@@ -20,6 +20,7 @@ from mlxgpt.common.plan.worker import Job
 
 BUDGET = 100e9  # FLOPs of a plan, all measurements together
 FIRST, LATER = 12e9, 2e9  # of a measurement: the step that was asked for, and others
+MANY = 5  # steps at most
 SLOW = 4  # FLOPs count so many times where a CPU multiplies bfloat16 or quantized matrices, 10 times as slowly or more
 PATIENCE = 4.0  # seconds that plan waits: MLX's CPU backend compiles each kernel once, 0.2 s each
 
@@ -100,7 +101,11 @@ class Measured:
             self._note("a measurement would take too long")
             return None
         copy, tokens = similar.similar(recipe, rows, length, scale, not self.cpu)
-        return Job(copy, rows, tokens, count, scale, similar.STEPS if first else 1)
+        steps = similar.STEPS if first else 1
+        if first and scale == 1:  # how far MLX runs ahead of what it computes differs from step to step
+            each = self._slowness(recipe) * similar.flops(copy, rows, tokens, count)
+            steps = max(similar.STEPS, min(MANY, int(share / each)))
+        return Job(copy, rows, tokens, count, scale, steps)
 
     def _slowness(self, recipe: Recipe) -> int:
         quantized = recipe.adapter and recipe.adapter.bits and recipe.adapter.dequantize == "never"

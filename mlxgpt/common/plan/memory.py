@@ -10,6 +10,7 @@ from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.model import adapters, params
 
 ROWS = 256  # of a micro-batch that is measured; more are extrapolated
+SOME = 4  # rows of long rows: MLX on a CPU computes attention row by row, in so many more operations
 COMPONENTS = ("weights", "moments", "gradients", "logits", "activations")
 
 
@@ -104,7 +105,9 @@ def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
         plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None)
         found = components(plain, measure(plain, rows * more, tokens, 1))
         made.append(sum(found.values()) - found["weights"] - found["moments"])
-    return max(0, made[1] - made[0]) // (2 * more)
+    item = 2 if train.compute_dtype == "bfloat16" else 4
+    least = rows * tokens * recipe.model.n_embd * item  # what goes in, which is kept in any case
+    return max(least, (made[1] - made[0]) // (2 * more))
 
 
 def kv_cache(model: ModelConfig, rows: int, tokens: int, itemsize: int) -> int:
@@ -156,9 +159,11 @@ def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096)
 def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> int:
     """The longest row, in tokens, whose step stays within ``limit`` bytes with the micro-batch as it is; 0: none.
 
-    Bytes are quadratic in the length at most (attention scores): three footprints give the polynomial.
+    Bytes are quadratic in the length at most (attention scores): three footprints give the polynomial, of some rows,
+    since those of activations are as many times more as there are rows more.
     """
     rows, count = micro_batch(recipe)
+    some = min(rows, SOME)
 
     def at(tokens: int) -> Recipe:
         model = dataclasses.replace(recipe.model, block_size=max(tokens, recipe.model.block_size))
@@ -170,10 +175,10 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
         return 4 * params.count(at(tokens).model) + 8 * trains
 
     def bytes_of(tokens: int) -> int:
-        return measure(at(tokens), rows, tokens, count).peak - state(tokens)
+        return (measure(at(tokens), some, tokens, count).peak - state(tokens)) * rows // some
 
     first = 128
-    while first * rows < recipe.model.n_embd:  # so many that weights do not hide activations
+    while first * some < recipe.model.n_embd:  # so many that weights do not hide activations
         first *= 2
     one, two, four = (bytes_of(first * times) for times in (1, 2, 4))
     square = max((four - 3 * two + 2 * one) / (6 * first**2), 0.0)

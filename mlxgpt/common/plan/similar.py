@@ -25,7 +25,10 @@ STEPS = 2  # of a measurement: the first one compiles
 def scales(recipe: Recipe) -> list[int]:
     """What this recipe's sizes can be divided by, 1 first: heads stay even, groups of a quantized base whole."""
     model = recipe.model
-    return [s for s in range(1, model.head_dim // 2 + 1) if not model.head_dim % s and _same_groups(recipe, s)]
+    least = 4 if model.rotary_dim else 2  # rope turns halves of heads, and one number is no row
+    return [
+        s for s in range(1, max(model.head_dim // least, 1) + 1) if not model.head_dim % s and _same_groups(recipe, s)
+    ]
 
 
 def _same_groups(recipe: Recipe, scale: int) -> bool:
