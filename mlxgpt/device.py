@@ -121,11 +121,12 @@ def describe(device: mx.Device) -> dict[str, str]:
     cpu = device == mx.Device(mx.cpu)
     name = "cpu" if cpu else str(mx.device_info(device).get("device_name", "gpu"))
     library = blas.describe() if cpu else {}
+    products = [library.get("name"), library.get("core"), library.get("jit"), *(backend.variables() if cpu else [])]
     return {
         "framework": "mlx",
         "version": version("mlx"),
         "device": name,
-        "blas": " ".join(filter(None, (library.get("name"), library.get("core"), library.get("jit")))),
+        "blas": " ".join(filter(None, products)),
         "threads": str(library.get("threads", "")),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),

@@ -129,11 +129,12 @@ def describe(device: torch.device) -> dict[str, str]:
     """What bit-equality depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     mkl = f"mkl {torch.backends.cpu.get_cpu_capability()}, CBWR {os.environ.get('MKL_CBWR', 'OFF')}"
+    products = [*([mkl] if torch.backends.mkl.is_available() else []), *backend.variables()]
     return {
         "framework": "torch",
         "version": torch.__version__,
         "device": name,
-        "blas": mkl if torch.backends.mkl.is_available() else "",
+        "blas": " ".join(products),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),
