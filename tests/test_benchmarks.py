@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as suite  # noqa: E402
-from benchmarks import soak  # noqa: E402
+from benchmarks import soak, train_step  # noqa: E402
 from benchmarks.pairs import Contender, row  # noqa: E402
 from benchmarks.report import Row, replace_section, table  # noqa: E402
+from torch_ref import device as torch_device  # noqa: E402
 
 
 def test_a_section_is_replaced_and_the_others_stay() -> None:
@@ -108,3 +109,15 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     for claim in claims:
         digits = len(claim.partition(".")[2])
         assert float(claim) in {round(figure, digits) for figure in figures}, claim
+
+
+def test_torch_alone_on_a_device_is_timed_and_its_mfu_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 65, "batch": 2, "steps": 2}
+    monkeypatch.setitem(train_step.SIZES, "least", size)
+    for dtype in ("float32", "bfloat16"):
+        assert train_step.engine("torch_ref", "least", "off", "cpu", dtype)() == 2 * 2 * 8
+        assert train_step.torch_script("least", "off", "cpu", dtype)() == 2 * 2 * 8
+    assert "the peak of cpu is not in the table" in train_step.utilization("cpu", "least", "float32", 1e6)
+    monkeypatch.setattr(torch_device, "describe", lambda _: {"device": "NVIDIA H200"})
+    said = train_step.utilization("cpu", "gpt2-124m", "bfloat16", 4e5)
+    assert said == "400,000 tok/s, MFU 34.6 % of NVIDIA H200's 989 TFLOP/s in bfloat16"  # 855 MFLOP a token
