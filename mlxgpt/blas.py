@@ -72,6 +72,7 @@ def precision() -> str:
     # MLX reads the variable at its first product, which may be behind us
     late = "mlx.core" in sys.modules and os.environ.get("MLX_ENABLE_TF32", "1") != ("1" if on else "0")
     os.environ["MLX_ENABLE_TF32"] = "1" if on else "0"
+    tf32.override(on)
     if not late:
         return "on" if on else "off"
     mx = sys.modules["mlx.core"]

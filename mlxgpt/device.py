@@ -1,6 +1,7 @@
 """Which device MLX runs on, and what a run's environment says of it."""
 
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -89,12 +90,12 @@ def limit(device: mx.Device, train: TrainConfig) -> list[str]:
             set_limit(asked * _MIB)
         elif asked:
             unused.append(f"train.{name}: no effect in MLX on a CPU")
-    if train.tf32 and not gpu:
-        unused.append("train.tf32: no effect in MLX on a CPU")
-    elif train.tf32 and blas.precision() != "on":
+    if tf32_state(device) == "on":
+        unused.append(tf32.NOTE)
+    elif train.tf32 and gpu and blas.precision() != "on":
         raise UserError(f"train.tf32 = true: MLX was imported without it; set {tf32.VARIABLE}=1 before Python starts")
     elif train.tf32:
-        unused.append(tf32.NOTE)
+        unused.append(f"train.tf32: no effect in MLX on a {'Metal GPU before the M5' if gpu else 'CPU'}")
     return unused
 
 
@@ -105,8 +106,14 @@ def trim(device: mx.Device, train: TrainConfig) -> None:
 
 
 def tf32_state(device: mx.Device) -> str:
-    """``on``, ``off`` or ``unknown``: whether the device may round the operands of float32 products."""
-    return blas.precision() if device == mx.Device(mx.gpu) else "off"
+    """``on``, ``off`` or ``unknown``: whether the device may round the operands of float32 products.
+
+    On Metal nothing before the M5 (architecture applegpu_g17) does.
+    """
+    if device == mx.Device(mx.cpu):
+        return "off"
+    metal = re.match(r"applegpu_g(\d+)", str(mx.device_info(device).get("architecture", "")))
+    return "off" if metal and int(metal[1]) < 17 else blas.precision()
 
 
 def describe(device: mx.Device) -> dict[str, str]:
@@ -114,11 +121,12 @@ def describe(device: mx.Device) -> dict[str, str]:
     cpu = device == mx.Device(mx.cpu)
     name = "cpu" if cpu else str(mx.device_info(device).get("device_name", "gpu"))
     library = blas.describe() if cpu else {}
+    products = [library.get("name"), library.get("core"), library.get("jit"), *(backend.variables() if cpu else [])]
     return {
         "framework": "mlx",
         "version": version("mlx"),
         "device": name,
-        "blas": " ".join(filter(None, (library.get("name"), library.get("core"), library.get("jit")))),
+        "blas": " ".join(filter(None, products)),
         "threads": str(library.get("threads", "")),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),

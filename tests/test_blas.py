@@ -1,5 +1,6 @@
 """The BLAS on Linux: which library is chosen, what is said where there is none, and that MLX multiplies with it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -119,6 +120,17 @@ def test_what_is_loaded_multiplies() -> None:
         assert int(auto["threads"]) >= 1
         assert auto["version"]
         assert auto["bits"] != none["bits"]
+
+
+def test_variables_that_change_a_cpus_products_enter_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At two threads OMP_DYNAMIC=TRUE gives other bits, while kernels and threads read the same."""
+    for name in ("mlxgpt.device", "torch_ref.device"):
+        devices = importlib.import_module(name)
+        cpu = devices.use("cpu")
+        monkeypatch.delenv("OMP_DYNAMIC", raising=False)
+        assert "OMP_DYNAMIC" not in devices.describe(cpu)["blas"]
+        monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
+        assert "OMP_DYNAMIC=TRUE" in devices.describe(cpu)["blas"]
 
 
 def test_both_frameworks_in_one_process_multiply_right_with_two_threads() -> None:

@@ -5,8 +5,10 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +377,33 @@ def test_what_ulimit_leaves_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (used + 2**26, -1))
     assert 2**25 < machine.free() <= 2**26 < before
+
+
+def test_a_signal_to_all_processes_while_mlx_compiles_stops_a_run_cleanly(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    compiler = tmp_path / "bin/g++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\ntouch {tmp_path}/started\nsleep 5\nexit 1\n')
+    compiler.chmod(0o755)
+    (tmp_path / "text.txt").write_text("the cat sees the dog.\n" * 80)
+    settings = [
+        "data.source=text.txt", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
+        "model.block_size=16", "train.batch_size=2", "optim.warmup=1", "sample.max_tokens=0",
+    ]  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    environment = os.environ | {
+        "PATH": f"{compiler.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path),
+        "MLXGPT_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mlxgpt", "train", "--backend", "mlx", "--device", "cpu", "-n", "4", "-o", "run"]
+    process = subprocess.Popen(
+        [*command, *words], cwd=tmp_path, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate()
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1].startswith("stopped by SIGTERM before the first step was done; resume with: mlxgpt")
+    assert "Traceback" not in said

@@ -5,6 +5,8 @@ import inspect
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,21 @@ from mlxgpt.common.train import resume
 from mlxgpt.probe import probe
 
 ASKED = TrainConfig(tf32=True)
+
+
+@pytest.fixture
+def m5(metal: Metal) -> Metal:
+    """The first chip of Apple's that multiplies in TF32."""
+    metal.name, metal.architecture = "Apple M5", "applegpu_g17g"
+    return metal
+
+
+@pytest.fixture
+def torch_flags() -> Iterator[None]:
+    """What torch has for the whole process, put back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
 
 
 @pytest.fixture
@@ -66,7 +83,7 @@ def test_mlx_finds_the_variable_when_it_is_imported() -> None:
 
 
 def test_mlx_imported_earlier_is_said_once_and_no_gate_judges(
-    metal: Metal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+    m5: Metal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
     monkeypatch.delenv(tf32.VARIABLE, raising=False)
@@ -77,6 +94,10 @@ def test_mlx_imported_earlier_is_said_once_and_no_gate_judges(
     monkeypatch.setattr(blas, "precision", lambda: "unknown")
     with pytest.raises(UserError, match="no gate can be judged"):
         list(probe(tmp_path, Request(ids=np.arange(3)), "gpu"))
+    unknown = mlxgpt.device.describe(mlxgpt.device.use("gpu"))
+    assert unknown["tf32"] == "unknown"
+    with pytest.raises(UserError, match="no gate can be judged"):
+        resume.say_environment(RunState(1, {}, {}, "mlx", unknown | {"tf32": "off"}), unknown, [], print)
 
 
 def test_mlx_imported_earlier_without_tf32_is_as_good(fresh: pytest.MonkeyPatch) -> None:
@@ -114,17 +135,33 @@ def test_the_recipe_decides_before_a_framework_is_imported(
         cli.main(["finetune", *words] if "--resume" in words else ["plan", *words])
 
 
-def test_the_environment_says_which(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"), [("[train]\ntf32 = true\n", "1"), ("[train]\n", "0"), ("train = 3\n", "0"), ("?", "0")]
+)
+def test_so_does_a_file_of_fine_tunings_settings(
+    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tf32.VARIABLE, "1" if expected == "0" else "0")
+    (tmp_path / "tune.toml").write_text(text)
+    tf32.take(Namespace(set=[], config=str(tmp_path / "tune.toml"), resume=None))
+    assert os.environ[tf32.VARIABLE] == expected
+
+
+def test_the_environment_says_which(m5: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "precision", lambda: "on")
     gpu, cpu = (mlxgpt.device.use(name) for name in ("gpu", "cpu"))
     assert [mlxgpt.device.describe(device)["tf32"] for device in (gpu, cpu)] == ["on", "off"]
+    m5.architecture = "applegpu_g16s"  # an M4 has no TF32, whatever is asked of it
+    assert mlxgpt.device.describe(gpu)["tf32"] == "off"
+    assert mlxgpt.device.limit(gpu, ASKED) == ["train.tf32: no effect in MLX on a Metal GPU before the M5"]
     assert torch_ref.device.describe(torch.device("cpu"))["tf32"] == "off"
 
 
-def test_a_recipe_that_asks_is_told_what_it_gets(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("torch_flags")
+def test_a_recipe_that_asks_is_told_what_it_gets(m5: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = (mlxgpt.device.use(name) for name in ("gpu", "cpu"))
     monkeypatch.setattr(blas, "precision", lambda: "on")
-    assert mlxgpt.device.limit(gpu, ASKED) == [tf32.NOTE]
+    assert mlxgpt.device.limit(gpu, ASKED) == mlxgpt.device.limit(gpu, TrainConfig()) == [tf32.NOTE]
     assert mlxgpt.device.limit(cpu, ASKED) == ["train.tf32: no effect in MLX on a CPU"]
     assert torch_ref.device.limit(torch.device("cpu"), ASKED) == ["train.tf32: no effect in PyTorch on cpu"]
     monkeypatch.setattr(blas, "precision", lambda: "off")
@@ -132,20 +169,40 @@ def test_a_recipe_that_asks_is_told_what_it_gets(metal: Metal, monkeypatch: pyte
         mlxgpt.device.limit(gpu, ASKED)
 
 
-def test_torch_multiplies_in_float32_on_cuda_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def torch_state(device: torch.device) -> tuple[bool, bool, str, str]:
+    """What torch may do on CUDA (products, cuDNN) and on the CPU, and what we say of the device."""
+    cuda, cpu = torch.backends.cuda.matmul.allow_tf32, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[reportAttributeAccessIssue]
+    return bool(cuda), torch.backends.cudnn.allow_tf32, cpu, torch_ref.device.tf32_state(device)
+
+
+@pytest.mark.usefixtures("torch_flags")
+def test_torch_multiplies_in_float32_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv(tf32.VARIABLE, raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     use = inspect.unwrap(torch_ref.device.use)  # nothing is computed there
-    use("cuda")
-    monkeypatch.setenv(tf32.VARIABLE, "1")
-    use("cuda")
+    torch.set_float32_matmul_precision("medium")  # the user's
+    off, on = (False, False, "ieee", "off"), (True, True, "ieee", "on")
+    cuda = use("cuda")
+    assert torch_state(cuda) == off and os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert torch_ref.device.limit(cuda, TrainConfig()) == []
+    assert torch_ref.device.limit(cuda, ASKED) == [tf32.NOTE]
+    assert torch_state(cuda) == on and os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
+    torch.set_float32_matmul_precision("medium")
     use("cpu")
-    assert said == ["highest", "high"]
-    assert torch_ref.device.limit(torch.device("cuda"), ASKED) == [tf32.NOTE]
-    assert said[2:] == ["high"]
+    assert torch_state(cuda) == off
+    monkeypatch.setenv(tf32.VARIABLE, "1")
+    assert torch_state(use("cuda")) == on
+
+
+def test_torchs_own_variable_does_not_turn_it_on() -> None:
+    code = (
+        "import torch, torch_ref.device as device; assert torch.backends.cuda.matmul.allow_tf32\n"
+        "device.use('cpu'); assert not torch.backends.cuda.matmul.allow_tf32"
+    )
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", tf32.VARIABLE: "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_a_resumed_run_says_that_tf32_changed_and_promises_nothing() -> None:

@@ -32,18 +32,21 @@ def find(name: str = "auto") -> torch.device:
         name = here[0]
     if name not in here:
         raise UserError(f"{asked}: PyTorch has {', '.join(here)} on this machine; expected auto or one of these")
-    if name.startswith("cuda"):  # also over TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
-        torch.set_float32_matmul_precision("high" if tf32.asked() else "highest")
     return torch.device(name)
 
 
 def use(name: str = "auto") -> torch.device:
-    """The device of ``find``; PyTorch has no default device that matters here.
+    """The device of ``find``, its TF32 on or off; PyTorch has no default device that matters here.
 
     Raises:
         UserError: a device that PyTorch does not have here.
     """
-    return find(name)
+    device = find(name)
+    # also over a user's own values; "high" and "medium" would reach the CPU's products as well
+    torch.set_float32_matmul_precision("highest")
+    tf32.override(tf32.asked())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32.asked()
+    return device
 
 
 def is_gpu(array: torch.Tensor) -> bool:
@@ -93,8 +96,10 @@ def limit(device: torch.device, train: TrainConfig) -> list[str]:
         unused.append("train.clear_cache: no effect in PyTorch on a CPU, where nothing is kept")
     if train.wired_limit:
         unused.append("train.wired_limit: no effect in PyTorch")
-    if train.tf32 and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if train.tf32:
+        tf32.override(True)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if tf32_state(device) == "on":
         unused.append(tf32.NOTE)
     elif train.tf32:
         unused.append(f"train.tf32: no effect in PyTorch on {device.type}")
@@ -117,18 +122,19 @@ def trim(device: torch.device, train: TrainConfig) -> None:
 
 def tf32_state(device: torch.device) -> str:
     """``on`` or ``off``: whether the device may round the operands of float32 products."""
-    return "on" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "off"
+    return "on" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "off"
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """What bit-equality depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     mkl = f"mkl {torch.backends.cpu.get_cpu_capability()}, CBWR {os.environ.get('MKL_CBWR', 'OFF')}"
+    products = [*([mkl] if torch.backends.mkl.is_available() else []), *backend.variables()]
     return {
         "framework": "torch",
         "version": torch.__version__,
         "device": name,
-        "blas": mkl if torch.backends.mkl.is_available() else "",
+        "blas": " ".join(products),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "tf32": tf32_state(device),

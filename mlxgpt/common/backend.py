@@ -75,6 +75,15 @@ def device(name: str) -> tuple[str, str]:
     return (chosen, f"MLXGPT_DEVICE={chosen}") if chosen else (name, f"--device {name}")
 
 
+# They change the bits of a CPU's products while kernels and threads read the same.
+_PRODUCTS = ("MKL_ENABLE_INSTRUCTIONS", "OMP_DYNAMIC", "OMP_THREAD_LIMIT")
+
+
+def variables() -> list[str]:
+    """NAME=VALUE of what is set of _PRODUCTS, for the environment key."""
+    return [f"{name}={os.environ[name]}" for name in _PRODUCTS if name in os.environ]
+
+
 def _broken(name: str) -> str:
     """Why a framework cannot be used here and what to do, or ''."""
     if importlib.util.find_spec(name) is None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from mlxgpt.common import recipes
 from mlxgpt.common.errors import UserError
@@ -30,20 +31,27 @@ def asked() -> bool:
 
 
 def take(args: Namespace) -> None:
-    """Sets VARIABLE as train.tf32 of a verb's recipe, run or --set says; called before a framework is imported."""
+    """Sets VARIABLE as train.tf32 of a verb's recipe, run, --config or --set says, before a framework is imported."""
     if not hasattr(args, "set"):
         return
-    resumed, recipe = getattr(args, "resume", None), getattr(args, "recipe", None)
-    sections = {}
-    with contextlib.suppress(UserError):  # what is wrong with it is said by the verb
-        if resumed and not recipe:
-            sections = recipes.read_toml(Path(resumed) / "recipe.toml")
-        elif recipe:
-            sections = recipes.read_toml(recipes.find(recipe))
+    recipe, resumed, config = (getattr(args, name, None) for name in ("recipe", "resume", "config"))
+    train: dict[str, Any] = {}
+    with contextlib.suppress(UserError, TypeError, ValueError):  # what is wrong with it is said by the verb
+        if recipe:
+            path = recipes.find(recipe)
+        else:
+            path = Path(resumed, "recipe.toml") if resumed else Path(config or "").expanduser()
+        if path.suffix not in ("", ".yaml", ".yml"):  # mlx-lm's has no such key
+            train = dict(recipes.read_toml(path).get("train", {}))
     with contextlib.suppress(UserError):
-        sections = recipes.apply_sets(sections, args.set)
-    wanted = sections.get("train", {})
-    os.environ[VARIABLE] = "1" if isinstance(wanted, dict) and wanted.get("tf32") is True else "0"
+        train = recipes.apply_sets({"train": train}, args.set)["train"]
+    os.environ[VARIABLE] = "1" if train.get("tf32") is True else "0"
+
+
+def override(on: bool) -> None:
+    """NVIDIA's own variable is stronger than what a program sets; cuBLAS reads it when it starts."""
+    if "NVIDIA_TF32_OVERRIDE" in os.environ:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "1" if on else "0"
 
 
 def judged(state: str) -> str:

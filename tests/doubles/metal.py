@@ -51,6 +51,7 @@ class Metal:
 
     current: ClassVar["Metal | None"] = None  # the one that is installed
     name: str = "Apple M2 Pro"
+    architecture: str = "applegpu_g14s"
     memory: int = 16 * GIB
     working_set: int = 11 * GIB
     default: bool = True
@@ -64,7 +65,7 @@ class Metal:
         """``mx.device_info`` of the device."""
         return {
             "device_name": self.name,
-            "architecture": "applegpu_g14s",
+            "architecture": self.architecture,
             "max_buffer_length": self.working_set * 3 // 4,
             "max_recommended_working_set_size": self.working_set,
             "memory_size": self.memory,

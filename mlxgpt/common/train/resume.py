@@ -127,8 +127,12 @@ def _short(digest: str | None) -> str:
 def say_environment(
     state: RunState, environment: dict[str, str], rounding: list[str], say: Callable[[str], None]
 ) -> None:
-    """One line if the resumed run cannot be bit-equal to an uninterrupted one."""
-    before = state.environment
+    """One line if the resumed run cannot be bit-equal to an uninterrupted one.
+
+    Raises:
+        UserError: nobody knows whether products are TF32 now.
+    """
+    now, before = tf32.judged(environment.get("tf32", "off")), state.environment
     if before.get("device") == "cpu":
         before = {"tf32": "off", **before}  # checkpoints did not always say so
     differ = [
@@ -137,8 +141,8 @@ def say_environment(
         if before.get(key) != environment.get(key)
     ]
     near = "but within 2e-5 of its losses (float32 on CPU)"
-    if "on" in (before.get("tf32"), environment.get("tf32")):
-        near = f"and {tf32.NOTE}"
+    if now or before.get("tf32") == "on":
+        near = f"and {now or 'up to here TF32 was on'}"
     if differ or rounding:
         say(
             f"another environment than at step {state.step} ({', '.join(differ + rounding)}): not bit-equal to an "
