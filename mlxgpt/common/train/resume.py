@@ -132,13 +132,15 @@ def say_environment(
     Raises:
         UserError: nobody knows whether products are TF32 now.
     """
-    now, before = tf32.judged(environment.get("tf32", "off")), state.environment
-    if before.get("device") == "cpu":
-        before = {"tf32": "off", **before}  # checkpoints did not always say so
+    now = tf32.judged(environment.get("tf32", "off"))
+    before, after = (
+        {"tf32": "off", **each} if each.get("device") == "cpu" else each  # checkpoints did not always say so
+        for each in (state.environment, environment)
+    )
     differ = [
-        f"{key} {before.get(key, '-')} -> {environment.get(key, '-')}"
-        for key in dict.fromkeys([*before, *environment])
-        if before.get(key) != environment.get(key)
+        f"{key} {before.get(key, '-')} -> {after.get(key, '-')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
     ]
     near = "but within 2e-5 of its losses (float32 on CPU)"
     if now or before.get("tf32") == "on":
