@@ -139,7 +139,7 @@ def test_bfloat16_hidden_states_are_as_exact_as_in_the_plain_form(framework):
         assert 0 < worst(f"chunked {name}", found[1][name], right[1][name]) <= limit
 
 
-def mlx_plain(data: dict[str, np.ndarray], dtype: str, **choice: float) -> tuple[np.ndarray, Gradients]:
+def mlx_plain(data: dict[str, np.ndarray], dtype: str, **choice: Any) -> tuple[np.ndarray, Gradients]:
     """losses.cross_entropy of whole logits, in MLX."""
     h, w, y, c = (mx.array(data[name]) for name in ("hidden", "weight", "targets", "cotangents"))
 
