@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# Else MKL, PyTorch's own too, may split a sum between threads as they become free: other bits under load. It reads this
-# at its first product; AUTO keeps the kernels, and with them the speed and the usual bits.
+# MKL, PyTorch's own too, reads this at its first product: sums are split between threads in one way, whatever the load.
+# AUTO keeps the kernels, and with them the usual bits.
 os.environ.setdefault("MKL_CBWR", "AUTO")
