@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,19 @@ def test_a_mac_says_what_slows_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts.pressure()["thermal"] == "no warning recorded"
     monkeypatch.setattr(facts, "_said", lambda *command: None)
     assert set(facts.pressure().values()) == {None}
+
+
+def test_rosetta_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An x86-64 Python on Apple Silicon; any other name of the value is an error of sysctl, which reads as no."""
+
+    def sysctl(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 0, {"sysctl.proc_translated": "1\n"}.get(command[-1], ""), "")
+
+    monkeypatch.setattr(backend.subprocess, "run", sysctl)
+    monkeypatch.setattr(backend.sys, "platform", "darwin")
+    for machine, expected in (("x86_64", True), ("arm64", False)):
+        monkeypatch.setattr(backend.platform, "machine", lambda machine=machine: machine)
+        assert backend.translated() is expected
 
 
 def test_linux_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,5 +100,5 @@ def translated() -> bool:
     """Whether an x86-64 Python runs on Apple Silicon."""
     if (sys.platform, platform.machine()) != ("darwin", "x86_64"):
         return False
-    answer = subprocess.run(["sysctl", "-n", "sysctl.proctranslated"], capture_output=True, text=True)
+    answer = subprocess.run(["sysctl", "-n", "sysctl.proc_translated"], capture_output=True, text=True)
     return answer.stdout.strip() == "1"
