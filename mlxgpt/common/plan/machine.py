@@ -56,6 +56,15 @@ def _free() -> int:
     return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
+def address_space() -> int | None:
+    """Bytes of this process's address space, which RLIMIT_AS is about; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _limits() -> list[tuple[int, int]]:
     """(limit, used) of the control group that this process is in, and of its address space, where there is one."""
     found = []
@@ -67,7 +76,7 @@ def _limits() -> list[tuple[int, int]]:
         if limit.isdecimal():
             found.append((int(limit), int(used)))
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if space != resource.RLIM_INFINITY and Path("/proc/self/statm").exists():  # ulimit -v
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        found.append((space, pages * os.sysconf("SC_PAGE_SIZE")))
+    used = address_space()
+    if space != resource.RLIM_INFINITY and used is not None:  # ulimit -v
+        found.append((space, used))
     return found

@@ -184,9 +184,11 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     square = max((four - 3 * two + 2 * one) / (6 * first**2), 0.0)
     slope = max((two - one) / first - 3 * first * square, 1.0)
     rest = one - first * slope - first**2 * square
-    fits = lambda tokens: (  # noqa: E731
-        rest + slope * tokens + square * tokens**2 + state(tokens) + checkpoint_copy(at(tokens)) <= limit
-    )
+
+    def fits(tokens: int) -> bool:
+        grows = rest + slope * tokens + square * tokens**2
+        return grows + state(tokens) + checkpoint_copy(at(tokens)) <= limit
+
     low, high = 0, most + 1
     while low < high - 1:
         middle = (low + high) // 2

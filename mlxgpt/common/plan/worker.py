@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.plan import machine
 
 
 class Job(NamedTuple):
@@ -63,10 +63,10 @@ def _receive(jobs: "queue.Queue[Job]") -> None:
 
 def cap_address_space(more: int) -> None:
     """Lets the process take ``more`` bytes beyond what it has now, where the system keeps such a limit (Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = machine.address_space()
+    if used is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        asked = pages * resource.getpagesize() + more
+        asked = used + more
         resource.setrlimit(resource.RLIMIT_AS, (asked if hard == resource.RLIM_INFINITY else min(asked, hard), hard))
-    except (OSError, ValueError):
-        pass
