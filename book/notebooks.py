@@ -39,7 +39,7 @@ def notebook(path: Path) -> Any:
     made = jupytext.reads(markdown, fmt="md")
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     runs = [cell for cell in made.cells if cell.cell_type == "code"]
-    for number, (cell, output) in enumerate(zip(runs, outputs, strict=True)):
+    for cell, output in zip(runs, outputs, strict=True):
         if output:
             cell.outputs = [new_output("stream", name="stdout", text=output + "\n")]
     for number, cell in enumerate(made.cells):

@@ -69,13 +69,10 @@ def fences(text: str, name: str) -> list[Fence]:
         if not last:
             raise BookError(f"{name}:{n + 1}: this fence has no end")
         words = match["info"].split() if match else ["python", "run"]
-        language, role = (words + ["", ""])[:2]
-        if role in ROLES.get(language, ()):
-            pass
-        elif role and language in ROLES and not role.startswith(("title=", "{")):
+        language, role = [*words, "", ""][:2]
+        if language in ROLES and role and role not in ROLES[language]:
             raise BookError(f"{name}:{n + 1}: {role!r} after {language}: expected one of {sorted(ROLES[language])}")
-        else:
-            role = ""
+        role = role if language in ROLES else ""
         body = "\n".join(line[len(indent) :] for line in lines[n + 1 : last])
         options = ("hidden",) if hidden else tuple(words[2:])
         found.append(Fence(language, role, options, len(indent), n, last, textwrap.dedent(body), flags))
