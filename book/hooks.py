@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-from book import notebooks
+from book import notebooks, pdf
 from book.page import DOCS, ROOT, BookError, Fence, fences
 from book.source import Shown, shown
 
@@ -25,6 +25,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     path = ROOT / name
     if notebooks.is_chapter(path):
         text += f"\n\n---\n\n[This chapter as a notebook]({notebooks.place(path).name}){{ .notebook }}\n"
+    if page.file.src_uri == "course/index.md" and pdf.browser():
+        text += '\n\n<a class="notebook" href="mlxgpt-course.pdf">The course as a PDF</a>\n'  # build.py prints it
     return text
 
 

@@ -11,6 +11,7 @@ What a fence is for stands after its language:
     ```source              a symbol, shown in both frameworks; see source.py
     <!-- python run        the same as ```python run, seen by nobody; closed by -->
     <!-- run with: FLAGS   appended to the mlxgpt commands of the next fence, closed by -->
+    <!-- in tests: A = B   B stands for A in all commands of the page, closed by -->
 """
 
 import re
@@ -23,6 +24,7 @@ DOCS = ROOT / "docs"
 
 OPEN = re.compile(r"(?P<indent> *)(?P<ticks>`{3,})(?P<info>[^`]*)")
 HIDDEN = re.compile(r"<!-- python run")
+STAND_IN = re.compile(r"^<!-- in tests: (?P<name>\S+) = (?P<stand_in>\S+) -->$", re.MULTILINE)
 RUN_WITH = re.compile(r"<!-- run with: (?P<flags>.*?) -->")
 ROLES = {
     "python": {"run", "starter", "check", "answer"},

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from book.compare import same
-from book.page import ROOT, BookError, Fence, fences, output_of
+from book.page import ROOT, STAND_IN, BookError, Fence, fences, output_of
 
 
 def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) -> list[str]:
@@ -30,6 +30,7 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
     """
     text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
     lines, found = text.splitlines(), fences(text, name)
+    stand_ins = {match["name"]: match["stand_in"] for match in STAND_IN.finditer(text)}
     wrong: list[str] = []
     changes: list[tuple[int, int, list[str]]] = []
     module = types.ModuleType("__page__")
@@ -44,7 +45,7 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
                     must_fail(fence, name, module)
                     continue
                 if fence.language == "sh" and fence.role == "run":
-                    printed = run_commands(fence, name)
+                    printed = run_commands(fence, name, stand_ins)
                 elif fence.role in ("run", "starter", "answer"):
                     printed = run_python(fence, name, module)
                 else:
@@ -104,8 +105,8 @@ def must_fail(fence: Fence, name: str, module: types.ModuleType) -> None:
     raise BookError(f"{name}:{fence.first + 1}: this check passes without an answer")
 
 
-def run_commands(fence: Fence, name: str) -> str:
-    """Runs each command and returns what it printed, errors too.
+def run_commands(fence: Fence, name: str, stand_ins: dict[str, str]) -> str:
+    """Runs each command, with what stands in for its words, and returns what it printed, errors too.
 
     Raises:
         BookError: a command's exit code is not the fence's.
@@ -116,6 +117,7 @@ def run_commands(fence: Fence, name: str) -> str:
         words = shlex.split(line, comments=True)
         if not words:
             continue
+        words = [stand_ins.get(word, word) for word in words]
         code, text = run_command(line, words, shlex.split(fence.flags))
         printed += text
         if code != expected:
