@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 
 from book import notebooks, pdf
-from book.page import DOCS, ROOT, BookError, Fence, fences
+from book.page import DOCS, NAMED, ROOT, BookError, Fence, fences
 from book.source import Shown, shown
 
 TITLES = {"starter": "Your turn", "check": "The check", "answer": "An answer"}
@@ -81,8 +81,9 @@ def drawn(fence: Fence, lines: list[str]) -> str:
         text = tabs(shown(fence.body))
     elif fence.role == "output":
         text = f"```{{.text .output}}\n{fence.body}\n```"
-    elif fence.role in TITLES:
-        text = f'```{{.{fence.language} title="{TITLES[fence.role]}"}}\n{fence.body}\n```'
+    elif fence.role in TITLES or fence.role in NAMED:
+        title = TITLES.get(fence.role) or fence.options[0]
+        text = f'```{{.{fence.language} title="{title}"}}\n{fence.body}\n```'
     elif fence.role:
         text = f"```{fence.language}\n{fence.body}\n```"
     else:

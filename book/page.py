@@ -7,6 +7,9 @@ What a fence is for stands after its language:
     ```python starter      what a reader begins an exercise with; the check below must fail with it
     ```python check        passes with the answer
     ```python answer       one right answer
+    ```python test PATH    a test to add to the repository, which fails until what follows it is there too
+    ```python file PATH    a file to add
+    ```diff patch          lines to change; tests/test_extending.py does what these three say
     ```sh run              commands; exit code 0, or ```sh run exit 2
     ```source              a symbol, shown in both frameworks; see source.py
     <!-- python run        the same as ```python run, seen by nobody; closed by -->
@@ -27,10 +30,14 @@ HIDDEN = re.compile(r"<!-- python run")
 STAND_IN = re.compile(r"^<!-- in tests: (?P<name>\S+) = (?P<stand_in>\S+) -->$", re.MULTILINE)
 RUN_WITH = re.compile(r"<!-- run with: (?P<flags>.*?) -->")
 ROLES = {
-    "python": {"run", "starter", "check", "answer"},
+    "python": {"run", "starter", "check", "answer", "test", "file"},
+    "diff": {"patch"},
     "sh": {"run"},
     "text": {"output"},
 }
+
+
+NAMED = {"test", "file"}  # roles that a path follows
 
 
 class BookError(Exception):
@@ -42,7 +49,7 @@ class Fence:
     """Lines ``first`` to ``last`` of a page, counted from 0, of which the outer two are the marks."""
 
     language: str
-    role: str  # run, starter, check, answer, output; empty for a fence that is only shown
+    role: str  # run, starter, check, answer, output ...; empty for a fence that is only shown
     options: tuple[str, ...]  # the words after the role
     indent: int
     first: int
@@ -75,6 +82,8 @@ def fences(text: str, name: str) -> list[Fence]:
         if language in ROLES and role and role not in ROLES[language]:
             raise BookError(f"{name}:{n + 1}: {role!r} after {language}: expected one of {sorted(ROLES[language])}")
         role = role if language in ROLES else ""
+        if role in NAMED and len(words) != 3:
+            raise BookError(f"{name}:{n + 1}: expected a path after {language} {role}")
         body = "\n".join(line[len(indent) :] for line in lines[n + 1 : last])
         options = ("hidden",) if hidden else tuple(words[2:])
         found.append(Fence(language, role, options, len(indent), n, last, textwrap.dedent(body), flags))
