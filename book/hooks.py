@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-from book import notebooks, pdf
+from book import notebooks
 from book.page import DOCS, NAMED, ROOT, BookError, Fence, fences
 from book.source import Shown, shown
 
@@ -15,7 +15,7 @@ COMMENT = re.compile(r"<!--.*?-->\n?", re.DOTALL)
 FOREIGN = re.compile(r"https?://(unpkg\.com|cdn\.jsdelivr\.net|cdnjs\.cloudflare\.com|fonts\.g\w+\.com)/")
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """A page's text with our fences as Material's."""
     name = f"docs/{page.file.src_uri}"
     try:
@@ -25,7 +25,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     path = ROOT / name
     if notebooks.is_chapter(path):
         text += f"\n\n---\n\n[This chapter as a notebook]({notebooks.place(path).name}){{ .notebook }}\n"
-    if page.file.src_uri == "course/index.md" and pdf.browser():
+    if page.file.src_uri == "course/index.md" and config["extra"].get("pdf"):
         text += '\n\n<a class="notebook" href="mlxgpt-course.pdf">The course as a PDF</a>\n'  # build.py prints it
     return text
 

@@ -17,6 +17,11 @@ FLAGS = (
 )  # fmt: skip
 ARTICLE = re.compile(r'<article class="md-content__inner md-typeset">(.*?)</article>', re.DOTALL)
 HEAD = re.compile(r"<head>.*?</head>", re.DOTALL)
+STYLE = """<style>
+  .chapter + .chapter { break-before: page }
+  .md-typeset { font-size: 11px }
+  .headerlink, .md-code__nav, .md-clipboard { display: none }
+</style>"""
 IDS = re.compile(r'(?<= )(id|for|name|href)="(#?)(__tabbed_|fn)')
 
 
@@ -38,20 +43,20 @@ def one_page(site: Path) -> str:
         body = re.sub(r'<p><a class="notebook".*?</p>', "", found[1])
         body = IDS.sub(rf'\1="\2c{number}\3', body).replace("<details", "<details open")
         made.append(f'<article class="md-content__inner md-typeset chapter">{body}</article>')
-    style = "<style>.chapter + .chapter { break-before: page } .md-typeset { font-size: 11px } .headerlink { display: none }</style>"
     scripts = "".join(f'<script src="../assets/{name}.js"></script>' for name in ("katex/katex.min", "mathematics"))
-    return f'<!doctype html><html lang="en">{head}<body data-md-color-scheme="default">{style}{"".join(made)}{scripts}</body></html>'
+    body = f'<body data-md-color-scheme="default">{STYLE}{"".join(made)}{scripts}</body>'
+    return f'<!doctype html><html lang="en">{head}{body}</html>'
 
 
-def write(site: Path) -> Path | None:
-    """course/mlxgpt-course.pdf in the site; None without a browser.
+def write(site: Path) -> Path:
+    """course/mlxgpt-course.pdf in the site.
 
     Raises:
-        BookError: the browser failed.
+        BookError: there is no browser, or it failed.
     """
     program = browser()
     if program is None:
-        return None
+        raise BookError("no Chromium: expected one of " + ", ".join(NAMES))
     page, out = site / "course/print.html", site / "course/mlxgpt-course.pdf"
     page.write_text(one_page(site), encoding="utf-8")
     try:

@@ -28,7 +28,7 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
         slow: also what is marked slow.
         write: puts what was printed into the page where it differs.
     """
-    text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+    text, name = path.read_text(encoding="utf-8"), place_of(path)
     lines, found = text.splitlines(), fences(text, name)
     stand_ins = {match["name"]: match["stand_in"] for match in STAND_IN.finditer(text)}
     wrong: list[str] = []
@@ -61,6 +61,7 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
             except Exception as error:
                 wrong.append(f"{name}:{line_of(error, name) or fence.first + 2}: {type(error).__name__}: {error}")
                 break
+            printed = printed.replace(f"{Path.cwd()}/", "")  # the folder has another name each time
             output = output_of(fence, following, lines)
             if output is None and (fence.language == "sh" or not printed.strip()):
                 continue
@@ -76,6 +77,11 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
             lines[first:last] = new
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return wrong
+
+
+def place_of(path: Path) -> str:
+    """How errors name a page."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def renewed(fence: Fence, output: Fence | None, printed: str) -> tuple[int, int, list[str]]:

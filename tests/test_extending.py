@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from book.page import DOCS, ROOT, Fence, fences
 
 PAGE = DOCS / "extending.md"
