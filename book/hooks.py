@@ -25,6 +25,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     path = ROOT / name
     if notebooks.is_chapter(path):
         text += f"\n\n---\n\n[This chapter as a notebook]({notebooks.place(path).name}){{ .notebook }}\n"
+    if page.file.src_uri == "course/index.md":
+        text += "\n" + "".join(f"1. [{title_of(each)}]({each.name})\n" for each in notebooks.chapters())
     if page.file.src_uri == "course/index.md" and config["extra"].get("pdf"):
         text += '\n\n<a class="notebook" href="mlxgpt-course.pdf">The course as a PDF</a>\n'  # build.py prints it
     return text
@@ -36,6 +38,11 @@ def on_config(config: Any) -> Any:
         if "Course" in section:
             section["Course"] += [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
     return config
+
+
+def title_of(path: Path) -> str:
+    """A page's first heading."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").strip()
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -20,6 +20,7 @@ HEAD = re.compile(r"<head>.*?</head>", re.DOTALL)
 STYLE = """<style>
   .chapter + .chapter { break-before: page }
   .md-typeset { font-size: 11px }
+  .md-typeset pre > code { font-size: 8px }
   .headerlink, .md-code__nav, .md-clipboard { display: none }
 </style>"""
 IDS = re.compile(r'(?<= )(id|for|name|href)="(#?)(__tabbed_|fn)')
@@ -44,7 +45,7 @@ def one_page(site: Path) -> str:
         body = IDS.sub(rf'\1="\2c{number}\3', body).replace("<details", "<details open")
         made.append(f'<article class="md-content__inner md-typeset chapter">{body}</article>')
     scripts = "".join(f'<script src="../assets/{name}.js"></script>' for name in ("katex/katex.min", "mathematics"))
-    body = f'<body data-md-color-scheme="default">{STYLE}{"".join(made)}{scripts}</body>'
+    body = f'<body dir="ltr" data-md-color-scheme="default">{STYLE}{"".join(made)}{scripts}</body>'
     return f'<!doctype html><html lang="en">{head}{body}</html>'
 
 
