@@ -6,14 +6,17 @@ import dataclasses
 import importlib
 import json
 import pickle
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_run
@@ -21,6 +24,7 @@ import pytest
 
 from benchmarks import planning
 from mlxgpt import cli
+from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import Recipe
@@ -118,9 +122,12 @@ def test_the_largest_micro_batch_and_row_that_fit() -> None:
 
 
 def answer(self: measured.Measured, job: bytes, left: float | None) -> dict:
-    """In place of the subprocess: what the closed form says."""
+    """In place of the process that measures: what the closed form says."""
     recipe, rows, length, count, *_ = pickle.loads(job)
     return {"peak": closed.footprint(recipe, rows, length, count, self.backend).peak, "fixed": 0}
+
+
+HERE = {"device": "cpu", "cpu": True, "capacity": {}}
 
 
 @pytest.mark.parametrize(
@@ -131,14 +138,49 @@ def test_what_a_plan_of_a_shipped_recipe_takes(
     recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     used = []
-    monkeypatch.setattr(measured.Measured, "_answer", answer)
-    monkeypatch.setattr(measured.Measured, "close", lambda self: used.append(self))
+    monkeypatch.setattr(measured.Measured, "_answer", lambda self, *rest: used.append(self) or answer(self, *rest))
+    monkeypatch.setattr(measured.Process, "begin", lambda self: HERE)
     argv = ["plan", recipe, "--json", "--backend", backend, "--device", "cpu", "--set", "data.tokenizer=char"]
     found = json.loads(command(argv, capsys))
     assert sum(found["memory"]["components"].values()) == found["memory"]["peak"]
     assert not [note for note in found["notes"] if "to about 25%" in note]
     assert 0 < used[0].spent < 35e9 < measured.BUDGET
     assert used[0].steps <= 18 and not used[0].broken
+
+
+def test_a_plan_imports_no_framework_but_in_the_process_that_measures() -> None:
+    code = """if True:
+        import sys
+        from mlxgpt import cli
+        from mlxgpt.common.plan import measured
+
+        measured.Process.begin = lambda self: {"device": "cpu", "cpu": True, "capacity": {}}
+        measured.Measured._answer = lambda self, job, left: {"peak": 10**9, "fixed": 0}
+        for backend in ("mlx", "torch"):
+            assert cli.main(["plan", "pydocs", "--json", "--backend", backend, "--device", "cpu"]) == 0
+        assert not {"torch", "mlx.core"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_a_plan_refuses_before_it_measures(capsys: pytest.CaptureFixture) -> None:
+    for argv, line in (
+        (["--backend", "mlx", "--device", "cuda"], "--device cuda: MLX has "),
+        (["nothing"], "nothing"),
+        (["--set", "model.n_layer=0"], "n_layer"),
+    ):
+        assert cli.main(["plan", *argv]) == 2
+        out, err = capsys.readouterr()
+        assert line in err and not out and err.count("\n") == 1
+
+
+def test_a_framework_that_the_process_cannot_import_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(measured.Process, "begin", lambda self: None)
+    monkeypatch.setattr(backends, "_broken", lambda name: "does not import (libmlx.so: no such file)")
+    assert cli.main(["plan", "pydocs", "--backend", "mlx"]) == 2
+    assert capsys.readouterr().err.count("does not import (libmlx.so: no such file)") == 1
 
 
 def test_ctrl_c_and_sigterm_end_the_plan_and_the_process_that_measures() -> None:
@@ -152,6 +194,42 @@ def test_ctrl_c_and_sigterm_end_the_plan_and_the_process_that_measures() -> None
             assert wait_for(lambda children=children: not running() & children)
         finally:
             plan.kill()
+
+
+def test_a_kernel_that_is_compiled_while_the_plan_ends_is_written_whole(tmp_path: Path) -> None:
+    begun, kernel = tmp_path / "begun", tmp_path / "kernel"
+    compiler = f"echo > {begun}; sleep 0.3; echo > {kernel}"
+    process = measured.Process("mlx", "cpu")
+    code = f"import subprocess; print('{{}}', flush=True); subprocess.run(['sh', '-c', {compiler!r}])"
+    process.command = [sys.executable, "-c", code]
+    with process:
+        assert process.begin() == {}
+        wait_for(begun.exists)
+        assert not kernel.exists()
+    wait_for(kernel.exists)
+
+
+def test_the_process_that_measures_removes_a_kernel_that_was_not_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kernel = tmp_path / "libkernel.so"
+    kernel.write_bytes(b"half")
+
+    def measure(job: worker.Job) -> dict[str, int]:
+        raise RuntimeError(f"Could not load C++ shared library {kernel}: file too short")
+
+    messages: Any = iter([2**30, None])
+    monkeypatch.setattr(sys, "argv", ["footprint", "cpu"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(queue, "Queue", lambda: SimpleNamespace(get=lambda: next(messages)))
+    monkeypatch.setattr(worker, "cap_address_space", lambda size: None)
+    with pytest.raises(StopIteration):
+        worker.serve(measure, lambda size: None, importlib.import_module("mlxgpt.device"))
+    told, answered = map(json.loads, capsys.readouterr().out.splitlines())
+    assert told == {"device": "cpu", "cpu": True, "capacity": {}}
+    assert "not written whole" in answered["error"] and not kernel.exists()
 
 
 def children_of(parent: int) -> set[int]:
@@ -201,7 +279,10 @@ def test_planning_leaves_the_default_device_as_it_was(
 ) -> None:
     import mlx.core as mx
 
-    monkeypatch.setattr(measured.Measured, "_answer", answer)
+    def refuse(self: measured.Process) -> None:
+        raise OSError(11, "Resource temporarily unavailable")  # so this process asks the framework itself
+
+    monkeypatch.setattr(measured.Process, "begin", refuse)
     monkeypatch.setattr(mx, "set_default_device", lambda device: pytest.fail(f"{device} is the default device now"))
     command(["plan", "pydocs", "--device", "cpu", *SMALL], capsys)
 
@@ -317,7 +398,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
     recipe = build({"model": {"vocab_size": 13, "n_layer": 1, "n_embd": 8, "n_head": 2, "block_size": 8}})
     backend, spare = fake_run.load_backend("mlx"), plan_memory.checkpoint_copy(recipe)
     steps = fake_run.footprint
-    monkeypatch.setattr(measured, "here", lambda *_: contextlib.nullcontext(lambda *args: steps(*args)))
+    monkeypatch.setattr(measured, "Measured", lambda *_: contextlib.nullcontext(lambda *args: steps(*args)))
     monkeypatch.setattr(fake_run, "FREE", 4500 + spare)
     with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=4; --force"):
         plan_gate.gate(recipe, backend, arguments())
