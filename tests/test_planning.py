@@ -121,6 +121,16 @@ def test_the_largest_micro_batch_and_row_that_fit() -> None:
     assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(one, model=model)) <= 100_000
 
 
+def test_a_row_that_does_not_fit_is_not_the_longest_because_weights_hid_what_grows() -> None:
+    recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 100_000, "vocab_size": 5},
+                    "train": {"batch_size": 1}})  # fmt: skip
+
+    def hidden(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
+        return Footprint(max(10**9, 10 * rows * length**2), [])
+
+    assert 17_000 < plan_memory.longest(recipe, hidden, 4 * 10**9) < 20_001
+
+
 def answer(self: measured.Measured, job: bytes, left: float | None) -> dict:
     """In place of the process that measures: what the closed form says."""
     recipe, rows, length, count, *_ = pickle.loads(job)
