@@ -73,6 +73,10 @@ class Measured:
     def __call__(self, recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
         """See memory.Measure. Of the first call, half the tokens are measured too, which tells what grows with them."""
         first = not self.found
+        if not first and self.ends and self.backend == "torch" and recipe.train.checkpoint_activations:
+            return self._closed(
+                recipe, rows, length, micro_batches
+            )  # PyTorch would import its compiler, which takes 5 s
         count = min(micro_batches, 2)  # the second finds the first one's gradients, as any other does
         job = self._job(recipe, rows, length, count, first)
         peak = job and self._ask(job, recipe)
