@@ -378,6 +378,18 @@ def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixtur
     assert found["seconds"] == pytest.approx(3.6, rel=0.3)
 
 
+@pytest.mark.parametrize(("backend", "gigabytes"), [("mlx", 1), ("torch", 2)])
+def test_what_a_memory_budget_chooses_fits_into_it_also_where_gradients_of_micro_batches_are_summed(
+    backend: str, gigabytes: int
+) -> None:
+    base = build(recipes.read_toml(recipes.find("llama-10m")))
+    base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=4096))
+    measure = measured.computed(backend, True)
+    found = plan_budget.choose(base, None, gigabytes * 10**9, measure).recipe
+    assert 1 <= found.train.micro_batch_size < found.train.batch_size
+    assert plan_memory.plan(found, measure).whole <= gigabytes * 10**9
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
