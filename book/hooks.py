@@ -103,14 +103,12 @@ def drawn(fence: Fence, lines: list[str]) -> str:
 
 
 def tabs(pieces: list[Shown]) -> str:
-    """A code block, or one a framework in linked tabs."""
-    made, mark = [], "===!"  # a new set of tabs, also right below another
+    """A code block, or one a framework in linked tabs, which a wide screen shows beside each other."""
+    made = []
     for piece in pieces:
         block = f'```{{.python title="{piece.path}"}}\n{piece.code}\n```'
         if piece.label:
-            block = f'{mark} "{piece.label}"\n\n' + "\n".join(
-                f"    {line}" if line else "" for line in block.splitlines()
-            )
-            mark = "==="
+            block = f'=== "{piece.label}"\n\n' + "\n".join(f"    {line}" if line else "" for line in block.splitlines())
         made.append(block)
-    return "\n\n".join(made) + "\n"
+    text = "\n\n".join(made)
+    return f'<div class="pair" markdown>\n\n{text}\n\n</div>\n' if len(pieces) > 1 else f"{text}\n"
