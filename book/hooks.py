@@ -36,7 +36,7 @@ def on_config(config: Any) -> Any:
     """The chapters of the course below its first page."""
     for section in config["nav"] or []:
         if "Course" in section:
-            section["Course"] += [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
+            section["Course"][1:1] = [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
     return config
 
 
