@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-from book import notebooks
+from book import mathematics, notebooks
 from book.page import DOCS, NAMED, ROOT, BookError, Fence, fences
 from book.source import Shown, shown
 
@@ -56,8 +56,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_post_build(config: Any) -> None:
-    """No address of a CDN stays, also not of what Material would load on demand, and no source maps."""
+    """Formulas are drawn; no address of a CDN stays, also not of what Material would load on demand; no source maps."""
     site = Path(config["site_dir"])
+    try:
+        mathematics.draw(site)
+    except BookError as error:
+        raise PluginError(str(error)) from None
     for path in site.glob("assets/**/*.map"):
         path.unlink()
     for path in [*site.glob("assets/**/*.js"), *site.glob("**/*.html")]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from book import check, hooks, notebooks
+from book import check, hooks, mathematics, notebooks
 from book.compare import same
 from book.page import ROOT, BookError, fences
 from book.running import run_page
@@ -203,6 +203,19 @@ def test_a_notebook_has_the_pages_cells_outputs_and_a_check_that_may_fail() -> N
     assert "\nIt adds." in markdown and "<summary>1. Why?</summary>" in markdown and "???" not in markdown
 
 
+def test_formulas_are_drawn_when_the_site_is_built_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    page.write_text(
+        '<span class="arithmatex">\\(x &lt; y\\)</span><div class="arithmatex">\\[\n\\frac{1}{2}\n\\]</div>'
+    )
+    assert mathematics.draw(tmp_path) == 2
+    text = page.read_text()
+    assert text.count('class="katex"') == 2 and text.count('class="katex-display"') == 1 and "\\(" not in text
+    page.write_text('<span class="arithmatex">\\(\\notacommand\\)</span>')
+    with pytest.raises(BookError, match="a.html: .*notacommand.*Undefined control sequence"):
+        mathematics.draw(tmp_path)
+
+
 def test_links_that_lead_nowhere_and_foreign_addresses_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<h1 id="here"></h1><a href="b.html#there"></a><a href="b.html#lost"></a><a href="c.html"></a>'
@@ -236,6 +249,6 @@ def test_the_site_builds_without_the_network_and_all_its_links_lead_somewhere(tm
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site/extending.html").read_text()
-    assert "katex.min.js" in page and "iframe-worker/shim.js" in page
+    assert "katex.min.css" in page and "iframe-worker/shim.js" in page
     reference = (tmp_path / "site/api/model.html").read_text()
     assert 'id="mlxgpt.model.attend"' in reference
