@@ -136,6 +136,9 @@ def test_what_is_slow_runs_only_where_it_is_asked_for(tmp_path: Path) -> None:
         ("300 steps", "301 steps", False),
         ("a\n...\nd", "a\nb\nc\nd", True),
         ("a\n...\nd", "a\nb\nc", False),
+        ("a\n...\nd", "a\nd", True),
+        ("...\nd", "d", True),
+        ("...\nd", "c d", False),
         ("done in ... s", "done in 3.2 s", True),
         ("0.9 ", "0.9", True),
         ("0.9", "nan", False),
@@ -190,7 +193,7 @@ def test_a_page_as_the_site_shows_it() -> None:
     assert "secret = 7" not in text
     assert "```{.text .output}\n3.1416\n```" in text
     assert '    ```{.python title="The check"}\n' in text
-    assert text.count('===! "MLX"') == text.count('=== "PyTorch"') == 2
+    assert text.count('<div class="pair" markdown>') == text.count('=== "MLX"') == text.count('=== "PyTorch"') == 2
     assert "def rotate(" in text
 
 
