@@ -164,7 +164,7 @@ def _check_flags(parser: argparse.ArgumentParser, argv: list[str], verb: str = "
     """Raises UserError for an unknown flag, with the one that was meant, which argparse does not name."""
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     words = argv[: argv.index("--")] if "--" in argv else argv
-    for word, following in zip(words, [*words[1:], "-"], strict=True):
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and " " not in flag and flag not in known:
             from mlxgpt.common.keys import flag_meant

@@ -51,7 +51,7 @@ def _recipes(prefix: str, **_: Any) -> list[str]:
 
 def _settings(parsed_args: Namespace, **_: Any) -> list[str]:
     tuning = hasattr(parsed_args, "method") and not hasattr(parsed_args, "chip")
-    return [f"{key.name}=" for key in keys.keys(keys.FINETUNING if tuning else keys.PRETRAINING)]
+    return [f"{key.name}=" for key in keys.every(keys.FINETUNING if tuning else keys.PRETRAINING)]
 
 
 def _runs(prefix: str, **_: Any) -> list[str]:

@@ -164,7 +164,7 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def keys(sections: Iterable[str] = SECTIONS) -> list[Key]:
+def every(sections: Iterable[str] = SECTIONS) -> list[Key]:
     """Every key of the sections, in their order."""
     return [
         Key(f"{section}.{field.name}", default_of(field), field.metadata["help"])
@@ -189,7 +189,7 @@ def of_peers(name: str) -> list[str]:
 def search(words: Iterable[str]) -> list[Key]:
     """The keys that hold every word, in name, meaning or a peer's name."""
     wanted, found = [plain(word) for word in words], []
-    for key in keys():
+    for key in every():
         text = plain(" ".join([key.name, FLAGS.get(key.name, ""), PEERS.get(key.name, ""), key.help]))
         if all(word in text for word in wanted):
             found.append(key)
@@ -201,7 +201,7 @@ def meant(name: str, sections: Iterable[str] = SECTIONS) -> list[str]:
     import difflib  # not at every start of the command line
 
     section, _, last = plain(name).rpartition(".")
-    known = [key.name for key in keys(sections)]
+    known = [key.name for key in every(sections)]
     same = [key for key in known if key.partition(".")[2] == last]
     peers = [key for key in of_peers(name) if key in known]
     if found := [key for key in peers if key in same] or same or peers:
@@ -224,7 +224,7 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
     name = plain(flag)
     if own := next((each for each in known if plain(each) == name), ""):
         return or_list([own])  # --batch_size
-    exact = [key.name for key in keys() if key.name.partition(".")[2] == name.rpartition(".")[2]]
+    exact = [key.name for key in every() if key.name.partition(".")[2] == name.rpartition(".")[2]]
     ours = of_peers(flag) or exact
     found = [_as_flag(each, value or _VALUES.get(name, ""), verb, known) for each in ours]
     if name in ADVICE:
@@ -252,7 +252,7 @@ def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
         return flag
     if flag == ours or "--set" not in known or section not in _READ.get(verb, ()):
         return ""
-    default = next(key.default for key in keys([section]) if key.name == ours)
+    default = next(key.default for key in every([section]) if key.name == ours)
     return f"--set {ours}={value or ('true' if isinstance(default, bool) else 'VALUE')}"
 
 
