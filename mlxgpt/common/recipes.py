@@ -189,8 +189,8 @@ def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str
         fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
         key, inside, entry = key.partition(".")
         if key not in fields or (inside and type(default_of(fields[key])) is not dict):
-            key += inside + entry
-            raise UserError(f"--set {item}: unknown key {section}.{key}{_meant(section, key)}")
+            near = _meant(section, key)
+            raise UserError(f"--set {item}: unknown key {section}.{key + inside + entry}{near}")
         value = parse_value(text.strip())
         listed = isinstance(value, list) and fields[key].type == str | tuple
         wants_text = isinstance(fields[key].default, str) and not listed
