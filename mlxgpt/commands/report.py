@@ -186,7 +186,8 @@ def _data(runs: list[Run]) -> Table:
     """The data of each run."""
     columns = []
     for run in runs:
-        found = _numbers(run.segments[-1].get("data")) if run.segments else {}
+        stored = run.segments[-1].get("data") if run.segments else None
+        found = _numbers(stored)
         seen = run.train["tokens"][-1] if len(run.train.get("tokens", ())) else 0
         whole, val, size = (found.get(key, 0) for key in ("train_tokens", "val_tokens", "val_bytes"))
         data, train, model = (run.recipe.get(section, {}) for section in ("data", "train", "model"))
@@ -198,6 +199,7 @@ def _data(runs: list[Run]) -> Table:
             "vocabulary": f"{int(model.get('vocab_size', 0)):,}",
             "training tokens": f"{whole:,}" if whole else "",
             "validation tokens": f"{val:,}" if val else "",
+            **_held_out(stored.get("held_out") if isinstance(stored, dict) else None),
             "bytes a token": f"{size / val:.2f}" if size and val else "",
             "passes over the training tokens": f"{seen / whole:.3g}" if whole and seen else "",
             "rows x tokens a step": f"{int(train.get('batch_size', 0))} x {int(model.get('block_size', 0)):,}",
@@ -206,6 +208,21 @@ def _data(runs: list[Run]) -> Table:
             "sha256": ", ".join(digests),
         })  # fmt: skip
     return _by_column("Data", [run.name for run in runs], columns)
+
+
+def _held_out(found: Any) -> dict[str, str]:
+    """Rows on the validation text; empty ones for runs that do not know."""
+    names = ("validation share", "longest validation document", "unigram, validation", "unigram, training")
+    rows: dict[str, str] = dict.fromkeys(names, "")
+    if found:
+        longest, cut = found["longest"], found["cut"]
+        documents = f"the ends of {cut:,} of {found['documents']:,}" if cut else f"{found['documents']:,}"
+        rows["validation share"] = f"{found['share']:.1%} of all tokens: {documents} documents"
+        rows["longest validation document"] = f"{_short(longest['document'])}: {longest['share']:.1%} of the tokens"
+        for name, side, other in (("validation", "val", "training"), ("training", "train", "validation")):
+            nats = found["unigram"][side]
+            rows[f"unigram, {name}"] = f"{nats['other']:.3f} nats from {other}'s counts, {nats['own']:.3f} from its own"
+    return rows
 
 
 def _environment(runs: list[Run]) -> Table:
