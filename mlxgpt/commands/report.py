@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxgpt import __version__
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import diagnose
 from mlxgpt.common.files import atomic_write
 from mlxgpt.common.runs import plots
 from mlxgpt.common.runs import summary as run_summary
@@ -87,7 +88,11 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
         for color, run in plots.colored(runs)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    tables = [table for table in (_differing(runs), _planned(runs), _data(runs), _environment(runs)) if table.rows]
+    tables = [
+        table
+        for table in (_diagnosis(runs), _differing(runs), _planned(runs), _data(runs), _environment(runs))
+        if table.rows
+    ]
     return environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=_subtitle(runs),
@@ -137,6 +142,20 @@ def _warnings(runs: list[Run]) -> list[str]:
     """Warnings at the top of the page."""
     found = [f"{run.name}: {run.skipped} updates were skipped, not finite" for run in runs if run.skipped]
     return found + [f"{run.name}: {run.why}" for run in runs if run.status == "damaged"]
+
+
+def _diagnosis(runs: list[Run]) -> Table:
+    """What ``mlxgpt diagnose`` says of each run; with the corpus's n-grams where it was called before."""
+    rows, quick = [], False
+    for run in runs:
+        if not len(run.train["step"]):
+            continue
+        corpus = diagnose.read_corpus(run)
+        quick = quick or not (corpus or "tune" in run.recipe)
+        name = [run.name] if len(runs) > 1 else []
+        rows += [[finding.level, *name, *finding[1:]] for finding in diagnose.diagnose(run, corpus)]
+    note = "mlxgpt diagnose RUN also counts the corpus: n-gram models, rare tokens, copies." if quick else ""
+    return Table("Why is the loss what it is?", note, ["", *["run"][: len(runs) - 1], "about", "found", "change"], rows)
 
 
 def _differing(runs: list[Run]) -> Table:

@@ -93,6 +93,11 @@ class TokenSource:
         counts = {"train_tokens": len(self._train), "val_tokens": len(self._val), "val_bytes": self.val_bytes}
         return {**counts, **({"held_out": self.held_out} if self.held_out else {})}
 
+    def text(self, split: str, count: int) -> np.ndarray:
+        """The first ``count`` tokens of split ``train`` or ``val`` as they follow each other, int32."""
+        tokens = self._train if split == "train" else self._val
+        return tokens.read(0, min(count, len(tokens)))
+
     def batch(self, step: int) -> Batch:
         """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
         if self._sampling == "random":
