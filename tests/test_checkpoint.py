@@ -327,7 +327,7 @@ def test_a_hub_id_is_taken_from_the_local_cache(tmp_path: Path, monkeypatch: pyt
     assert asked == [("some/model", True)]
     with pytest.raises(
         UserError,
-        match=r"some/absent: no such folder, and not to be had as a hub id: offline$",
+        match=r"some/absent: no such folder, and not to be had from the Hugging Face hub: offline$",
     ):
         resolve.resolve_model("some/absent")
     assert asked[1:] == [("some/absent", True), ("some/absent", False)]
