@@ -112,6 +112,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     made = [("status", f"{run.status}, {run.why}"), ("steps", f"{run.step:,} of {run.steps:,}")]
     if run.best:
         made.append(("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}"))
+        if np.isfinite(run.bits_a_byte):
+            made.append(("in bits a byte", f"{run.best[1] * run.bits_a_byte:.4f}"))
     if len(run.train["step"]):
         losses = run.train["loss"][-100:]
         if np.isfinite(losses).any():
