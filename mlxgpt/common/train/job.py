@@ -39,6 +39,8 @@ class Kind(Protocol[S]):
     """Set by ``open_source`` or ``reopen_source``."""
     init_from: str | None = None
     """What environment.json names as the origin of the first weights."""
+    reasons: tuple[str, ...] = ()
+    """Why the recipe is as it is: comments at the top of the run's recipe.toml."""
 
     # A new run.
 
