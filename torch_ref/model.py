@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params, rotary
-from mlxgpt.common.model.sizes import Size, describe
+from mlxgpt.common.model.sizes import describe
 from torch_ref import fast, inputs, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
@@ -259,7 +259,7 @@ class Model(nn.Module):
     _cos_local: Array
     _sin_local: Array
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 0):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 1337):
         super().__init__()
         if not config.vocab_size:
             raise UserError("model.vocab_size = 0: expected the number of tokens, such as tokenizer.n_vocab")
@@ -316,16 +316,8 @@ class Model(nn.Module):
         return self._masks.draw()
 
     def __repr__(self) -> str:
-        named = dict(itertools.chain(self.named_parameters(), self.named_buffers()))
-        sizes = {}
-        for name, array in named.items():
-            path, _, kind = name.rpartition(".")
-            if kind.startswith("_"):
-                continue
-            bits = self.at(path).bits if kind == "words" else 0
-            dtype = str(array.dtype).rpartition(".")[2]
-            sizes[name] = Size(array.shape, array.requires_grad, dtype, bits)
-        return describe(self._config, sizes, str(self._dtype).rpartition(".")[2], self.training, self.dropout)
+        trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        return describe(self, dict(itertools.chain(self.named_parameters(), self.named_buffers())), trained)
 
     @property
     def device(self) -> torch.device:

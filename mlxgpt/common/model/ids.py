@@ -56,7 +56,7 @@ def check(ids: np.ndarray, n: int, where: str = "tokens", of: str = "the model's
     Raises:
         UserError: names the first of them and its place.
     """
-    if 0 <= ids.min() and ids.max() < n:
+    if ids.min() >= 0 and ids.max() < n:
         return
     row, place = np.argwhere((ids < 0) | (ids >= n))[0]
     raise UserError(f"{where}[{row}, {place}] = {ids[row, place]}: expected 0 to {n - 1}, {of}")

@@ -3,77 +3,99 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from mlxgpt.common.config import ModelConfig
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 _BLOCK = re.compile(r"h\.(\d+)\.(.+)")
 
 
-class Size(NamedTuple):
-    """Of one tensor: its shape, how many parameters it holds, whether they train, and what else is to be said."""
+@dataclass(frozen=True)
+class Size:
+    """The shape of a tensor, or of the matrix that its words stand for, and in how many ``bits`` (0: not quantized)."""
 
     shape: tuple[int, ...]
-    trains: bool = True
-    dtype: str = "float32"
-    bits: int = 0  # > 0: packed in words of 32 bits
+    bits: int = 0
 
     @property
-    def count(self) -> int:
-        """Parameters."""
-        return math.prod(self.shape) * (32 // self.bits if self.bits else 1)
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
-    @property
-    def text(self) -> str:
-        """The shape that the matrix stands for."""
-        if self.bits:
-            return f"({self.shape[0]}, {self.shape[1] * 32 // self.bits}) in {self.bits} bits"
-        return str(tuple(self.shape))
+    def __str__(self) -> str:
+        return str(self.shape) + (f" in {self.bits} bits" if self.bits else "")
 
 
-def describe(config: ModelConfig, sizes: Mapping[str, Size], compute: str, training: bool, dropout: float) -> str:
-    """Lines on the whole, then one a tensor; ``compute``: the blocks' dtype."""
-    # a quantized matrix counts by its words
-    shown = {name: size for name, size in sizes.items() if name.rpartition(".")[2] not in ("scales", "biases")}
-    total, trained = (sum(size.count for size in shown.values() if size.trains or every) for every in (True, False))
-    kept = {size.dtype for size in shown.values() if not size.bits}
+class Row(NamedTuple):
+    """A line: how far it is indented, a name, a shape and a number of parameters."""
+
+    depth: int
+    name: str
+    shape: str
+    parameters: int
+
+
+def describe(model: Any, arrays: Mapping[str, Any], trained: Collection[str]) -> str:
+    """Two lines on the whole, then one a tensor.
+
+    Args:
+        model: either framework's.
+        arrays: its tensors by name, buffers too.
+        trained: the names of those that train.
+    """
+    config, sizes, dtypes = model.config, {}, set()
+    for name, array in arrays.items():
+        path, _, kind = name.rpartition(".")
+        if kind.startswith("_") or kind in ("scales", "biases"):
+            continue  # no parameters, or of a quantized matrix, which counts by its words
+        bits, shape = model.at(path).bits if kind == "words" else 0, tuple(array.shape)
+        sizes[name] = Size((*shape[:-1], shape[-1] * 32 // bits) if bits else shape, bits)
+        dtypes |= set() if bits else {_dtype(array.dtype)}
+    total = sum(size.parameters for size in sizes.values())
+    own = sum(size.parameters for name, size in sizes.items() if name in trained)
     heads = f"{config.n_head} heads of {config.head_dim}"
     if config.n_kv_head != config.n_head:
         heads += f", {config.n_kv_head} of keys and values"
     end = f"labels {', '.join(config.labels)}" if config.labels else f"vocabulary {config.vocab_size}"
-    own = f", of which {trained:,} train" if trained != total else ""
-    parts = [
-        f"{config.family}: {total:,} parameters{own}; {config.n_layer} layers, width {config.n_embd}, {heads}; "
-        f"context {config.block_size}, {end}",
-        f"weights {' and '.join(sorted(kept))}, computes in {compute}; "
-        f"{'training' if training else 'evaluation'} mode, dropout {dropout:g}",
-    ]
-    rows = [("  " * depth + name, text, count) for depth, name, text, count in _rows(shown)]
+    rows = _rows(sizes)
     if config.tied and not config.labels:
-        rows.append(("head", "wte.weight, transposed", 0))
-    names, texts = (max((len(row[n]) for row in rows), default=0) for n in (0, 1))
-    lines = [f"  {name:{names}}  {text:{texts}}" + (f"  {count:>13,}" if count else "") for name, text, count in rows]
-    return "\n".join([*parts, *(line.rstrip() for line in lines)])
+        rows.append(Row(0, "head", "wte.weight, transposed", 0))
+    names = [2 * row.depth * " " + row.name for row in rows]
+    wide, high = max(map(len, names)), max(len(row.shape) for row in rows)
+    lines = [
+        f"  {name:{wide}}  {row.shape:{high}}" + (f"  {row.parameters:>13,}" if row.parameters else "")
+        for name, row in zip(names, rows, strict=True)
+    ]
+    first = [
+        f"{config.family}: {total:,} parameters{f', of which {own:,} train' if own != total else ''}; "
+        f"{config.n_layer} layers, width {config.n_embd}, {heads}; context {config.block_size}, {end}",
+        f"weights {' and '.join(sorted(dtypes))}, computes in {_dtype(model.dtype)}; "
+        f"{'training' if model.training else 'evaluation'} mode, dropout {model.dropout:g}",
+    ]
+    return "\n".join(line.rstrip() for line in (*first, *lines))
 
 
-def _rows(sizes: Mapping[str, Size]) -> list[tuple[int, str, str, int]]:
-    """Depth, name, shape and parameters; neighboring blocks with the same tensors are one group."""
+def _dtype(dtype: Any) -> str:
+    """The name of a framework's dtype without the framework's."""
+    return str(dtype).rpartition(".")[2]
+
+
+def _rows(sizes: Mapping[str, Size]) -> list[Row]:
+    """A line a tensor; neighboring blocks with the same tensors are one."""
     blocks: dict[int, dict[str, Size]] = {}
     for name, size in sizes.items():
         if found := _BLOCK.fullmatch(name):
             blocks.setdefault(int(found[1]), {})[found[2]] = size
-    grouped = [list(group) for _, group in itertools.groupby(sorted(blocks), key=lambda n: list(blocks[n].items()))]
-    made: list[tuple[int, str, str, int]] = []
+    alike = [list(group) for _, group in itertools.groupby(sorted(blocks), key=lambda n: list(blocks[n].items()))]
+    made: list[Row] = []
     for name, size in sizes.items():
         if not _BLOCK.fullmatch(name):
-            made.append((0, name, size.text, size.count))
+            made.append(Row(0, name, str(size), size.parameters))
             continue
-        for group in grouped:
+        for group in alike:
             inside = blocks[group[0]]
-            many = len(group) > 1
-            title = f"h.{group[0]} to h.{group[-1]}, each" if many else f"h.{group[0]}"
-            made.append((0, title, "", sum(each.count for each in inside.values())))
-            made += [(1, each, one.text, one.count) for each, one in inside.items()]
-        grouped = []
+            title = f"h.{group[0]} to h.{group[-1]}, each" if len(group) > 1 else f"h.{group[0]}"
+            made.append(Row(0, title, "", sum(each.parameters for each in inside.values())))
+            made += [Row(1, each, str(one), one.parameters) for each, one in inside.items()]
+        alike = []
     return made
