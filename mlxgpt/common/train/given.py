@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.errors import UserError
+from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.model import ids
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -30,7 +30,7 @@ class Given:
         model = recipe.model
         self.vocab_size = model.vocab_size
         self._targets = (len(model.labels), "the labels") if model.labels else (model.vocab_size, "the vocabulary")
-        first, again = self.batch(1), self.batch(1)
+        first, again = self._made(1), self._made(1)
         if len(first.tokens) != recipe.train.batch_size:
             raise UserError(
                 f"source, step 1: {len(first.tokens)} rows: expected train.batch_size = {recipe.train.batch_size}"
@@ -48,7 +48,17 @@ class Given:
             self.digest["validation batches"] = digest(*self._validation)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step (from 1)."""
+        """The batch of a step (from 1).
+
+        Raises:
+            RunError: it is wrong, where that of step 1 was not.
+        """
+        try:
+            return self._made(step)
+        except UserError as error:
+            raise RunError(str(error)) from None
+
+    def _made(self, step: int) -> Batch:
         made = self._checked(self._batch(step), f"source, step {step}")
         if len(made.tokens) > self._recipe.train.batch_size:
             size = self._recipe.train.batch_size

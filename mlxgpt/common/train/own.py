@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxgpt.common import recipes
+from mlxgpt.common.batch import Engine
 from mlxgpt.common.config import DataConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError, nearest
+from mlxgpt.common.failures import doing
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.recipes import SECTIONS, build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
-from mlxgpt.common.runs.checkpoint import Checkpoint
+from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers.load import has_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import loop, pretrain, session
@@ -93,6 +95,13 @@ class Own(Pretraining):
                 "or train.eval_every = 0"
             )
         pretrain.check_sample(self.recipe, self.tokenizer)
+
+    def set_first_state(self, engine: Engine, state: RunState) -> None:
+        """Tries an objective of the program's own on the first rows, before anything is written."""
+        super().set_first_state(engine, state)
+        if self.objective:
+            with doing("the objective, on the first batch"):
+                engine.evaluate(self.source.batch(1).split(self.recipe.train.micro_batch_size)[0])
 
     def describe_source(self) -> dict[str, Any]:
         """The source's statistics, and what is the program's."""
@@ -261,13 +270,19 @@ def _name_of(given: Any) -> str:
     return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
 
 
+def _setting(found: re.Match[str]) -> str:
+    """``--set key=value`` as Python has it."""
+    value = {"true": "True", "false": "False"}.get(found[2], found[2])
+    return f"settings={{{found[1]!r}: {value if value in ('True', 'False') or value.isdecimal() else repr(value)}}}"
+
+
 @contextlib.contextmanager
 def _in_python() -> Iterator[None]:
     """Flags that an error names as a program spells them."""
     try:
         yield
     except (UserError, RunError) as error:
-        text = re.sub(r"--set ([\w.]+)=(\S+?)(?=[;,:]?(?: |$))", r'settings={"\1": \2}', str(error))
+        text = re.sub(r"--set ([\w.]+)=([^\s;,:]+)", _setting, str(error))
         text = re.sub(r"(?<![\w-])--([a-z][a-z-]+)\b", lambda found: found[1].replace("-", "_"), text)
         error.args = (text,)
         raise
