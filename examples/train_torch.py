@@ -29,5 +29,5 @@ for step in range(1, 31):
     if step % 10 == 0:
         print(f"step {step}: loss {losses[-1]:.4f}")
 
-answer = generate(model, None, ids[:8].tolist(), max_tokens=24, temperature=0.5)
+answer = generate(model, None, [int(token) for token in ids[:8]], max_tokens=24, temperature=0.5)
 print("".join(letters[token] for token in answer.tokens))
