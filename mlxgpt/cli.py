@@ -103,7 +103,9 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
 
         tf32.take(args)  # a framework is told before it is imported
         # a device that is not here is refused before any work
-        args.backend = resolve(args.backend or backend, getattr(args, "device", None))
+        args.backend = args.backend or backend
+        if not verb.resolves:
+            args.backend = resolve(args.backend, getattr(args, "device", None))
     module, _, function = verb.function.partition(":")
     return getattr(importlib.import_module(module), function)(args) or 0
 

@@ -140,8 +140,9 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        run = attend if cache or not self.training else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
+        softcap = self._config.attn_softcap
+        run = attend if not self.training and fast.fuses(D, softcap) else partial(fast.tiled, attend)
+        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, softcap)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
 
 

@@ -8,12 +8,16 @@ from mlxgpt import arguments
 
 
 class Verb(NamedTuple):
-    """A command: its help, the module:function that runs it, what declares its arguments, examples of use."""
+    """A command: its help, the module:function that runs it, what declares its arguments, examples of use.
+
+    ``resolves``: it chooses the backend and the device itself, since it may not need to import a framework.
+    """
 
     help: str
     function: str
     declare: Callable[[argparse.ArgumentParser], None]
     examples: tuple[str, ...]
+    resolves: bool = False
 
 
 VERBS = {
@@ -47,6 +51,7 @@ VERBS = {
             "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
             "plan llama-10m --budget '100 USD' --chip h100 --price 2.5 --out recipe.toml",
         ),
+        resolves=True,
     ),
     "generate": Verb(
         "continue a prompt",

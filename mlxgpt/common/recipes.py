@@ -121,7 +121,9 @@ def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
     if kind is tuple and isinstance(value, list):
         return tuple(value)
     if type(value) is not kind:
-        raise UserError(f"{section}.{field.name} = {value!r}: expected {kind.__name__}")
+        raise UserError(
+            f"{section}.{field.name} = {value!r}: expected {'true or false' if kind is bool else kind.__name__}"
+        )
     return value
 
 

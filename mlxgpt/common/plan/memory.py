@@ -184,6 +184,10 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     square = max((four - 3 * two + 2 * one) / (6 * first**2), 0.0)
     slope = max((two - one) / first - 3 * first * square, 1.0)
     rest = one - first * slope - first**2 * square
+    own = length(recipe)
+    there = measure(recipe, rows, own, count).peak - state(own)
+    if own > 4 * first and there > 2 * (rest + slope * own + square * own**2):  # weights hid what grows
+        square = (there - rest - slope * own) / own**2
 
     def fits(tokens: int) -> bool:
         grows = rest + slope * tokens + square * tokens**2
