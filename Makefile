@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-all lint bench bench-quick clean
+.PHONY: venv demo test test-all lint docs notebooks bench bench-quick clean
 
 venv: $(STAMP)
 
@@ -37,6 +37,14 @@ lint: venv
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/ruff check --quiet
 	$(BIN)/pyright --warnings
+
+# build/site, without the network: docs/ as a site, its links checked; the course as a PDF where Chromium is installed
+docs: venv
+	$(BIN)/python -m book build
+
+# build/notebooks: the course's chapters, each run in a kernel
+notebooks: venv
+	$(BIN)/python -m book notebooks --run
 
 bench: venv
 	$(BIN)/python -m benchmarks

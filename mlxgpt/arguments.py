@@ -398,6 +398,30 @@ def probe(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser)
 
 
+def inspect(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL",
+        help="a run (its best, else its last checkpoint), a checkpoint, a model folder or a hub id")  # fmt: skip
+    add("-t", "--text", metavar="TEXT", help="the text to look at")
+    add("-f", "--text-file", metavar="FILE", help="a file that holds it, - for stdin")
+    add("--ids", metavar="IDS", help="token ids instead, such as 1,2,3, taken as they are")
+    add("--chat", action="store_true", help="the text as a question in the model's chat template; default: as it is")
+    _add_adapter(parser)
+    add(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="tokens shown, from the start; default: 256, or the model's context",
+    )
+    add("--top", type=_positive, default=8, metavar="N", help="candidates and neighbors of each token; default: 8")
+    add(
+        "--layers", metavar="LIST", help="layers whose attention is kept, such as 0,4-7, or none; default: all that fit"
+    )
+    add("-o", "--out", metavar="FILE", help="the page to write; default: MODEL-inspect.html, with --json none")
+    _add_json(parser)
+    _add_backend(parser)
+
+
 def doctor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="the parity ladder alone, on the smallest models")

@@ -64,6 +64,19 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float) -> Array:
+    """softmax(scale q k^T), (B, K, H / K, T, S): how much each query takes of each value; arguments as in attend."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, K, H // K, T, D)
+    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if softcap:
+        scores = softcap * mx.tanh(scores / softcap)
+    if mask is not None:
+        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
 def attend(
     q: Array,
     k: Array,
@@ -82,13 +95,7 @@ def attend(
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    q = (q * scale).reshape(B, K, H // K, T, D)
-    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
-    if softcap:
-        scores = softcap * mx.tanh(scores / softcap)
-    if mask is not None:
-        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
-    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = weigh(q, k, mask, scale, softcap)
     if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row, elements)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
@@ -100,7 +107,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self._config = config
+        self._config, self._scale = config, config.attn_scale or config.head_dim**-0.5
         if config.fused_qkv:
             self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
         else:
@@ -113,14 +120,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(kv if full else config.head_dim, config, bias=False)
         self.c_proj = Linear(width, c, config.out_bias)
 
-    def __call__(
-        self,
-        x: Array,
-        mask: Array | str | None,
-        rope: tuple[Array, Array] | None,
-        cache: Cache | None,
-        drop: Dropout | None,
-    ) -> Array:
+    def project(self, x: Array, rope: tuple[Array, Array] | None, drop: Dropout | None) -> tuple[Array, Array, Array]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C), normed and at their positions."""
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
@@ -138,12 +139,29 @@ class Attention(nn.Module):
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def weights(self, x: Array, mask: Array | None, rope: tuple[Array, Array] | None) -> Array:
+        """Where the tokens of x (B, T, C) look, (B, H, T, T): what the heads compute with, but for dropout."""
+        q, k, _ = self.project(x, rope, None)
+        return weigh(q, k, mask, self._scale, self._config.attn_softcap).reshape(*q.shape[:3], -1)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None,
+        cache: Cache | None,
+        drop: Dropout | None,
+    ) -> Array:
+        B, T, _ = x.shape
+        q, k, v = self.project(x, rope, drop)
         if cache is not None:
             k, v = cache.append(k, v)
         softcap = self._config.attn_softcap
-        run = attend if not self.training and fast.fuses(D, softcap) else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
+        run = attend if not self.training and fast.fuses(q.shape[-1], softcap) else partial(fast.tiled, attend)
+        y = run(q, k, v, mask, drop, self._scale, softcap)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)
 
 
 def activate(x: Array, kind: str) -> Array:

@@ -188,6 +188,16 @@ VERBS = {
             "verify model model-q4 --frameworks mlx --json",
         ),
     ),
+    "inspect": Verb(
+        "show what is inside a model on a text: losses, attention, logit lens",
+        "mlxgpt.commands.inspect:inspect_command",
+        arguments.inspect,
+        (
+            "inspect runs/first --text 'Return a list of the names'",
+            "inspect runs/qa --text 'What does os.path.join do?' --chat --out page.html",
+            "inspect model --text-file page.txt --limit 128 --layers 0,5-6 --json",
+        ),
+    ),
     "probe": Verb(
         "write what a framework computes from a model, as .npz",
         "mlxgpt.commands.probe:probe_command",

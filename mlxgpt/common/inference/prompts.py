@@ -1,7 +1,9 @@
-"""What ``generate`` continues: texts as they are, texts as questions in a chat template, or token ids."""
+"""What a model is given: texts as they are, texts as questions in a chat template, or token ids."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,21 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import ids as token_ids
 from mlxgpt.common.recipes import build
 from mlxgpt.common.sft.template import Template
+
+
+def read_text(name: str, where: str) -> str:
+    """The text of a file; ``-`` is standard input. ``where``: the flag that names it.
+
+    Raises:
+        UserError: a file that is missing or not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{where} {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} {name}: not UTF-8 at byte {error.start}") from None
 
 
 def ids_of(text: str, where: str) -> list[int]:
