@@ -36,7 +36,7 @@ def on_config(config: Any) -> Any:
     """The chapters of the course below its first page."""
     for section in config["nav"] or []:
         if "Course" in section:
-            section["Course"] += [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
+            section["Course"][1:1] = [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
     return config
 
 
@@ -103,14 +103,12 @@ def drawn(fence: Fence, lines: list[str]) -> str:
 
 
 def tabs(pieces: list[Shown]) -> str:
-    """A code block, or one a framework in linked tabs."""
-    made, mark = [], "===!"  # a new set of tabs, also right below another
+    """A code block, or one a framework in linked tabs, which a wide screen shows beside each other."""
+    made = []
     for piece in pieces:
         block = f'```{{.python title="{piece.path}"}}\n{piece.code}\n```'
         if piece.label:
-            block = f'{mark} "{piece.label}"\n\n' + "\n".join(
-                f"    {line}" if line else "" for line in block.splitlines()
-            )
-            mark = "==="
+            block = f'=== "{piece.label}"\n\n' + "\n".join(f"    {line}" if line else "" for line in block.splitlines())
         made.append(block)
-    return "\n\n".join(made) + "\n"
+    text = "\n\n".join(made)
+    return f'<div class="pair" markdown>\n\n{text}\n\n</div>\n' if len(pieces) > 1 else f"{text}\n"

@@ -193,7 +193,7 @@ def test_a_page_as_the_site_shows_it() -> None:
     assert "secret = 7" not in text
     assert "```{.text .output}\n3.1416\n```" in text
     assert '    ```{.python title="The check"}\n' in text
-    assert text.count('===! "MLX"') == text.count('=== "PyTorch"') == 2
+    assert text.count('<div class="pair" markdown>') == text.count('=== "MLX"') == text.count('=== "PyTorch"') == 2
     assert "def rotate(" in text
 
 

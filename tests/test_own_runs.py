@@ -302,15 +302,19 @@ def test_wrong_arguments_are_one_line_in_the_words_of_python(arguments: dict[str
     with pytest.raises(UserError) as error:
         trainer(mlxgpt.api, arguments.pop("out", "run"), **arguments).train()
     text = str(error.value)
-    assert message in text and "\n" not in text and "--" not in text
+    assert message in text and "\n" not in text and "--" not in text.partition("mlxgpt ")[0]
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def test_flags_in_an_error_become_arguments() -> None:
     with pytest.raises(UserError) as error, own._in_python():
-        raise UserError("memory: would fit: --set train.micro_batch_size=1 --set a.b=true; --force starts it anyway")
+        raise UserError(
+            "memory: would fit: --set train.micro_batch_size=1 --set a.b=true; --force starts it anyway; "
+            "mlxgpt plan --model M measures it"
+        )
     assert str(error.value) == (
-        "memory: would fit: settings={'train.micro_batch_size': 1} settings={'a.b': True}; force starts it anyway"
+        "memory: would fit: settings={'train.micro_batch_size': 1} settings={'a.b': True}; force starts it anyway; "
+        "mlxgpt plan --model M measures it"
     )
 
 

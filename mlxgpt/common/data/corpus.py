@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,10 @@ TEXT = (".txt", ".md", ".text", ".markdown", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 
 _BLOCK = 1 << 22  # bytes read at once
+
+
+class NoText(UserError):
+    """A row without the key or column that was to hold its text."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class Scan:
     marks: int  # documents that start with a byte order mark
 
 
-def open_corpus(source: str, text_key: str = "text") -> Corpus:
-    """The corpus at ``source``: pydocs, a file or a folder, all of whose files are taken in sorted order.
+def open_corpus(source: str | Sequence[str], text_key: str = "text") -> Corpus:
+    """The corpus at ``source``: pydocs, a file or a folder, all of whose files are taken in sorted order; or several.
 
     Raises:
         UserError: nothing there, nothing to read in it, or a file of a kind that is not read.
     """
+    if not isinstance(source, str):
+        return _several(source, text_key)
     if source == "pydocs":
         from mlxgpt.common.data import pydocs
 
@@ -108,6 +114,23 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
         notes.append(f"{source}: left out {len(empty)} empty files, the first is {empty[0].name}")
         files = [file for file in files if file not in set(empty)]
     return Corpus(source, files, text_key, lambda: _read_files(files, text_key), notes)
+
+
+def _several(sources: Sequence[str], text_key: str) -> Corpus:
+    """The files of all sources, in the order of the sources, each once."""
+    if "pydocs" in sources:
+        raise UserError("pydocs and files: expected one of the two")
+    parts = [open_corpus(source, text_key) for source in sources]
+    files = list({path.resolve(): path for part in parts for path in part.files}.values())
+    notes = [note for part in parts for note in part.notes]
+    return Corpus(called(sources), files, text_key, lambda: _read_files(files, text_key), notes)
+
+
+def called(source: str | Sequence[str]) -> str:
+    """What to call a source in a line: its path, or the first path and how many more."""
+    if isinstance(source, str):
+        return source
+    return source[0] + (f" and {len(source) - 1} more" if len(source) > 1 else "")
 
 
 def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
@@ -283,7 +306,7 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[int, object]]:
             if not isinstance(row, dict):
                 raise UserError(f'{where}: {_shown(row)}: expected an object such as {{"{key}": "..."}}')
             if key not in row:
-                raise UserError(f"{where}: no key {key!r}: found {', '.join(map(repr, list(row)[:8])) or 'no key'}")
+                raise NoText(f"{where}: no key {key!r}: found {', '.join(map(repr, list(row)[:8])) or 'no key'}")
             yield number, row[key]
 
 
@@ -301,7 +324,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[tuple[int, object]]:
     with open_parquet(path) as file:
         names = file.schema_arrow.names
         if key not in names:
-            raise UserError(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
+            raise NoText(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[key]):
             for value in batch.column(0):

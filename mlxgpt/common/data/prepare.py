@@ -64,7 +64,7 @@ def cached(data: DataConfig, say: Say = print) -> Path:
     if tokenizer and _around(tokenizer) not in (([], []), ([], [tokenizer.eos_id])):
         content.append(_around(tokenizer))
     key = json.dumps(content)
-    stem = "".join(c if c.isalnum() else "-" for c in Path(data.source).stem)[:32]
+    stem = "".join(c if c.isalnum() else "-" for c in Path(corpora.called(data.source)).stem)[:32]
     folder = cache_folder() / "shards" / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not is_shards(folder):
         prepare(corpus, data, folder, tokenizer, say)

@@ -87,6 +87,11 @@ class TokenSource:
         """What a run's environment.json says of its data; ``val_bytes`` is 0 where nobody counted them."""
         return {"train_tokens": len(self._train), "val_tokens": len(self._val), "val_bytes": self.val_bytes}
 
+    def text(self, split: str, count: int) -> np.ndarray:
+        """The first ``count`` tokens of split ``train`` or ``val`` as they follow each other, int32."""
+        tokens = self._train if split == "train" else self._val
+        return tokens.read(0, min(count, len(tokens)))
+
     def batch(self, step: int) -> Batch:
         """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
         if self._sampling == "random":
@@ -228,14 +233,14 @@ def open_data(
     Raises:
         UserError: anything wrong with the source, the tokenizer, the shards or the splits' lengths.
     """
-    path = Path(data.source).expanduser()
+    path = Path(data.source).expanduser() if isinstance(data.source, str) else None  # of several files: none is shards
     carried = _carried(Path(out) / "data") if out is not None else None
     if carried is not None:
         path = carried
         say(f"data: {path}, which the run carries")
-    if path.suffix == ".bin" or (path.is_dir() and (path / "train.bin").is_file() and not shards.is_shards(path)):
+    if path and is_flat(path):
         return _open_flat(path, data, model_block_size, train, say)
-    folder = path if shards.is_shards(path) else prepare.cached(data, say)
+    folder = path if path and shards.is_shards(path) else prepare.cached(data, say)
     index = shards.read_index(folder)
     try:
         largest = shards.verify(folder, index)
@@ -269,6 +274,11 @@ def open_data(
     say(f"data: {index['source']['name']}: {counts}, {tokenizer.kind} of {tokenizer.n_vocab:,}")
     source.compare_beginnings(tokenizer, "their tokenizer", say)
     return source, source.as_trained(tokenizer)
+
+
+def is_flat(path: Path) -> bool:
+    """Whether a path is a flat .bin, or nanoGPT's folder of them."""
+    return path.suffix == ".bin" or ((path / "train.bin").is_file() and not shards.is_shards(path))
 
 
 def _separator(tokens: Tokens, tokenizer: Tokenizer | None) -> int | None:

@@ -46,6 +46,8 @@ class Kind(Protocol[S]):
     """What of the run a program has and no command: source, objective."""
     ends_at_second: bool = True
     """Whether a second Ctrl-C ends the process."""
+    reasons: tuple[str, ...] = ()
+    """Why the recipe is as it is: comments at the top of the run's recipe.toml."""
 
     # A new run.
 

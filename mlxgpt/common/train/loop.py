@@ -94,7 +94,8 @@ def _steps(job: Job, signals: Signals, saver: Saver) -> None:
 
         if _unvalidated(job):
             stopped_early = _validate(job, signals, saver)
-        if _due(settings.save_every, step) and not finite.streak:
+        stable = step == schedule.last_stable(job.recipe.optim, settings.steps)
+        if (_due(settings.save_every, step) or stable) and not finite.streak:
             saver.save()
         if _due(settings.sample_every, step) and step < settings.steps:
             _sample(job, signals)

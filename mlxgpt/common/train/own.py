@@ -18,7 +18,7 @@ from mlxgpt.common.config import DataConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.failures import doing
 from mlxgpt.common.folders import resolve
-from mlxgpt.common.recipes import SECTIONS, build, read_toml
+from mlxgpt.common.recipes import SECTIONS, build
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers.load import has_tokenizer
@@ -160,7 +160,8 @@ class Trainer:
         force: bool = False,
         quiet: bool = False,
     ):
-        self.sections = _sections(recipe, settings or {})
+        with _in_python():
+            self.sections = _sections(recipe, settings or {})
         self.run = Path(out)
         self.source, self.validation, self.objective, self.tokenizer = source, validation, objective, tokenizer
         self._init_from, self._device, self._force, self._quiet = init_from, device, force, quiet
@@ -202,7 +203,8 @@ class Trainer:
         """
         resumes = resolve.is_run(self.run)
         args = Namespace(
-            recipe=None, set=[], steps=None, moments=False, backend=self.backend, device=self._device,
+            recipe=None, data=None, size=None, lr=None, batch_size=None, epochs=None, set=[], steps=None, moments=False,
+            backend=self.backend, device=self._device,
             out=None if resumes else str(self.run), resume=str(self.run) if resumes else None,
             init_from=None if resumes or self._init_from is None else str(self._init_from),
             stop_after=stop_after, force=self._force,
@@ -241,7 +243,7 @@ class Trainer:
 def _sections(recipe: Any, settings: Mapping[str, Any]) -> Sections:
     """The recipe as plain sections, with the settings in them."""
     if isinstance(recipe, (str, Path)):
-        sections = read_toml(recipes.find(str(recipe)))
+        sections = recipes.read(recipes.find(str(recipe)))
     elif isinstance(recipe, Recipe):
         sections = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
     elif isinstance(recipe, Mapping):
@@ -270,10 +272,20 @@ def _name_of(given: Any) -> str:
     return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
 
 
-def _setting(found: re.Match[str]) -> str:
-    """``--set key=value`` as Python has it."""
-    value = {"true": "True", "false": "False"}.get(found[2], found[2])
-    return f"settings={{{found[1]!r}: {value if value in ('True', 'False') or value.isdecimal() else repr(value)}}}"
+_FLAG = re.compile(
+    r"(?P<command>mlxgpt [^;:,]+)|--set (?P<key>[\w.]+)=(?P<value>[^\s;,:]+)|(?<![\w-])--(?P<flag>[a-z][a-z-]+)\b"
+)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    """``--set key=value`` and ``--flag`` as a program has them; a whole command stays."""
+    if found["command"]:
+        return found["command"]
+    if found["flag"]:
+        return found["flag"].replace("-", "_")
+    value = {"true": "True", "false": "False"}.get(found["value"], found["value"])
+    plain = value in ("True", "False") or value.isdecimal()
+    return f"settings={{{found['key']!r}: {value if plain else repr(value)}}}"
 
 
 @contextlib.contextmanager
@@ -282,7 +294,5 @@ def _in_python() -> Iterator[None]:
     try:
         yield
     except (UserError, RunError) as error:
-        text = re.sub(r"--set ([\w.]+)=([^\s;,:]+)", _setting, str(error))
-        text = re.sub(r"(?<![\w-])--([a-z][a-z-]+)\b", lambda found: found[1].replace("-", "_"), text)
-        error.args = (text,)
+        error.args = (_FLAG.sub(_spelled, str(error)),)
         raise

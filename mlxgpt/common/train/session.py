@@ -61,7 +61,9 @@ def _begin(kind: Kind) -> int:
     kind.set_first_state(engine, state)
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, environment | {"data": kind.describe_source()}, kind.init_from, state.step)
+        run_folder.begin(
+            out, recipe, environment | {"data": kind.describe_source()}, kind.init_from, state.step, kind.reasons
+        )
         return _train(kind, out, backend, engine, gate, state)
 
 
@@ -83,7 +85,10 @@ def _resume(kind: Kind) -> int:
         newest = checkpoint.newest_valid(out)
         before = build(newest[1].recipe if newest else stored, str(out / "recipe.toml"))
         step = newest[1].step if newest else 0
-        rounding = resume.check_recipe(out, dataclasses.asdict(before), kind.recipe, step, print)
+        rounding = resume.check_recipe(out, dataclasses.asdict(before), kind.recipe, print)
+        aside = "damaged"
+        if newest and (stable := resume.before_decay(out, before, kind.recipe, newest[1], print)):
+            newest, aside, step = stable, "decayed", stable[1].step
         if newest and (why := loop.finished(kind.recipe, newest[1])):
             print(f"{out}: nothing to do: {why}; model: {resolve.resolve_model(out)}")
             return 0
@@ -104,7 +109,7 @@ def _resume(kind: Kind) -> int:
         gate = plan_gate.gate(kind.recipe, backend, args)
         if newest:
             engine = _restored_engine(kind, backend, newest[0])
-            state = _restored_state(kind, out, newest, engine.describe(), rounding)
+            state = _restored_state(kind, out, newest, engine.describe(), rounding, aside)
         else:
             print(f"{out}: no checkpoint yet: starts from step 1")
             engine = _engine(kind, backend, kind.weights(None))
@@ -171,13 +176,14 @@ def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
 
 
 def _restored_state(
-    kind: Kind, out: Path, newest: Checkpoint, environment: dict[str, str], rounding: list[str]
+    kind: Kind, out: Path, newest: Checkpoint, environment: dict[str, str], rounding: list[str], aside: str
 ) -> RunState:
-    """The state that the run resumes from; damaged checkpoints after it are renamed."""
+    """The state that the run resumes from; checkpoints after it are renamed, to begin with ``aside``."""
     place, state = newest
     resume.say_environment(state, environment, rounding, print)
     print(f"{out}: resumes from step {state.step} ({place.name}, written by {state.framework})")
-    checkpoint.set_aside(out, state.step, print)
+    if checkpoint.set_aside(out, state.step, print, aside):
+        checkpoint.point_back(out, state)
     return dataclasses.replace(
         state, recipe=dataclasses.asdict(kind.recipe), framework=environment["framework"], environment=environment
     )
