@@ -67,6 +67,9 @@ def main() -> int:
     except BookError as error:
         print(f"python -m book: error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"python -m book: error: {error.name} is missing: pip install -e '.[docs]'", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Whether a program printed what its page says.
 
 Words and whole numbers must be the same. A number with a decimal point may differ by one in its last digit, since other
-processors round differently. ``...`` in the page stands for anything; on a line of its own, for any lines.
+processors round differently. ``...`` in the page stands for anything; on a line of its own, for any lines, or none.
 """
 
 import re
 
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
-PIECE = re.compile(rf"(?P<any>\.\.\.)|(?P<space>[ \t]+)|(?P<number>{NUMBER.pattern})")
+PIECE = re.compile(
+    rf"(?P<lines>^\.\.\.\n)|(?P<any>\.\.\.)|(?P<space>[ \t]+)|(?P<number>{NUMBER.pattern})", re.MULTILINE
+)
 
 
 def same(expected: str, found: str) -> bool:
@@ -20,7 +22,9 @@ def same(expected: str, found: str) -> bool:
     for match in PIECE.finditer(expected):
         pattern += re.escape(expected[place : match.start()])
         place = match.end()
-        if match["any"]:
+        if match["lines"]:
+            pattern += r"(?:[^\n]*\n)*?"
+        elif match["any"]:
             pattern += r"[\s\S]*?"
         elif match["space"]:
             pattern += " "

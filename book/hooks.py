@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-from book import notebooks
+from book import mathematics, notebooks
 from book.page import DOCS, NAMED, ROOT, BookError, Fence, fences
 from book.source import Shown, shown
 
@@ -36,7 +36,7 @@ def on_config(config: Any) -> Any:
     """The chapters of the course below its first page."""
     for section in config["nav"] or []:
         if "Course" in section:
-            section["Course"] += [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
+            section["Course"][1:1] = [path.relative_to(DOCS).as_posix() for path in notebooks.chapters()]
     return config
 
 
@@ -56,8 +56,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_post_build(config: Any) -> None:
-    """No address of a CDN stays, also not of what Material would load on demand, and no source maps."""
+    """Formulas are drawn; no address of a CDN stays, also not of what Material would load on demand; no source maps."""
     site = Path(config["site_dir"])
+    try:
+        mathematics.draw(site)
+    except BookError as error:
+        raise PluginError(str(error)) from None
     for path in site.glob("assets/**/*.map"):
         path.unlink()
     for path in [*site.glob("assets/**/*.js"), *site.glob("**/*.html")]:
@@ -99,14 +103,12 @@ def drawn(fence: Fence, lines: list[str]) -> str:
 
 
 def tabs(pieces: list[Shown]) -> str:
-    """A code block, or one a framework in linked tabs."""
-    made, mark = [], "===!"  # a new set of tabs, also right below another
+    """A code block, or one a framework in linked tabs, which a wide screen shows beside each other."""
+    made = []
     for piece in pieces:
         block = f'```{{.python title="{piece.path}"}}\n{piece.code}\n```'
         if piece.label:
-            block = f'{mark} "{piece.label}"\n\n' + "\n".join(
-                f"    {line}" if line else "" for line in block.splitlines()
-            )
-            mark = "==="
+            block = f'=== "{piece.label}"\n\n' + "\n".join(f"    {line}" if line else "" for line in block.splitlines())
         made.append(block)
-    return "\n\n".join(made) + "\n"
+    text = "\n\n".join(made)
+    return f'<div class="pair" markdown>\n\n{text}\n\n</div>\n' if len(pieces) > 1 else f"{text}\n"

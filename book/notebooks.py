@@ -10,7 +10,7 @@ from book.page import DOCS, ROOT, Fence, chapters, fences, output_of
 from book.source import shown
 
 ADMONITION = re.compile(r'(?P<indent> *)(?P<mark>!!!|\?\?\?\+?) (?P<kind>\w+)(?: "(?P<title>[^"]*)")?')
-LINK = re.compile(r"\]\((?P<path>[^):#]+\.md)(?P<rest>#[^)]*)?\)")
+LINK = re.compile(r"\]\((?P<page>[^):#]+)\.md(?=[#)])")
 FOLDER = ROOT / "build" / "notebooks"
 
 
@@ -126,7 +126,7 @@ def plain(prose: str) -> str:
         else:
             made += ["<details>", f"<summary>{title}</summary>", "", body, "", "</details>", ""]
         n = inside[-1]
-    return LINK.sub(r"](\g<path>\g<rest>)", "\n".join(made)).strip("\n")
+    return LINK.sub(r"](\g<page>.html", "\n".join(made)).strip("\n")  # a notebook lies beside the site's pages
 
 
 def write(run: bool) -> list[Path]:

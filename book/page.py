@@ -106,4 +106,5 @@ def chapters() -> list[Path]:
 def runnable() -> list[Path]:
     """Every page with something to run."""
     marks = re.compile(r"^ *(```(python|sh) (run|starter|check|answer)|<!-- python run)", re.MULTILINE)
-    return sorted(path for path in DOCS.glob("**/*.md") if marks.search(path.read_text(encoding="utf-8")))
+    pages = [ROOT / "README.md", *DOCS.glob("**/*.md")]
+    return sorted(path for path in pages if marks.search(path.read_text(encoding="utf-8")))

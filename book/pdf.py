@@ -44,8 +44,7 @@ def one_page(site: Path) -> str:
         body = re.sub(r'<p><a class="notebook".*?</p>', "", found[1])
         body = IDS.sub(rf'\1="\2c{number}\3', body).replace("<details", "<details open")
         made.append(f'<article class="md-content__inner md-typeset chapter">{body}</article>')
-    scripts = "".join(f'<script src="../assets/{name}.js"></script>' for name in ("katex/katex.min", "mathematics"))
-    body = f'<body dir="ltr" data-md-color-scheme="default">{STYLE}{"".join(made)}{scripts}</body>'
+    body = f'<body dir="ltr" data-md-color-scheme="default">{STYLE}{"".join(made)}</body>'
     return f'<!doctype html><html lang="en">{head}{body}</html>'
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import traceback
 import types
 from collections.abc import Iterator
@@ -161,16 +162,22 @@ def line_of(error: Exception, name: str) -> int | None:
 
 @contextlib.contextmanager
 def in_folder(folder: Path) -> Iterator[None]:
-    """The current directory, and modules that lie in it."""
-    before, path = Path.cwd(), list(sys.path)
+    """The current directory, with an empty cache of its own."""
+    before, path, cache = Path.cwd(), list(sys.path), os.environ.get("MLXGPT_CACHE")
     os.chdir(folder)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     try:
-        yield
+        with tempfile.TemporaryDirectory() as empty:
+            os.environ["MLXGPT_CACHE"] = empty
+            yield
     finally:
         os.chdir(before)
         sys.path[:] = path
+        if cache is None:
+            os.environ.pop("MLXGPT_CACHE", None)
+        else:
+            os.environ["MLXGPT_CACHE"] = cache
 
 
 @contextlib.contextmanager

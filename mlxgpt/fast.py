@@ -17,7 +17,8 @@ from mlxgpt.layers import Array, Dropout
 
 TILE = 64  # queries whose weights exist at a time; 128 costs an eighth more CPU time, at a width of 512
 MANY = 1 << 14  # elements below which the kernels' overhead is all that counts
-SCORES = 1 << 25  # attention scores that may exist at once in training on a GPU: 128 MiB in float32
+SCORES = 1 << 25  # attention scores that may exist at once on a GPU: 128 MiB in float32
+FUSED = {64, 72, 80, 96, 128}  # widths of heads for which Metal's attention of many queries keeps no scores
 
 
 def helps(x: Array) -> bool:
@@ -146,10 +147,16 @@ def after(done: list[Array], x: Array) -> Array:
     return mx.depends([x], done)[0] if done else x
 
 
+def fuses(head_dim: int, softcap: float) -> bool:
+    """Whether attention without a gradient and without dropout is one kernel on Metal, which makes no scores."""
+    return head_dim in FUSED and not softcap
+
+
 def tile(rows: int, heads: int, queries: int, keys: int, device: mx.Device) -> int:
-    """Queries of a tile of attention that is trained on a GPU; 0: its scores are few enough to exist as a whole.
+    """Queries of a tile of attention on a GPU that is not fused; 0: its scores are few enough to exist as a whole.
 
     MLX's fused attention has no gradient on Metal: in training all scores (B, H, T, S) exist and their softmax is kept.
+    Without a gradient they exist where a head has another width than ``FUSED`` or scores are capped.
     """
     if device == mx.Device(mx.cpu) or rows * heads * queries * keys <= SCORES:
         return 0

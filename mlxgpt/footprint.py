@@ -1,4 +1,4 @@
-"""Peak memory of real steps, measured: ``python -m mlxgpt.footprint DEVICE BYTES`` (common/plan/worker.py)."""
+"""Peak memory of real steps, measured: ``python -m mlxgpt.footprint DEVICE`` (common/plan/worker.py)."""
 
 import contextlib
 import gc
@@ -59,4 +59,4 @@ def footprint(recipe: Recipe, rows: int, length: int, micro_batches: int = 1, de
 
 
 if __name__ == "__main__":
-    worker.serve(lambda job: measure(job, sys.argv[1]), lambda size: limit(sys.argv[1], size))
+    worker.serve(lambda job: measure(job, sys.argv[1]), lambda size: limit(sys.argv[1], size), engines.devices)

@@ -13,11 +13,14 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
+from mlx.utils import tree_flatten
 
-from mlxgpt import fast, noise
+from mlxgpt import fast, inputs, noise
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import rotary
+from mlxgpt.common.model import params, rotary
+from mlxgpt.common.model.sizes import describe
+from mlxgpt.device import is_gpu
 from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 BLOCK = 256  # tokens by which a cache grows
@@ -61,6 +64,19 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float) -> Array:
+    """softmax(scale q k^T), (B, K, H / K, T, S): how much each query takes of each value; arguments as in attend."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, K, H // K, T, D)
+    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if softcap:
+        scores = softcap * mx.tanh(scores / softcap)
+    if mask is not None:
+        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
 def attend(
     q: Array,
     k: Array,
@@ -79,13 +95,7 @@ def attend(
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    q = (q * scale).reshape(B, K, H // K, T, D)
-    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
-    if softcap:
-        scores = softcap * mx.tanh(scores / softcap)
-    if mask is not None:
-        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
-    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = weigh(q, k, mask, scale, softcap)
     if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row, elements)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
@@ -97,7 +107,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self._config = config
+        self._config, self._scale = config, config.attn_scale or config.head_dim**-0.5
         if config.fused_qkv:
             self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
         else:
@@ -110,14 +120,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(kv if full else config.head_dim, config, bias=False)
         self.c_proj = Linear(width, c, config.out_bias)
 
-    def __call__(
-        self,
-        x: Array,
-        mask: Array | str | None,
-        rope: tuple[Array, Array] | None,
-        cache: Cache | None,
-        drop: Dropout | None,
-    ) -> Array:
+    def project(self, x: Array, rope: tuple[Array, Array] | None, drop: Dropout | None) -> tuple[Array, Array, Array]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C), normed and at their positions."""
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
@@ -135,11 +139,29 @@ class Attention(nn.Module):
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def weights(self, x: Array, mask: Array | None, rope: tuple[Array, Array] | None) -> Array:
+        """Where the tokens of x (B, T, C) look, (B, H, T, T): what the heads compute with, but for dropout."""
+        q, k, _ = self.project(x, rope, None)
+        return weigh(q, k, mask, self._scale, self._config.attn_softcap).reshape(*q.shape[:3], -1)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | str | None,
+        rope: tuple[Array, Array] | None,
+        cache: Cache | None,
+        drop: Dropout | None,
+    ) -> Array:
+        B, T, _ = x.shape
+        q, k, v = self.project(x, rope, drop)
         if cache is not None:
             k, v = cache.append(k, v)
-        run = attend if cache or not self.training else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
+        softcap = self._config.attn_softcap
+        run = attend if not self.training and fast.fuses(q.shape[-1], softcap) else partial(fast.tiled, attend)
+        y = run(q, k, v, mask, drop, self._scale, softcap)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)
 
 
 def activate(x: Array, kind: str) -> Array:
@@ -233,15 +255,31 @@ class Block(nn.Module):
 class Model(nn.Module):
     """tokens (B, T) -> logits (B, T, V) in float32.
 
+    ``checks``: a call looks whether the vocabulary has its tokens; see inputs.taken.
+
     Args:
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
         deterministic: gradients in one order of addition, also on a GPU.
+        seed: of the initial weights, those of params.init_params, and of dropout; None leaves all weights zero.
+
+    Raises:
+        UserError: config has no vocab_size.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, deterministic: bool = False):
+    checks = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: mx.Dtype = mx.float32,
+        deterministic: bool = False,
+        seed: int | None = 1337,
+    ):
         super().__init__()
-        self._config, self._dtype = config, dtype
+        if not config.vocab_size:
+            raise UserError("model.vocab_size = 0: expected the number of tokens, such as tokenizer.n_vocab")
+        self._config, self._dtype, self._seed, self._masks, self._given = config, dtype, seed or 0, None, None
         self.wte = Embedding(config.vocab_size, config.n_embd, deterministic)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd, deterministic)
@@ -253,6 +291,9 @@ class Model(nn.Module):
             self.score = Linear(config.n_embd, len(config.labels), False)
         elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+        for name, array in params.init_params(config, seed).items() if seed is not None else ():
+            path, _, kind = name.rpartition(".")
+            setattr(self.at(path), kind, mx.array(array))
 
     @property
     def config(self) -> ModelConfig:
@@ -263,6 +304,32 @@ class Model(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    @property
+    def dropout(self) -> float:
+        """The rate at which a call in training mode drops, on embeddings, attention weights and both branches.
+
+        Set it to begin the masks again: those of call n are a function of (seed, n), in both frameworks the same.
+        """
+        return self._masks.rate if self._masks else 0.0
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        self._masks = noise.Masks(rate, self._seed, self._config.n_layer) if params.rate(rate) else None
+
+    def give(self, drop: Dropout | None) -> None:
+        """The masks of the calls that follow; None: what ``dropout`` says."""
+        object.__setattr__(self, "_given", drop)  # a tuple of a step's arrays is no part of the model
+
+    def masks(self) -> Dropout | None:
+        """What a call drops that is not told: what was given, else, in training mode, what ``dropout`` says."""
+        if self._given is not None or self._masks is None or not self.training:
+            return self._given
+        return self._masks.draw()
+
+    def __repr__(self) -> str:
+        trained = {name for name, _ in tree_flatten(self.trainable_parameters())}
+        return describe(self, dict(tree_flatten(self.parameters())), trained)
 
     def at(self, path: str) -> Any:
         """The module at a path such as h.0.attn.q_proj."""
@@ -308,9 +375,13 @@ class Model(nn.Module):
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
+        inside: Array | None = None,
     ) -> Array:
-        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
-        T = tokens.shape[1]
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
+
+        ``inside`` (B, T) is False where a token is to count as NaN.
+        """
+        T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
@@ -323,6 +394,8 @@ class Model(nn.Module):
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if inside is not None:
+            x = mx.where(inside[..., None], x, float("nan"))
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
@@ -355,7 +428,7 @@ class Model(nn.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Any,
         positions: Array | None = None,
         segments: Array | None = None,
         pad: Array | None = None,
@@ -365,14 +438,19 @@ class Model(nn.Module):
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:
-            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            tokens: (B, T) ids, an array of MLX, of numpy or lists.
             positions: (T,) or (B, T); default: what follows the cache.
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
 
         Raises:
-            UserError: more tokens than block_size.
+            UserError: more tokens than block_size, none, an id that the vocabulary lacks, or no rows of integers.
         """
-        x = self.hidden(tokens, positions, segments, pad, cache)
+        inside = None
+        if self.checks or not isinstance(tokens, Array):
+            # a GPU is not made to wait for each step of training, nor for each token that is drawn
+            read = not is_gpu(tokens) or not (self.training or (cache and cache[0].offset))
+            tokens, inside = inputs.taken(tokens, self._config.vocab_size, read)
+        x = self.hidden(tokens, positions, segments, pad, cache, inside=inside)
         return self.head(x[:, -1:] if last_only else x)

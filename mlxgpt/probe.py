@@ -1,8 +1,9 @@
 """What a model makes of given tokens, in MLX; common/inference/probe.py names the arrays and their use."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -22,20 +23,21 @@ from mlxgpt.generate import generate
 from mlxgpt.layers import Array
 from mlxgpt.load import load
 from mlxgpt.losses import Arrays, lm
-from mlxgpt.model import Block, Model
+from mlxgpt.model import Model
 
 
 class Watched(nn.Module):
-    """A block that keeps what it was last given and gave."""
+    """A module that keeps what it was last given and gave."""
 
-    def __init__(self, block: Block):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.block = block
-        self._given = self._gave = mx.zeros(())
+        self.module = module
+        self._given: tuple[Any, ...] = ()
+        self._gave = mx.zeros(())
 
-    def __call__(self, x: Array, *rest: object) -> Array:
-        self._given = x
-        self._gave = self.block(x, *rest)  # type: ignore[arg-type]
+    def __call__(self, *given: Any) -> Array:
+        self._given = given
+        self._gave = self.module(*given)  # type: ignore[operator]
         return self._gave
 
 
@@ -51,18 +53,73 @@ def host(array: Array) -> np.ndarray:
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 
+def put(model: Model, path: str, module: nn.Module) -> None:
+    """Puts a module where ``path`` says, such as h.0 or h.0.attn."""
+    above, _, name = path.rpartition(".")
+    owner: Any = model.at(above) if above else model
+    if name.isdigit():
+        owner[int(name)] = module
+    else:
+        setattr(owner, name, module)
+
+
+def watch(model: Model, tokens: Array, paths: Sequence[str]) -> dict[str, Watched]:
+    """The modules at the paths, inner ones first, with what one pass over tokens (1, T) showed of each."""
+    watched = {path: Watched(model.at(path)) for path in paths}
+    try:
+        for path, each in watched.items():
+            put(model, path, each)
+        model.hidden(tokens)
+    finally:
+        for path, each in reversed(watched.items()):
+            put(model, path, each.module)
+    return watched
+
+
 def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
-    blocks = list(model.h)
-    watched = [Watched(block) for block in blocks]
-    model.h = watched  # type: ignore[assignment]
-    last = model.hidden(tokens)
-    model.h = blocks
-    yield "logits", host(model.head(last[:, -KEPT:])[0])
-    yield "hidden.embed", host(watched[0]._given[0, -KEPT:])
-    for n, block in enumerate(watched):
-        yield f"hidden.h.{n}", host(block._gave[0, -KEPT:])
-    yield "hidden.ln_f", host(last[0, -KEPT:])
+    seen = watch(model, tokens, [*(f"h.{n}" for n in range(model.config.n_layer)), "ln_f"])
+    yield "logits", host(model.head(seen["ln_f"]._gave[:, -KEPT:])[0])
+    yield "hidden.embed", host(seen["h.0"]._given[0][0, -KEPT:])
+    for path, each in seen.items():
+        yield f"hidden.{path}", host(each._gave[0, -KEPT:])
+
+
+class Inside:
+    """One pass over ids (T,), of which common/inference/inspection.py asks arrays on the host."""
+
+    def __init__(self, model: Model, ids: np.ndarray):
+        self.model, layers = model, range(model.config.n_layer)
+        self._seen = watch(
+            model, mx.array(ids[None]), [f"h.{n}{part}" for n in layers for part in (".attn", ".mlp", "")]
+        )
+
+    def stream(self, place: int) -> np.ndarray:
+        """The residual stream (T, C) before block ``place``; n_layer: after the last."""
+        return host(self._stream(place)[0])
+
+    def branch(self, layer: int, part: str) -> np.ndarray:
+        """What ``attn`` or ``mlp`` of a block gives, (T, C), before a norm or multiplier that follows it."""
+        return host(self._seen[f"h.{layer}.{part}"]._gave[0])
+
+    def attention(self, layer: int) -> np.ndarray:
+        """Where the tokens look in a layer, (H, T, T): the weights of its heads, 0 where they may not."""
+        config, module = self.model.config, self._seen[f"h.{layer}.attn"]
+        x, _, rope, *_ = module._given
+        window = config.window if layer in config.window_layers else 0
+        mask: Any = self.model.mask(x.shape[1], x.shape[1], None, None, window, fused=False)
+        return host(self.model.at(f"h.{layer}.attn").weights(x, mask, rope)[0])
+
+    def lens(self, place: int, start: int, stop: int) -> np.ndarray:
+        """Logits (t, V) that the last norm and the head make of the stream at tokens start to stop."""
+        return host(self.model.head(self.model.ln_f(self._stream(place)[:, start:stop]))[0])
+
+    def embeddings(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the embedding, (n, C), with what an adapter adds to them."""
+        return host(self.model.wte(mx.arange(start, stop)))
+
+    def _stream(self, place: int) -> Array:
+        return self._seen[f"h.{place - 1}"]._gave if place else self._seen["h.0"]._given[0]
 
 
 def gradients(model: Model, tokens: Array, targets: Array) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from book import check, hooks, notebooks
+from book import check, hooks, mathematics, notebooks
 from book.compare import same
 from book.page import ROOT, BookError, fences
 from book.running import run_page
@@ -136,6 +136,9 @@ def test_what_is_slow_runs_only_where_it_is_asked_for(tmp_path: Path) -> None:
         ("300 steps", "301 steps", False),
         ("a\n...\nd", "a\nb\nc\nd", True),
         ("a\n...\nd", "a\nb\nc", False),
+        ("a\n...\nd", "a\nd", True),
+        ("...\nd", "d", True),
+        ("...\nd", "c d", False),
         ("done in ... s", "done in 3.2 s", True),
         ("0.9 ", "0.9", True),
         ("0.9", "nan", False),
@@ -190,7 +193,7 @@ def test_a_page_as_the_site_shows_it() -> None:
     assert "secret = 7" not in text
     assert "```{.text .output}\n3.1416\n```" in text
     assert '    ```{.python title="The check"}\n' in text
-    assert text.count('===! "MLX"') == text.count('=== "PyTorch"') == 2
+    assert text.count('<div class="pair" markdown>') == text.count('=== "MLX"') == text.count('=== "PyTorch"') == 2
     assert "def rotate(" in text
 
 
@@ -201,6 +204,19 @@ def test_a_notebook_has_the_pages_cells_outputs_and_a_check_that_may_fail() -> N
     assert '```python tags=["raises-exception"]\nassert twice' in markdown
     assert '```python jupyter={"source_hidden": true}\nsecret' in markdown
     assert "\nIt adds." in markdown and "<summary>1. Why?</summary>" in markdown and "???" not in markdown
+
+
+def test_formulas_are_drawn_when_the_site_is_built_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    page.write_text(
+        '<span class="arithmatex">\\(x &lt; y\\)</span><div class="arithmatex">\\[\n\\frac{1}{2}\n\\]</div>'
+    )
+    assert mathematics.draw(tmp_path) == 2
+    text = page.read_text()
+    assert text.count('class="katex"') == 2 and text.count('class="katex-display"') == 1 and "\\(" not in text
+    page.write_text('<span class="arithmatex">\\(\\notacommand\\)</span>')
+    with pytest.raises(BookError, match="a.html: .*notacommand.*Undefined control sequence"):
+        mathematics.draw(tmp_path)
 
 
 def test_links_that_lead_nowhere_and_foreign_addresses_are_found(tmp_path: Path) -> None:
@@ -236,6 +252,6 @@ def test_the_site_builds_without_the_network_and_all_its_links_lead_somewhere(tm
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site/extending.html").read_text()
-    assert "katex.min.js" in page and "iframe-worker/shim.js" in page
+    assert "katex.min.css" in page and "iframe-worker/shim.js" in page
     reference = (tmp_path / "site/api/model.html").read_text()
     assert 'id="mlxgpt.model.attend"' in reference

@@ -62,6 +62,12 @@ MEMORY: list[tuple[Exception, str]] = [
     (OutOfMemoryError("CUDA out of memory. Tried to allocate 8.13 GiB (GPU 0; 10.76 GiB total)"), ": 8.13 GiB could"),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), ""),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), ": cuBLAS could"),
+    (RuntimeError("cublasLtCreate(&storage.handle) failed with code: 3."), ": cuBLAS could not start"),
+    (
+        OutOfMemoryError(CUDA.replace("in use. ", "in use. 7.00 GiB allowed; ")),  # train.memory_limit
+        ": 20.00 GiB could not be allocated, the GPU has 139.81 GiB, of which this process may use 7.00 GiB",
+    ),
     (
         RuntimeError(
             "MPS backend out of memory (MPS allocated: 17.29 GiB, other allocations: 1.35 MiB, max allowed: 18.13 GiB)."
@@ -98,6 +104,11 @@ OTHERS = [
     ("[metal::set_wired_limit] Setting a wired limit larger than the maximum working set size", "train.wired_limit"),
     ("CUDA error: device-side assert triggered\nCUDA kernel errors", "token id"),
     ("CUDA error: no kernel image is available for execution on the device", "build"),
+    (
+        "No valid triton configs. OutOfMemoryError: out of resource: triton_tem_flex_attention_0 Required: 139776 "
+        "Hardware limit: 101376",
+        "shared memory",
+    ),
     ("[Compile::eval_cpu] Failed to compile function X: Failed to execute command", "temporary folder"),
 ]
 

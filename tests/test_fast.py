@@ -219,24 +219,48 @@ def test_no_array_of_tiles_has_the_size_of_all_scores(drawn: bool, gpu: None, mo
     assert max(sizes(lambda *given: list(Opened.backward(given, c, c))[:3], q, k, v, *more)) <= fast.SCORES
 
 
-def test_few_scores_are_made_as_before(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the threshold, after a cache and without a gradient attention is MLX's own."""
-    config, used, plain = recipe("llama-gqa"), [], mx.fast.scaled_dot_product_attention
+@pytest.mark.parametrize(
+    ("case", "fused", "whole"), [("llama-gqa", {16}, True), ("llama-gqa", {64}, False), ("gemma2", {16}, False)]
+)
+def test_few_scores_are_made_as_before(
+    case: str, fused: set[int], whole: bool, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the threshold, and without a gradient where Metal has a kernel for the width and scores are not capped."""
+    config, used, plain = recipe(case), [], model.attend
     monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
-    monkeypatch.setattr(
-        mx.fast,
-        "scaled_dot_product_attention",
-        lambda q, *given, **more: used.append(q.shape[2]) or plain(q, *given, **more),
-    )
+    monkeypatch.setattr(model, "attend", lambda q, *given: used.append(q.shape[2]) or plain(q, *given))
+    monkeypatch.setattr(fast, "FUSED", fused)
     trained = engine("mlxgpt", config, moved(config))
     batch = trained._arrays(packed(config))
+
+    def loss_and_logits() -> tuple[float, mx.array]:
+        score = trained.evaluate(packed(config))["loss"]
+        trained.model.eval()
+        logits = trained.model(batch.tokens[:, :20], cache=model.make_cache(trained.model, 4, 20))
+        trained.model.train()
+        return score, logits
+
+    before, logits = loss_and_logits()
     trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
-    monkeypatch.setattr(fast, "SCORES", 4 * 4 * 31 * 16)
-    trained.evaluate(packed(config))
-    trained.model(batch.tokens, cache=model.make_cache(trained.model, 4, 31))
-    assert set(used) == {31}
+    length = batch.tokens.shape[1]
+    assert set(used) == {length, 20}
+    used.clear()
+    monkeypatch.setattr(fast, "SCORES", 4 * 4 * 31 * 8)
+    trained._run_evaluate = trained._evaluate  # not what was compiled before
+    after, tiled = loss_and_logits()
+    assert set(used) == {length, 20} if whole else max(used) < 10
+    assert after == pytest.approx(before, rel=1e-6)
+    agree("logits", np.array(tiled), np.array(logits), 1e-5)
+    used.clear()
     trained._objective(batch, trained._keys(1), mx.array(0, mx.uint32))
-    assert set(used) == {31, 8, 7}
+    assert max(used) < 10
+
+
+def test_metals_attention_kernel_serves_the_widths_that_mlx_names() -> None:
+    """As has_fused_kernel and use_fallback in MLX 0.32's backend/metal/scaled_dot_product_attention.cpp."""
+    widths = (16, 32, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+    assert [width for width in widths if fast.fuses(width, 0.0)] == [64, 72, 80, 96, 128]
+    assert not fast.fuses(64, 30.0)
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "gpt2", "gemma2"])

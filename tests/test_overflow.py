@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import templates
-from examples import LONG, WORDS, chat_rows, only, opened, small_tokenizer
 from models import tiny
 
+from examples import LONG, WORDS, chat_rows, only, opened, small_tokenizer
 from mlxgpt.common.chat import shorten
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import worst
-from examples import chat_rows, opened, small_tokenizer
 from models import tiny, weights
 
+from examples import chat_rows, opened, small_tokenizer
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig
 from mlxgpt.common.sft import pack

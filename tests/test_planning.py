@@ -6,14 +6,17 @@ import dataclasses
 import importlib
 import json
 import pickle
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_run
@@ -21,10 +24,12 @@ import pytest
 
 from benchmarks import planning
 from mlxgpt import cli
+from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import chips, closed, machine, measured, similar, worker
 from mlxgpt.common.plan import compute as plan_compute
@@ -58,7 +63,7 @@ def ratio(backend: str, setting: planning.Setting, scale: int = 2) -> float:
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_a_copy_of_half_the_sizes_tells_the_memory(backend: str, setting: planning.Setting) -> None:
     # MLX frees when its CPU thread gets to it: beside other processes single tries were 0.907 to 1.014
-    tries = 3 if backend == "mlx" else 1
+    tries = 10 if backend == "mlx" else 1
     assert any(GATE[0] <= ratio(backend, setting) <= GATE[1] for _ in range(tries))
 
 
@@ -100,9 +105,14 @@ def per_row(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> F
 
 
 def test_the_largest_micro_batch_and_row_that_fit() -> None:
-    recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}})
+    tiny = {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}
+    recipe = build({"model": tiny, "train": {"batch_size": 1}})
     spare = plan_memory.checkpoint_copy(recipe)
     assert plan_memory.largest_rows(recipe, per_row, 70_500 + spare) == 7
+    trains = params.count(recipe.model)
+    several = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=16))
+    # Fewer rows than the batch: several micro-batches, which keep the gradients' sum besides.
+    assert plan_memory.largest_rows(several, per_row, 70_500 + 4 * trains + spare) == 7
     assert plan_memory.largest_rows(recipe, per_row, 9_000 + spare) == 0
     assert plan_memory.largest_rows(recipe, per_row, 10_000 * 3000 + spare) == 3000  # far beyond what is measured
 
@@ -110,17 +120,29 @@ def test_the_largest_micro_batch_and_row_that_fit() -> None:
         return Footprint(max(500_000, per_row(recipe, rows, length).peak), [])  # weights hide the first 50 rows
 
     assert plan_memory.largest_rows(recipe, two_lines, 10_000 * 3000 + spare) == 3000
-    one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=1))
-    long = plan_memory.longest(one, per_row, 100_000)
+    long = plan_memory.longest(recipe, per_row, 100_000)
     model = dataclasses.replace(recipe.model, block_size=long)
     assert 60 < long <= 100
-    assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(one, model=model)) <= 100_000
+    assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(recipe, model=model)) <= 100_000
+
+
+def test_a_row_that_does_not_fit_is_not_the_longest_because_weights_hid_what_grows() -> None:
+    recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 100_000, "vocab_size": 5},
+                    "train": {"batch_size": 1}})  # fmt: skip
+
+    def hidden(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
+        return Footprint(max(10**9, 10 * rows * length**2), [])
+
+    assert 17_000 < plan_memory.longest(recipe, hidden, 4 * 10**9) < 20_001
 
 
 def answer(self: measured.Measured, job: bytes, left: float | None) -> dict:
-    """In place of the subprocess: what the closed form says."""
+    """In place of the process that measures: what the closed form says."""
     recipe, rows, length, count, *_ = pickle.loads(job)
     return {"peak": closed.footprint(recipe, rows, length, count, self.backend).peak, "fixed": 0}
+
+
+HERE = {"device": "cpu", "cpu": True, "capacity": {}}
 
 
 @pytest.mark.parametrize(
@@ -130,15 +152,58 @@ def answer(self: measured.Measured, job: bytes, left: float | None) -> dict:
 def test_what_a_plan_of_a_shipped_recipe_takes(
     recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    used = []
-    monkeypatch.setattr(measured.Measured, "_answer", answer)
-    monkeypatch.setattr(measured.Measured, "close", lambda self: used.append(self))
+    used, jobs = [], []
+
+    def note(self: measured.Measured, job: bytes, left: float | None) -> dict:
+        used.append(self)
+        jobs.append(pickle.loads(job))
+        return answer(self, job, left)
+
+    monkeypatch.setattr(measured.Measured, "_answer", note)
+    monkeypatch.setattr(measured.Process, "begin", lambda self: HERE)
     argv = ["plan", recipe, "--json", "--backend", backend, "--device", "cpu", "--set", "data.tokenizer=char"]
     found = json.loads(command(argv, capsys))
     assert sum(found["memory"]["components"].values()) == found["memory"]["peak"]
     assert not [note for note in found["notes"] if "to about 25%" in note]
     assert 0 < used[0].spent < 35e9 < measured.BUDGET
     assert used[0].steps <= 18 and not used[0].broken
+    # PyTorch's recomputation imports its compiler: 5 s
+    assert backend == "mlx" or not any(job.recipe.train.checkpoint_activations for job in jobs)
+
+
+def test_a_plan_imports_no_framework_but_in_the_process_that_measures() -> None:
+    code = """if True:
+        import sys
+        from mlxgpt import cli
+        from mlxgpt.common.plan import measured
+
+        measured.Process.begin = lambda self: {"device": "cpu", "cpu": True, "capacity": {}}
+        measured.Measured._answer = lambda self, job, left: {"peak": 10**9, "fixed": 0}
+        for backend in ("mlx", "torch"):
+            assert cli.main(["plan", "pydocs", "--json", "--backend", backend, "--device", "cpu"]) == 0
+        assert not {"torch", "mlx.core"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_a_plan_refuses_before_it_measures(capsys: pytest.CaptureFixture) -> None:
+    for argv, line in (
+        (["--backend", "mlx", "--device", "cuda"], "--device cuda: MLX has "),
+        (["nothing"], "nothing"),
+        (["--set", "model.n_layer=0"], "n_layer"),
+    ):
+        assert cli.main(["plan", *argv]) == 2
+        out, err = capsys.readouterr()
+        assert line in err and not out and err.count("\n") == 1
+
+
+def test_a_framework_that_the_process_cannot_import_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(measured.Process, "begin", lambda self: None)
+    monkeypatch.setattr(backends, "_broken", lambda name: "does not import (libmlx.so: no such file)")
+    assert cli.main(["plan", "pydocs", "--backend", "mlx"]) == 2
+    assert capsys.readouterr().err.count("does not import (libmlx.so: no such file)") == 1
 
 
 def test_ctrl_c_and_sigterm_end_the_plan_and_the_process_that_measures() -> None:
@@ -152,6 +217,42 @@ def test_ctrl_c_and_sigterm_end_the_plan_and_the_process_that_measures() -> None
             assert wait_for(lambda children=children: not running() & children)
         finally:
             plan.kill()
+
+
+def test_a_kernel_that_is_compiled_while_the_plan_ends_is_written_whole(tmp_path: Path) -> None:
+    begun, kernel = tmp_path / "begun", tmp_path / "kernel"
+    compiler = f"echo > {begun}; sleep 0.3; echo > {kernel}"
+    process = measured.Process("mlx", "cpu")
+    code = f"import subprocess; print('{{}}', flush=True); subprocess.run(['sh', '-c', {compiler!r}])"
+    process.command = [sys.executable, "-c", code]
+    with process:
+        assert process.begin() == {}
+        wait_for(begun.exists)
+        assert not kernel.exists()
+    wait_for(kernel.exists)
+
+
+def test_the_process_that_measures_removes_a_kernel_that_was_not_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kernel = tmp_path / "libkernel.so"
+    kernel.write_bytes(b"half")
+
+    def measure(job: worker.Job) -> dict[str, int]:
+        raise RuntimeError(f"Could not load C++ shared library {kernel}: file too short")
+
+    messages: Any = iter([2**30, None])
+    monkeypatch.setattr(sys, "argv", ["footprint", "cpu"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(queue, "Queue", lambda: SimpleNamespace(get=lambda: next(messages)))
+    monkeypatch.setattr(worker, "cap_address_space", lambda size: None)
+    with pytest.raises(StopIteration):
+        worker.serve(measure, lambda size: None, importlib.import_module("mlxgpt.device"))
+    told, answered = map(json.loads, capsys.readouterr().out.splitlines())
+    assert told == {"device": "cpu", "cpu": True, "capacity": {}}
+    assert "not written whole" in answered["error"] and not kernel.exists()
 
 
 def children_of(parent: int) -> set[int]:
@@ -201,7 +302,10 @@ def test_planning_leaves_the_default_device_as_it_was(
 ) -> None:
     import mlx.core as mx
 
-    monkeypatch.setattr(measured.Measured, "_answer", answer)
+    def refuse(self: measured.Process) -> None:
+        raise OSError(11, "Resource temporarily unavailable")  # so this process asks the framework itself
+
+    monkeypatch.setattr(measured.Process, "begin", refuse)
     monkeypatch.setattr(mx, "set_default_device", lambda device: pytest.fail(f"{device} is the default device now"))
     command(["plan", "pydocs", "--device", "cpu", *SMALL], capsys)
 
@@ -279,6 +383,18 @@ def test_a_budget_becomes_a_recipe_that_train_takes(capsys: pytest.CaptureFixtur
     assert found["seconds"] == pytest.approx(3.6, rel=0.3)
 
 
+@pytest.mark.parametrize(("backend", "gigabytes"), [("mlx", 1), ("torch", 2)])
+def test_what_a_memory_budget_chooses_fits_into_it_also_where_gradients_of_micro_batches_are_summed(
+    backend: str, gigabytes: int
+) -> None:
+    base = build(recipes.read_toml(recipes.find("llama-10m")))
+    base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=4096))
+    measure = measured.computed(backend, True)
+    found = plan_budget.choose(base, None, gigabytes * 10**9, measure).recipe
+    assert 1 <= found.train.micro_batch_size < found.train.batch_size
+    assert plan_memory.plan(found, measure).whole <= gigabytes * 10**9
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
@@ -317,7 +433,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
     recipe = build({"model": {"vocab_size": 13, "n_layer": 1, "n_embd": 8, "n_head": 2, "block_size": 8}})
     backend, spare = fake_run.load_backend("mlx"), plan_memory.checkpoint_copy(recipe)
     steps = fake_run.footprint
-    monkeypatch.setattr(measured, "here", lambda *_: contextlib.nullcontext(lambda *args: steps(*args)))
+    monkeypatch.setattr(measured, "Measured", lambda *_: contextlib.nullcontext(lambda *args: steps(*args)))
     monkeypatch.setattr(fake_run, "FREE", 4500 + spare)
     with pytest.raises(UserError, match=r"would fit: --set train.micro_batch_size=4; --force"):
         plan_gate.gate(recipe, backend, arguments())

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import templates
-from examples import LONG, chat_rows, only, opened, small_tokenizer
 from models import tiny
 
+from examples import LONG, chat_rows, only, opened, small_tokenizer
 from mlxgpt import cli
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError

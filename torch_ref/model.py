@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import rotary
-from torch_ref import fast, noise
+from mlxgpt.common.model import params, rotary
+from mlxgpt.common.model.sizes import describe
+from torch_ref import fast, inputs, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 Mask = Array | str | fast.BlockMask | None
@@ -63,6 +64,19 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float) -> Array:
+    """softmax(scale q k^T), (B, K, H / K, T, S): how much each query takes of each value; arguments as in attend."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, K, H // K, T, D)
+    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -float("inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+
+
 def attend(
     q: Array,
     k: Array,
@@ -90,13 +104,7 @@ def attend(
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    q = (q * scale).reshape(B, K, H // K, T, D)
-    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -float("inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    weights = weigh(q, k, mask, scale, softcap)
     if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
@@ -108,7 +116,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self._config = config
+        self._config, self._scale = config, config.attn_scale or config.head_dim**-0.5
         if config.fused_qkv:
             self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
         else:
@@ -121,14 +129,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(kv if full else config.head_dim, config, bias=False)
         self.c_proj = Linear(width, c, config.out_bias)
 
-    def forward(
-        self,
-        x: Array,
-        mask: Mask,
-        rope: tuple[Array, Array] | None,
-        cache: Cache | None,
-        drop: Dropout | None,
-    ) -> Array:
+    def project(self, x: Array, rope: tuple[Array, Array] | None, drop: Dropout | None) -> tuple[Array, Array, Array]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C), normed and at their positions."""
         B, T, _ = x.shape
         H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
         if self._config.qkv_by_head:
@@ -146,10 +148,27 @@ class Attention(nn.Module):
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def weights(self, x: Array, mask: Array | None, rope: tuple[Array, Array] | None) -> Array:
+        """Where the tokens of x (B, T, C) look, (B, H, T, T): what the heads compute with, but for dropout."""
+        q, k, _ = self.project(x, rope, None)
+        return weigh(q, k, mask, self._scale, self._config.attn_softcap).reshape(*q.shape[:3], -1)
+
+    def forward(
+        self,
+        x: Array,
+        mask: Mask,
+        rope: tuple[Array, Array] | None,
+        cache: Cache | None,
+        drop: Dropout | None,
+    ) -> Array:
+        B, T, _ = x.shape
+        q, k, v = self.project(x, rope, drop)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask, drop, self._config.attn_scale or D**-0.5, self._config.attn_softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, H * D), drop)
+        y = attend(q, k, v, mask, drop, self._scale, self._config.attn_softcap)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)
 
 
 def activate(x: Array, kind: str) -> Array:
@@ -240,19 +259,29 @@ class Block(nn.Module):
 class Model(nn.Module):
     """tokens (B, T) -> logits (B, T, V) in float32.
 
+    ``checks``: a call looks whether the vocabulary has its tokens; see inputs.taken.
+
     Args:
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
+        seed: of the initial weights, those of params.init_params, and of dropout; None leaves all weights zero.
+
+    Raises:
+        UserError: config has no vocab_size.
     """
+
+    checks = True
 
     _cos: Array
     _sin: Array
     _cos_local: Array
     _sin_local: Array
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 1337):
         super().__init__()
-        self._config, self._dtype = config, dtype
+        if not config.vocab_size:
+            raise UserError("model.vocab_size = 0: expected the number of tokens, such as tokenizer.n_vocab")
+        self._config, self._dtype, self._seed, self._masks, self._given = config, dtype, seed or 0, None, None
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -267,6 +296,9 @@ class Model(nn.Module):
             self.score = Linear(config.n_embd, len(config.labels), False)
         elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+        for name, array in params.init_params(config, seed).items() if seed is not None else ():
+            path, _, kind = name.rpartition(".")
+            getattr(self.at(path), kind).data = torch.from_numpy(array)
 
     @property
     def config(self) -> ModelConfig:
@@ -277,6 +309,33 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    @property
+    def dropout(self) -> float:
+        """The rate at which a call in training mode drops, on embeddings, attention weights and both branches.
+
+        Set it to begin the masks again: those of call n are a function of (seed, n), in both frameworks the same.
+        """
+        return self._masks.rate if self._masks else 0.0
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        made = noise.Masks(rate, self._seed, self._config.n_layer) if params.rate(rate) else None
+        self._masks = made.to(self.device) if made else None
+
+    def give(self, drop: Dropout | None) -> None:
+        """The masks of the calls that follow; None: what ``dropout`` says."""
+        object.__setattr__(self, "_given", drop)  # a tuple of a step's arrays is no part of the model
+
+    def masks(self) -> Dropout | None:
+        """What a call drops that is not told: what was given, else, in training mode, what ``dropout`` says."""
+        if self._given is not None or self._masks is None or not self.training:
+            return self._given
+        return self._masks.draw()
+
+    def __repr__(self) -> str:
+        trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        return describe(self, dict(itertools.chain(self.named_parameters(), self.named_buffers())), trained)
 
     @property
     def device(self) -> torch.device:
@@ -338,9 +397,13 @@ class Model(nn.Module):
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
+        inside: Array | None = None,
     ) -> Array:
-        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
-        T = tokens.shape[1]
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
+
+        ``inside`` (B, T) is False where a token is to count as NaN.
+        """
+        T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
@@ -350,11 +413,15 @@ class Model(nn.Module):
         drops = bool(drop and drop.rate)
         fused = not drops and not config.attn_softcap
         flexible = not drops and pad is None and cache is None and fast.flexes(self.device, config.head_dim)
+        # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k
+        flexible = flexible and not (recompute and config.attn_softcap)
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if inside is not None:
+            x = torch.where(inside[..., None], x, float("nan"))
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
@@ -387,7 +454,7 @@ class Model(nn.Module):
 
     def forward(
         self,
-        tokens: Array,
+        tokens: Any,
         positions: Array | None = None,
         segments: Array | None = None,
         pad: Array | None = None,
@@ -397,14 +464,19 @@ class Model(nn.Module):
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:
-            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            tokens: (B, T) ids, a tensor, an array of numpy or lists.
             positions: (T,) or (B, T); default: what follows the cache.
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
 
         Raises:
-            UserError: more tokens than block_size.
+            UserError: more tokens than block_size, none, an id that the vocabulary lacks, or no rows of integers.
         """
-        x = self.hidden(tokens, positions, segments, pad, cache)
+        inside = None
+        if self.checks or not isinstance(tokens, Array):
+            # a GPU is not made to wait for each step of training, nor for each token that is drawn
+            read = not (self.training or (cache and cache[0].offset))
+            tokens, inside = inputs.taken(tokens, self._config.vocab_size, read, self.device)
+        x = self.hidden(tokens, positions, segments, pad, cache, inside=inside)
         return self.head(x[:, -1:] if last_only else x)

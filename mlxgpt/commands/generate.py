@@ -21,24 +21,6 @@ from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
-def read_prompts(texts: list[str], files: list[str]) -> list[str]:
-    """The prompts of --prompt, then one per --prompt-file; ``-`` is standard input.
-
-    Raises:
-        UserError: a file that is missing or not UTF-8.
-    """
-    made = list(texts)
-    for name in files:
-        try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-            made.append(data.decode("utf-8"))
-        except OSError as error:
-            raise UserError(f"--prompt-file {name}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt-file {name}: not UTF-8 at byte {error.start}") from None
-    return made
-
-
 def summary(results: list[Result], seconds: float, first: float, block_size: int) -> str:
     """One line: tokens, speed, and why generation ended."""
     reasons = {
@@ -102,7 +84,7 @@ def generate_command(args: argparse.Namespace) -> int:
     """Continues every prompt; a single one is streamed. Text goes to stdout, statistics to stderr."""
     fields = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompt"]
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
-    texts = read_prompts(args.prompt, args.prompt_file)
+    texts = [*args.prompt, *(prompts.read_text(name, "--prompt-file") for name in args.prompt_file)]
     ids = [prompts.ids_of(text, "--prompt-ids") for text in args.prompt_ids]
     if not texts and not ids:
         raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")

@@ -12,19 +12,17 @@ from typing import Any
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
-from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import calibrate as plan_calibrate
-from mlxgpt.common.plan import chips, measured
+from mlxgpt.common.plan import chips, machine, measured
 from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.chips import Chip
-from mlxgpt.common.plan.gate import room
 from mlxgpt.common.recipes import apply_sets, build, read_toml, to_toml
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 
@@ -50,10 +48,10 @@ def plan_command(args: Namespace) -> int:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
     chip = chips.chip_named(args.chip) if args.chip is not None else None
     recipe, notes = _recipe(args)
-    backend = backends.load(args.backend)
-    device = backend.engine.devices.find(args.device)
-    result = (_plan_budget if budgeted else _plan_recipe)(args, recipe, backend, device, chip)
-    result = {"backend": backend.name, **result, "notes": [*notes, *result["notes"]]}
+    process, here = measured.look(args.backend, args.device)
+    with process:
+        result = _plan_budget(args, recipe, here, chip) if budgeted else _plan_recipe(args, recipe, process, here, chip)
+    result = {"backend": here.backend, **result, "notes": [*notes, *result["notes"]]}
     if args.plot:
         plan_show.plot(result, Path(args.plot))
     if args.json:
@@ -96,10 +94,11 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size)), notes
 
 
-def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+def _plan_recipe(
+    args: Namespace, recipe: Recipe, process: measured.Process, here: measured.Here, chip: Chip | None
+) -> dict[str, Any]:
     """Memory, time and cost of the recipe."""
     notes: list[str] = []
-    described = backend.engine.devices.describe(device)
     timing = None
     if args.calibrate:
         if chip:
@@ -109,19 +108,21 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         source, _ = plan_calibrate.open_data(recipe)
         model = dataclasses.replace(recipe.model, vocab_size=max(recipe.model.vocab_size, source.vocab_size))
         recipe = dataclasses.replace(recipe, model=model)
-        timing = plan_calibrate.time_steps(recipe, source, backend, args.device)
-    where = room(backend, device)
-    if chip and chip != chips.chip_of(described["device"]):
+        timing = plan_calibrate.time_steps(recipe, source, backends.load(here.backend), args.device)
+    where = machine.room(here.capacity)
+    if chip and chip != chips.chip_of(here.device):
         size = int(chip.memory * 1e9)
         where = {"total": size, "free": size, "recommended": 0, "limit": size}
         notes.append(f"memory is from a closed form, to about 25%: {chip.name} is not here to measure on")
-        need = _need(recipe, measured.computed(backend.name, True), where["limit"])
+        need = _need(recipe, measured.computed(here.backend, True), where["limit"])
     else:
-        patience = None if args.measure else measured.PATIENCE
-        with measured.here(backend, args.device, where["limit"], patience, args.measure) as measure:
-            need = _need(recipe, measure, where["limit"])
+        patience = None if args.measure else process.patience()
+        measure = measured.Measured(
+            here.backend, args.device, here.cpu, where["limit"], patience, args.measure, process
+        )
+        need = _need(recipe, measure, where["limit"])
         notes += measure.notes
-    chip = chip or chips.chip_of(described["device"])
+    chip = chip or chips.chip_of(here.device)
     seconds, origin = None, None
     if timing:
         seconds, origin = timing.run(recipe), f"{timing.rate:,.0f} tokens/s measured here"
@@ -135,7 +136,7 @@ def _plan_recipe(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
     trains = sum(int(plan_memory.elements(param.shape)) for param in adapters.trainable(recipe).values())
     return {
         "title": f"{recipe.model.family}, {recipe.model.n_layer} layers of {recipe.model.n_embd}",
-        "device": chip.name if args.chip and chip else described["device"],
+        "device": chip.name if args.chip and chip else here.device,
         "parameters": params.count(recipe.model),
         "trainable": trains,
         "flops_per_token": dataclasses.asdict(each),
@@ -169,11 +170,10 @@ def _need(recipe: Recipe, measure: plan_memory.Measure, limit: int) -> dict[str,
     }  # fmt: skip
 
 
-def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any, chip: Chip | None) -> dict[str, Any]:
+def _plan_budget(args: Namespace, recipe: Recipe, here: measured.Here, chip: Chip | None) -> dict[str, Any]:
     """The best model for a budget."""
     if recipe.tune or args.model:
         raise UserError("--budget, --hours and --memory: choose a model to pre-train: expected no --model")
-    described = backend.engine.devices.describe(device)
     hours, currency, price = args.hours, "", args.price
     if args.budget is not None:
         if hours is not None:
@@ -184,15 +184,15 @@ def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
         hours = amount / price
     timed = hours is not None
     if timed and chip is None:
-        chip = plan_budget.default_chip(described["device"])
-    limit = room(backend, device)["limit"]
+        chip = plan_budget.default_chip(here.device)
+    limit = machine.room(here.capacity)["limit"]
     if chip and args.chip:
         limit = int(chip.memory * 1e9)
     if args.memory:
         limit = plan_budget.size_of(args.memory)
     dtype = recipe.train.compute_dtype
     compute = plan_budget.compute_of(hours, chip, dtype) if timed and chip else None
-    measure = measured.computed(backend.name, bool(chip) or described["device"] != "cpu")
+    measure = measured.computed(here.backend, bool(chip) or not here.cpu)
     choice = plan_budget.choose(recipe, compute, limit, measure)
     made = choice.recipe
     if args.out:
@@ -202,7 +202,7 @@ def _plan_budget(args: Namespace, recipe: Recipe, backend: Backend, device: Any,
     model = made.model
     return {
         "title": "the compute-optimal run" if timed else "the largest run that the memory takes",
-        "device": chip.name if chip else described["device"],
+        "device": chip.name if chip else here.device,
         "compute": choice.compute,
         "parameters": choice.size,
         "tokens": choice.tokens,

@@ -49,6 +49,11 @@ def resolve(name: str | None, device: str | None = None) -> str:
     raise UserError(f"--backend {name or 'mlx or torch'}: {'; '.join(reasons)}")
 
 
+def presumed(name: str | None) -> str:
+    """What ``resolve`` is likely to say, at once: the one asked for, else the first that is installed."""
+    return name or next((each for each in PACKAGES if importlib.util.find_spec(each)), "mlx")
+
+
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)

@@ -26,6 +26,10 @@ _MEMORY = [
     (r"\[malloc\w*\] Unable to allocate (\d+) bytes", "{0} could not be allocated"),
     (r"Insufficient Memory|kIOGPUCommandBufferCallbackErrorOutOfMemory", "Metal stopped the GPU's work"),
     (
+        rf"Tried to allocate {_UNITS}.*?total capacity of {_UNITS} of which .*? in use\. {_UNITS} allowed;",
+        "{0} could not be allocated, the GPU has {1}, of which this process may use {2}",
+    ),
+    (
         rf"Tried to allocate {_UNITS}.*?total capacity of {_UNITS} of which {_UNITS} is free",
         "{0} could not be allocated, the GPU has {1}, of which {2} is free",
     ),
@@ -38,6 +42,12 @@ _MEMORY = [
     (rf"Invalid buffer size: {_UNITS}", "an array of {0}, more than one buffer of this GPU holds"),
     (r"(?:can't allocate memory|not enough memory): you tried to allocate (\d+) bytes", "{0} could not be allocated"),
     (rf"Unable to allocate {_UNITS} for an array", "{0} could not be allocated by numpy"),
+    # cuBLAS without the memory that its handle needs; MLX gives the status as a number
+    (
+        r"CU[A-Z]+_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR) when calling `cublas\w*Create"
+        r"|cublasLt\w+\(.*\) failed with code: 3\.|cublasLtCreate\(.*\) failed with code: 1\.",
+        "cuBLAS could not start",
+    ),
     (
         r"out of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|CU[A-Z]+_STATUS_ALLOC_FAILED|std::bad_alloc"
         r"|[Cc]annot allocate memory",
@@ -69,6 +79,11 @@ _OTHERS = [
         "train.wired_limit: above the working set that Metal recommends here: expected less, or 0",
     ),
     (
+        r"Attempting to eval an array (?:during function transformations|without a primitive)",
+        "the objective reads values of arrays, which have none while MLX compiles it: --set train.compile=off "
+        "does not compile",
+    ),
+    (
         r"device-side assert",
         "a kernel met an index outside its array, such as a token id beyond the vocabulary: --device cpu says which",
     ),
@@ -79,6 +94,11 @@ _OTHERS = [
     (
         r"driver version is insufficient|NVIDIA driver on your system is too old",
         "the NVIDIA driver is too old for this build: update it, or use --device cpu",
+    ),
+    (
+        r"out of resource: ",
+        "a kernel needs more shared memory than this GPU has: smaller heads (a larger model.n_head) need less, and "
+        'train.compute_dtype = "bfloat16" half',
     ),
     (r"launch timed out", f"the driver stopped the GPU's work because it took too long: {_SHORTER}"),
 ]

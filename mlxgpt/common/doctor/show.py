@@ -44,7 +44,7 @@ def _machine(machine: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     yield from (f"  {label:<17} {text}" for label, text in rows)
 
 
-def _wrapped(label: str, words: Iterable[str], width: int = 76) -> list[tuple[str, str]]:
+def _wrapped(label: str, words: Iterable[str], width: int = 60) -> list[tuple[str, str]]:
     """Rows of at most ``width`` characters; the label stands before the first."""
     made = [""]
     for word in words:
@@ -59,9 +59,9 @@ def _frameworks(report: dict[str, Any]) -> Iterator[str]:
     for name, facts in report["frameworks"].items():
         parts = [f"{facts['version']} on {facts['device']}"]
         parts += [f"BLAS {facts['blas']}"] if facts.get("blas") else []
-        parts += [f"{facts['threads']} threads"] if facts.get("threads") else []
+        parts += [f"threads {facts['threads']}"] if facts.get("threads") else []
         parts += [f"TF32 {facts['tf32']}"] if facts.get("tf32") else []
-        yield f"  {TITLES[name]:<17} {'; '.join(parts)}"
+        yield from (f"  {label:<17} {text}" for label, text in _wrapped(TITLES[name], parts))
         if facts["chip"] is None and facts["device"] != "cpu":
             yield f"  {'':<17} not in the table of chips: shares of its peak are left out"
     yield from (f"  {'note':<17} {note}" for note in report["notes"])
@@ -88,8 +88,9 @@ def _speed(report: dict[str, Any]) -> Iterator[str]:
             yield f"{start}{'':28}  left out: {row['note']}"
             continue
         share = "-" if row["peak_share"] is None else f"{row['peak_share']:.1%}"
+        yield f"{start}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.3f}{share:>9}  {row['verdict']}"
         memory = f"memory {size(row['memory_predicted'])} predicted, {size(row['memory_measured'])} measured"
-        yield f"{start}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.3f}{share:>9}  {row['verdict']}; {memory}"
+        yield f"{'':<8}{memory}"
 
 
 def _bandwidth(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
 from mlxgpt.common.plan import chips
@@ -126,6 +126,9 @@ def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) ->
     steps = max(1, round(tokens / (base.train.batch_size * model.block_size)))
     warmup = min(base.optim.warmup, max(0, steps // 10))
     train = dataclasses.replace(base.train, steps=steps, micro_batch_size=0 if rows >= base.train.batch_size else rows)
+    # largest_rows knows a single micro-batch; several hold their summed gradients besides
+    while train.micro_batch_size > 1 and _whole(recipe, train, measure) > limit:
+        train = dataclasses.replace(train, micro_batch_size=train.micro_batch_size - 1)
     # the best rate falls with the width: 1e-3 at 384, as in the shipped recipes
     lr = float(f"{min(1e-3, 1e-3 * (384 / model.n_embd) ** 0.5):.1e}")
     optim = dataclasses.replace(base.optim, lr=lr, min_lr=lr / 10, warmup=warmup)
@@ -160,7 +163,12 @@ def _model(base: Recipe, layers: int, width: int) -> ModelConfig:
 def _need(base: Recipe, model: ModelConfig, measure: Measure) -> int:
     """Bytes with a micro-batch of one row."""
     train = dataclasses.replace(base.train, micro_batch_size=1, batch_size=min(2, base.train.batch_size))
-    return plan_memory.plan(dataclasses.replace(base, model=model, train=train), measure).whole
+    return _whole(dataclasses.replace(base, model=model), train, measure)
+
+
+def _whole(recipe: Recipe, train: TrainConfig, measure: Measure) -> int:
+    """Bytes that ``recipe`` needs with these settings."""
+    return plan_memory.plan(dataclasses.replace(recipe, train=train), measure).whole
 
 
 def compute_of(hours: float, chip: Chip, dtype: str) -> float:

@@ -21,11 +21,8 @@ FILE = "plan.json"
 
 
 def room(backend: Backend, device: Any) -> dict[str, int]:
-    """Bytes: ``total`` and ``free`` where arrays live, ``recommended`` by Metal (else 0), the ``limit`` of a run."""
-    found = {"total": machine.total(), "free": machine.free(), "recommended": 0}
-    found |= backend.engine.devices.capacity(device)
-    limit = min(found["free"], found["recommended"] or found["free"])
-    return {**found, "limit": limit}
+    """Bytes that the device has; see machine.room."""
+    return machine.room(backend.engine.devices.capacity(device))
 
 
 @dataclasses.dataclass
@@ -76,7 +73,7 @@ def gate(recipe: Recipe, backend: Backend, args: Namespace) -> Gate:
     where, memory = room(backend, device), None
     # to measure costs seconds: a run far from the limit is compared with the closed form at its end
     if plan_memory.at_most(recipe) > where["limit"] / 2:
-        with measured_plan.here(backend, args.device, where["limit"]) as measure:
+        with measured_plan.Measured(backend.name, args.device, described == "cpu", where["limit"]) as measure:
             memory = plan_memory.plan(recipe, measure)
             if memory.whole > where["limit"] and not args.force:
                 settings = plan_memory.fitting(recipe, measure, where["limit"])

@@ -29,6 +29,15 @@ def free() -> int:
     return min([found, *(max(0, limit - used) for limit, used in _limits())])
 
 
+def room(capacity: dict[str, int]) -> dict[str, int]:
+    """Bytes: ``total`` and ``free`` where arrays live, ``recommended`` by Metal (else 0), the ``limit`` of a run.
+
+    ``capacity`` is what devices.capacity says of the device.
+    """
+    found = {"total": total(), "free": free(), "recommended": 0} | capacity
+    return {**found, "limit": min(found["free"], found["recommended"] or found["free"])}
+
+
 def check_limits(train: TrainConfig, capacity: dict[str, int]) -> None:
     """Refuses limits of ``train`` above what exists: the device's memory, for Metal's wired memory its working set.
 

@@ -3,18 +3,18 @@
 import contextlib
 import functools
 import json
-import os
 import pickle
 import selectors
-import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlxgpt.common.backend import PACKAGES, Backend
+from mlxgpt.common import backend as backends
+from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.plan import closed, memory, similar
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.plan import closed, memory, similar, worker
 from mlxgpt.common.plan.memory import Footprint, Piece
 from mlxgpt.common.plan.worker import Job
 
@@ -22,7 +22,8 @@ BUDGET = 100e9  # FLOPs of a plan, all measurements together
 FIRST, LATER = 12e9, 2e9  # of a measurement: the step that was asked for, and others
 MANY = 5  # steps at most
 SLOW = 4  # FLOPs count so many times where a CPU multiplies bfloat16 or quantized matrices, 10 times as slowly or more
-PATIENCE = 4.0  # seconds that plan waits: MLX's CPU backend compiles each kernel once, 0.2 s each
+PATIENCE = 4.2  # seconds from the start of the subprocess that plan waits for measurements
+LEAST = 1.7  # seconds of them once the framework is imported, however long that took
 
 
 class Measured:
@@ -38,13 +39,21 @@ class Measured:
     """
 
     def __init__(
-        self, backend: str, device: str, cpu: bool, limit: int, patience: float | None = None, whole: bool = False
+        self,
+        backend: str,
+        device: str,
+        cpu: bool,
+        limit: int,
+        patience: float | None = None,
+        whole: bool = False,
+        process: "Process | None" = None,
     ):
-        self.backend, self.device, self.cpu, self.limit, self.whole = backend, device, cpu, limit, whole
+        self.backend, self.cpu, self.limit, self.whole = backend, cpu, limit, whole
+        self.process = process or Process(backend, device)
         self.ends = None if patience is None else time.monotonic() + patience
-        self.late = f"measuring takes over {patience:.0f} s" if patience else ""
-        self.process: subprocess.Popen | None = None
-        self.processes = 0
+        self.late = f"measuring takes over {patience:.1f} s" if patience else ""
+        if backend == "mlx" and cpu:
+            self.late += ", as long as MLX has kernels to compile"  # by g++, once each, 0.3 s and more
         self.begin()
 
     def begin(self) -> None:
@@ -60,24 +69,15 @@ class Measured:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the subprocess and the compilers that it runs."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        self.process.close()
 
     def __call__(self, recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> Footprint:
         """See memory.Measure. Of the first call, half the tokens are measured too, which tells what grows with them."""
         first = not self.found
+        if not first and self.ends and self.backend == "torch" and recipe.train.checkpoint_activations:
+            return self._closed(
+                recipe, rows, length, micro_batches
+            )  # PyTorch would import its compiler, which takes 5 s
         count = min(micro_batches, 2)  # the second finds the first one's gradients, as any other does
         job = self._job(recipe, rows, length, count, first)
         peak = job and self._ask(job, recipe)
@@ -113,7 +113,7 @@ class Measured:
 
     def _note(self, why: str) -> None:
         if self.ratio is None:
-            note = f"memory is from a closed form, to about 25%: {why}; --measure runs the true size"
+            note = f"memory is from a closed form, to about 25%: {why}; --measure waits, for the true size"
         else:
             note = "layers, rows or lengths other than the recipe's: from a closed form, corrected by what was measured"
         if not self.notes:
@@ -150,30 +150,86 @@ class Measured:
 
     def _answer(self, job: bytes, left: float | None) -> dict[str, Any]:
         """What the subprocess says to a pickled job within ``left`` seconds."""
-        late = self.late
         try:
-            process = self.process or self._start()
-            assert process.stdin and process.stdout
-            process.stdin.write(job)
-            process.stdin.flush()
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stdout, selectors.EVENT_READ)
-                line = process.stdout.readline() if ready.select(left) else None
+            line = self.process.ask(job, self.limit, left)
         except OSError as error:
             line, late = None, f"no process could be started or asked ({error.strerror})"
+        else:
+            late = self.late
         if line:
             return json.loads(line)
         self.broken = True
-        self.close()
+        self.process.close()
         return {"error": late if line is None else "the process that measures ended, out of memory perhaps"}
 
-    def _start(self) -> subprocess.Popen:
-        """The subprocess, in a group of its own: Ctrl-C reaches the parent alone, which then ends the group."""
-        self.processes += 1
-        command = [sys.executable, "-m", f"{PACKAGES[self.backend]}.footprint", self.device, str(self.limit)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+
+class Process:
+    """The subprocess, in a group of its own: Ctrl-C reaches the parent alone, which then ends the group.
+
+    The parent need not import the framework, which takes PyTorch seconds: the subprocess tells what the device is. Use
+    it in ``with``, which ends it.
+    """
+
+    def __init__(self, backend: str, device: str):
+        self.command = [sys.executable, "-m", f"{PACKAGES[backend]}.footprint", device]
+        self.running: subprocess.Popen | None = None
+        self.started = time.monotonic()
+        self.limited = False  # told its limit
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def patience(self) -> float:
+        """Seconds that a plan which shall take less than five may still wait."""
+        return max(LEAST, PATIENCE - (time.monotonic() - self.started))
+
+    def close(self) -> None:
+        """Ends the subprocess; a compiler that it runs finishes its kernel, half of which would break later runs."""
+        process, self.running = self.running, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def begin(self) -> dict[str, Any] | None:
+        """Starts it, and returns what it says of the device (worker.introduce); None if it ended instead.
+
+        Raises:
+            OSError: no process could be started.
+        """
+        self.close()
+        self.limited = False
+        self.running = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        return self.process
+        assert self.running.stdout
+        line = self.running.stdout.readline()
+        return json.loads(line) if line else None
+
+    def ask(self, job: bytes, limit: int, left: float | None) -> bytes | None:
+        """The line that answers a pickled Job; None if it takes more than ``left`` seconds, empty if it ended.
+
+        Args:
+            limit: bytes that the subprocess may take; told once.
+
+        Raises:
+            OSError: no process could be started or asked.
+        """
+        if self.running is None and self.begin() is None:
+            return b""
+        assert self.running and self.running.stdin and self.running.stdout
+        self.running.stdin.write(job if self.limited else pickle.dumps(limit) + job)
+        self.running.stdin.flush()
+        self.limited = True
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.running.stdout, selectors.EVENT_READ)
+            return self.running.stdout.readline() if ready.select(left) else None
 
 
 def pieces(state: dict[str, int], formula: Footprint, peak: int, half: int | None) -> list[Piece]:
@@ -194,10 +250,40 @@ def pieces(state: dict[str, int], formula: Footprint, peak: int, half: int | Non
     return [Piece(name, (), size) for name, size in made.items()]
 
 
-def here(backend: Backend, device: str, limit: int, patience: float | None = None, whole: bool = False) -> Measured:
-    """Measures on this machine; see Measured."""
-    cpu = backend.engine.devices.describe(backend.engine.devices.find(device))["device"] == "cpu"
-    return Measured(backend.name, device, cpu, limit, patience, whole)
+class Here(NamedTuple):
+    """This machine's device, as a framework describes it: its name, whether it is a CPU, devices.capacity of it."""
+
+    backend: str
+    device: str
+    cpu: bool
+    capacity: dict[str, int]
+
+
+def look(name: str | None, device: str) -> tuple[Process, Here]:
+    """A process that measures on ``device`` with the framework ``name`` (None: the one that is here); what it is.
+
+    Raises:
+        UserError: no such framework, or no such device.
+    """
+    chosen = backends.presumed(name)
+    process = Process(chosen, device)
+    try:
+        found = process.begin()
+    except OSError:
+        found = None
+    except BaseException:  # Ctrl-C
+        process.close()
+        raise
+    if found is None:  # the framework does not import, or no process can be started: this one is told why
+        process.close()
+        devices = backends.load(name).engine.devices
+        found = worker.introduce(device, devices)
+        chosen = backends.resolve(name)
+        process = Process(chosen, device)
+    if "refused" in found:
+        process.close()
+        raise UserError(found["refused"])
+    return process, Here(chosen, **found)
 
 
 def computed(backend: str, gpu: bool) -> memory.Measure:

@@ -131,6 +131,18 @@ def at_most(recipe: Recipe) -> int:
 def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096) -> int:
     """Rows of the largest micro-batch whose step stays within ``limit`` bytes; 0 if not even one row does.
 
+    Where those are fewer than the batch, a step takes several, which keep the gradients' sum besides.
+    """
+    rows = _rows_within(recipe, measure, limit, most)
+    if rows >= recipe.train.batch_size or not rows:
+        return rows
+    sums = 4 * sum(elements(param.shape) for param in adapters.trainable(recipe).values())
+    return min(rows, _rows_within(recipe, measure, limit - sums, most))
+
+
+def _rows_within(recipe: Recipe, measure: Measure, limit: int, most: int) -> int:
+    """Rows of the largest single micro-batch whose step stays within ``limit`` bytes; 0: none.
+
     Bytes are a maximum of lines, one for each moment of a step: where two footprints further, fourfold each, no other
     line begins, the last one is followed to the limit.
     """
@@ -184,6 +196,10 @@ def longest(recipe: Recipe, measure: Measure, limit: int, most: int = 2**20) -> 
     square = max((four - 3 * two + 2 * one) / (6 * first**2), 0.0)
     slope = max((two - one) / first - 3 * first * square, 1.0)
     rest = one - first * slope - first**2 * square
+    own = length(recipe)
+    there = measure(recipe, rows, own, count).peak - state(own)
+    if own > 4 * first and there > 2 * (rest + slope * own + square * own**2):  # weights hid what grows
+        square = (there - rest - slope * own) / own**2
 
     def fits(tokens: int) -> bool:
         grows = rest + slope * tokens + square * tokens**2

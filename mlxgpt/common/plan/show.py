@@ -37,8 +37,12 @@ def rows(result: dict[str, Any]) -> Rows:
     layer = result["activations_per_layer"]
     made += [("activations a layer", f"{size(layer['kept'])}; recomputed: {size(layer['recomputed'])}")]
     made += [("KV cache", f"{size(result['kv_cache'])}, one text of {result['length']} tokens")]
-    made += [("", f"this machine: {result['device']}")]
-    made += [("memory", f"{size(machine['total'])}, free now {size(machine['free'])}")]
+    if machine["free"] == machine["total"]:  # a chip of the table, never a machine that runs
+        made += [("", f"not this machine: {result['device']}")]
+        made += [("memory", f"{size(machine['total'])}, the most that is sold with it")]
+    else:
+        made += [("", f"this machine: {result['device']}")]
+        made += [("memory", f"{size(machine['total'])}, free now {size(machine['free'])}")]
     if machine["recommended"]:
         made += [("recommended working set", size(machine["recommended"]))]
     made += [("fits", "yes" if result["fits"] else f"no: {size(memory['whole'])} of {size(machine['limit'])}")]

@@ -10,9 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
+from mlxgpt.common import failures
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.plan import machine
 
 
@@ -27,37 +30,47 @@ class Job(NamedTuple):
     steps: int
 
 
-def serve(measure: Callable[[Job], dict[str, int]], limit: Callable[[int], None]) -> None:
-    """Answers each pickled Job on stdin with a line of JSON, within ``sys.argv[2]`` bytes; ``limit`` sets the device's.
+def serve(measure: Callable[[Job], dict[str, int]], limit: Callable[[int], None], devices: ModuleType) -> None:
+    """Tells what the device ``sys.argv[1]`` is, then takes a pickled number of bytes, its limit, and pickled Jobs.
 
-    An answer is what ``measure`` gives, or {"error": "..."}.
+    Everything is on stdin and stdout, an answer a line of JSON: first {"device", "cpu", "capacity"} or {"refused":
+    "..."}; to the limit none; to a Job what ``measure`` gives, or {"error": "..."}. ``limit`` sets the device's limit.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     out, sys.stdout = sys.stdout, sys.stderr
-    allowed = int(sys.argv[2])
+    messages: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_receive, args=(messages,), daemon=True).start()
+    print(json.dumps(introduce(sys.argv[1], devices)), file=out, flush=True)
+    allowed = messages.get()
     cap_address_space(allowed)
     limit(allowed)
-    jobs: queue.Queue[Job] = queue.Queue()
-    threading.Thread(target=_receive, args=(jobs,), daemon=True).start()
     while True:
-        job = jobs.get()
+        job = messages.get()
         try:
             answer: dict[str, Any] = measure(job)
         except (RuntimeError, MemoryError, ValueError) as error:  # out of memory is any of these
-            answer = {"error": " ".join(str(error).split())[:200] or type(error).__name__}
+            known = failures.meaning(error)  # which also removes a kernel that was not written whole
+            answer = {"error": known.line if known else " ".join(str(error).split())[:200] or type(error).__name__}
         print(json.dumps(answer), file=out, flush=True)
 
 
-def _receive(jobs: "queue.Queue[Job]") -> None:
-    """Ends the process, and the compilers that it runs, as soon as nobody is left to answer to."""
+def introduce(name: str, devices: ModuleType) -> dict[str, Any]:
+    """What the device of ``--device name`` is, by a framework's module ``device``."""
+    try:
+        device = devices.find(name)
+    except UserError as error:
+        return {"refused": str(error)}
+    described = devices.describe(device)["device"]
+    return {"device": described, "cpu": described == "cpu", "capacity": devices.capacity(device)}
+
+
+def _receive(messages: "queue.Queue[Any]") -> None:
+    """Ends the process as soon as nobody is left to answer to."""
     try:
         while True:
-            jobs.put(pickle.load(sys.stdin.buffer))
+            messages.put(pickle.load(sys.stdin.buffer))
     except (EOFError, pickle.UnpicklingError, OSError):
-        with contextlib.suppress(OSError):
-            if os.getpgrp() == os.getpid():
-                os.killpg(0, signal.SIGKILL)
         os._exit(0)
 
 

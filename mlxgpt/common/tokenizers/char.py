@@ -113,6 +113,10 @@ class CharTokenizer:
         found = self.characters.find(token) if len(token) == 1 else -1
         return found if found >= 0 else None
 
+    def token_of(self, i: int) -> str | None:
+        """The character of an id."""
+        return self.characters[i] if 0 <= i < self.n_vocab else None
+
     def _array(self, text: str) -> np.ndarray:
         ids = self._ids.take(_codes(text))
         if ids.size and ids.min() < 0:

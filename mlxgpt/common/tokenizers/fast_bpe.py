@@ -34,7 +34,7 @@ PROBE = (
 _PIECE = 1 << 17  # characters: longer texts go in pieces, since a very long run of spaces overflows tiktoken's stack
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes, reversed."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -48,7 +48,7 @@ def _ranks(content: dict, model: models.BPE) -> dict[bytes, int] | None:
     if bpe.get("type") != "BPE" or any(bpe.get(name) for name in unusual) or bpe.get("ignore_merges"):
         return None
     vocabulary: dict[str, int] = bpe["vocab"]
-    to_byte = _bytes_of_characters()
+    to_byte = bytes_of_characters()
     ranks = {bytes([byte]): vocabulary[c] for c, byte in to_byte.items() if c in vocabulary}
     if len(ranks) != 256:
         return None

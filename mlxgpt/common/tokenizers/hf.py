@@ -135,6 +135,10 @@ class JsonTokenizer:
         """The id of a token by its exact text."""
         return self.backend.token_to_id(token)
 
+    def token_of(self, i: int) -> str | None:
+        """The exact text of a token by its id, as the vocabulary has it."""
+        return self.backend.id_to_token(i)
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token's text gives that token."""
         many = len(checked(text)) > _SHORT

@@ -62,6 +62,10 @@ class Tokenizer(Protocol):
         """The id of a token by its exact text; None where there is no such token."""
         ...
 
+    def token_of(self, i: int) -> str | None:
+        """The exact text of a token by its id, as the vocabulary has it; None where there is no such token."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, no special token added.
 

@@ -147,6 +147,10 @@ class SentencePieceTokenizer:
         """The id of a piece by its exact text."""
         return self._pieces.get(token)
 
+    def token_of(self, i: int) -> str | None:
+        """The exact text of a piece by its id."""
+        return self._model.id_to_piece(i) if 0 <= i < self.n_vocab else None
+
     def _ids(self, text: str) -> list[int]:
         if self._control is None or not self._control.search(text):
             return self._model.encode(text)

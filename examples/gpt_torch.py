@@ -1,0 +1,172 @@
+"""A GPT on one page, in PyTorch; ``diff examples/gpt.py examples/gpt_torch.py`` shows how MLX says the same.
+
+    python examples/gpt_torch.py runs/first "Return a"     continues a text with a GPT-2 that `mlxgpt train` made
+    python examples/gpt_torch.py book.txt                  trains a small one on a text's characters, and lets it write
+
+B rows of a batch, T tokens of a row, C numbers that stand for a token, H heads of D = C / H numbers each, V tokens in
+the vocabulary. Architecture and names are GPT-2's (Radford et al. 2019); without dropout.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+
+@dataclass
+class Config:
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128  # C
+    n_positions: int = 128  # the longest text that the model can look at, in tokens
+    vocab_size: int = 256  # V
+
+
+class Attention(nn.Module):
+    """Each token gathers from itself and those before it: from each as much as its query fits that one's key."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # (B, H, T, D) each
+        scores = q @ k.swapaxes(2, 3) / math.sqrt(C // self.n_head)  # (B, H, T, T)
+        later = torch.arange(T)[:, None] < torch.arange(T)
+        weights = torch.softmax(scores.masked_fill(later, -math.inf), dim=-1)  # each row adds up to 1
+        y = (weights @ v).swapaxes(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """What each token does with what it gathered, alone."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Both, each on a normed copy, each adding to the residual stream x."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """tokens (B, T) -> logits (B, T, V): for every token, how likely each token is to come next."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x) @ self.wte.weight.T  # the embedding is the head, too
+
+
+def loss_of(model, tokens, targets):
+    """-log p(target), the mean over all targets (B, T); what training makes small."""
+    logits = model(tokens)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    return (torch.logsumexp(logits, dim=-1) - chosen).mean()
+
+
+def train_step(model, state, tokens, targets, lr, beta1=0.9, beta2=0.99, eps=1e-8, decay=0.1):
+    """One update by AdamW (Loshchilov and Hutter 2019); ``state``: name -> (m, v), and how many updates there were."""
+    loss = loss_of(model, tokens, targets)
+    loss.backward()
+    weights, t = dict(model.named_parameters()), state.get("t", 0) + 1
+    with torch.no_grad():
+        for name, w in weights.items():
+            g, (m, v) = w.grad, state.get(name, (0, 0))
+            m = beta1 * m + (1 - beta1) * g  # where the gradient points on average
+            v = beta2 * v + (1 - beta2) * g * g  # how large it is
+            if g.ndim > 1:
+                w *= 1 - lr * decay
+            w -= lr * (m / (1 - beta1**t)) / (torch.sqrt(v / (1 - beta2**t)) + eps)
+            state[name] = m, v
+    state["t"] = t
+    model.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def sample(model, tokens, count, temperature=0.8):
+    """``tokens`` and ``count`` more, each drawn from what the model expects; temperature 0 takes the likeliest."""
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-model.config.n_positions :]]))[0, -1]
+        drawn = torch.softmax(logits / temperature, dim=-1).multinomial(1) if temperature else logits.argmax()
+        tokens = [*tokens, drawn.item()]
+    return tokens
+
+
+def new(config):
+    """A model before training: matrices drawn from N(0, 0.02^2)."""
+    model = GPT(config)
+    for w in (w for w in model.parameters() if w.ndim > 1):
+        nn.init.normal_(w, std=0.02)
+    return model
+
+
+def load(folder):
+    """The model of a run or a model folder; GPT-2's files hold the matrices of linear layers as (in, out)."""
+    folder = Path(folder, "best") if Path(folder, "best").exists() else Path(folder)
+    said = json.loads((folder / "config.json").read_text())
+    assert said["model_type"] == "gpt2", f"{folder}: a {said['model_type']}, and this page is a GPT-2"
+    model = GPT(Config(**{name: said[name] for name in Config.__dataclass_fields__}))
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: w.T if name.startswith("h.") and w.ndim > 1 else w for name, w in weights.items()})
+    return model, folder
+
+
+def main(path, prompt="\n", *, steps=500):
+    if Path(path).is_dir():
+        from tokenizers import Tokenizer
+
+        model, folder = load(path)
+        words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        print(words.decode(sample(model, words.encode(prompt).ids, 100)))
+        return
+    text = Path(path).read_text(encoding="utf-8")
+    letters = sorted(set(text))
+    data = torch.tensor([letters.index(c) for c in text])
+    model, state = new(Config(vocab_size=len(letters))), {}
+    for step in range(1, steps + 1):
+        rows = data[torch.randint(0, len(data) - 128, (16, 1)) + torch.arange(129)]  # 16 places in the text
+        loss = train_step(model, state, rows[:, :-1], rows[:, 1:], lr=1e-3 * min(1, step / 50))
+        if step % 50 == 0:
+            print(f"step {step}  loss {loss:.4f}")
+    print("".join(letters[i] for i in sample(model, [letters.index(text[0])], 300)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
