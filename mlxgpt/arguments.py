@@ -10,6 +10,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+    return number
+
+
 def _add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["mlx", "torch"], help="framework; default: MLX where it runs, else torch")
     parser.add_argument(
@@ -45,11 +55,25 @@ def _add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
     )
 
 
+_SIZES = ("1m", "10m", "30m", "124m")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its learning-rate schedule")
+    add("--epochs", type=_positive_number, metavar="X", help="the same in passes over the training data")
+    add("--lr", type=_positive_number, metavar="X", help="peak learning rate; the last one keeps its ratio to it")
+    add("--batch-size", type=_positive, metavar="N", help="sequences in an update")
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
-    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/RECIPE")
-    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its learning-rate schedule")
+    add("-d", "--data", nargs="+", metavar="PATH",
+        help="a folder of texts, files, or what data prepare made; without RECIPE a recipe is made for it")  # fmt: skip
+    add("--size", type=str.lower, choices=_SIZES, help="with --data: the model, by its parameters; default: 1m")
+    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/DATA or runs/RECIPE")
+    _add_training(parser)
     add("--stop-after", type=_positive, metavar="N", help="save at step N and exit; --resume continues from there")
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="resume a run from its newest checkpoint, whichever framework wrote it")
@@ -61,16 +85,6 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
     add("--force", action="store_true", help="start even if the plan predicts too little memory")
     _add_backend(parser)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
-    return number
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -104,11 +118,11 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", "--model", metavar="DIR", help="the model to fine-tune: a run, a checkpoint, a model folder or a hub id")
     add("-d", "--data", metavar="PATH", help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")
-    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/MODEL-METHOD")
+    add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/DATA-METHOD")
     add("--method", choices=["lora", "dora", "full"], help="train low-rank adapters or all weights; default: lora")
+    add("--rank", type=_positive, metavar="N", help="rank of the adapter; default: 8")
     add("--config", metavar="FILE", help="settings: .toml, or a .yaml for mlx_lm.lora, unchanged")
-    add("-n", "--steps", type=_positive, metavar="N", help="length of the run and of its learning-rate schedule")
-    add("--epochs", type=float, metavar="X", help="the same in passes over the training examples; default: 3")
+    _add_training(parser)
     add("--adapter", metavar="DIR", help="continue training this adapter: a run, PEFT or mlx-lm")
     add("--train-on-prompt", action="store_true", help="compute the loss on every token, not only the assistant's")
     add("--task", choices=["lm", "classify"], help="generate answers, or classify texts; default: lm")
@@ -273,6 +287,16 @@ def tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="WORD",
+        help="only keys with all of these in name, meaning, or what nanoGPT, mlx-lm and others call them")  # fmt: skip
+    _add_json(parser)
+
+
+def completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell that will read it")
+
+
 def runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", default="runs", metavar="DIR", help="folder that holds the runs; default: runs"
@@ -282,6 +306,13 @@ def runs(parser: argparse.ArgumentParser) -> None:
 
 def runs_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run to check")
+    _add_json(parser)
+
+
+def diagnose(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the run to look at; it may be training")
+    add("--quick", action="store_true", help="from the run's folder alone: without counting its corpus")
     _add_json(parser)
 
 

@@ -14,13 +14,16 @@ from typing import NoReturn
 
 from mlxgpt import __version__
 from mlxgpt.common.errors import RunError, UserError, nearest
-from mlxgpt.verbs import VERBS
+from mlxgpt.verbs import CALLED, VERBS
 
 
 class Parser(argparse.ArgumentParser):
     """Its errors are UserErrors: one line, without the usage block."""
 
     def error(self, message: str) -> NoReturn:
+        word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
+        if word != message.partition(" ")[0] and "--data" in self._option_string_actions and os.path.exists(word):
+            message += f": expected --data {word}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -68,11 +71,13 @@ def _explained(error: Exception, argv: list[str]) -> tuple[str, int]:
 
 
 def _run(argv: list[str], prog: str, backend: str | None) -> int:
-    if not argv:
-        raise UserError(f"expected a verb: one of {', '.join(_words([]))} (see {prog} --help)")
-    if argv[0] == "--version":
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, on TAB
+        importlib.import_module("mlxgpt.commands.completion").complete()
+    if argv[:1] in (["--version"], ["version"]):
         print(f"mlxgpt {__version__}")
         return 0
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     path: list[str] = []
     while " ".join(path) not in VERBS:
         word = argv.pop(0) if argv else "--help"
@@ -80,9 +85,8 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
             print(_overview(prog, path))
             return 0
         if word not in _words(path):
-            known = _words(path)
-            asked = " ".join([*path, word])
-            raise UserError(f"unknown verb {asked!r}{nearest(word, known)}: expected one of {', '.join(known)}")
+            known, asked = _words(path), " ".join([*path, word])
+            raise UserError(f"unknown verb {asked!r}{_verb_meant(word, known)}: expected one of {', '.join(known)}")
         path.append(word)
     while argv and " ".join([*path, argv[0]]) in VERBS:
         path.append(argv.pop(0))
@@ -95,7 +99,7 @@ def _run(argv: list[str], prog: str, backend: str | None) -> int:
         allow_abbrev=False,
     )
     verb.declare(parser)
-    _check_flags(parser, argv)
+    _check_flags(parser, argv, " ".join(path))
     args = parser.parse_args(argv)
     if hasattr(args, "backend"):
         from mlxgpt.common import tf32
@@ -121,13 +125,34 @@ def _words(path: list[str]) -> list[str]:
     return list(dict.fromkeys(name[len(path)] for name in names if name[: len(path)] == path))
 
 
+def _verb_meant(word: str, known: list[str]) -> str:
+    """The verb that was meant: one that is spelled alike, or called so elsewhere; or what to do with a path."""
+    plain = word.rpartition("mlx_lm.")[2].removesuffix(".py").lower()
+    for name, others in CALLED.items():
+        if plain in others.split() and name.split()[0] in known:
+            return f" (did you mean {name!r}?)"
+    if plain in known:
+        return f" (did you mean {plain!r}?)"
+    if os.path.exists(word) and "train" in known:
+        return f" (did you mean 'train --data {word}'?)"
+    return nearest(word, known)
+
+
 def _overview(prog: str, path: list[str]) -> str:
     verbs = {name: verb for name, verb in VERBS.items() if name.split()[: len(path)] == path}
+    first = [] if path else [
+        "first:",
+        f"  {prog} train --data books/        a model of your own texts: a folder or files",
+        f"  {prog} train                      the same on Python's documentation: nothing to download",
+        f"  {prog} generate -m runs/books -p 'Once'",
+        "",
+    ]  # fmt: skip
     return "\n".join([
         f"usage: {' '.join([prog, *path])} VERB ...",
         "",
         "Train small GPTs in MLX or PyTorch: one recipe, seed and data give one loss curve in both.",
         "",
+        *first,
         "verbs:",
         *(f"  {name:<18} {verb.help}" for name, verb in verbs.items()),
         "",
@@ -135,10 +160,14 @@ def _overview(prog: str, path: list[str]) -> str:
     ])  # fmt: skip
 
 
-def _check_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Raises UserError for an unknown flag, with the nearest known one, which argparse does not name."""
+def _check_flags(parser: argparse.ArgumentParser, argv: list[str], verb: str = "") -> None:
+    """Raises UserError for an unknown flag, with the one that was meant, which argparse does not name."""
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    for word in argv[: argv.index("--")] if "--" in argv else argv:
-        flag = word.partition("=")[0]
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
+        flag, equals, value = word.partition("=")
         if flag.startswith("--") and " " not in flag and flag not in known:
-            raise UserError(f"unknown flag {flag}{nearest(flag, known)} (see {parser.prog} --help)")
+            from mlxgpt.common.keys import flag_meant
+
+            value = value if equals or following.startswith("-") else following
+            raise UserError(f"unknown flag {flag}{flag_meant(flag, value, verb, known)} (see {parser.prog} --help)")

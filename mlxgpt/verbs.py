@@ -22,10 +22,11 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb(
-        "train a GPT from a recipe, or resume a run",
+        "train a GPT on your texts or from a recipe, or resume a run",
         "mlxgpt.commands.train:train",
         arguments.train,
         (
+            "train --data books/",
             "train pydocs --out runs/first",
             "train pydocs --steps 500 --set optim.lr=3e-4 --set model.n_layer=6",
             "train --resume runs/first --backend torch",
@@ -37,7 +38,7 @@ VERBS = {
         arguments.finetune,
         (
             "finetune --model runs/first --data pydocs-qa --out runs/qa",
-            "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --method dora --set adapter.rank=16",
+            "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --rank 16 --epochs 2 --lr 1e-4",
             "finetune --config lora_config.yaml",
             "finetune --resume runs/qa --backend torch",
         ),
@@ -133,6 +134,22 @@ VERBS = {
         arguments.tokenizer_inspect,
         ("tokenizer inspect runs/first --text 'Hello world'",),
     ),
+    "keys": Verb(
+        "list every recipe key: default, meaning",
+        "mlxgpt.commands.keys:keys_command",
+        arguments.keys,
+        (
+            "keys",
+            "keys learning rate",
+            "keys optim --json",
+        ),
+    ),
+    "completion": Verb(
+        "print what makes TAB complete commands in a shell",
+        "mlxgpt.commands.completion:completion_command",
+        arguments.completion,
+        ("completion zsh",),
+    ),
     "runs": Verb(
         "list runs: status, best loss, size, age",
         "mlxgpt.commands.runs:list_command",
@@ -147,6 +164,15 @@ VERBS = {
         "mlxgpt.commands.runs:check_command",
         arguments.runs_check,
         ("runs check runs/first",),
+    ),
+    "diagnose": Verb(
+        "why a run's loss is bad: each reason with its number and what to change",
+        "mlxgpt.commands.diagnose:diagnose_command",
+        arguments.diagnose,
+        (
+            "diagnose runs/first",
+            "diagnose runs/first --quick --json",
+        ),
     ),
     "report": Verb(
         "write one page about runs: curves, settings, samples",
@@ -217,4 +243,23 @@ VERBS = {
     "demo": Verb(
         "train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", arguments.demo, ("demo",)
     ),
+}
+
+# What people coming from elsewhere call a verb; without mlx_lm. before it and .py behind it.
+CALLED = {
+    "train": "pretrain pre-train fit run",
+    "finetune": "lora sft fine-tune fine_tune tune finetune_lora finetune_full finetune_adapter dora adapt",
+    "generate": "sample infer inference complete completion text prompt",
+    "eval": "evaluate test score perplexity ppl",
+    "classify": "predict",
+    "data prepare": "prepare tokenize preprocess shard",
+    "data fetch": "fetch download",
+    "convert": "export quantize gguf convert_to_litgpt convert_from_litgpt convert_pretrained_checkpoint",
+    "fuse": "merge merge_lora",
+    "verify": "compare diff check",
+    "plan": "estimate memory cost",
+    "report": "plot view tensorboard show curves",
+    "runs": "list ls",
+    "keys": "config options settings params hyperparameters",
+    "doctor": "bench benchmark info env system",
 }

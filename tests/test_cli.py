@@ -22,6 +22,7 @@ SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "-
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments", "--force"}
+    | {"--data", "--size", "--lr", "--batch-size", "--epochs"}
     | RUNS_A_MODEL,
     "finetune": {
         "--model",
@@ -31,6 +32,9 @@ FLAGS = {
         "--config",
         "--steps",
         "--epochs",
+        "--lr",
+        "--batch-size",
+        "--rank",
         "--adapter",
         "--set",
         "--resume",
@@ -83,6 +87,7 @@ FLAGS = {
     "tokenizer inspect": {"--text", "--json"},
     "runs": {"--json"},
     "runs check": {"--json"},
+    "diagnose": {"--quick", "--json"},
     "report": {"--out", "--export", "--watch", "--port"},
     "convert": {"--to", "--tokenizer", "--dtype", "--bits", "--verify", "--force", "--json"},
     "verify": {"--json", "--html", "--weights-only", "--rungs", "--frameworks", "--data"},
@@ -102,6 +107,8 @@ FLAGS = {
     "probe": {"--tokens", "--out", "--scale", "--greedy"} | RUNS_A_MODEL,
     "doctor": {"--quick", "--backend", "--device", "--out", "--json"},
     "demo": {"--out"},
+    "keys": {"--json"},
+    "completion": set(),
 }
 
 
@@ -150,9 +157,13 @@ def test_the_examples_parse(name: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ([], ["expected a verb", "train", "--help"]),
         (["trian"], ["'trian'", "did you mean 'train'?", "tokenizer"]),
         (["data", "prepar"], ["'data prepar'", "did you mean 'prepare'?"]),
+        (["mlx_lm.lora"], ["'mlx_lm.lora'", "did you mean 'finetune'?"]),
+        (["sample.py"], ["did you mean 'generate'?"]),
+        (["prepare"], ["did you mean 'data prepare'?"]),
+        (["tests/"], ["did you mean 'train --data tests/'?"]),
+        (["finetune", "README.md"], ["README.md: expected --data README.md"]),
         (["train", "--stpes", "5"], ["--stpes", "did you mean '--steps'?"]),
         (["eval", "--modle", "x"], ["--modle", "did you mean '--model'?"]),
         (["train", "--steps", "0"], ["--steps", "'0'", "positive whole number"]),
@@ -175,6 +186,23 @@ def test_a_value_may_look_like_a_flag(verb, capsys: pytest.CaptureFixture) -> No
     cli._check_flags(parser, ["--prompt=--x", "--stop", "-- two words"])
     with pytest.raises(UserError, match="--x"):
         cli._check_flags(parser, ["--prompt", "--x"])
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["--help"]], ids=str)
+def test_the_program_alone_and_help_print_the_verbs_and_a_first_command(
+    argv: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(argv, backend="torch" if argv else None) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", shown, re.MULTILINE) for name in cli.VERBS)
+    prog = "python -m torch_ref" if argv else "mlxgpt"
+    assert f"first:\n  {prog} train --data books/ " in shown
+
+
+def test_help_of_a_verb_by_the_verb_help(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["help", "data", "prepare"])
+    assert not ended.value.code and "mlxgpt data prepare" in capsys.readouterr().out
 
 
 def test_help_of_a_group_lists_its_verbs(capsys: pytest.CaptureFixture) -> None:

@@ -171,7 +171,7 @@ def test_inspect_counts_shards_as_it_counts_their_source(run: Any, tmp_path: Pat
     source = rows(tmp_path / "a.jsonl", texts)
     out = tmp_path / "shards"
     made = run("data", "prepare", source, "--out", out, "--tokenizer", kind, "--vocab-size", 300)
-    assert made.code == 0 and f"--set data.source={out}" in made.out
+    assert made.code == 0 and f"--data {out}" in made.out
     of_shards = run("data", "inspect", out, "--json").json
     of_source = run("data", "inspect", source, "--tokenizer", out / "tokenizer", "--json").json
     assert of_shards["documents"] == of_source["documents"] == 62

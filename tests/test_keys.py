@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from mlxgpt.common.recipes import SECTIONS, default_of
+from mlxgpt.common.keys import SECTIONS, default_of
 from mlxgpt.common.train import resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/training.md"
@@ -17,12 +17,10 @@ def table() -> str:
     for section, kind in SECTIONS.items():
         for field in dataclasses.fields(kind):
             key = f"{section}.{field.name}"
-            free = key in resume.ACCEPTED or section == "sample"
             value = default_of(field)
             default = str(value).lower() if isinstance(value, bool) else repr(value)
-            may = "free" if free else "longer only" if key == "train.steps" else "fixed"
             meaning = field.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `{key}` | `{default}` | {may} | {meaning} |")
+            lines.append(f"| `{key}` | `{default}` | {resume.may_change(key)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

@@ -47,10 +47,19 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
 
 
+def test_a_samples_blank_lines_are_kept_and_not_shown(
+    go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain.Pretraining, "sample", lambda self, job: "\n\n\nfirst" + "\n \n" * 20 + "second\n\n")
+    assert go("--out", "run") == 0
+    assert "sample at step 12:\nfirst\n\nsecond\n" in capsys.readouterr().out
+    assert samples.read_samples(Path("run"))[-1].text.count("\n") > 40
+
+
 def test_the_loss_of_a_step_is_the_one_before_its_update(go: Go) -> None:
     assert go("--out", "run") == 0
     source = fake_run.Source(1337, 4, 8)
-    recipe = pretrain.build(pretrain.read_toml(Path("run/recipe.toml")))
+    recipe = pretrain.build(pretrain.recipes.read_toml(Path("run/recipe.toml")))
     engine = fake_run.Engine(recipe, pretrain.params.init_params(recipe.model, 1337))
     sums = engine.evaluate(source.batch(1))
     assert losses("run")[1] == sums["loss"] / sums["weight"]
@@ -273,7 +282,7 @@ def test_names_that_are_taken_are_counted_on(go: Go) -> None:
 
 def test_the_loop_adds_little_to_a_step(go: Go) -> None:
     """Host time of the loop with nothing in it: rate, metrics, display, guards. 16 us on an idle core."""
-    recipe = pretrain.build(pretrain.read_toml(Path("recipe.toml")))
+    recipe = pretrain.build(pretrain.recipes.read_toml(Path("recipe.toml")))
     source = fake_run.Source(1337, 4, 8)
     recipe = pretrain.with_vocabulary(recipe, source.vocab_size)
     settings = pretrain.dataclasses.replace(recipe.train, steps=5000, eval_every=0, save_every=0, log_every=1000)

@@ -179,9 +179,39 @@ def test_constant_and_wsd_runs_can_be_made_longer(go: Go, capsys: pytest.Capture
     assert go("--resume", "run", "--steps", "18") == 0
     assert "had begun to decay" not in capsys.readouterr().out
     assert losses("run") == losses("long")
+
+
+def test_a_finished_wsd_run_goes_on_from_before_its_decay_and_is_the_longer_run(
+    go: Go, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not from its last step, where the rate had decayed: the curve and the weights are those of the longer run."""
+    settings = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--set", "train.keep=1"]
+    assert go("--out", "long", *settings, "--steps", "20") == 0
+    assert go("--out", "run", *settings) == 0
+    assert resolve.steps_of(Path("run"))[0] <= 6 and max(losses("run")) == 12
+    decayed = weights("run", 12)
+    capsys.readouterr()
     assert go("--resume", "run", "--steps", "20") == 0
     out = capsys.readouterr().out
-    assert ("the learning rate had begun to decay: it returns from 0.0001 to 0.0126" in out) == (schedule == "wsd")
+    assert "steps 7 to 12 are repeated" in out and "a run of 20 steps from the start" in out
+    for split in ("train", "val"):
+        assert losses("run", split) == losses("long", split)
+    assert weights("run", 20) == weights("long", 20)
+    aside = Path("run/checkpoints/decayed-step-0000012")
+    names = ("model.safetensors", "training/optimizer.safetensors")
+    assert b"".join((aside / name).read_bytes() for name in names) == decayed
+
+
+def test_a_wsd_run_without_a_checkpoint_from_before_its_decay_says_so(
+    go: Go, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As runs of earlier versions have none."""
+    assert go("--out", "run", "--set", "optim.schedule=wsd") == 0
+    for step in resolve.steps_of(Path("run"))[:-1]:
+        shutil.rmtree(resolve.path_of(Path("run"), step))
+    capsys.readouterr()
+    assert go("--resume", "run", "--steps", "20") == 0
+    assert "the learning rate had begun to decay: it returns from 0.0001 to 0.05" in capsys.readouterr().out
     assert max(losses("run")) == 20
 
 

@@ -15,6 +15,8 @@ from mlxgpt.common.data import shards
 from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.fetch import fetch as fetch_corpus
 from mlxgpt.common.data.inspect import inspect_corpus, inspect_shards
+from mlxgpt.common.data.split import told
+from mlxgpt.common.data.token_source import is_flat
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import put
 from mlxgpt.common.folders import resolve
@@ -29,7 +31,7 @@ def fetch_command(args: Namespace) -> int:
         raise UserError(f"unknown corpus {args.name!r}{errors.nearest(args.name, CORPORA)}: one of {known}")
     folder = Path(args.out) if args.out else preparing.cache_folder() / "corpora"
     path = fetch_corpus(CORPORA[args.name], folder, Path(args.from_file) if args.from_file else None)
-    print(f"train on it: mlxgpt train shakespeare-char-cpu --set data.source={path}")
+    print(f"train on it: mlxgpt train shakespeare-char-cpu --data {path}")
     return 0
 
 
@@ -81,6 +83,8 @@ def _show(found: dict[str, Any]) -> None:
     for place, item in enumerate(found["longest"] or []):
         unit = "tokens" if "tokens" in item else "characters"
         rows.append(("longest" if place == 0 else "", f"{item[unit]:,} {unit}: {item['document']}"))
+    for line in told(found.get("held_out", {})):
+        rows.append(("validation", line.removeprefix("validation: ")))
     for name, value in rows:
         print(f"{name:<17}{value}")
     print(f"{'sample':<17}{found['sample']!r}")
@@ -104,7 +108,7 @@ def prepare_command(args: Namespace) -> int:
     )
     tokenizer = None if data.tokenizer in KINDS else resolve.resolve_tokenizer(data.tokenizer)
     preparing.prepare(corpora.open_corpus(data.source, data.text_key), data, out, tokenizer)
-    print(f"train on it: mlxgpt train --set data.source={out}")
+    print(f"train on it: mlxgpt train --data {out}")
     return 0
 
 
@@ -136,9 +140,9 @@ def _export(run: Path, data: DataConfig, out: Path, temporary: Path) -> None:
 
 def _files_of(run: Path, data: DataConfig, temporary: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Files to pack, name -> path, and the sha256 of each token file; a tokenizer is saved to ``temporary``."""
-    places = [place for place in (run / "data", Path(data.source)) if shards.is_shards(place)]
-    source = Path(data.source)
-    if not places and (source.suffix == ".bin" or (source / "train.bin").is_file()):
+    source = Path(data.source) if isinstance(data.source, str) else None
+    places = [place for place in (run / "data", source) if place and shards.is_shards(place)]
+    if source and not places and is_flat(source):
         _, _, files = shards.open_flat(source, data.val_fraction)
         if data.tokenizer not in KINDS:
             load_tokenizer(data.tokenizer).save(temporary)

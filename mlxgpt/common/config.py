@@ -156,7 +156,9 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from and how they are cut into batches."""
 
-    source: str = _field("pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder, shards, a flat .bin")
+    source: str | tuple = _field(
+        "pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder, shards, a flat .bin; or a list of text files"
+    )
     text_key: str = _field("text", "key or column with the document in .jsonl and .parquet")
     tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or the path of a tokenizer")
     vocab_size: int = _field(2048, "vocabulary size of a tokenizer trained here; char ignores it")
@@ -167,6 +169,8 @@ class DataConfig:
     workers: int = _field(0, "processes that tokenize the corpus; 0 = one per core")
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, tuple) and len(self.source) == 1:
+            object.__setattr__(self, "source", self.source[0])
         _one_of("data", self, "sampling", "random", "epoch")
         _check("data", 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _check("data", self.vocab_size > 0, "vocab_size", self.vocab_size, "a positive number")

@@ -2,26 +2,20 @@
 
 A recipe has the sections ``[model] [data] [optim] [train] [sample]``; one that fine-tunes has ``[tune]`` and
 ``[adapter]`` in place of ``[data]``. Their keys are the dataclasses' fields; ``--set section.key=value`` overrides one.
-A key that no dataclass has is an error that offers the nearest name.
+A key that no dataclass has is an error that offers the key that was meant.
 """
 
 import dataclasses
 import json
 import tomllib
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxgpt.common.config import (
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    SampleConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError, nearest
+from mlxgpt.common.keys import SECTIONS, default_of, meant, or_list
 from mlxgpt.common.model.family.table import FAMILIES
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -47,25 +41,35 @@ def find(recipe: str) -> Path:
     Raises:
         UserError: there is no such recipe or file.
     """
-    path = Path(recipe)
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        if not path.is_file():
-            raise UserError(f"{recipe}: no such recipe file")
+    path = Path(recipe).expanduser()
+    if path.suffix == ".toml" and path.is_file():
         return path
-    if recipe not in names():
-        raise UserError(f"recipe {recipe!r}{nearest(recipe, names())}: expected a path or one of {', '.join(names())}")
-    return folder() / f"{recipe}.toml"
+    if recipe in names():
+        return folder() / f"{recipe}.toml"
+    if cure := _instead(recipe, path):
+        raise UserError(f"{recipe}: {cure}")
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        raise UserError(f"{recipe}: no such recipe file")
+    expected = f"a path or one of {', '.join(names())}; your own texts: mlxgpt train --data PATH"
+    raise UserError(f"recipe {recipe!r}{nearest(recipe, names())}: expected {expected}")
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "tune": TuneConfig,
-    "adapter": AdapterConfig,
-}
+def _instead(recipe: str, path: Path) -> str:
+    """What to type for something that is there and is no recipe; '' where nothing is known."""
+    if path.suffix == ".py":
+        stem, near = path.stem.removeprefix("train_").replace("_", "-"), ""
+        if stem in names():
+            near = f": mlxgpt train {stem} has the same setting"
+        return f"Python, as nanoGPT's configs are: expected a recipe in TOML{near}"
+    if not path.exists():
+        return ""
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return f"a run: mlxgpt train --resume {recipe} continues it, --init-from {recipe} starts from its weights"
+    if path.is_dir() and (path / "config.json").is_file():
+        return f"a model: mlxgpt train --data PATH --init-from {recipe} starts from its weights"
+    if path.suffix in (".yaml", ".yml"):
+        return f"YAML: mlxgpt finetune --config {recipe} reads mlx-lm's; a recipe is TOML"
+    return f"{'a folder' if path.is_dir() else 'a file'}, not a recipe: mlxgpt train --data {recipe}"
 
 
 def _implied(values: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +80,6 @@ def _implied(values: dict[str, Any]) -> dict[str, Any]:
         made.get(name, ModelConfig.__dict__[name]) for name in ("n_layer", "n_head", "n_embd", "head_dim", "window")
     )
     return row.implied_by(n_layer, n_head, head_dim or n_embd // max(n_head, 1), window) | made
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """The default of a setting."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def parse_table(text: str, where: str) -> dict[str, Any]:
@@ -116,6 +115,10 @@ def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
         value = str(value).lower()  # auto, true or false
     if field.type == int | str and isinstance(value, int) and not isinstance(value, bool):
         return value  # a number, or auto
+    if field.type == str | tuple and isinstance(value, (list, tuple)):
+        if not value or not all(isinstance(each, str) for each in value):
+            raise UserError(f"{section}.{field.name} = {value!r}: expected a path, or a list of paths")
+        return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):
@@ -128,7 +131,7 @@ def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
 
 
 def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
-    """A Recipe from plain dicts; unknown sections and keys are errors that offer the nearest name.
+    """A Recipe from plain dicts; unknown sections and keys are errors that offer the one that was meant.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, or one outside its range.
@@ -136,6 +139,8 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
     made = {}
     for section, values in sections.items():
         if section not in SECTIONS:
+            if not isinstance(values, dict):
+                raise UserError(f"{where}: {section} = {values!r}: expected it in a section{or_list(meant(section))}")
             raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
         if values is None and section in ("tune", "adapter"):
             continue  # of a recipe that pre-trains, as asdict gives it
@@ -144,7 +149,7 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
         fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
         for key in values:
             if key not in fields:
-                raise UserError(f"{where}: unknown key {section}.{key}{nearest(key, fields)}")
+                raise UserError(f"{where}: unknown key {section}.{key}{_meant(section, key)}")
         if section == "model":
             family = values.get("family", "gpt2")
             if family not in FAMILIES:
@@ -153,6 +158,11 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
         values = {key: _convert(section, fields[key], value) for key, value in values.items()}
         made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))
     return Recipe(**made)
+
+
+def _meant(section: str, key: str) -> str:
+    """The key that was meant: its whole name, but in the same section."""
+    return or_list(name.removeprefix(f"{section}.") for name in meant(f"{section}.{key}"))
 
 
 def parse_value(text: str) -> Any:
@@ -171,20 +181,89 @@ def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str
         path, equals, text = item.partition("=")
         section, dot, key = path.strip().partition(".")
         if not equals or not dot:
-            raise UserError(f"--set {item}: expected section.key=value, such as train.steps=200")
+            near = or_list(f"{name}={text}" if equals else name for name in meant(path.strip()))
+            raise UserError(f"--set {item}{near}: expected section.key=value, such as train.steps=200")
         if section not in SECTIONS:
-            raise UserError(f"--set {item}: unknown section {section!r}{nearest(section, SECTIONS)}")
+            near = or_list(meant(path.strip())) or nearest(section, SECTIONS)
+            raise UserError(f"--set {item}: unknown section {section!r}{near}")
         fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
         key, inside, entry = key.partition(".")
         if key not in fields or (inside and type(default_of(fields[key])) is not dict):
-            key, names = key + inside + entry, list(fields)
-            raise UserError(f"--set {item}: unknown key {section}.{key}{nearest(key, names)}")
+            near = _meant(section, key)
+            raise UserError(f"--set {item}: unknown key {section}.{key + inside + entry}{near}")
         value = parse_value(text.strip())
-        wants_text = isinstance(fields[key].default, str)
+        listed = isinstance(value, list) and fields[key].type == str | tuple
+        wants_text = isinstance(fields[key].default, str) and not listed
         if inside:
             value = _convert(section, fields[key], result.get(section, {}).get(key, {})) | {entry: value}
         result.setdefault(section, {})[key] = text.strip() if wants_text and not isinstance(value, str) else value
     return result
+
+
+def flag_sets(args: Namespace, flags: dict[str, str]) -> list[str]:
+    """The ``section.key=value`` of those ``flags`` (argument -> key) that were given.
+
+    Raises:
+        UserError: --set sets the same key.
+    """
+    found = []
+    for name, key in flags.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if key in keys_of(args.set):
+            raise UserError(f"--{name.replace('_', '-')} and --set {key}: expected one of them")
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        found.append(f"{key}={json.dumps(value)}")
+    return found
+
+
+def keys_of(sets: list[str]) -> frozenset[str]:
+    """The keys that ``section.key=value`` strings set."""
+    return frozenset(item.partition("=")[0].strip() for item in sets)
+
+
+# Keys that may name a file or folder.
+_PATHS = {"data": ("source", "tokenizer"), "tune": ("model", "adapter", "source", "template")}
+
+
+def read(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The sections of a recipe file; relative paths in it are relative to it, as far as something is there.
+
+    What is not there stays as it is: a name such as pydocs or a hub id, or a path from the working directory, which is
+    said where that exists. A shipped recipe has no folder of the user's: its paths are from the working directory.
+
+    Raises:
+        UserError: as read_toml.
+    """
+    sections = read_toml(path)
+    if path.resolve().parent == folder().resolve():
+        return sections
+    for section, names in _PATHS.items():
+        values = sections.get(section)
+        if not isinstance(values, dict):
+            continue
+        for key in names:
+            if isinstance(value := values.get(key), str):
+                values[key] = _beside(path, f"{section}.{key}", value, say)
+            elif isinstance(value, list):
+                values[key] = [_beside(path, f"{section}.{key}", str(each), say) for each in value]
+    return sections
+
+
+_WORDS = ("", "pydocs", "pydocs-qa", "auto", "chatml", "char", "bpe", "sp-bpe", "sp-unigram")
+
+
+def _beside(path: Path, key: str, value: str, say: Callable[[str], None]) -> str:
+    """``value`` of a recipe at ``path`` as an absolute path where it is one from there."""
+    if value in _WORDS or Path(value).expanduser().is_absolute():
+        return value
+    if (path.parent / value).exists():
+        return str((path.parent / value).resolve())
+    if Path(value).exists():
+        say(f"{path}: {key} = {value!r}: not beside the recipe: taken from the working directory")
+    return value
 
 
 def read_toml(path: Path) -> dict[str, Any]:

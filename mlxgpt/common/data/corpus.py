@@ -6,9 +6,10 @@ order marks included. What is no text is an error that names the file and the by
 
 import codecs
 import hashlib
+import heapq
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,13 @@ PIECE = 1 << 20
 TEXT = (".txt", ".md", ".text", ".markdown", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 
+LONGEST = 1024
+"""Documents whose lengths a scan keeps."""
 _BLOCK = 1 << 22  # bytes read at once
+
+
+class NoText(UserError):
+    """A row without the key or column that was to hold its text."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Piece:
     first: bool = True
     last: bool = True
     start: int = 0  # its first character's place in the document
+    cut: bool = False  # the document's other part is in the other split
 
     @property
     def hash(self) -> int:
@@ -75,14 +83,17 @@ class Scan:
     largest: int
     separators: int  # U+2581, which SentencePiece cannot tell from a space
     marks: int  # documents that start with a byte order mark
+    longest: list[tuple[int, int]]  # (characters, number from 0) of the LONGEST longest documents, in no order
 
 
-def open_corpus(source: str, text_key: str = "text") -> Corpus:
-    """The corpus at ``source``: pydocs, a file or a folder, all of whose files are taken in sorted order.
+def open_corpus(source: str | Sequence[str], text_key: str = "text") -> Corpus:
+    """The corpus at ``source``: pydocs, a file or a folder, all of whose files are taken in sorted order; or several.
 
     Raises:
         UserError: nothing there, nothing to read in it, or a file of a kind that is not read.
     """
+    if not isinstance(source, str):
+        return _several(source, text_key)
     if source == "pydocs":
         from mlxgpt.common.data import pydocs
 
@@ -110,6 +121,23 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
     return Corpus(source, files, text_key, lambda: _read_files(files, text_key), notes)
 
 
+def _several(sources: Sequence[str], text_key: str) -> Corpus:
+    """The files of all sources, in the order of the sources, each once."""
+    if "pydocs" in sources:
+        raise UserError("pydocs and files: expected one of the two")
+    parts = [open_corpus(source, text_key) for source in sources]
+    files = list({path.resolve(): path for part in parts for path in part.files}.values())
+    notes = [note for part in parts for note in part.notes]
+    return Corpus(called(sources), files, text_key, lambda: _read_files(files, text_key), notes)
+
+
+def called(source: str | Sequence[str]) -> str:
+    """What to call a source in a line: its path, or the first path and how many more."""
+    if isinstance(source, str):
+        return source
+    return source[0] + (f" and {len(source) - 1} more" if len(source) > 1 else "")
+
+
 def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
     """Reads the whole corpus once and counts; ``progress`` is told the characters so far.
 
@@ -118,6 +146,7 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
     """
     documents = characters = size = empty = separators = marks = 0
     smallest, largest = 1 << 64, -1
+    longest: list[tuple[int, int]] = []
     for piece in corpus.read():
         if not piece.text:
             empty += 1
@@ -127,6 +156,10 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
             marks += piece.text[0] == "\ufeff"
             found = piece.hash
             smallest, largest = min(smallest, found), max(largest, found)
+        if piece.last:
+            heapq.heappush(longest, (piece.start + len(piece.text), documents - 1))
+            if len(longest) > LONGEST:
+                heapq.heappop(longest)
         characters += len(piece.text)
         size += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         separators += piece.text.count("\u2581")
@@ -134,41 +167,7 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
             progress(characters)
     if not documents:
         raise UserError(f"{corpus.name}: empty: {empty} documents without text")
-    return Scan(documents, characters, size, empty, smallest, largest, separators, marks)
-
-
-def split(pieces: Iterator[Piece], scanned: Scan, val_fraction: float) -> Iterator[tuple[str, Piece]]:
-    """Each piece with its split, ``train`` or ``val``; empty documents are dropped.
-
-    A document validates when its hash is below ``val_fraction`` of all hashes; where that is true of none or of all,
-    the one with the smallest hash validates and the others train; of equal documents the first does. A single document
-    is cut: its first int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
-    """
-    if scanned.documents == 1:
-        yield from _cut(pieces, int((1 - val_fraction) * scanned.characters))
-        return
-    limit = int(val_fraction * (1 << 64))
-    if scanned.smallest >= limit or scanned.largest < limit:
-        limit = scanned.smallest + 1
-    equal, here, number = scanned.smallest == scanned.largest, "train", 0
-    for piece in pieces:
-        if piece.text:
-            if piece.first:
-                here = "val" if (number == 0 if equal else piece.hash < limit) else "train"
-                number += 1
-            yield here, piece
-
-
-def _cut(pieces: Iterator[Piece], place: int) -> Iterator[tuple[str, Piece]]:
-    """One document, cut at character ``place``: no document ends in the training part."""
-    for piece in pieces:
-        here = max(place - piece.start, 0)
-        head, tail = piece.text[:here], piece.text[here:]
-        if head:
-            yield "train", Piece(head, piece.name, first=piece.first, last=False, start=piece.start)
-        if tail:
-            start = piece.start + len(head)
-            yield "val", Piece(tail, piece.name, first=start == place, last=False, start=start)
+    return Scan(documents, characters, size, empty, smallest, largest, separators, marks, longest)
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path]]:
@@ -283,7 +282,7 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[int, object]]:
             if not isinstance(row, dict):
                 raise UserError(f'{where}: {_shown(row)}: expected an object such as {{"{key}": "..."}}')
             if key not in row:
-                raise UserError(f"{where}: no key {key!r}: found {', '.join(map(repr, list(row)[:8])) or 'no key'}")
+                raise NoText(f"{where}: no key {key!r}: found {', '.join(map(repr, list(row)[:8])) or 'no key'}")
             yield number, row[key]
 
 
@@ -301,7 +300,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[tuple[int, object]]:
     with open_parquet(path) as file:
         names = file.schema_arrow.names
         if key not in names:
-            raise UserError(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
+            raise NoText(f"{path}: no column {key!r}: found {', '.join(map(repr, names[:8]))}")
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[key]):
             for value in batch.column(0):

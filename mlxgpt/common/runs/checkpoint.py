@@ -8,6 +8,7 @@
 A checkpoint is written to a hidden sibling, fsynced and renamed, so a crash at any moment leaves whole ones only.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -64,10 +65,12 @@ def write(
     state: RunState,
     keep: int,
     write_weights: WriteWeights | None = None,
+    stable: int = 0,
 ) -> tuple[Path, int]:
     """Writes the checkpoint of ``state.step``, points ``last`` and ``best`` at it, and removes those beyond ``keep``.
 
-    ``write_weights`` fills the folder; by default with a model of ``config`` and ``tokenizer``.
+    ``write_weights`` fills the folder; by default with a model of ``config`` and ``tokenizer``. The checkpoint of step
+    ``stable``, from which the run can be made longer, stays, and so does the one that was best then.
 
     Returns:
         Its folder and its size in bytes.
@@ -104,7 +107,7 @@ def write(
         raise RunError(f"{final}: not written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _retire(run, state, keep)
+    _retire(run, state, keep, stable)
     return final, sum(file.stat().st_size for file in final.rglob("*") if file.is_file())
 
 
@@ -166,12 +169,19 @@ def _point(link: Path, checkpoint: Path) -> None:
     os.replace(temporary, link)
 
 
-def _retire(run: Path, state: RunState, keep: int) -> None:
-    """Removes all checkpoints but the newest ``keep`` and the best; 0 keeps all. What cannot be removed stays."""
+def _retire(run: Path, state: RunState, keep: int, stable: int) -> None:
+    """Removes all checkpoints but the newest ``keep``, the best, and ``stable`` with the best of that time.
+
+    0 keeps all. What cannot be removed stays.
+    """
     steps = [step for step in steps_of(run) if step <= state.step]
-    best = int(state.best["step"]) if state.best else -1
+    held = {stable, int(state.best["step"]) if state.best else -1}
+    if keep and stable in steps[:-keep]:
+        with contextlib.suppress(UserError):  # a damaged one holds nothing
+            best = read_json(path_of(run, stable) / STATE).get("best")
+            held.add(int(best["step"]) if best else -1)
     for step in steps[:-keep] if keep else []:
-        if step != best:
+        if step not in held:
             # hidden first, by a name that sweep() does not restore: half a folder must not look like a checkpoint
             hidden = path_of(run, step).with_name(f".{path_of(run, step).name}.gone")
             try:
@@ -208,13 +218,13 @@ def verify(checkpoint: Path) -> RunState:
     return RunState(**content)
 
 
-def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint whose checksums match, and its state; None if the run has no checkpoints.
+def newest_valid(run: Path, say: Callable[[str], None] = print, until: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint (``until`` a step) whose checksums match, and its state; None if there are none.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    steps, damage = steps_of(run), ""
+    steps, damage = [step for step in steps_of(run) if until is None or step <= until], ""
     for step in reversed(steps):
         try:
             return path_of(run, step), verify(path_of(run, step))
@@ -226,15 +236,26 @@ def newest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | 
     return None
 
 
-def set_aside(run: Path, step: int, say: Callable[[str], None]) -> None:
-    """Renames the damaged checkpoints after ``step``, out of the way of the run that resumes from there."""
-    for later in steps_of(run):
-        if later > step:
-            place = path_of(run, later)
-            aside = place.with_name(f"damaged-{place.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(place, aside)
-            say(f"{place}: damaged, renamed to {aside.name}")
+def set_aside(run: Path, step: int, say: Callable[[str], None], why: str = "damaged") -> bool:
+    """Renames the checkpoints after ``step``, out of the way of the run that resumes from there; True if any were.
+
+    ``why`` begins their new names.
+    """
+    later = [each for each in steps_of(run) if each > step]
+    for each in later:
+        place = path_of(run, each)
+        aside = place.with_name(f"{why}-{place.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(place, aside)
+        say(f"{place}: {why}, renamed to {aside.name}")
+    return bool(later)
+
+
+def point_back(run: Path, state: RunState) -> None:
+    """Points ``last`` at the checkpoint of ``state``, and ``best`` at the best one up to there."""
+    best = path_of(run, int(state.best["step"]) if state.best else state.step)
+    _point(run / "last", path_of(run, state.step))
+    _point(run / "best", best if best.is_dir() else path_of(run, state.step))
 
 
 def read_snapshot(checkpoint: Path, config: ModelConfig) -> State:

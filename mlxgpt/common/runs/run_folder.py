@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,34 @@ def holder(run: Path) -> str:
     return ""
 
 
-def begin(out: Path, recipe: Recipe, environment: dict[str, Any], init_from: str | None, step: int = 0) -> None:
+def begin(
+    out: Path,
+    recipe: Recipe,
+    environment: dict[str, Any],
+    init_from: str | None,
+    step: int = 0,
+    reasons: Sequence[str] = (),
+) -> None:
     """Writes the first files of a new run; if that fails, removes the folder."""
     try:
-        note(out, recipe, environment, step, init_from)
+        note(out, recipe, environment, step, init_from, reasons)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
 
 
-def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init_from: str | None = None) -> None:
-    """Writes recipe.toml, and this segment's entry in environment.json."""
+def note(
+    run: Path,
+    recipe: Recipe,
+    environment: dict[str, Any],
+    step: int,
+    init_from: str | None = None,
+    reasons: Sequence[str] = (),
+) -> None:
+    """Writes recipe.toml, under ``reasons`` or its comments, and this segment's entry in environment.json."""
+    head = [f"# {line}" for line in reasons] or _comments(run / "recipe.toml")
     with atomic_write(run / "recipe.toml") as file:
-        file.write(to_toml(recipe).encode())
+        file.write("\n".join([*head, *[""] * bool(head), to_toml(recipe)]).encode())
     segment = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
@@ -133,6 +149,14 @@ def note(run: Path, recipe: Recipe, environment: dict[str, Any], step: int, init
         "command": sys.argv[1:],
     }
     write_json(run / ENVIRONMENT, [*segments(run), segment])
+
+
+def _comments(path: Path) -> list[str]:
+    """The comments that a file begins with."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return []
 
 
 def segments(run: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.load import has_tokenizer, load_last, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.job import Job, Kind, Weights
+from mlxgpt.common.train.made import name_of
 
 _BASE = "base model"  # among the digests
 
@@ -35,7 +36,7 @@ class Finetuning(Kind[SftSource]):
     """See job.Kind. ``args``: those of the verb finetune (mlxgpt/arguments.py)."""
 
     verb = "finetune"
-    begin_only = ("out", "adapter", "config", "method", "task", "epochs", "train_on_prompt")
+    begin_only = ("out", "adapter", "config", "method", "task", "epochs", "train_on_prompt", "lr", "batch_size", "rank")
     source: SftSource
     _base: Path  # the base model's folder
     _adapter: Adapter | None = None  # the one that a new run trains on
@@ -56,7 +57,7 @@ class Finetuning(Kind[SftSource]):
         self._chosen = settings.gather(self.args)
         self.recipe = settings.recipe(self._chosen.sections, self._chosen.where)
         assert self.recipe.tune and self.recipe.adapter
-        name = f"{Path(self.recipe.tune.model).name}-{self.recipe.adapter.method}"
+        name = f"{name_of(self._chosen.sections['tune']['source'])}-{self.recipe.adapter.method}"
         return Path(self._chosen.out) if self._chosen.out else None, name
 
     def open_model(self) -> None:

@@ -53,7 +53,7 @@ def gather(args: Namespace) -> Chosen:
             written, out, notes = found.sections, found.out, found.notes
             layers, said = found.layers, found.chosen
         else:
-            written = read_toml(path)
+            written = recipes.read(path)
     check_sections(written, where)
     if args.epochs:
         written.get("train", {}).pop("steps", None)  # the flag overrides the file
@@ -67,7 +67,9 @@ def gather(args: Namespace) -> Chosen:
         "train.steps": args.steps,
         "adapter.method": args.method,
     }
-    sets = [f"{key}={value}" for key, value in flags.items() if value is not None] + args.set
+    sets = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    sets += recipes.flag_sets(args, {"lr": "optim.lr", "batch_size": "train.batch_size", "rank": "adapter.rank"})
+    sets += args.set
     written = apply_sets(written, sets)
     check_sections(written, "--set")
     if args.epochs and "steps" in written.get("train", {}):

@@ -7,6 +7,7 @@ had never stopped. The loss of step s is the one before update s.
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Iterator
 
@@ -32,7 +33,7 @@ def train(job: Job) -> int:
             be written.
     """
     saver = Saver(job)
-    with Signals() as signals, saver:
+    with Signals(job.kind.ends_at_second) as signals, saver:
         try:
             _steps(job, signals, saver)
         except CompilerFailed:
@@ -94,7 +95,8 @@ def _steps(job: Job, signals: Signals, saver: Saver) -> None:
 
         if _unvalidated(job):
             stopped_early = _validate(job, signals, saver)
-        if _due(settings.save_every, step) and not finite.streak:
+        stable = step == schedule.last_stable(job.recipe.optim, settings.steps)
+        if (_due(settings.save_every, step) or stable) and not finite.streak:
             saver.save()
         if _due(settings.sample_every, step) and step < settings.steps:
             _sample(job, signals)
@@ -121,7 +123,8 @@ def _sample(job: Job, signals: Signals) -> None:
     if text is None:
         return
     samples.append(job.run, job.state.step, text)
-    job.progress.say(f"sample at step {job.state.step}:\n{text}")
+    shown = re.sub(r"\n\s*\n", "\n\n", text.strip())  # samples.jsonl has it as it is
+    job.progress.say(f"sample at step {job.state.step}:\n{shown}")
 
 
 def finished(recipe: Recipe, state: RunState) -> str:

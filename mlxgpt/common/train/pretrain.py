@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxgpt.common import recipes
 from mlxgpt.common.batch import Engine
-from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.config import ModelConfig, OptimConfig, Recipe
 from mlxgpt.common.data import token_source
 from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.prepare import cache_folder
@@ -17,37 +17,75 @@ from mlxgpt.common.data.token_source import TokenSource
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.model import families, params
-from mlxgpt.common.recipes import apply_sets, build, read_toml
+from mlxgpt.common.recipes import apply_sets, build
 from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer, other_class
 from mlxgpt.common.tokenizers.protocol import Tokenizer
-from mlxgpt.common.train import session
+from mlxgpt.common.train import made, session
 from mlxgpt.common.train.job import Job, Kind, Weights
 
 Sections = dict[str, dict[str, Any]]
+
+_FLAGS = {"data": "data.source", "lr": "optim.lr", "batch_size": "train.batch_size"}
 
 
 class Pretraining(Kind[TokenSource]):
     """See job.Kind. ``args``: those of the verb train (mlxgpt/arguments.py)."""
 
     verb = "train"
-    begin_only = ("out", "init_from")
+    begin_only = ("out", "init_from", "size", "lr", "batch_size")
     source: TokenSource
     tokenizer: Tokenizer | None
     _origin: Path | None = None  # the model of --init-from
+    _facts: made.Facts | None = None  # of the corpus that --data names, where no RECIPE was given
+    _own: frozenset[str] = frozenset()  # keys that flags and --set set
 
     def __init__(self, args: Namespace):
         self.args = args
 
     def read_settings(self) -> tuple[Path | None, str]:
-        """The recipe of RECIPE, --set and --steps."""
-        path = recipes.find(self.args.recipe or "pydocs")
-        self._written = apply_sets(read_toml(path), self.args.set)
-        self.recipe = recipe_of(self._written, self.args.steps, str(path))
-        session.check_settings(self.recipe, self.args)  # the steps are known: before data is prepared
-        return Path(self.args.out) if self.args.out else None, path.stem
+        """The recipe of RECIPE, or the one made for --data, with flags and --set."""
+        args = self.args
+        sets = recipes.flag_sets(args, _FLAGS) + args.set
+        self._own = recipes.keys_of(sets)
+        if args.recipe or not args.data:
+            if args.size:
+                raise UserError(
+                    f"--size {args.size}: the model of a recipe that --data makes: expected --data, no RECIPE"
+                )
+            path = recipes.find(args.recipe or "pydocs")
+            written, where, name = recipes.read(path), str(path), path.stem
+        else:
+            written, where, name = self._made(sets), "--data", ""
+        if args.lr and "optim.min_lr" not in self._own:
+            _keep_ratio(written, args.lr)
+        if args.epochs:
+            if args.steps or "train.steps" in self._own:
+                raise UserError(f"--epochs {args.epochs:g} and --steps: expected one of them")
+            if "data.sampling" not in self._own:
+                written.setdefault("data", {})["sampling"] = "epoch"  # each token once an epoch
+        self._written = apply_sets(written, sets)
+        self.recipe = recipe_of(self._written, args.steps, where)
+        if not args.epochs:
+            session.check_settings(self.recipe, args)  # the steps are known: before data is prepared
+        given = "data.source" in self._own
+        return Path(args.out) if args.out else None, made.name_of(self.recipe.data.source) if given else name
+
+    def _made(self, sets: list[str]) -> Sections:
+        """The sections of the recipe for --data, before flags and --set."""
+        args = self.args
+        if swallowed := [each for each in args.data if each in recipes.names() and not Path(each).exists()]:
+            raise UserError(
+                f"--data ... {swallowed[0]}: expected the recipe first: mlxgpt train {swallowed[0]} --data PATH"
+            )
+        if args.init_from and args.size:
+            raise UserError(f"--size {args.size}: the model is the one of --init-from: expected one of the two")
+        data = recipe_of(apply_sets({}, [item for item in sets if item.startswith("data.")]), None, "--data").data
+        self._facts = made.measure(data)
+        sections = made.sections(data, self._facts, args.size or made.DEFAULT)
+        return {key: value for key, value in sections.items() if not (args.init_from and key == "model")}
 
     def open_model(self) -> None:
         """The model of --init-from."""
@@ -63,28 +101,73 @@ class Pretraining(Kind[TokenSource]):
         """The corpus, tokenized; the vocabulary's size follows from it."""
         self._open_data()
         if self._origin:
-            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
+            check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
         elif self.tokenizer:
             _check_class(self.recipe, self.tokenizer)
         self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
-        _check_sample(self.recipe, self.tokenizer)
+        self._follow_data()
+        check_sample(self.recipe, self.tokenizer)
+
+    def _follow_data(self) -> None:
+        """What the corpus decides once its tokens are known: the length of the run, and what samples begin with."""
+        args, recipe = self.args, self.recipe
+        if self._facts:
+            own = self._own | ({"train.steps"} if args.steps else set())
+            recipe = made.with_length(recipe, self.source.n_train_tokens, own, args.epochs)
+        elif args.epochs:
+            tokens = self.source.n_train_tokens
+            steps = made.steps_of(args.epochs, tokens, recipe)
+            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps))
+            print(f"{steps:,} steps: {args.epochs:g} epochs of {tokens:,} tokens")
+        if "data.source" in self._own and "sample.prompt" not in self._own and self.tokenizer:
+            prompt = self._prompt(self.tokenizer)
+            recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompt=prompt))
+        self.recipe = recipe
+        if self._facts:
+            size, tokens = params.count(recipe.model), self.source.n_train_tokens
+            self.reasons = tuple(made.told(recipe, self._facts, args.size or made.DEFAULT, tokens, size))
+            print("\n".join(self.reasons))
+
+    def _prompt(self, tokenizer: Tokenizer) -> str:
+        """Words with which a validation text begins; the recipe's own prompt where they are none."""
+        ids = [token for token in self.source.text("val", 400).tolist() if token != tokenizer.eos_id]
+        found = made.prompt(tokenizer.decode(ids))
+        while found and len(tokenizer.encode(found)) > self.recipe.model.block_size // 4:
+            found = found[: len(found) // 2].strip()
+        return found or self.recipe.sample.prompt
 
     def read_stored(self, run: Path, stored: Sections) -> None:
         """The run's recipe, or the one of RECIPE, with --set and --steps."""
         segments = run_folder.segments(run)
         self.init_from = segments[0].get("init_from") if segments else None
-        written = read_toml(recipes.find(self.args.recipe)) if self.args.recipe else stored
-        recipe = recipe_of(apply_sets(written, self.args.set), self.args.steps, str(run / "recipe.toml"))
+        args = self.args
+        written = recipes.read(recipes.find(args.recipe)) if args.recipe else stored
+        sets = recipes.flag_sets(args, {"data": "data.source"}) + args.set
+        recipe = recipe_of(
+            apply_sets(written, sets), args.steps or self._steps_of_epochs(run, stored), f"{run / 'recipe.toml'}"
+        )
         if not recipe.model.vocab_size:
             vocab_size = stored.get("model", {}).get("vocab_size", 0)
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=vocab_size))
         self.recipe = recipe
 
+    def _steps_of_epochs(self, run: Path, stored: Sections) -> int | None:
+        """The length that --epochs means for a run, by the tokens that its environment.json counts."""
+        if not self.args.epochs:
+            return None
+        segments = run_folder.segments(run)
+        tokens = segments[0].get("data", {}).get("train_tokens", 0) if segments else 0
+        if not tokens:
+            raise UserError(
+                f"--epochs {self.args.epochs:g}: {run} does not say how many tokens it has: expected --steps N"
+            )
+        return made.steps_of(self.args.epochs, tokens, build(stored))
+
     def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
         """The corpus; the run's own copy of shards or tokenizer stands in for one that is gone."""
         self.recipe = _with_own_tokenizer(self.recipe, newest[0] if newest else None)
         self._open_data(run)
-        _check_sample(self.recipe, self.tokenizer)
+        check_sample(self.recipe, self.tokenizer)
 
     def _open_data(self, run: Path | None = None) -> None:
         recipe = self.recipe
@@ -137,6 +220,16 @@ class Pretraining(Kind[TokenSource]):
         return f"generate --model {run} {'--raw ' if self.tokenizer.templates else ''}--prompt TEXT"
 
 
+def _keep_ratio(written: Sections, lr: float) -> None:
+    """Lowers min_lr of a recipe as --lr does lr."""
+    optim = written.setdefault("optim", {})
+    peak, low = (optim.get(key, OptimConfig.__dict__[key]) for key in ("lr", "min_lr"))
+    if all(isinstance(rate, (int, float)) and rate > 0 for rate in (peak, low)):
+        optim["min_lr"] = float(f"{lr * low / peak:.6g}")
+    if optim.get("name") == "muon":
+        print("--lr: of AdamW; the matrices that Muon trains keep optim.muon_lr")
+
+
 def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
     """The recipe that the sections and --steps make; paths in it become absolute, so that a run may move.
 
@@ -149,11 +242,15 @@ def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
     if steps:
         sections = {**sections, "train": {**sections.get("train", {}), "steps": steps}}
     recipe = build(sections, where)
-    paths = {"source": _corpus(recipe.data.source), "tokenizer": recipe.data.tokenizer}
+    if not isinstance(recipe.data.source, str):
+        places = tuple(str(Path(place).expanduser().resolve()) for place in recipe.data.source)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=places))
+    source = recipe.data.source
+    paths = {"source": _corpus(source) if isinstance(source, str) else "", "tokenizer": recipe.data.tokenizer}
     absolute = {
         key: str(Path(value).expanduser().resolve())
         for key, value in paths.items()
-        if value not in ("pydocs", *KINDS) and Path(value).expanduser().exists()
+        if value not in ("", "pydocs", *KINDS) and Path(value).expanduser().exists()
     }
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
 
@@ -232,7 +329,7 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
-def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: TokenSource) -> None:
+def check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: Any) -> None:
     """Weights mean nothing under another tokenizer; says where it begins documents otherwise.
 
     Raises:
@@ -265,7 +362,7 @@ def _check_class(recipe: Recipe, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+def check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
     """Refuses a prompt that cannot be sampled from before the run starts.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a resumed run may change, and which changes end bit-equality; everything else is refused."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.runs.checkpoint import RunState
+from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.train import schedule
 
 # Cadence, paths and memory. Checksums identify the data, so a path or a tokenizer's name may change.
@@ -33,6 +34,12 @@ ROUNDING = {
 }
 
 Sections = dict[str, dict[str, Any]]
+
+
+def may_change(key: str) -> str:
+    """Whether a resumed run may change a key: ``free``, ``longer only`` or ``fixed``."""
+    free = key in ACCEPTED or key.startswith("sample.")
+    return "free" if free else "longer only" if key == "train.steps" else "fixed"
 
 
 def check_run(run: Path) -> None:
@@ -64,8 +71,8 @@ def changes(before: Sections, after: Recipe) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Callable[[str], None]) -> list[str]:
-    """Compares the recipe of a resumed run with the one that it was trained with up to ``step``.
+def check_recipe(run: Path, before: Sections, after: Recipe, say: Callable[[str], None]) -> list[str]:
+    """Compares the recipe of a resumed run with the one that it was trained with.
 
     Returns:
         The accepted changes that alter rounding, described.
@@ -76,8 +83,8 @@ def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Cal
     rounding = []
     for key, (old, new) in changes(before, after).items():
         if key == "train.steps":
-            _check_steps(run, after, int(old), step, say)
-        elif key not in ACCEPTED and not key.startswith("sample."):
+            _check_steps(run, after, int(old), say)
+        elif may_change(key) == "fixed":
             raise UserError(
                 f"{run}: {key} was {old!r} and is {new!r}: a resumed run keeps its recipe; "
                 f"--init-from {run} starts a new one from its weights"
@@ -89,7 +96,7 @@ def check_recipe(run: Path, before: Sections, after: Recipe, step: int, say: Cal
     return rounding
 
 
-def _check_steps(run: Path, after: Recipe, old: int, step: int, say: Callable[[str], None]) -> None:
+def _check_steps(run: Path, after: Recipe, old: int, say: Callable[[str], None]) -> None:
     name, new = after.optim.schedule, after.train.steps
     was = f"{run}: train.steps was {old} and is {new}"
     if new < old:
@@ -100,9 +107,32 @@ def _check_steps(run: Path, after: Recipe, old: int, step: int, say: Callable[[s
             f"--init-from {run} starts a new run from its weights"
         )
     say(f"changed: train.steps from {old} to {new}")
-    if name == "wsd" and step > old - schedule.decay_steps(after.optim, old):
-        rates = schedule.rate(after.optim, step, old), schedule.rate(after.optim, step + 1, new)
-        say(f"the learning rate had begun to decay: it returns from {rates[0]:.3g} to {rates[1]:.3g}")
+
+
+def before_decay(
+    run: Path, before: Recipe, after: Recipe, newest: RunState, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint from which a longer wsd run goes on, if that is not the newest: one before the rate decayed.
+
+    From there the curve is that of a run which was this long from the start. None where the newest is one, or where
+    the run has none, as one of an earlier version: then the rate returns to its peak, which is said.
+    """
+    old, new = before.train.steps, after.train.steps
+    stable = schedule.last_stable(after.optim, old)
+    if new <= old or not stable or newest.step <= stable:
+        return None
+    found = None
+    with contextlib.suppress(UserError):
+        found = checkpoint.newest_valid(run, say, until=stable)
+    if found:
+        say(
+            f"steps {found[1].step + 1} to {newest.step} are repeated: their learning rate decayed toward the end at "
+            f"{old}; so the curve is that of a run of {new} steps from the start"
+        )
+        return found
+    rates = schedule.rate(after.optim, newest.step, old), schedule.rate(after.optim, newest.step + 1, new)
+    say(f"the learning rate had begun to decay: it returns from {rates[0]:.3g} to {rates[1]:.3g}")
+    return None
 
 
 def check_data(run: Path, before: dict[str, str], after: dict[str, str]) -> None:

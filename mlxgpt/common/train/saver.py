@@ -11,6 +11,7 @@ from mlxgpt.common.errors import RunError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.plan import advice, gate
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train import schedule
 from mlxgpt.common.train.job import Job
 from mlxgpt.common.units import size
 
@@ -87,7 +88,7 @@ class Saver:
     def _cure(self, error: failures.OutOfMemory) -> str:
         """How a run that ran out of memory goes on."""
         job = self._job
-        resume = f"mlxgpt {job.kind.verb} --resume {job.run}"
+        resume = job.kind.again(job.run)
         if error.advised:
             return f"{resume} continues it"
         try:
@@ -123,8 +124,9 @@ class Saver:
         def write() -> None:
             start = time.perf_counter()
             job.metrics.sync()
+            stable = schedule.last_stable(recipe.optim, recipe.train.steps)
             place, size = checkpoint.write(
-                job.run, snapshot, recipe.model, None, state, recipe.train.keep, job.kind.write_weights
+                job.run, snapshot, recipe.model, None, state, recipe.train.keep, job.kind.write_weights, stable
             )
             seconds = time.perf_counter() - start
             self._written.append(f"first save: {place}, {size / 2**20:.1f} MiB in {seconds:.2f} s")

@@ -23,6 +23,11 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
     return max(1, round(optim.decay_fraction * steps))
 
 
+def last_stable(optim: OptimConfig, steps: int) -> int:
+    """wsd: the last step at the peak rate, up to which a longer run is the same; 0 of other schedules."""
+    return steps - decay_steps(optim, steps) if optim.schedule == "wsd" else 0
+
+
 def rate(optim: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of ``step`` (from 1) in a schedule of ``steps``."""
     peak, low, warmup = optim.lr, optim.min_lr, optim.warmup
@@ -33,8 +38,8 @@ def rate(optim: OptimConfig, step: int, steps: int) -> float:
     if step >= steps:
         return low
     if optim.schedule == "wsd":
-        decay = decay_steps(optim, steps)
-        return peak if step <= steps - decay else low + (peak - low) * (steps - step) / decay
+        stable = last_stable(optim, steps)
+        return peak if step <= stable else low + (peak - low) * (steps - step) / (steps - stable)
     progress = (step - warmup) / (steps - warmup)
     share = (1.0 + math.cos(math.pi * progress)) / 2.0 if optim.schedule == "cosine" else 1.0 - progress
     return low + (peak - low) * share

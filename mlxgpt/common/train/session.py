@@ -61,7 +61,9 @@ def _begin(kind: Kind) -> int:
     kind.set_first_state(engine, state)
     run_folder.make(out)
     with run_folder.locked(out):
-        run_folder.begin(out, recipe, environment | {"data": kind.describe_source()}, kind.init_from, state.step)
+        run_folder.begin(
+            out, recipe, environment | {"data": kind.describe_source()}, kind.init_from, state.step, kind.reasons
+        )
         return _train(kind, out, backend, engine, gate, state)
 
 
@@ -78,11 +80,15 @@ def _resume(kind: Kind) -> int:
         verb = "finetune" if "tune" in stored else "train"
         if verb != kind.verb:
             raise UserError(f"{out}: a run of mlxgpt {verb}: mlxgpt {verb} --resume {out} resumes it")
+        _check_own(kind, out)
         kind.read_stored(out, stored)
         newest = checkpoint.newest_valid(out)
         before = build(newest[1].recipe if newest else stored, str(out / "recipe.toml"))
         step = newest[1].step if newest else 0
-        rounding = resume.check_recipe(out, dataclasses.asdict(before), kind.recipe, step, print)
+        rounding = resume.check_recipe(out, dataclasses.asdict(before), kind.recipe, print)
+        aside = "damaged"
+        if newest and (stable := resume.before_decay(out, before, kind.recipe, newest[1], print)):
+            newest, aside, step = stable, "decayed", stable[1].step
         if newest and (why := loop.finished(kind.recipe, newest[1])):
             print(f"{out}: nothing to do: {why}; model: {resolve.resolve_model(out)}")
             return 0
@@ -103,13 +109,27 @@ def _resume(kind: Kind) -> int:
         gate = plan_gate.gate(kind.recipe, backend, args)
         if newest:
             engine = _restored_engine(kind, backend, newest[0])
-            state = _restored_state(kind, out, newest, engine.describe(), rounding)
+            state = _restored_state(kind, out, newest, engine.describe(), rounding, aside)
         else:
             print(f"{out}: no checkpoint yet: starts from step 1")
             engine = _engine(kind, backend, kind.weights(None))
             state = first_state(kind, engine.describe())
         _rewind(kind, out, engine.describe(), state.step)
         return _train(kind, out, backend, engine, gate, state)
+
+
+def _check_own(kind: Kind, out: Path) -> None:
+    """Refuses to go on without the source or objective that a program began the run with, or with other ones."""
+    segments = run_folder.segments(out)
+    data = segments[0].get("data") if segments else None
+    began = data.get("own") if isinstance(data, dict) else None
+    before, now = sorted(began or ()), sorted(kind.own)
+    if before != now:
+        described = ", ".join(f"{name} {began[name]}" for name in before) if began else "the recipe's data and loss"
+        raise UserError(
+            f"{out}: began with {described}, not with {' and '.join(now) or 'those of the recipe'}"
+            f"{'' if now else ': the program that has them resumes it, with Trainer.train()'}"
+        )
 
 
 def check_settings(recipe: Recipe, args: Namespace) -> None:
@@ -142,7 +162,8 @@ def _engine(kind: Kind, backend: Backend, weights: Any) -> Any:
         OutOfMemory: they do not fit.
     """
     with doing("weights and moments on the device", failures.ADVICE[kind.verb]):
-        return backend.engine.Engine(kind.recipe, weights, device=kind.args.device)
+        own = {"objective": kind.objective} if kind.objective else {}
+        return backend.engine.Engine(kind.recipe, weights, device=kind.args.device, **own)
 
 
 def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
@@ -155,13 +176,14 @@ def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
 
 
 def _restored_state(
-    kind: Kind, out: Path, newest: Checkpoint, environment: dict[str, str], rounding: list[str]
+    kind: Kind, out: Path, newest: Checkpoint, environment: dict[str, str], rounding: list[str], aside: str
 ) -> RunState:
-    """The state that the run resumes from; damaged checkpoints after it are renamed."""
+    """The state that the run resumes from; checkpoints after it are renamed, to begin with ``aside``."""
     place, state = newest
     resume.say_environment(state, environment, rounding, print)
     print(f"{out}: resumes from step {state.step} ({place.name}, written by {state.framework})")
-    checkpoint.set_aside(out, state.step, print)
+    if checkpoint.set_aside(out, state.step, print, aside):
+        checkpoint.point_back(out, state)
     return dataclasses.replace(
         state, recipe=dataclasses.asdict(kind.recipe), framework=environment["framework"], environment=environment
     )
@@ -206,6 +228,7 @@ def _train(kind: Kind, out: Path, backend: Backend, engine: Any, gate: Gate, sta
         job = Job(out, kind, backend, engine, state, lines, display, kind.args.stop_after or 0)
         began = time.perf_counter()
         code = loop.train(job)
+        display.end()
         display.say(gate.finish(out, engine))
         display.say(_last_line(job, code, time.perf_counter() - began))
         return code
@@ -216,7 +239,7 @@ def _last_line(job: Job, code: int, seconds: float) -> str:
     state, recipe, run = job.state, job.recipe, job.run
     why = loop.finished(recipe, state)
     if not why:
-        resume = f"resume with: mlxgpt {job.kind.verb} --resume {run}"
+        resume = f"resume with: {job.kind.again(run)}"
         reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[code]
         where = f"and saved at step {state.step}" if resolve.follow(run, "last") else "before the first step was done"
         return f"stopped {reason} {where}; {resume}"

@@ -1,0 +1,262 @@
+"""Every recipe key, once: section, default and meaning; and which of them somebody means who names another.
+
+Peers are nanoGPT, mlx-lm, Hugging Face's Trainer with PEFT, and litgpt. A name of theirs is looked up without dashes
+(``--num-train-epochs``, ``num_train_epochs``), and where that is unknown without its section (``train.max_steps``).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from mlxgpt.common.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+    TuneConfig,
+)
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "tune": TuneConfig,
+    "adapter": AdapterConfig,
+}
+PRETRAINING = ("model", "data", "optim", "train", "sample")
+FINETUNING = ("tune", "adapter", "optim", "train", "sample")
+
+FLAGS = {
+    "data.source": "--data", "tune.source": "--data", "tune.model": "--model", "tune.adapter": "--adapter",
+    "tune.task": "--task", "tune.epochs": "--epochs", "tune.train_on_prompt": "--train-on-prompt",
+    "adapter.method": "--method", "adapter.rank": "--rank", "optim.lr": "--lr", "train.batch_size": "--batch-size",
+    "train.steps": "--steps", "sample.prompt": "--prompt", "sample.max_tokens": "--max-tokens",
+    "sample.temperature": "--temperature", "sample.top_k": "--top-k", "sample.top_p": "--top-p",
+    "sample.min_p": "--min-p", "sample.repetition_penalty": "--repetition-penalty", "sample.seed": "--seed",
+}  # fmt: skip
+"""Flags that set a key, in the verbs that have them."""
+
+PEERS = {
+    "model.family": "model_type",
+    "model.n_layer": "num_hidden_layers n_layers num_layers",
+    "model.n_head": "num_attention_heads n_heads num_heads",
+    "model.n_kv_head": "num_key_value_heads n_query_groups",
+    "model.n_embd": "hidden_size d_model emb_dim embed_dim",
+    "model.n_hidden": "intermediate_size",
+    "model.block_size": "block_size max_position_embeddings context_length context_size context ctx_len seq_len"
+    " max_seq_length max_seq_len max_length",
+    "model.activation": "hidden_act",
+    "model.tied": "tie_word_embeddings",
+    "model.qkv_bias": "bias",
+    "model.mlp_bias": "bias",
+    "model.norm_bias": "bias",
+    "data.source": "dataset dataset_name dataset_path train_file train_data data_path data_dir data_file input source",
+    "data.tokenizer": "tokenizer_dir",
+    "data.text_key": "text_feature text_column",
+    "data.vocab_size": "vocab",
+    "data.val_fraction": "val_split validation_split val_split_fraction",
+    "data.workers": "dataloader_num_workers num_proc",
+    "optim.name": "optimizer optim",
+    "optim.lr": "learning_rate",
+    "optim.beta1": "adam_beta1 betas momentum",
+    "optim.beta2": "adam_beta2",
+    "optim.eps": "adam_epsilon epsilon",
+    "optim.weight_decay": "wd",
+    "optim.clip": "grad_clip max_grad_norm max_norm",
+    "optim.schedule": "decay_lr lr_schedule lr_scheduler_type scheduler",
+    "optim.warmup": "warmup_iters warmup_steps warmup_ratio lr_warmup_steps",
+    "train.steps": "max_iters lr_decay_iters iters num_iters max_steps steps",
+    "train.batch_size": "batch_size per_device_train_batch_size global_batch_size bs",
+    "train.micro_batch_size": "per_device_eval_batch_size",
+    "train.seed": "seed",
+    "train.dropout": "dropout drop_rate",
+    "train.label_smoothing": "label_smoothing_factor",
+    "train.compute_dtype": "dtype bf16 fp16 precision amp",
+    "train.checkpoint_activations": "grad_checkpoint gradient_checkpointing",
+    "train.compile": "compile torch_compile",
+    "train.eval_every": "eval_interval steps_per_eval eval_steps do_eval interval",
+    "train.eval_batches": "eval_iters val_batches eval.max_iters",
+    "train.log_every": "log_interval steps_per_report logging_steps verbose",
+    "train.save_every": "always_save_checkpoint save_steps save_interval",
+    "train.keep": "save_total_limit",
+    "train.early_stop": "early_stopping_patience patience",
+    "train.tensorboard": "logging_dir",
+    "train.wandb": "wandb_log wandb_project report_to project_name logger_name",
+    "sample.prompt": "start",
+    "sample.max_tokens": "max_new_tokens max_tokens max_length length",
+    "sample.temperature": "temp do_sample",
+    "sample.seed": "seed",
+    "tune.model": "model_name_or_path model_name pretrained checkpoint_dir init_from",
+    "tune.adapter": "resume_adapter_file",
+    "tune.source": "dataset dataset_name dataset_path train_file train_data data_path data_dir data_file input source",
+    "tune.block_size": "block_size max_seq_length max_seq_len max_length",
+    "tune.prompt_key": "prompt_feature",
+    "tune.completion_key": "completion_feature",
+    "tune.messages_key": "chat_feature",
+    "tune.text_key": "text_feature text_column",
+    "tune.val_fraction": "val_split validation_split val_split_fraction",
+    "tune.neftune": "neftune_noise_alpha",
+    "tune.test": "test",
+    "adapter.method": "fine_tune_type use_dora lora",
+    "adapter.rank": "lora_rank lora_r r rank",
+    "adapter.alpha": "lora_alpha lora_scale scale alpha",
+    "adapter.rslora": "use_rslora",
+    "adapter.dropout": "lora_dropout",
+    "adapter.targets": "target_modules lora_target_modules lora_query lora_key lora_value lora_projection lora_mlp",
+    "adapter.layers": "lora_layers num_layers layers_to_transform",
+    "adapter.train": "modules_to_save",
+    "adapter.bits": "load_in_4bit load_in_8bit quantize q_bits",
+    "--epochs": "num_train_epochs epochs num_epochs",
+    "--size": "size model_size",
+    "--init-from": "model init_from model_name_or_path pretrained checkpoint_dir initial_checkpoint_dir",
+    "--model": "model_name_or_path model_name checkpoint_dir checkpoint init_from",
+    "--out": "out_dir adapter_path output_dir output save_path run_name wandb_run_name name",
+    "--adapter": "adapter_path adapter_file resume_adapter_file",
+    "--resume": "resume resume_from_checkpoint checkpoint",
+    "--device": "device devices accelerator gpu cpu cuda",
+    "--bits": "q_bits quantize load_in_4bit load_in_8bit",
+}
+"""Key or flag -> what peers call it."""
+_ACCUMULATION = "train.batch_size counts all rows of an update, --set train.micro_batch_size=N those at once"
+ADVICE = {
+    "train": "the verb trains: leave it out",
+    "do_train": "the verb trains: leave it out",
+    "mask_prompt": "only the assistant's tokens train, unless --train-on-prompt: leave it out",
+    "completion_only_loss": "only the assistant's tokens train, unless --train-on-prompt: leave it out",
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "grad_accumulation_steps": _ACCUMULATION,
+    "gradient_accumulation_iters": _ACCUMULATION,
+    "eval_only": "mlxgpt eval scores a model",
+    "num_samples": "repeat --prompt",
+    "hf_path": "mlxgpt convert IN OUT takes both as they stand",
+    "mlx_path": "mlxgpt convert IN OUT takes both as they stand",
+    "hf_dataset": "download it, and give --data FILE",
+    "recipe": "it needs no flag: mlxgpt train RECIPE",
+    "config": "a recipe needs no flag: mlxgpt train FILE.toml",
+    "trust_remote_code": "code of a model's repository is never run: leave it out",
+}
+"""What peers call it -> what to do where it is neither key nor flag."""
+
+
+# What peers' flags without a value, or with another, say here.
+_VALUES = {
+    "bf16": "bfloat16", "fp16": "bfloat16", "amp": "bfloat16", "load_in_4bit": "4", "load_in_8bit": "8",
+    "use_dora": "dora", "compile": "on",
+    "lora": "lora", "decay_lr": "constant", "cpu": "cpu", "gpu": "gpu", "cuda": "cuda",
+}  # fmt: skip
+_READ = {"train": PRETRAINING, "plan": PRETRAINING, "finetune": FINETUNING}  # verb -> the sections that it reads
+
+
+class Key(NamedTuple):
+    """A setting: section.key, its default, what it means."""
+
+    name: str
+    default: Any
+    help: str
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a setting."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def every(sections: Iterable[str] = SECTIONS) -> list[Key]:
+    """Every key of the sections, in their order."""
+    return [
+        Key(f"{section}.{field.name}", default_of(field), field.metadata["help"])
+        for section in sections
+        for field in dataclasses.fields(SECTIONS[section])
+    ]
+
+
+def plain(name: str) -> str:
+    """A name as PEERS has it: ``--Num-Train-Epochs`` is num_train_epochs."""
+    return name.lstrip("-").replace("-", "_").lower()
+
+
+def of_peers(name: str) -> list[str]:
+    """The keys and flags that peers call ``name``, in the order of PEERS."""
+    for asked in dict.fromkeys((plain(name), plain(name).rpartition(".")[2])):
+        if found := [ours for ours, names in PEERS.items() if asked in names.split()]:
+            return found
+    return []
+
+
+def search(words: Iterable[str]) -> list[Key]:
+    """The keys that hold every word, in name, meaning or a peer's name."""
+    wanted, found = [plain(word) for word in words], []
+    for key in every():
+        text = plain(" ".join([key.name, FLAGS.get(key.name, ""), PEERS.get(key.name, ""), key.help]))
+        if all(word in text for word in wanted):
+            found.append(key)
+    return found
+
+
+def meant(name: str, sections: Iterable[str] = SECTIONS) -> list[str]:
+    """The keys that ``name`` means, likeliest first: of another section, a peer's, or misspelled."""
+    import difflib  # not at every start of the command line
+
+    section, _, last = plain(name).rpartition(".")
+    known = [key.name for key in every(sections)]
+    same = [key for key in known if key.partition(".")[2] == last]
+    peers = [key for key in of_peers(name) if key in known]
+    if found := [key for key in peers if key in same] or same or peers:
+        return found[:3]
+    scores = []
+    for key in known:
+        place, _, own = key.partition(".")
+        ratio = difflib.SequenceMatcher(None, last, own).ratio()
+        scores.append((ratio + 0.1 * (place == section), key))
+        for peer in PEERS.get(key, "").split():
+            scores.append((difflib.SequenceMatcher(None, last, peer).ratio() - 0.2, key))
+    score, best = max(scores, key=lambda each: each[0])
+    return [best] if score >= 0.6 else []
+
+
+def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
+    """What to say behind an unknown ``flag`` of a verb with the ``known`` flags: '' or a cure; ``value`` may be ''."""
+    import difflib  # not at every start of the command line
+
+    name = plain(flag)
+    if own := next((each for each in known if plain(each) == name), ""):
+        return or_list([own])  # --batch_size
+    exact = [key.name for key in every() if key.name.partition(".")[2] == name.rpartition(".")[2]]
+    ours = of_peers(flag) or exact
+    found = [_as_flag(each, value or _VALUES.get(name, ""), verb, known) for each in ours]
+    if name in ADVICE:
+        return f": {ADVICE[name]}"
+    if found := list(dict.fromkeys(filter(None, found))):
+        return or_list(found[: 1 if found[0] in known else 3])
+    if verb == "train" and any(each.startswith(("adapter.", "tune.")) for each in ours):
+        return ": of mlxgpt finetune --model DIR --data PATH: mlxgpt train trains every weight"
+    if verb == "finetune" and (ours == ["--size"] or any(each.startswith("model.") for each in ours)):
+        return ": of mlxgpt train: fine-tuning keeps the sizes of --model DIR"
+    spelled = {plain(each): each for each in known}
+    if "--set" in known:
+        spelled |= {peer: "" for names in PEERS.values() for peer in names.split()}
+    close = difflib.get_close_matches(name, list(spelled), n=1, cutoff=0.5)
+    if close and not spelled[close[0]]:
+        return flag_meant(close[0], value, verb, known)
+    return or_list(spelled[each] for each in close)
+
+
+def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
+    """A key or flag of PEERS as the verb takes it: a flag, --set KEY=VALUE, or ''."""
+    flag = ours if ours.startswith("--") else FLAGS.get(ours, "")
+    section = ours.partition(".")[0]
+    if flag in known and (flag == ours or section in _READ.get(verb, (section,))):
+        return flag
+    if flag == ours or "--set" not in known or section not in _READ.get(verb, ()):
+        return ""
+    default = next(key.default for key in every([section]) if key.name == ours)
+    return f"--set {ours}={value or ('true' if isinstance(default, bool) else 'VALUE')}"
+
+
+def or_list(names: Iterable[str]) -> str:
+    """`` (did you mean 'a' or 'b'?)``, or nothing."""
+    found = " or ".join(repr(name) for name in names)
+    return f" (did you mean {found}?)" if found else ""
