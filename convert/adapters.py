@@ -1,9 +1,11 @@
 """Converts adapters between PEFT's layout and mlx-lm's; of the base the sizes are read, and what an adapter copied."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 
+from convert.conversion import FILES
 from convert.formats import output
 from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.config import ModelConfig
@@ -44,7 +46,11 @@ def convert(
     """
     place, dst = resolve.resolve_model(src), Path(dst).expanduser()
     if to not in (None, *LAYOUTS):
-        raise UserError(f"--to {to}: {place} is an adapter: expected {' or '.join(LAYOUTS)}; fuse makes a model of it")
+        raise UserError(
+            f"--to {to}: {place} is an adapter: expected {' or '.join(LAYOUTS)}; {_fuse_first(src, dst, to)}"
+        )
+    if dst.suffix.lower() in FILES:
+        raise UserError(f"{dst}: {place} is an adapter, which is a folder; {_fuse_first(src, dst)}")
     there = dst.exists() or dst.is_symlink()
     if there and not (force and adapter_folder.is_adapter(dst)):
         raise UserError(f"{dst}: exists" + ("; --force replaces an adapter, but this is none" * force))
@@ -65,6 +71,14 @@ def convert(
             (made / ends.FILE).write_bytes((place / ends.FILE).read_bytes())
         output.put(made, dst, force)
     return adapter, [*adapter.notes, *gaps]
+
+
+def _fuse_first(src: Path | str, dst: Path, to: str | None = None) -> str:
+    """The two commands that make a model of an adapter in the format that was asked for."""
+    model = shlex.join(["mlxgpt", "fuse", "--model", str(adapter_folder.base_of(resolve.resolve_model(src))),
+                        "--adapter", str(src), "--out", "FUSED"])  # fmt: skip
+    more = shlex.join(["mlxgpt", "convert", "FUSED", str(dst), *(["--to", to] if to else [])])
+    return f"fuse it first: {model}, then {more}"
 
 
 def _config(base: Path) -> ModelConfig:

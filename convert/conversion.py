@@ -34,6 +34,8 @@ from mlxgpt.common.tokenizers import ends, protocol
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
+FILES = (".gguf", ".bin", ".pt", ".pth", ".npz", ".safetensors")
+"""Ends of names that mean one file."""
 # option -> the formats that read it
 _ONLY = {
     "bits": ("mlx-lm", "gguf"),
@@ -89,8 +91,10 @@ def convert(
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
-    to = to or _BY_SUFFIX.get(Path(dst).suffix, "hf")
-    format_of(to)
+    suffix = Path(dst).suffix.lower()
+    to = to or _BY_SUFFIX.get(suffix, "hf")
+    if format_of(to).KIND == "folder" and suffix in FILES and _BY_SUFFIX.get(suffix) != to:
+        raise UserError(f"{dst}: {to} is a folder: expected a name without {suffix}, or --to of a format in one file")
     _options(to, options)
     again = functools.partial(_verify, src, n_head=n_head, config=config) if verify else None
     return convert_opened(open_model(src, n_head, config), src, dst, to, force=force, verify=again, **options)

@@ -309,6 +309,13 @@ def runs_check(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def diagnose(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the run to look at; it may be training")
+    add("--quick", action="store_true", help="from the run's folder alone: without counting its corpus")
+    _add_json(parser)
+
+
 def report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="runs to overlay; the others are compared with the first")

@@ -165,6 +165,15 @@ VERBS = {
         arguments.runs_check,
         ("runs check runs/first",),
     ),
+    "diagnose": Verb(
+        "why a run's loss is bad: each reason with its number and what to change",
+        "mlxgpt.commands.diagnose:diagnose_command",
+        arguments.diagnose,
+        (
+            "diagnose runs/first",
+            "diagnose runs/first --quick --json",
+        ),
+    ),
     "report": Verb(
         "write one page about runs: curves, settings, samples",
         "mlxgpt.commands.report:report_command",

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from book.page import ROOT, chapters, fences, runnable
+from book.page import DOCS, ROOT, chapters, fences, runnable
 from book.running import run_page
+from book.source import shown
 
 PAGES = [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in runnable()]
 CHAPTERS = [pytest.param(path, id=path.stem) for path in chapters()]
@@ -20,6 +21,15 @@ def test_a_page_prints_what_it_says(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [page for page in PAGES if " run slow" in Path(str(page.values[0])).read_text()])
 def test_a_page_prints_what_it_says_also_where_that_takes_long(path: Path, tmp_path: Path) -> None:
     assert not run_page(path, tmp_path, slow=True)
+
+
+def test_every_page_shows_lines_that_exist() -> None:
+    """A change of the code that takes a shown line away fails here, and not first where the site is built."""
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("**/*.md"))}
+    found = [
+        fence.body for path, text in pages.items() for fence in fences(text, path.name) if fence.language == "source"
+    ]
+    assert len(found) > 20 and all(shown(body) for body in found)
 
 
 def lacks(text: str) -> list[str]:

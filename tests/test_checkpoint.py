@@ -327,10 +327,42 @@ def test_a_hub_id_is_taken_from_the_local_cache(tmp_path: Path, monkeypatch: pyt
     assert asked == [("some/model", True)]
     with pytest.raises(
         UserError,
-        match=r"some/absent: no such folder, and not to be had as a hub id: offline$",
+        match=r"some/absent: no such folder, and not to be had from the Hugging Face hub: offline$",
     ):
         resolve.resolve_model("some/absent")
     assert asked[1:] == [("some/absent", True), ("some/absent", False)]
+
+
+def test_the_hubs_errors_are_said_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    from types import SimpleNamespace
+
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answer(kind: type[Exception], status: int) -> Exception:
+        error = kind.__new__(kind)
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+        return error
+
+    cases = [
+        (answer(errors.GatedRepoError, 403), "gated: accept its terms on its page there, then hf auth login"),
+        (answer(errors.RepositoryNotFoundError, 404), "no such repository, or a private one"),
+        (answer(errors.HfHubHTTPError, 401), "the hub did not accept the token: hf auth login"),
+        (answer(errors.HfHubHTTPError, 503), "the hub answers 503: try again later"),
+        (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError("Got: ConnectError\nAn error happened"), "no connection to it, and not in the"),
+        (OSError(errno.ENOSPC, "No space left", "/cache"), "no space left on disk (/cache): set HF_HOME"),
+    ]
+    for error, text in cases:
+
+        def download(*_: object, error: Exception = error, **__: object) -> str:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(UserError) as found:
+            resolve.resolve_model("some/model")
+        assert text in str(found.value) and "\n" not in str(found.value)
 
 
 def test_at_most_one_save_is_in_flight_and_its_failure_surfaces() -> None:

@@ -87,6 +87,7 @@ FLAGS = {
     "tokenizer inspect": {"--text", "--json"},
     "runs": {"--json"},
     "runs check": {"--json"},
+    "diagnose": {"--quick", "--json"},
     "report": {"--out", "--export", "--watch", "--port"},
     "convert": {"--to", "--tokenizer", "--dtype", "--bits", "--verify", "--force", "--json"},
     "verify": {"--json", "--html", "--weights-only", "--rungs", "--frameworks", "--data"},

@@ -58,6 +58,19 @@ def refused(capsys: pytest.CaptureFixture, source: Path, *args: str, code: int =
     return err.removeprefix("mlxgpt: error: ").rstrip("\n")
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin --to hf", "a.GGUF --to mlx-lm"])
+def test_a_folder_is_not_made_under_the_name_of_a_file(
+    source: Path, capsys: pytest.CaptureFixture, tmp_path: Path, name: str
+) -> None:
+    file, *rest = name.split()
+    said = refused(capsys, source, str(tmp_path / file), *rest)
+    assert f"is a folder: expected a name without {Path(file).suffix.lower()}" in said
+
+
+def test_a_suffix_in_capitals_means_the_same_file(source: Path, tmp_path: Path) -> None:
+    assert convert_model(source, tmp_path / "b.GGUF").format == "gguf" and (tmp_path / "b.GGUF").is_file()
+
+
 def header(place: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrites the header of model.safetensors."""
     data = (place / model_folder.SINGLE).read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data import pydocs
-from mlxgpt.common.data.corpus import Piece, open_corpus, scan, split
+from mlxgpt.common.data.corpus import Piece, open_corpus, scan
 from mlxgpt.common.errors import UserError
 
 
@@ -157,46 +157,6 @@ def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'mlxgpt\[parquet\]'"):
         texts(path)
-
-
-def splits(source: Path, val_fraction: float) -> dict[str, list[Piece]]:
-    corpus = open_corpus(str(source))
-    found: dict[str, list[Piece]] = {"train": [], "val": []}
-    for name, piece in split(corpus.read(), scan(corpus), val_fraction):
-        found[name].append(piece)
-    return found
-
-
-def test_one_long_document_is_cut_as_nanogpt_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "PIECE", 100)
-    text = "".join(f"\u00e9 word {i}\n" for i in range(200))
-    (tmp_path / "a.txt").write_text(text)
-    for fraction in (0.1, 0.25, 0.999):
-        found = splits(tmp_path / "a.txt", fraction)
-        place = int((1 - fraction) * len(text))
-        assert "".join(piece.text for piece in found["train"]) == text[:place]
-        assert "".join(piece.text for piece in found["val"]) == text[place:]
-        assert sum(piece.first for piece in found["val"]) == 1
-        assert not any(piece.last for piece in found["train"])
-
-
-def test_documents_are_split_by_their_hash(tmp_path: Path) -> None:
-    rows = [f"document {i}" for i in range(2000)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in [*rows[::-1], rows[0], "new"]))
-    one, two = splits(tmp_path / "a.jsonl", 0.1), splits(tmp_path / "b.jsonl", 0.1)
-    assert 150 < len(one["val"]) < 250
-    # Another order, a copy and a new document move nothing to the other side.
-    assert {p.text for p in one["val"]} == {p.text for p in two["val"]} - {"new"}
-    assert not {p.text for p in two["val"]} & {p.text for p in two["train"]}
-
-
-@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
-def test_few_documents_leave_no_split_empty(tmp_path: Path, fraction: float) -> None:
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    found = splits(tmp_path, fraction)
-    assert [len(found["train"]), len(found["val"])] == [2, 1]
 
 
 def test_digest_follows_content_and_key(tmp_path: Path) -> None:

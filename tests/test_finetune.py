@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def test_answers_are_scored_the_best_kept_and_the_test_split_scored_at_the_end(
     assert set(names) < set(tested) and tested["targets"] > 10
     out = capsys.readouterr().out
     assert "best validation chrf" in out and "test split at step" in out and "sample at step" in out
+    assert re.search(r"sample at step \d+:\n(.*\n)+reference: \S", out)
     best = int(state.best["step"])
     assert resolve.resolve_model("scored") == resolve.path_of(Path("scored"), best)
     for backend in BACKENDS:

@@ -266,7 +266,12 @@ def test_adapters_move_between_the_layouts_alone(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "back" / "adapters.safetensors").exists()
     capsys.readouterr()
     assert cli.main(["convert", str(tmp_path / "lm"), str(tmp_path / "gg"), "--to", "gguf"]) == 2
-    assert "is an adapter: expected peft or mlx-lm; fuse makes a model of it" in capsys.readouterr().err
+    said_first = f"fuse it first: mlxgpt fuse --model {base.resolve()} --adapter {tmp_path / 'lm'} --out FUSED, then "
+    assert f"{said_first}mlxgpt convert FUSED {tmp_path / 'gg'} --to gguf" in capsys.readouterr().err
+    for name in ("a.gguf", "a.GGUF", "a.safetensors"):
+        assert cli.main(["convert", str(tmp_path / "lm"), str(tmp_path / name)]) == 2
+        assert f"{said_first}mlxgpt convert FUSED {tmp_path / name}" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
     assert cli.main(["convert", str(base), str(tmp_path / "gg"), "--to", "peft"]) == 2
 
 

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def test_a_terminal_shows_bar_loss_sparkline_speed_mfu_and_memory() -> None:
         "\u2581",
         "2k tok/s",
         "MFU 20%",
-        "1.50 GB",
+        "1.50 GiB",
         "best 4.2500",
     ):
         assert part in text, part
@@ -81,6 +82,56 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     assert progress._picture(width).plain.count("\n") == 1
 
 
+def screen(text: str, width: int) -> list[str]:
+    """The lines of a terminal that wraps at ``width``, after the controls that rich uses here."""
+    lines, row, column = [""], 0, 0
+    for control, up, plain in re.findall(r"(\x1b\[(?:(\d+)A|[?\d;]*[a-zA-Z]))|([^\x1b])", text):
+        if up:
+            row = max(0, row - int(up))
+        elif control == "\x1b[2K":
+            lines[row] = ""
+        elif plain == "\r":
+            column = 0
+        elif plain == "\n" or (plain and column >= width):
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        if plain and plain not in "\r\n":
+            lines[row] = lines[row][:column].ljust(column) + plain
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("by", ["a step", "a line"])
+def test_a_terminal_that_becomes_narrower_keeps_no_bar(by: str) -> None:
+    console = terminal(100)
+    progress = Progress("narrow", 10, console=console)
+    with progress:
+        progress.say("before")
+        progress.step(1, 4.5, 1e-3, 0.9, 1000, 0.5, time.perf_counter())
+        # The terminal wraps what is on it: as if it had been written at the new width from the start.
+        console.width = 30
+        if by == "a line":
+            progress.say("between")
+        else:
+            progress._next = 0.0
+            progress.step(2, 4.4, 1e-3, 0.9, 1000, 0.5, time.perf_counter())
+    shown = screen(written(console), 30)
+    assert sum("\u2501" in line for line in shown) == 1, shown
+    assert shown[0] == "before"
+
+
+def test_what_is_said_after_the_end_stands_below_the_last_bar() -> None:
+    console = terminal(80)
+    progress = Progress("x", 10, console=console)
+    with progress:
+        progress.step(1, 4.5, 1e-3, 0.9, 1000, 0.5, time.perf_counter())
+        progress.say("first save")
+        progress.end()
+        progress.say("stopped by Ctrl-C")
+    shown = [line for line in screen(written(console), 80) if line]
+    assert [line.split()[0] for line in shown] == ["first", "x", "loss", "stopped"]
+
+
 @pytest.mark.parametrize(
     ("setting", "live"),
     [("NO_COLOR=1", True), ("TERM=dumb", False), ("COLUMNS=1", True), ("PYTHONIOENCODING=ascii", False)],
@@ -92,9 +143,10 @@ pid, fd = pty.fork()
 if pid == 0:
     from test_progress import Progress, run
     progress = Progress("x", 5)
+    live = bool(progress._live)
     run(progress, 5)
     progress.say("caf\\u00e9 \\x1b[31m")
-    os._exit(0 if bool(progress._live) == {live} else 3)
+    os._exit(0 if live == {live} else 3)
 out = b""
 while True:
     try:

@@ -72,6 +72,24 @@ def test_several_runs_are_overlaid_and_compared(tmp_path: Path) -> None:
     assert plots.differences(runs[0], shorter)[0].tolist() == [1, 2, 3, 4, 5]
 
 
+def test_losses_of_different_vocabularies_are_compared_in_bits_a_byte(tmp_path: Path) -> None:
+    places = [make_run(tmp_path / name) for name in ("one", "two", "three")]
+    for place, tokens, size in zip(places, (100, 200, 100), (64, 128, 64), strict=True):
+        environment = json.loads((place / "environment.json").read_text())
+        environment[0]["data"] = {"train_tokens": 900, "val_tokens": tokens, "val_bytes": 400}
+        (place / "environment.json").write_text(json.dumps(environment))
+        recipe = build({"model": {"vocab_size": size}, "train": {"steps": 12}}, "test")
+        (place / "recipe.toml").write_text(to_toml(recipe))
+    one, two, three = (run_summary.read_run(place) for place in places)
+    assert math.isclose(one.bits_a_byte, 100 / 400 / math.log(2)) and two.bits_a_byte == 2 * one.bits_a_byte
+    page = report.render([one, two])
+    assert "bits a byte, since the vocabularies differ" in page and "distance of the training loss" not in page
+    assert f"{3.7 * one.bits_a_byte:.4f}" in page and f"{3.7 * two.bits_a_byte:.4f}" in page
+    assert "distance of the training loss" in report.render([one, three])
+    (places[1] / "environment.json").write_text("[]")
+    assert "bits a byte, since" not in report.render([one, run_summary.read_run(places[1])])
+
+
 def test_a_curve_of_many_points_keeps_mean_and_extremes() -> None:
     x = np.arange(10_000.0)
     y = np.sin(x)

@@ -47,6 +47,15 @@ def test_a_whole_run(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
 
 
+def test_a_samples_blank_lines_are_kept_and_not_shown(
+    go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain.Pretraining, "sample", lambda self, job: "\n\n\nfirst" + "\n \n" * 20 + "second\n\n")
+    assert go("--out", "run") == 0
+    assert "sample at step 12:\nfirst\n\nsecond\n" in capsys.readouterr().out
+    assert samples.read_samples(Path("run"))[-1].text.count("\n") > 40
+
+
 def test_the_loss_of_a_step_is_the_one_before_its_update(go: Go) -> None:
     assert go("--out", "run") == 0
     source = fake_run.Source(1337, 4, 8)

@@ -9,6 +9,7 @@ from convert.verify.report import Figure, Report, Row
 
 SHOWN = 40  # tensors in a table; those that differ always
 _WIDTH = 80
+_SCREEN = 24  # lines
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
 
 Section = tuple[str, list[str], list[list[str]]]
@@ -16,31 +17,43 @@ Section = tuple[str, list[str], list[list[str]]]
 
 
 def show(report: Report, out: TextIO) -> None:
-    """Writes the report; on a terminal in color, with long lines wrapped."""
+    """Writes the report: verdict, findings, tables; on a terminal in color, with long lines wrapped.
+
+    Where it is longer than a screen, the verdict stands below it again.
+    """
     red, green, plain = ("\033[31m", "\033[32m", "\033[0m") if out.isatty() else ("", "", "")
     width = shutil.get_terminal_size().columns if out.isatty() else 0
+    told = f"{green if report.agrees else red}{verdict(report)}{plain}"
+    *others, findings = sections(report)[2:]
+    lines = [told, *_listed(findings, width, red, plain)]
     tensors, footnotes = _tensors(report)
     for (title, head, rows), below in [(tensors, footnotes), *((table, []) for table in _numbers(report))]:
         if not rows:
             continue
-        print(f"\n{title}", file=out)
+        lines += ["", title]
         for row, text in zip([head, *rows], _aligned([head, *rows]), strict=True):
-            print(f"{red}{text}{plain}" if "NO" in row else text, file=out)
-        for line in below:
-            print(line, file=out)
-    for title, _, rows in sections(report)[2:]:
-        color, end = (red, plain) if title == "findings" else ("", "")
-        if rows:
-            print(f"\n{title}", file=out)
-        for row in rows:
-            line = ": ".join(row)
-            text = textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False) if width else line
-            print(f"{color}{text}{end}", file=out)
-    print(f"\n{green if report.agrees else red}{verdict(report)}{plain}", file=out)
+            lines.append(f"{red}{text}{plain}" if "NO" in row else text)
+        lines += below
+    for section in others:
+        lines += _listed(section, width)
+    if len(lines) > _SCREEN:
+        lines += ["", told]
+    print("\n".join(lines), file=out)
+
+
+def _listed(section: Section, width: int, color: str = "", plain: str = "") -> list[str]:
+    """A section as lines; none without rows."""
+    title, _, rows = section
+    lines = ["", title] if rows else []
+    for row in rows:
+        line = ": ".join(row)
+        text = textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False) if width else line
+        lines.append(f"{color}{text}{plain}")
+    return lines
 
 
 def verdict(report: Report) -> str:
-    """The last line."""
+    """The first line."""
     if report.agrees:
         return f"agrees: {report.a} | {report.b}"
     missing = sum(item.requested for item in report.not_checked)

@@ -15,6 +15,7 @@ from mlxgpt.common.data import shards
 from mlxgpt.common.data.fetch import CORPORA
 from mlxgpt.common.data.fetch import fetch as fetch_corpus
 from mlxgpt.common.data.inspect import inspect_corpus, inspect_shards
+from mlxgpt.common.data.split import told
 from mlxgpt.common.data.token_source import is_flat
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import put
@@ -82,6 +83,8 @@ def _show(found: dict[str, Any]) -> None:
     for place, item in enumerate(found["longest"] or []):
         unit = "tokens" if "tokens" in item else "characters"
         rows.append(("longest" if place == 0 else "", f"{item[unit]:,} {unit}: {item['document']}"))
+    for line in told(found.get("held_out", {})):
+        rows.append(("validation", line.removeprefix("validation: ")))
     for name, value in rows:
         print(f"{name:<17}{value}")
     print(f"{'sample':<17}{found['sample']!r}")

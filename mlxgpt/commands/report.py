@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxgpt import __version__
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.evaluate import diagnose
 from mlxgpt.common.files import atomic_write
 from mlxgpt.common.runs import plots
 from mlxgpt.common.runs import summary as run_summary
@@ -87,7 +88,11 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
         for color, run in plots.colored(runs)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    tables = [table for table in (_differing(runs), _planned(runs), _data(runs), _environment(runs)) if table.rows]
+    tables = [
+        table
+        for table in (_diagnosis(runs), _differing(runs), _planned(runs), _data(runs), _environment(runs))
+        if table.rows
+    ]
     return environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=_subtitle(runs),
@@ -107,6 +112,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     made = [("status", f"{run.status}, {run.why}"), ("steps", f"{run.step:,} of {run.steps:,}")]
     if run.best:
         made.append(("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}"))
+        if np.isfinite(run.bits_a_byte):
+            made.append(("in bits a byte", f"{run.best[1] * run.bits_a_byte:.4f}"))
     if len(run.train["step"]):
         losses = run.train["loss"][-100:]
         if np.isfinite(losses).any():
@@ -137,6 +144,20 @@ def _warnings(runs: list[Run]) -> list[str]:
     """Warnings at the top of the page."""
     found = [f"{run.name}: {run.skipped} updates were skipped, not finite" for run in runs if run.skipped]
     return found + [f"{run.name}: {run.why}" for run in runs if run.status == "damaged"]
+
+
+def _diagnosis(runs: list[Run]) -> Table:
+    """What ``mlxgpt diagnose`` says of each run; with the corpus's n-grams where it was called before."""
+    rows, quick = [], False
+    for run in runs:
+        if not len(run.train["step"]):
+            continue
+        corpus = diagnose.read_corpus(run)
+        quick = quick or not (corpus or "tune" in run.recipe)
+        name = [run.name] if len(runs) > 1 else []
+        rows += [[finding.level, *name, *finding[1:]] for finding in diagnose.diagnose(run, corpus)]
+    note = "mlxgpt diagnose RUN also counts the corpus: n-gram models, rare tokens, copies." if quick else ""
+    return Table("Why is the loss what it is?", note, ["", *["run"][: len(runs) - 1], "about", "found", "change"], rows)
 
 
 def _differing(runs: list[Run]) -> Table:
@@ -186,7 +207,8 @@ def _data(runs: list[Run]) -> Table:
     """The data of each run."""
     columns = []
     for run in runs:
-        found = _numbers(run.segments[-1].get("data")) if run.segments else {}
+        stored = run.segments[-1].get("data") if run.segments else None
+        found = _numbers(stored)
         seen = run.train["tokens"][-1] if len(run.train.get("tokens", ())) else 0
         whole, val, size = (found.get(key, 0) for key in ("train_tokens", "val_tokens", "val_bytes"))
         data, train, model = (run.recipe.get(section, {}) for section in ("data", "train", "model"))
@@ -198,6 +220,7 @@ def _data(runs: list[Run]) -> Table:
             "vocabulary": f"{int(model.get('vocab_size', 0)):,}",
             "training tokens": f"{whole:,}" if whole else "",
             "validation tokens": f"{val:,}" if val else "",
+            **_held_out(stored.get("held_out") if isinstance(stored, dict) else None),
             "bytes a token": f"{size / val:.2f}" if size and val else "",
             "passes over the training tokens": f"{seen / whole:.3g}" if whole and seen else "",
             "rows x tokens a step": f"{int(train.get('batch_size', 0))} x {int(model.get('block_size', 0)):,}",
@@ -206,6 +229,21 @@ def _data(runs: list[Run]) -> Table:
             "sha256": ", ".join(digests),
         })  # fmt: skip
     return _by_column("Data", [run.name for run in runs], columns)
+
+
+def _held_out(found: Any) -> dict[str, str]:
+    """Rows on the validation text; empty ones for runs that do not know."""
+    names = ("validation share", "longest validation document", "unigram, validation", "unigram, training")
+    rows: dict[str, str] = dict.fromkeys(names, "")
+    if found:
+        longest, cut = found["longest"], found["cut"]
+        documents = f"the ends of {cut:,} of {found['documents']:,}" if cut else f"{found['documents']:,}"
+        rows["validation share"] = f"{found['share']:.1%} of all tokens: {documents} documents"
+        rows["longest validation document"] = f"{_short(longest['document'])}: {longest['share']:.1%} of the tokens"
+        for name, side, other in (("validation", "val", "training"), ("training", "train", "validation")):
+            nats = found["unigram"][side]
+            rows[f"unigram, {name}"] = f"{nats['other']:.3f} nats from {other}'s counts, {nats['own']:.3f} from its own"
+    return rows
 
 
 def _environment(runs: list[Run]) -> Table:

@@ -6,6 +6,7 @@ order marks included. What is no text is an error that names the file and the by
 
 import codecs
 import hashlib
+import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ PIECE = 1 << 20
 TEXT = (".txt", ".md", ".text", ".markdown", ".rst")
 SUFFIXES = (*TEXT, ".jsonl", ".parquet")
 
+LONGEST = 1024
+"""Documents whose lengths a scan keeps."""
 _BLOCK = 1 << 22  # bytes read at once
 
 
@@ -38,6 +41,7 @@ class Piece:
     first: bool = True
     last: bool = True
     start: int = 0  # its first character's place in the document
+    cut: bool = False  # the document's other part is in the other split
 
     @property
     def hash(self) -> int:
@@ -79,6 +83,7 @@ class Scan:
     largest: int
     separators: int  # U+2581, which SentencePiece cannot tell from a space
     marks: int  # documents that start with a byte order mark
+    longest: list[tuple[int, int]]  # (characters, number from 0) of the LONGEST longest documents, in no order
 
 
 def open_corpus(source: str | Sequence[str], text_key: str = "text") -> Corpus:
@@ -141,6 +146,7 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
     """
     documents = characters = size = empty = separators = marks = 0
     smallest, largest = 1 << 64, -1
+    longest: list[tuple[int, int]] = []
     for piece in corpus.read():
         if not piece.text:
             empty += 1
@@ -150,6 +156,10 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
             marks += piece.text[0] == "\ufeff"
             found = piece.hash
             smallest, largest = min(smallest, found), max(largest, found)
+        if piece.last:
+            heapq.heappush(longest, (piece.start + len(piece.text), documents - 1))
+            if len(longest) > LONGEST:
+                heapq.heappop(longest)
         characters += len(piece.text)
         size += len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         separators += piece.text.count("\u2581")
@@ -157,41 +167,7 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
             progress(characters)
     if not documents:
         raise UserError(f"{corpus.name}: empty: {empty} documents without text")
-    return Scan(documents, characters, size, empty, smallest, largest, separators, marks)
-
-
-def split(pieces: Iterator[Piece], scanned: Scan, val_fraction: float) -> Iterator[tuple[str, Piece]]:
-    """Each piece with its split, ``train`` or ``val``; empty documents are dropped.
-
-    A document validates when its hash is below ``val_fraction`` of all hashes; where that is true of none or of all,
-    the one with the smallest hash validates and the others train; of equal documents the first does. A single document
-    is cut: its first int((1 - val_fraction) * characters) characters train, as nanoGPT cuts Tiny Shakespeare.
-    """
-    if scanned.documents == 1:
-        yield from _cut(pieces, int((1 - val_fraction) * scanned.characters))
-        return
-    limit = int(val_fraction * (1 << 64))
-    if scanned.smallest >= limit or scanned.largest < limit:
-        limit = scanned.smallest + 1
-    equal, here, number = scanned.smallest == scanned.largest, "train", 0
-    for piece in pieces:
-        if piece.text:
-            if piece.first:
-                here = "val" if (number == 0 if equal else piece.hash < limit) else "train"
-                number += 1
-            yield here, piece
-
-
-def _cut(pieces: Iterator[Piece], place: int) -> Iterator[tuple[str, Piece]]:
-    """One document, cut at character ``place``: no document ends in the training part."""
-    for piece in pieces:
-        here = max(place - piece.start, 0)
-        head, tail = piece.text[:here], piece.text[here:]
-        if head:
-            yield "train", Piece(head, piece.name, first=piece.first, last=False, start=piece.start)
-        if tail:
-            start = piece.start + len(head)
-            yield "val", Piece(tail, piece.name, first=start == place, last=False, start=start)
+    return Scan(documents, characters, size, empty, smallest, largest, separators, marks, longest)
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path]]:

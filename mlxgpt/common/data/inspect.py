@@ -14,6 +14,7 @@ import numpy as np
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data import prepare, shards
 from mlxgpt.common.data.corpus import Corpus, Piece
+from mlxgpt.common.data.split import describe
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import load_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
@@ -116,12 +117,14 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
     train = shards.open_split(folder, index, "train")
     middle = max(len(train) // 2 - SAMPLE // 2, 0)
     total = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")}
+    total["documents"] -= len(index["splits"]["train"].get("cuts", []))  # a cut one is in both
     told = index["eos_id"] is not None
     return {
         "source": str(folder),
         "made_from": index["source"],
         **total,
         "splits": splits,
+        "held_out": describe(index),
         "dtype": index["dtype"],
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.n_vocab, "eos_id": tokenizer.eos_id},
         **beginning.described(tokenizer, index.get("begins_with", [])),

@@ -23,7 +23,8 @@ import numpy as np
 from mlxgpt.common.config import DataConfig
 from mlxgpt.common.data import corpus as corpora
 from mlxgpt.common.data.corpus import Corpus, Piece, Scan
-from mlxgpt.common.data.shards import FORMAT, SHARD, ShardWriter, is_shards, write_index
+from mlxgpt.common.data.shards import FORMAT, SHARD, ShardWriter, Tokens, is_shards, open_split, write_index
+from mlxgpt.common.data.split import cross_entropy, split
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.files import put
 from mlxgpt.common.tokenizers import beginning
@@ -60,7 +61,7 @@ def cached(data: DataConfig, say: Say = print) -> Path:
         if tokenizer is None
         else tokenizer.digest
     )
-    content = [FORMAT, corpus.digest(), data.val_fraction, named]
+    content: list[Any] = [FORMAT, "cut", corpus.digest(), data.val_fraction, named]
     if tokenizer and _around(tokenizer) not in (([], []), ([], [tokenizer.eos_id])):
         content.append(_around(tokenizer))
     key = json.dumps(content)
@@ -160,9 +161,9 @@ def train(corpus: Corpus, scanned: Scan, kind: str, vocab_size: int, val_fractio
 
     def texts() -> Iterator[str]:
         everything = (("train", piece) for piece in corpus.read())
-        for split, piece in corpora.split(corpus.read(), scanned, val_fraction) if val_fraction else everything:
+        for side, piece in split(corpus.read(), scanned, val_fraction) if val_fraction else everything:
             # The low bits choose the sample, as the high ones choose the split.
-            if kind == "char" or (split == "train" and (share == 1 or piece.hash & 0xFFFFFFFF < limit)):
+            if kind == "char" or (side == "train" and (share == 1 or piece.hash & 0xFFFFFFFF < limit)):
                 yield piece.text
 
     started = time.perf_counter()
@@ -184,10 +185,12 @@ def _write_shards(
         workers = 1  # characters go through faster than through a pipe
     first, last = (np.array(ids, np.int32) for ids in _around(tokenizer))
     progress = Progress(scanned.characters, say)
+    cuts: list[list[int]] = []
+    longest, length = {"document": "", "tokens": 0}, 0
     waiting: list[list[tuple[str, Piece]]] = []
 
     def groups() -> Iterator[list[str]]:
-        for group in grouped(corpora.split(corpus.read(), scanned, data.val_fraction)):
+        for group in grouped(split(corpus.read(), scanned, data.val_fraction)):
             waiting.append(group)
             yield [piece.text for _, piece in group]
 
@@ -197,6 +200,13 @@ def _write_shards(
                 for (name, piece), tokens in zip(waiting.pop(0), ids, strict=True):
                     assert not len(tokens) or int(tokens.max()) < tokenizer.n_vocab
                     writers[name].write(beginning.begin(first.tolist(), tokens) if piece.first else tokens)
+                    if name == "val":
+                        length = len(tokens) + (0 if piece.first else length)
+                        longest = max(longest, {"document": piece.name, "tokens": length}, key=lambda x: x["tokens"])
+                        if piece.cut:
+                            cuts[-1][1] += len(tokens)
+                    elif piece.cut and piece.last:
+                        cuts.append([writers[name].tokens, 0])
                     if piece.last:
                         writers[name].write(last)
                     counts[name]["documents"] += piece.first
@@ -213,7 +223,8 @@ def _write_shards(
             writer.abandon()
     for name, writer in writers.items():
         counts[name] |= {"tokens": writer.tokens, "shards": writer.shards}
-    return {
+    counts["train"]["cuts"], counts["val"]["longest"] = cuts, longest
+    index = {
         "format": FORMAT,
         "dtype": dtype.name,
         "vocab_size": tokenizer.n_vocab,
@@ -222,6 +233,20 @@ def _write_shards(
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
         "splits": counts,
     }
+    held = {name: _unigram(open_split(folder, index, name), tokenizer.n_vocab) for name in writers}
+    for name, other in (("train", "val"), ("val", "train")):
+        if held[name].any():
+            own, under = (cross_entropy(held[name], held[which]) for which in (name, other))
+            counts[name]["unigram"] = {"own": own, "other": under}
+    return index
+
+
+def _unigram(tokens: Tokens, n_vocab: int) -> np.ndarray:
+    """How often each token occurs, (n_vocab,)."""
+    counts = np.zeros(n_vocab, np.int64)
+    for block in tokens.blocks():
+        counts += np.bincount(block, minlength=n_vocab)
+    return counts
 
 
 def _guilty(tokenizer: Tokenizer, groups: list[list[tuple[str, Piece]]]) -> str:

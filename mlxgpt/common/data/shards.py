@@ -4,7 +4,9 @@ A shard is little-endian uint16 or uint32 without a header, which is what nanoGP
 
     {"format": 1, "dtype": "uint16", "vocab_size": ..., "eos_id": ..., "begins_with": [ids before each document],
      "tokenizer": {"kind", "digest"}, "source": {...},
-     "splits": {"train": {"documents", "tokens", "bytes", "shards": [{"file", "tokens", "sha256"}, ...]}, "val": {...}},
+     "splits": {"train": {"documents", "tokens", "bytes", "shards": [{"file", "tokens", "sha256"}, ...], "unigram",
+                          "cuts": [[token at which the training part of a document ends, tokens of the other part]]},
+                "val": {..., "longest": {"document", "tokens"}}},
      "sha256": of all the above}
 """
 
@@ -152,6 +154,20 @@ class Tokens:
             taken.append(self._pread(part, inside, here))
             start, count, index = start + here, count - here, index + 1
         return np.concatenate(taken).astype(np.int32) if taken else np.empty(0, np.int32)
+
+    def without(self, gaps: list[tuple[int, int]]) -> "Tokens":
+        """The same but for the tokens of ``gaps``: (first, end) each, in order and apart."""
+        kept: list[Part] = []
+        edges = [0, *(edge for gap in gaps for edge in gap), len(self)]
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            while start < end:
+                index = int(np.searchsorted(self._ends, start, side="right"))
+                part = self._parts[index]
+                inside = start - (int(self._ends[index]) - part.count)
+                here = min(end - start, part.count - inside)
+                kept.append(Part(part.path, part.start + inside, here))
+                start += here
+        return Tokens(kept, self._dtype)
 
     def blocks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
         """Everything, in order, ``size`` tokens at a time."""

@@ -8,6 +8,7 @@ order that a keyed permutation gives window by window, so nothing grows with the
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import DataConfig, TrainConfig
 from mlxgpt.common.data import prepare, shards
+from mlxgpt.common.data import split as splitting
 from mlxgpt.common.data.shards import Tokens
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import beginning
@@ -41,6 +43,7 @@ class TokenSource:
         val_bytes: int = 0,
         separator: int | None = None,
         begins_with: list[int] | None = None,
+        held_out: dict[str, Any] | None = None,
     ) -> None:
         self._train, self._val, self._block = train, val, block_size
         self._rows, self._seed, self._sampling = train_config.batch_size, train_config.seed, sampling
@@ -59,6 +62,8 @@ class TokenSource:
         """The token that stands between documents; None where there are none to tell apart."""
         self.begins_with = begins_with
         """What was put before each document; None where nobody knows, as of a flat .bin."""
+        self.held_out = held_out or {}
+        """What ``split.describe`` says of the validation text; empty where nobody counted."""
         for name, count in (("validation", len(val)), ("training", len(train))):
             if count < block_size + 1:
                 raise UserError(
@@ -83,9 +88,15 @@ class TokenSource:
         return beginning.with_separator(tokenizer) if separated and not self.begins_with else tokenizer
 
     @property
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, Any]:
         """What a run's environment.json says of its data; ``val_bytes`` is 0 where nobody counted them."""
-        return {"train_tokens": len(self._train), "val_tokens": len(self._val), "val_bytes": self.val_bytes}
+        counts = {"train_tokens": len(self._train), "val_tokens": len(self._val), "val_bytes": self.val_bytes}
+        return {**counts, **({"held_out": self.held_out} if self.held_out else {})}
+
+    def text(self, split: str, count: int) -> np.ndarray:
+        """The first ``count`` tokens of split ``train`` or ``val`` as they follow each other, int32."""
+        tokens = self._train if split == "train" else self._val
+        return tokens.read(0, min(count, len(tokens)))
 
     def text(self, split: str, count: int) -> np.ndarray:
         """The first ``count`` tokens of split ``train`` or ``val`` as they follow each other, int32."""
@@ -256,8 +267,9 @@ def open_data(
     if largest >= tokenizer.n_vocab:
         raise UserError(f"{folder}: token {largest}: expected ids below the tokenizer's {tokenizer.n_vocab}")
     digest = {s["file"]: s["sha256"] for split in index["splits"].values() for s in split["shards"]}
+    held_out = splitting.describe(index)
     source = TokenSource(
-        shards.open_split(folder, index, "train"),
+        splitting.without_gap(shards.open_split(folder, index, "train"), index, model_block_size),
         shards.open_split(folder, index, "val"),
         model_block_size,
         train,
@@ -269,9 +281,12 @@ def open_data(
         index["splits"]["val"]["bytes"],
         index["eos_id"] if index["splits"]["train"]["documents"] > 1 else None,
         index.get("begins_with", []),
+        held_out,
     )
     counts = f"{source.n_train_tokens:,} tokens to train, {source.n_val_tokens:,} to validate"
     say(f"data: {index['source']['name']}: {counts}, {tokenizer.kind} of {tokenizer.n_vocab:,}")
+    for line in splitting.told(held_out, f"{model_block_size:,} tokens"):
+        say(line)
     source.compare_beginnings(tokenizer, "their tokenizer", say)
     return source, source.as_trained(tokenizer)
 

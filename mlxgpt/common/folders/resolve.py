@@ -1,5 +1,6 @@
 """What --model and --adapter may name: a run, a checkpoint, a folder, a hub id."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -90,12 +91,34 @@ def _from_hub(name: str) -> Path:
             found = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local))
         except Exception as error:
             # the hub's client raises what its HTTP library raises; all of it means that the model is not to be had
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _hub_reason(error)
             continue
         if is_model(found) and any(found.glob("*.safetensors")):
             return found
-        reason = "no config.json with safetensors weights"
-    raise UserError(f"{name}: no such folder, and not to be had as a hub id: {reason}")
+        reason = "it has no config.json with safetensors weights; mlxgpt convert reads .bin and .gguf files from disk"
+    raise UserError(f"{name}: no such folder, and not to be had from the Hugging Face hub: {reason}")
+
+
+def _hub_reason(error: BaseException) -> str:
+    """What a failed download means and what helps, in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "gated: accept its terms on its page there, then hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one: check the name; hf auth login for your own"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and it is not in the local cache"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on disk ({error.filename or 'HF_HOME'}): set HF_HOME to another one"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub did not accept the token: hf auth login"
+    if status is not None:
+        return f"the hub answers {status}: try again later"
+    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return "no connection to it, and not in the local cache: download it elsewhere and give its folder"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def resolve_tokenizer(path: Path | str) -> Tokenizer:

@@ -19,6 +19,7 @@ COLORS = ("#0b62a4", "#d1495b", "#2e8b57", "#8f5fbf", "#c77d0a", "#3aa6b9", "#7a
 """By run, in the order given, and again from the start."""
 BINS = 600
 _SIZE = (5.4, 2.8)  # inches; small, so that text stays readable on a phone
+_WIDE = (6.4, 3.0)  # of the loss, which takes the page's width
 _MIB = 2.0**20
 
 
@@ -101,10 +102,10 @@ def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
     from matplotlib.figure import Figure as Canvas
 
     def figure(
-        name: str, title: str, note: str, panels: list[Callable[[Any], None]], ratios: tuple[int, ...] = (1,)
-    ) -> Figure:
-        height = _SIZE[1] * (1 + 0.6 * (len(panels) - 1))
-        canvas = Canvas(figsize=(_SIZE[0], height), layout="constrained")
+        name: str, title: str, note: str, panels: list[Callable[[Any], None]], ratios: tuple[int, ...] = (1,),
+        size: tuple[float, float] = _SIZE,
+    ) -> Figure:  # fmt: skip
+        canvas = Canvas(figsize=(size[0], size[1] * (1 + 0.6 * (len(panels) - 1))), layout="constrained")
         axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
             panel(ax)
@@ -118,17 +119,21 @@ def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
         return Figure(name, title, note, _own_ids(svg, name))
 
     panels, note = [lambda ax: _losses(ax, runs)], "lines: training; dots: validation"
-    if len(runs) > 1 and any(len(differences(runs[0], run)[0]) for run in runs[1:]):
+    if in_bits(runs):
+        note += "; bits a byte, since the vocabularies differ"
+    elif len(runs) > 1 and any(len(differences(runs[0], run)[0]) for run in runs[1:]):
         panels.append(lambda ax: _differences(ax, runs))
         note += f"; below: distance of the training loss from {runs[0].name}"
-    yield figure("loss", "Loss", note, panels, (5, 3)[: len(panels)])
+    yield figure("loss", "Loss", note, panels, (5, 3)[: len(panels)], _WIDE)
     yield figure("learning_rate", "Learning rate", "", [lambda ax: _lines(ax, runs, "lr")])
     yield figure(
         "gradient_norm", "Gradient norm", "before clipping", [lambda ax: _lines(ax, runs, "grad_norm", log=True)]
     )
     yield figure("tokens_per_second", "Tokens per second", "", [lambda ax: _lines(ax, runs, tokens_per_second, True)])
     if any("memory" in run.train for run in runs):
-        scaled = [lambda ax: _lines(ax, runs, lambda run: run.train.get("memory", run.train["step"] * np.nan) / _MIB)]
+        scaled = [
+            lambda ax: _lines(ax, runs, lambda run: run.train.get("memory", run.train["step"] * np.nan) / _MIB, True)
+        ]
         yield figure("memory", "Memory", "MiB, peak since the start", scaled)
 
 
@@ -139,15 +144,23 @@ def _own_ids(svg: str, name: str) -> str:
     return svg
 
 
+def in_bits(runs: list[Run]) -> bool:
+    """Whether losses are compared in bits a byte: nats a token of different vocabularies cannot be."""
+    sizes = {run.recipe.get("model", {}).get("vocab_size") for run in runs}
+    return len(sizes) > 1 and all(np.isfinite(run.bits_a_byte) for run in runs)
+
+
 def _losses(ax: Any, runs: list[Run]) -> None:
+    bits = in_bits(runs)
     for color, run in colored(runs):
-        line = curve(run.train["step"], run.train.get("loss", run.train["step"] * np.nan))
+        scale = run.bits_a_byte if bits else 1.0
+        line = curve(run.train["step"], scale * run.train.get("loss", run.train["step"] * np.nan))
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, linewidth=0)
         ax.plot(line.x, line.mean, color=color, label=run.name)
         if len(run.val["step"]):
-            ax.plot(run.val["step"], run.val["loss"], "o", color=color, markersize=4, markeredgecolor="white")
-    ax.set_ylabel("nats a token")
-    if any(len(run.train["step"]) for run in runs):
+            ax.plot(run.val["step"], scale * run.val["loss"], "o", color=color, markersize=4, markeredgecolor="white")
+    ax.set_ylabel("bits a byte" if bits else "nats a token")
+    if len(runs) > 1 and any(len(run.train["step"]) for run in runs):
         ax.legend(loc="upper right")
 
 
@@ -174,5 +187,7 @@ def _lines(
         ax.plot(line.x, line.mean, color=color)
     if log and any((run.train.get(str(what), np.array([0.0])) > 0).any() for run in runs):
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
     if from_zero:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])

@@ -65,6 +65,13 @@ class Run:
         return int(self.val["step"][at]), float(losses[at])
 
     @property
+    def bits_a_byte(self) -> float:
+        """What a loss in nats a token is multiplied by for bits a byte of validation text; NaN where nobody counted."""
+        data = self.segments[-1].get("data") if self.segments else None
+        tokens, size = (data.get(key) if isinstance(data, dict) else None for key in ("val_tokens", "val_bytes"))
+        return tokens / size / math.log(2) if _number(tokens) and _number(size) and size else math.nan
+
+    @property
     def framework(self) -> str:
         """The framework of its newest segment."""
         return str(self.segments[-1].get("framework", "")) if self.segments else ""

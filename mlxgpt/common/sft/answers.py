@@ -24,13 +24,14 @@ class Answers:
         self._tune, self._sample = job.recipe.tune, job.recipe.sample
 
     def sample(self) -> str:
-        """A question and the model's answer: sample.prompt, else the first validation example."""
+        """A question and the model's answer: sample.prompt, else the first validation example with its own answer."""
         tokenizer, prompt = self._source.tokenizer, _question(self._sample.prompt, self._source)
         try:
             result = self._generate([prompt], self._sample)[0]
         except RunError as error:
             return f"(none: {error})"
-        return f"{tokenizer.decode(prompt)}{result}"
+        told = f"{tokenizer.decode(prompt)}{result}"
+        return told if self._sample.prompt else f"{told}\nreference: {self._reference(_first(self._source))}"
 
     def score(self, split: str, sums: dict[str, float]) -> dict[str, float]:
         """Of a classifier what the engine's ``sums`` tell; else tune.metrics over the split's first examples."""
@@ -92,10 +93,15 @@ class Answers:
             job.progress.say("\n".join(confusion.lines(total, self._source.labels)))
 
 
+def _first(source: SftSource) -> Example:
+    """The first validation example, or training example where there is none."""
+    return (source.rows("valid") or source.rows("train"))[0]
+
+
 def _question(prompt: str, source: SftSource) -> list[int]:
     """The tokens of a question, rendered as in the examples; '' is the first validation (or training) example."""
     if not prompt:
-        return (source.rows("valid") or source.rows("train"))[0].last_answer[0].tolist()
+        return _first(source).last_answer[0].tolist()
     if source.template:
         return source.template.encode([{"role": "user", "content": prompt}], generation=True)
     return beginning.start(source.tokenizer, prompt)

@@ -7,6 +7,7 @@ had never stopped. The loss of step s is the one before update s.
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Iterator
 
@@ -122,7 +123,8 @@ def _sample(job: Job, signals: Signals) -> None:
     if text is None:
         return
     samples.append(job.run, job.state.step, text)
-    job.progress.say(f"sample at step {job.state.step}:\n{text}")
+    shown = re.sub(r"\n\s*\n", "\n\n", text.strip())  # samples.jsonl has it as it is
+    job.progress.say(f"sample at step {job.state.step}:\n{shown}")
 
 
 def finished(recipe: Recipe, state: RunState) -> str:

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 
-from mlxgpt.common.units import duration, short
+from mlxgpt.common.units import duration, short, size
 
 _SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _HISTORY = 256  # points that the sparkline's losses are kept as
@@ -76,6 +78,7 @@ class Progress:
         self._tokens = self._seconds = 0.0  # of the steps that the speed is measured on
         self._began: tuple[float, int] | None = None  # time and step that the ETA counts from
         self._status, self._mute, self._next = "", False, 0.0
+        self._drawn: tuple[int, list[int]] = (0, [])  # the terminal's width at the last redraw, and its lines' lengths
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -85,16 +88,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Leaves the live lines as they are now; what is said from here on stands below them."""
         if self._live:
             self._status = ""
             self._draw()
             self._live.stop()
+            self._live = None
 
     def say(self, text: str) -> None:
         """Prints ``text`` above the live lines, or as a line of its own."""
         # sampled text must not control the terminal
         clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         if self._live:
+            self._erase_wrapped()
             self._console.print(Text(clean), soft_wrap=True)
         elif not self._mute:
             file = self._console.file
@@ -192,9 +201,21 @@ class Progress:
         assert self._live
         began = time.perf_counter()
         self._take()
-        self._live.update(self._picture(self._console.width), refresh=True)
+        self._erase_wrapped()
+        picture = self._picture(self._console.width)
+        self._drawn = (self._console.width, [line.cell_len for line in picture.split("\n")])
+        self._live.update(picture, refresh=True)
         now = time.perf_counter()
         self._next = now + max(_INTERVAL, _PATIENCE * (now - began))
+
+    def _erase_wrapped(self) -> None:
+        """A terminal that became narrower wraps the lines on it, and rich erases only as many as it drew."""
+        before, lengths = self._drawn
+        width = self._console.width
+        if width < before:
+            extra = sum(max(1, -(-length // width)) - 1 for length in lengths)
+            self._console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * extra))
+            self._drawn = (width, [])
 
     def _picture(self, width: int) -> Text:
         """Two lines of at most ``width`` cells."""
@@ -220,7 +241,7 @@ class Progress:
             parts.append((f"val {self._validation:.4f}{best}", "magenta"))
         parts += [(text, "") for text in self._speed()]
         if self._memory:
-            parts.append((f"{self._memory()['active'] / 2**30:.2f} GB", ""))
+            parts.append((size(self._memory()["active"]), ""))
         if math.isfinite(self._rate):
             parts.append((f"lr {self._rate:.1e}", "bright_black"))
         used = 0

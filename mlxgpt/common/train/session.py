@@ -212,6 +212,7 @@ def _train(kind: Kind, out: Path, backend: Backend, engine: Any, gate: Gate, sta
         job = Job(out, kind, backend, engine, state, lines, display, kind.args.stop_after or 0)
         began = time.perf_counter()
         code = loop.train(job)
+        display.end()
         display.say(gate.finish(out, engine))
         display.say(_last_line(job, code, time.perf_counter() - began))
         return code
