@@ -280,6 +280,18 @@ def test_epochs_make_a_run_longer(place: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
 
 
+def test_a_run_whose_data_moved_says_how_to_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--set", "model.n_layer=1", "--set", "sample.max_tokens=0", "--backend", "torch"]
+    assert cli.main(["train", "--data", "books", *small, "--stop-after", "1"]) == 0
+    (place / "books").rename(place / "moved")
+    capsys.readouterr()
+    resume = ["train", "--resume", "runs/books", "--stop-after", "2", "--backend", "torch"]
+    assert cli.main(resume) == 2
+    assert f"its data is not here: {place / 'books'}: no such file" in capsys.readouterr().err
+    assert cli.main([*resume, "--data", "moved"]) == 0
+    capsys.readouterr()
+
+
 def test_a_corpus_is_measured_without_being_tokenized(place: Path) -> None:
     facts = made.measure(DataConfig(source="books"))
     assert facts == made.Facts(sum(path.stat().st_size for path in place.glob("books/*.txt")), 3, 3)

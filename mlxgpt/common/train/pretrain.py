@@ -171,6 +171,7 @@ class Pretraining(Kind[TokenSource]):
 
     def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
         """The corpus; the run's own copy of shards or tokenizer stands in for one that is gone."""
+        _check_there(run, self.recipe.data.source)
         self.recipe = _with_own_tokenizer(self.recipe, newest[0] if newest else None)
         self._open_data(run)
         _check_sample(self.recipe, self.tokenizer)
@@ -285,10 +286,24 @@ def _corpus(source: str) -> str:
     fetched = cache_folder() / "corpora" / CORPORA[source].file
     if not fetched.is_file():
         raise UserError(
-            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: "
-            "--set data.source=FILE"
+            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: --data FILE"
         )
     return str(fetched)
+
+
+def _check_there(run: Path, source: str | tuple) -> None:
+    """Refuses a path that is not on this machine, unless the run carries its shards.
+
+    Raises:
+        UserError: says how the data comes here.
+    """
+    places = [source] if isinstance(source, str) else source
+    gone = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
+    if gone and not (run / "data").exists():
+        raise UserError(
+            f"{run}: its data is not here: {gone[0]}: no such file or folder; --data PATH says where it is now, "
+            "mlxgpt data export RUN packs it where it is"
+        )
 
 
 def _with_own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
