@@ -108,12 +108,12 @@ class Pretraining(Kind[TokenSource]):
         """The corpus, tokenized; the vocabulary's size follows from it."""
         self._open_data()
         if self._origin:
-            _check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
+            check_same_vocabulary(self._origin, self.recipe.model, self.tokenizer, self.source)
         elif self.tokenizer:
             _check_class(self.recipe, self.tokenizer)
         self.recipe = with_vocabulary(self.recipe, self.source.vocab_size)
         self._follow_data()
-        _check_sample(self.recipe, self.tokenizer)
+        check_sample(self.recipe, self.tokenizer)
 
     def _follow_data(self) -> None:
         """What the corpus decides once its tokens are known: the length of the run, and what samples begin with."""
@@ -174,7 +174,7 @@ class Pretraining(Kind[TokenSource]):
         _check_there(run, self.recipe.data.source)
         self.recipe = _with_own_tokenizer(self.recipe, newest[0] if newest else None)
         self._open_data(run)
-        _check_sample(self.recipe, self.tokenizer)
+        check_sample(self.recipe, self.tokenizer)
 
     def _open_data(self, run: Path | None = None) -> None:
         recipe = self.recipe
@@ -350,7 +350,7 @@ def _take_moments(origin: Path, recipe: Recipe, engine: Engine, state: RunState)
     print(f"{origin}: starts after step {state.step} with its optimizer's moments, {state.t} updates")
 
 
-def _check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: TokenSource) -> None:
+def check_same_vocabulary(origin: Path, model: ModelConfig, tokenizer: Tokenizer | None, source: Any) -> None:
     """Weights mean nothing under another tokenizer; says where it begins documents otherwise.
 
     Raises:
@@ -383,7 +383,7 @@ def _check_class(recipe: Recipe, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+def check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
     """Refuses a prompt that cannot be sampled from before the run starts.
 
     Raises:
