@@ -134,7 +134,7 @@ def new(config):
 
 def load(folder):
     """The model of a run or a model folder; GPT-2's files hold the matrices of linear layers as (in, out)."""
-    folder = Path(folder, "best") if Path(folder, "best").exists() else Path(folder)
+    folder = next(place for place in map(Path(folder).joinpath, ("best", "last", "")) if place.exists())
     said = json.loads((folder / "config.json").read_text())
     assert said["model_type"] == "gpt2", f"{folder}: a {said['model_type']}, and this page is a GPT-2"
     model = GPT(Config(**{name: said[name] for name in Config.__dataclass_fields__}))

@@ -1,6 +1,6 @@
 """Somebody with rows of questions and answers: look at them, an adapter, a conversation, one file for Ollama.
 
-The base is a run of two steps, in the place of a model from the hub.
+The base is a run of forty steps, in the place of a model from the hub.
 
 python tests/walks/questions.py
 """
@@ -18,7 +18,7 @@ KEYS = ("--set", "tune.prompt_key=question", "--set", "tune.completion_key=answe
 def walk() -> None:
     """From rows to a GGUF that answers as the adapter does."""
     books("books", 4)
-    command("train", "--data", "books/", *TINY, "--steps", "2", "--set", "train.eval_every=0", "--out", "base")
+    command("train", "--data", "books/", *TINY, "--steps", "40", "--lr", "1e-2", "--out", "base")
     rows = ({"question": f"What is {n} plus {n}?", "answer": f" {n} plus {n} is {2 * n}."} for n in range(60))
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -26,8 +26,9 @@ def walk() -> None:
     check(" ".join(KEYS) in text, f"the error names the cure: {' '.join(KEYS)}", text)
     command("data", "inspect", "rows.jsonl", "--model", "base", *KEYS, says=("[[", "]]", "are trained on"))
 
-    tune = ("finetune", "--model", "base", "--data", "rows.jsonl", *KEYS, "--rank", "8")
-    command(*tune, "--steps", "30", "--lr", "1e-2", "--set", "optim.warmup=2", says=("reference:", "best validation"))
+    tune = ("finetune", "--model", "base", "--data", "rows.jsonl", *KEYS, "--rank", "8",
+            "--set", "tune.template=chatml")  # fmt: skip
+    command(*tune, "--steps", "40", "--lr", "2e-2", "--set", "optim.warmup=2", says=("reference:", "best validation"))
     found = [line["loss"] for line in lines(RUN)]
     check(found[-1] < found[0] - 1, "the loss of the answers falls", (found[0], found[-1]))
     adapter = json.loads(next(Path(RUN).glob("checkpoints/*/adapter_config.json")).read_text())
@@ -35,8 +36,9 @@ def walk() -> None:
 
     asked = ("--prompt", "What is 7 plus 7?", "--max-tokens", "8", "--temperature", "0")
     answer = command("generate", "--model", RUN, *asked)
-    text = command("chat", "--model", RUN, code=2)
-    check("template" in text, "a base without a chat template says so", text)
+    command("chat", "--model", "base", code=2, says=("template",))
+    said = command("chat", "--model", RUN, "--max-tokens", "8", "--seed", "1", typed="What is 7 plus 7?\n")
+    check(bool(said.strip()), "chat answers", said)
 
     command("convert", RUN, "out.gguf", code=2, says=("fuse",))
     check(not Path("out.gguf").exists(), "a refused conversion writes no file")

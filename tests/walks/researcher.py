@@ -4,24 +4,22 @@ python tests/walks/researcher.py
 """
 
 import contextlib
+import importlib
 import io
 import sys
 from pathlib import Path
 
 from walk import ROOT, TINY, books, check, command, lines, losses, main
 
-sys.path.append(str(ROOT / "examples"))
-
-import mlxgpt.api  # noqa: E402  (before MLX)
+import mlxgpt.api
 
 # isort: split
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-import parity  # noqa: E402
-import torch  # noqa: E402
+import mlx.core as mx
+import numpy as np
+import torch
 
-import torch_ref.api  # noqa: E402
-from torch_ref.losses import Arrays, Model  # noqa: E402
+import torch_ref.api
+from torch_ref.losses import Arrays, Model
 
 CONFIG = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 20}
 
@@ -31,8 +29,9 @@ def walk() -> None:
     same_model()
     own_objective()
     print("> examples/parity.py: another MLP, in both frameworks")
+    sys.path.append(str(ROOT / "examples"))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = parity.main()
+        code = importlib.import_module("parity").main()
     check(code == 0 and "they agree" in out.getvalue(), "another MLP agrees", out.getvalue())
     from_torch_to_mlx()
 

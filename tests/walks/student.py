@@ -6,7 +6,6 @@ python tests/walks/student.py
 import json
 import re
 import sys
-from pathlib import Path
 
 from walk import ROOT, TINY, books, check, command, empty_folder, main, offline, program
 
@@ -42,7 +41,7 @@ def walk() -> None:
         for each in ("mlx", "torch")
     ]
     check(abs(seen[0]["loss"] - seen[1]["loss"]) < 1e-5, "both frameworks see the same", [one["loss"] for one in seen])
-    command("keys", "warmup", says=("optim.warmup",))
+    command("keys", "warmup", says=("[optim]", "warmup"))
     command("train", "--data", "books/", "--learning-rate", "1", code=2, says=("--lr",))
 
 

@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
+os.environ.setdefault("MLXGPT_DEVICE", "cpu")  # as the suite: bits are compared; MLXGPT_DEVICE=auto takes the GPU
+
 from mlxgpt import cli  # noqa: E402
 
 # the sizes that a user leaves out: a model of 50 thousand parameters
@@ -29,6 +31,9 @@ TINY = (
     "--batch-size", "4", "--set", "model.n_layer=1", "--set", "model.n_head=4", "--set", "model.n_embd=32",
     "--set", "model.block_size=64", "--set", "data.vocab_size=300",
 )  # fmt: skip
+
+
+AUTHORS = tuple("Ada Ben Cleo Dan Eva Finn Gus Hal Ida Jon Kit Lea Max Nell Otto".split())  # noqa: SIM905
 
 
 class Lost(Exception):
@@ -123,7 +128,7 @@ def offline(page: str) -> str:
 def books(folder: str, count: int) -> None:
     """Texts of different authors: each has a name and words of its own."""
     Path(folder).mkdir()
-    for n, name in enumerate("Ada Ben Cleo Dan Eva Finn Gus Hal Ida Jon Kit Lea Max Nell Otto".split()[:count]):
+    for n, name in enumerate(AUTHORS[:count]):
         draw = Random(n)
         words = ["".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(3)) for _ in range(20)]
         told = [f"{name} saw the {draw.choice(words)} and the {draw.choice(words)}." for _ in range(60)]
