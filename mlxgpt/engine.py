@@ -1,6 +1,6 @@
 """MLX's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -37,21 +37,31 @@ class Engine:
             (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu`` or ``gpu``.
 
+        objective: (model, losses.Arrays) -> losses (B, T), in place of the recipe's, in validation too.
+
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantized], device: str = "auto"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: Mapping[str, np.ndarray | Quantized],
+        device: str = "auto",
+        objective: Callable[..., Array] | None = None,
+    ):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         self.recipe = recipe
         self.table = adapter_params.trainable(recipe)
         self.adapted = adapter_params.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
-        self.objective = losses.classify if recipe.model.labels else losses.lm
+        self.own = losses.own(objective) if objective else None
+        self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         train = recipe.train
-        self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic)
+        self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic, seed=None)
+        self.model.checks = False  # a source's tokens are known
         self.muon = {name for name, param in self.table.items() if optim.uses_muon(name, param, recipe.optim)}
         self.stacks = Stacks(self.table, self.muon, self.device)
         self.m = self.stacks.join({name: mx.zeros(param.shape) for name, param in self.table.items()})
@@ -168,8 +178,10 @@ class Engine:
         return terms, *self._update(terms, grads, scalars)
 
     def _evaluate(self, batch: losses.Arrays) -> list[Array]:
-        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        """The plain loss's terms, and of a classifier its answers (B, T); or the terms of someone's own objective."""
         self._show()
+        if self.own:
+            return [self.own(self.model, batch, self.recipe.train) * batch.weights]
         if not self.recipe.model.labels:
             return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
         logits = losses.scores(self.model, batch, self.recipe.train)
@@ -202,7 +214,7 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
-        self.model.eval()  # attention that needs no gradient
+        self.model.eval()  # nothing is dropped, attention needs no gradient
         terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
         self.model.train()
         self._show()

@@ -110,7 +110,8 @@ def decode(
         if pad is not None:
             positions = mx.arange(cache[0].offset, cache[0].offset + tokens.shape[1])
             positions = mx.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
-        return model(tokens, positions, pad=pad, cache=cache, last_only=True)[:, -1, :n_vocab]
+        hidden = model.hidden(tokens, positions, pad=pad, cache=cache)  # no id needs a check here
+        return model.head(hidden[:, -1:])[:, -1, :n_vocab]
 
     def draw(logits: Array, step: int) -> Array:
         nonlocal seen
@@ -143,7 +144,7 @@ def generate(
     on_text: OnText | None = None,
     ends: Collection[int] = (),
 ) -> list[Result]:
-    """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone.
+    """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
     ``ends`` are tokens that end a text besides those of ``tokenizer``.
 
@@ -153,10 +154,15 @@ def generate(
     """
     rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
-    if rows and sample.max_tokens:
-        for tokens in decode(model, rows, sample, n_vocab):
-            if generation.advance(model.config, rows, tokens, sample, on_text):
-                break
+    training = model.training
+    model.eval()
+    try:
+        if rows and sample.max_tokens:
+            for tokens in decode(model, rows, sample, n_vocab):
+                if generation.advance(model.config, rows, tokens, sample, on_text):
+                    break
+    finally:
+        model.train(training)
     return [row.result() for row in rows]
 
 

@@ -76,6 +76,9 @@ class Matrix(nn.Module):
         """W."""
         return self.weight
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{tuple(self.tensors()[0].shape)}"
+
 
 class Linear(Matrix):
     """y = x W^T + b in x's dtype."""

@@ -1,5 +1,6 @@
 """What a model is trained to do. An objective maps (model, batch arrays) to losses, one an item, and their weights."""
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 
 from mlxgpt import device, head
 from mlxgpt.common.config import TrainConfig
+from mlxgpt.common.errors import UserError
 from mlxgpt.layers import Array, Dropout
 from mlxgpt.model import Model
 
@@ -81,3 +83,26 @@ def scores(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | Non
     recompute = config.checkpoint_activations
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     return model.head(hidden, drop)
+
+
+def own(objective: Callable[[Model, Arrays], Array]) -> Callable[..., Array]:
+    """An objective of someone's own, (model, batch) -> losses (B, T), as an engine calls one.
+
+    Calls of the model in it drop what the step's masks say.
+    """
+
+    def losses(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None) -> Array:
+        model.give(drop)
+        try:
+            found = objective(model, batch)
+        finally:
+            model.give(None)
+        shape = tuple(getattr(found, "shape", ())) if isinstance(found, Array) else type(found).__name__
+        if shape != tuple(batch.targets.shape):
+            raise UserError(
+                f"objective returned {shape}: expected losses of shape {tuple(batch.targets.shape)}, one a target: "
+                "no sum and no mean, which the trainer takes"
+            )
+        return found.astype(mx.float32)
+
+    return losses

@@ -13,11 +13,14 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
+from mlx.utils import tree_flatten
 
-from mlxgpt import fast, noise
+from mlxgpt import fast, inputs, noise
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import rotary
+from mlxgpt.common.model import params, rotary
+from mlxgpt.common.model.sizes import describe
+from mlxgpt.device import is_gpu
 from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 BLOCK = 256  # tokens by which a cache grows
@@ -252,15 +255,31 @@ class Block(nn.Module):
 class Model(nn.Module):
     """tokens (B, T) -> logits (B, T, V) in float32.
 
+    ``checks``: a call looks whether the vocabulary has its tokens; see inputs.taken.
+
     Args:
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
         deterministic: gradients in one order of addition, also on a GPU.
+        seed: of the initial weights, those of params.init_params, and of dropout; None leaves all weights zero.
+
+    Raises:
+        UserError: config has no vocab_size.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, deterministic: bool = False):
+    checks = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: mx.Dtype = mx.float32,
+        deterministic: bool = False,
+        seed: int | None = 1337,
+    ):
         super().__init__()
-        self._config, self._dtype = config, dtype
+        if not config.vocab_size:
+            raise UserError("model.vocab_size = 0: expected the number of tokens, such as tokenizer.n_vocab")
+        self._config, self._dtype, self._seed, self._masks, self._given = config, dtype, seed or 0, None, None
         self.wte = Embedding(config.vocab_size, config.n_embd, deterministic)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd, deterministic)
@@ -272,6 +291,9 @@ class Model(nn.Module):
             self.score = Linear(config.n_embd, len(config.labels), False)
         elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+        for name, array in params.init_params(config, seed).items() if seed is not None else ():
+            path, _, kind = name.rpartition(".")
+            setattr(self.at(path), kind, mx.array(array))
 
     @property
     def config(self) -> ModelConfig:
@@ -282,6 +304,32 @@ class Model(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    @property
+    def dropout(self) -> float:
+        """The rate at which a call in training mode drops, on embeddings, attention weights and both branches.
+
+        Set it to begin the masks again: those of call n are a function of (seed, n), in both frameworks the same.
+        """
+        return self._masks.rate if self._masks else 0.0
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        self._masks = noise.Masks(rate, self._seed, self._config.n_layer) if params.rate(rate) else None
+
+    def give(self, drop: Dropout | None) -> None:
+        """The masks of the calls that follow; None: what ``dropout`` says."""
+        object.__setattr__(self, "_given", drop)  # a tuple of a step's arrays is no part of the model
+
+    def masks(self) -> Dropout | None:
+        """What a call drops that is not told: what was given, else, in training mode, what ``dropout`` says."""
+        if self._given is not None or self._masks is None or not self.training:
+            return self._given
+        return self._masks.draw()
+
+    def __repr__(self) -> str:
+        trained = {name for name, _ in tree_flatten(self.trainable_parameters())}
+        return describe(self, dict(tree_flatten(self.parameters())), trained)
 
     def at(self, path: str) -> Any:
         """The module at a path such as h.0.attn.q_proj."""
@@ -327,9 +375,13 @@ class Model(nn.Module):
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
+        inside: Array | None = None,
     ) -> Array:
-        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
-        T = tokens.shape[1]
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
+
+        ``inside`` (B, T) is False where a token is to count as NaN.
+        """
+        T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
@@ -342,6 +394,8 @@ class Model(nn.Module):
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if inside is not None:
+            x = mx.where(inside[..., None], x, float("nan"))
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
@@ -374,7 +428,7 @@ class Model(nn.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Any,
         positions: Array | None = None,
         segments: Array | None = None,
         pad: Array | None = None,
@@ -384,14 +438,19 @@ class Model(nn.Module):
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:
-            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            tokens: (B, T) ids, an array of MLX, of numpy or lists.
             positions: (T,) or (B, T); default: what follows the cache.
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
 
         Raises:
-            UserError: more tokens than block_size.
+            UserError: more tokens than block_size, none, an id that the vocabulary lacks, or no rows of integers.
         """
-        x = self.hidden(tokens, positions, segments, pad, cache)
+        inside = None
+        if self.checks or not isinstance(tokens, Array):
+            # a GPU is not made to wait for each step of training, nor for each token that is drawn
+            read = not is_gpu(tokens) or not (self.training or (cache and cache[0].offset))
+            tokens, inside = inputs.taken(tokens, self._config.vocab_size, read)
+        x = self.hidden(tokens, positions, segments, pad, cache, inside=inside)
         return self.head(x[:, -1:] if last_only else x)

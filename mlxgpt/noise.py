@@ -8,8 +8,11 @@ from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 
-from mlxgpt.layers import Array
+from mlxgpt.common import rng
+from mlxgpt.layers import Array, Dropout
 
 SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
 
@@ -58,3 +61,19 @@ def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Arra
         length = (segments[:, :, None] == segments[:, None, :]).sum(axis=-1, keepdims=True)  # (B, T, 1)
     uniform = bits(key, first_row, x.shape).astype(mx.float32) * 2**-23 - 1
     return x + (uniform * (alpha / (length * x.shape[-1]) ** 0.5)).astype(x.dtype)
+
+
+class Masks(nn.Module):
+    """The dropout of a model that is called without an engine: masks are a function of (seed, number of the call)."""
+
+    def __init__(self, rate: float, seed: int, n_layer: int):
+        super().__init__()
+        self.rate = rate
+        keys = [rng.key32(seed, "call-dropout", site) for site in range(1 + SITES * n_layer)]
+        self._sites, self._calls = mx.array(np.array(keys, np.uint32)), mx.array(0, mx.uint32)
+
+    def draw(self) -> Dropout:
+        """The masks of the next call; the count is on the device, so that a compiled step goes on counting."""
+        keys, zero = mix(self._sites ^ mix(self._calls)), mx.zeros_like(self._calls)
+        self._calls = self._calls + 1
+        return Dropout(self.rate, keys, zero, 0.0, zero, 0.0, keys[:0])

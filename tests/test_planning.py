@@ -29,6 +29,7 @@ from mlxgpt.common import recipes
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import chips, closed, machine, measured, similar, worker
 from mlxgpt.common.plan import compute as plan_compute
@@ -104,9 +105,14 @@ def per_row(recipe: Recipe, rows: int, length: int, micro_batches: int = 1) -> F
 
 
 def test_the_largest_micro_batch_and_row_that_fit() -> None:
-    recipe = build({"model": {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}})
+    tiny = {"n_layer": 1, "n_embd": 4, "n_head": 1, "block_size": 10, "vocab_size": 5}
+    recipe = build({"model": tiny, "train": {"batch_size": 1}})
     spare = plan_memory.checkpoint_copy(recipe)
     assert plan_memory.largest_rows(recipe, per_row, 70_500 + spare) == 7
+    trains = params.count(recipe.model)
+    several = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=16))
+    # Fewer rows than the batch: several micro-batches, which keep the gradients' sum besides.
+    assert plan_memory.largest_rows(several, per_row, 70_500 + 4 * trains + spare) == 7
     assert plan_memory.largest_rows(recipe, per_row, 9_000 + spare) == 0
     assert plan_memory.largest_rows(recipe, per_row, 10_000 * 3000 + spare) == 3000  # far beyond what is measured
 
@@ -114,11 +120,10 @@ def test_the_largest_micro_batch_and_row_that_fit() -> None:
         return Footprint(max(500_000, per_row(recipe, rows, length).peak), [])  # weights hide the first 50 rows
 
     assert plan_memory.largest_rows(recipe, two_lines, 10_000 * 3000 + spare) == 3000
-    one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=1))
-    long = plan_memory.longest(one, per_row, 100_000)
+    long = plan_memory.longest(recipe, per_row, 100_000)
     model = dataclasses.replace(recipe.model, block_size=long)
     assert 60 < long <= 100
-    assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(one, model=model)) <= 100_000
+    assert 1000 * long + plan_memory.checkpoint_copy(dataclasses.replace(recipe, model=model)) <= 100_000
 
 
 def test_a_row_that_does_not_fit_is_not_the_longest_because_weights_hid_what_grows() -> None:

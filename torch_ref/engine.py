@@ -1,7 +1,7 @@
 """PyTorch's half of training: gradients and updates of one global batch, and the state that a checkpoint holds."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -31,11 +31,19 @@ class Engine:
             (common/model/adapters.py). What adapters.trainable does not name is frozen: no gradient, no moments.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
 
+        objective: (model, losses.Arrays) -> losses (B, T), in place of the recipe's, in validation too.
+
     Raises:
         UserError: a parameter is missing, unknown or of another shape.
     """
 
-    def __init__(self, recipe: Recipe, params: Mapping[str, np.ndarray | Quantized], device: str = "auto"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: Mapping[str, np.ndarray | Quantized],
+        device: str = "auto",
+        objective: Callable[..., Array] | None = None,
+    ):
         self.device = devices.use(device)
         self.unused_limits = devices.limit(self.device, recipe.train)
         if recipe.train.deterministic:
@@ -45,9 +53,11 @@ class Engine:
         self.table = adapter_params.trainable(recipe)
         self.adapted = adapter_params.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
-        self.objective = losses.classify if recipe.model.labels else losses.lm
+        self.own = losses.own(objective) if objective else None
+        self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
-        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype))
+        self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype), seed=None)
+        self.model.checks = False  # a source's tokens are known
         self.model.requires_grad_(False)
         parameters.check(adapter_params.shapes(recipe), params)
         base, self.note = quantize_base.prepare(recipe, params, devices.room(self.device))
@@ -150,7 +160,9 @@ class Engine:
 
     @torch.no_grad()
     def _evaluate(self, batch: losses.Arrays) -> list[Array]:
-        """The plain loss's terms, and of a classifier its answers (B, T)."""
+        """The plain loss's terms, and of a classifier its answers (B, T); or the terms of someone's own objective."""
+        if self.own:
+            return [self.own(self.model, batch, self.recipe.train) * batch.weights]
         if not self.recipe.model.labels:
             return [losses.lm(self.model, batch, self.recipe.train, plain=True) * batch.weights]
         logits = losses.scores(self.model, batch, self.recipe.train)
@@ -175,7 +187,9 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
+        self.model.eval()  # nothing is dropped
         terms, *answers = (each.cpu().numpy() for each in self._run_evaluate(self._arrays(batch)))
+        self.model.train()
         sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
         return sums | (confusion.count(batch, answers[0]) if answers else {})
 

@@ -48,7 +48,7 @@ def load(
     base = model_folder.read_config(place)
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
-    model = Model(both.config, getattr(torch, dtype))
+    model = Model(both.config, getattr(torch, dtype), seed=None)
     arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
     arrays = both.onto(arrays)
     for name in params.table(both.config):

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import rotary
-from torch_ref import fast, noise
+from mlxgpt.common.model import params, rotary
+from mlxgpt.common.model.sizes import describe
+from torch_ref import fast, inputs, noise
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 Mask = Array | str | fast.BlockMask | None
@@ -258,19 +259,29 @@ class Block(nn.Module):
 class Model(nn.Module):
     """tokens (B, T) -> logits (B, T, V) in float32.
 
+    ``checks``: a call looks whether the vocabulary has its tokens; see inputs.taken.
+
     Args:
         config: sizes and choices; vocab_size must be set.
         dtype: what the blocks compute in; weights may be kept in another.
+        seed: of the initial weights, those of params.init_params, and of dropout; None leaves all weights zero.
+
+    Raises:
+        UserError: config has no vocab_size.
     """
+
+    checks = True
 
     _cos: Array
     _sin: Array
     _cos_local: Array
     _sin_local: Array
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 1337):
         super().__init__()
-        self._config, self._dtype = config, dtype
+        if not config.vocab_size:
+            raise UserError("model.vocab_size = 0: expected the number of tokens, such as tokenizer.n_vocab")
+        self._config, self._dtype, self._seed, self._masks, self._given = config, dtype, seed or 0, None, None
         self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
@@ -285,6 +296,9 @@ class Model(nn.Module):
             self.score = Linear(config.n_embd, len(config.labels), False)
         elif not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+        for name, array in params.init_params(config, seed).items() if seed is not None else ():
+            path, _, kind = name.rpartition(".")
+            getattr(self.at(path), kind).data = torch.from_numpy(array)
 
     @property
     def config(self) -> ModelConfig:
@@ -295,6 +309,33 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the blocks compute in."""
         return self._dtype
+
+    @property
+    def dropout(self) -> float:
+        """The rate at which a call in training mode drops, on embeddings, attention weights and both branches.
+
+        Set it to begin the masks again: those of call n are a function of (seed, n), in both frameworks the same.
+        """
+        return self._masks.rate if self._masks else 0.0
+
+    @dropout.setter
+    def dropout(self, rate: float) -> None:
+        made = noise.Masks(rate, self._seed, self._config.n_layer) if params.rate(rate) else None
+        self._masks = made.to(self.device) if made else None
+
+    def give(self, drop: Dropout | None) -> None:
+        """The masks of the calls that follow; None: what ``dropout`` says."""
+        object.__setattr__(self, "_given", drop)  # a tuple of a step's arrays is no part of the model
+
+    def masks(self) -> Dropout | None:
+        """What a call drops that is not told: what was given, else, in training mode, what ``dropout`` says."""
+        if self._given is not None or self._masks is None or not self.training:
+            return self._given
+        return self._masks.draw()
+
+    def __repr__(self) -> str:
+        trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        return describe(self, dict(itertools.chain(self.named_parameters(), self.named_buffers())), trained)
 
     @property
     def device(self) -> torch.device:
@@ -356,9 +397,13 @@ class Model(nn.Module):
         cache: list[Cache] | None = None,
         drop: Dropout | None = None,
         recompute: bool = False,
+        inside: Array | None = None,
     ) -> Array:
-        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block."""
-        T = tokens.shape[1]
+        """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
+
+        ``inside`` (B, T) is False where a token is to count as NaN.
+        """
+        T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
@@ -375,6 +420,8 @@ class Model(nn.Module):
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)
+        if inside is not None:
+            x = torch.where(inside[..., None], x, float("nan"))
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         ropes = {}
@@ -407,7 +454,7 @@ class Model(nn.Module):
 
     def forward(
         self,
-        tokens: Array,
+        tokens: Any,
         positions: Array | None = None,
         segments: Array | None = None,
         pad: Array | None = None,
@@ -417,14 +464,19 @@ class Model(nn.Module):
         """Logits (B, T, V), or (B, 1, V) of the last position.
 
         Args:
-            tokens: (B, T) ids below vocab_size; nothing here checks that.
+            tokens: (B, T) ids, a tensor, an array of numpy or lists.
             positions: (T,) or (B, T); default: what follows the cache.
             segments: (B, T); a token sees its own segment only.
             pad: (B,) left padding that nobody may look at.
             cache: from make_cache; T tokens are appended.
 
         Raises:
-            UserError: more tokens than block_size.
+            UserError: more tokens than block_size, none, an id that the vocabulary lacks, or no rows of integers.
         """
-        x = self.hidden(tokens, positions, segments, pad, cache)
+        inside = None
+        if self.checks or not isinstance(tokens, Array):
+            # a GPU is not made to wait for each step of training, nor for each token that is drawn
+            read = not (self.training or (cache and cache[0].offset))
+            tokens, inside = inputs.taken(tokens, self._config.vocab_size, read, self.device)
+        x = self.hidden(tokens, positions, segments, pad, cache, inside=inside)
         return self.head(x[:, -1:] if last_only else x)

@@ -5,9 +5,12 @@ The mixer is lowbias32 (Chris Wellons, hash-prospector). The bits of element e o
 torch has no uint32 arithmetic, so int32 stands for it: it wraps alike, and a mask makes the shifts logical.
 """
 
+import numpy as np
 import torch
+import torch.nn as nn
 
-from torch_ref.layers import Array
+from mlxgpt.common import rng
+from torch_ref.layers import Array, Dropout
 
 SITES = 3  # of a block: attention weights, attention output, MLP output; site 0 of a model is the embedding
 
@@ -58,3 +61,24 @@ def neftune(x: Array, alpha: float, key: Array, first_row: Array, segments: Arra
         length = (segments[:, :, None] == segments[:, None, :]).sum(dim=-1, keepdim=True)  # (B, T, 1)
     uniform = bits(key, first_row, x.shape).to(torch.float32) * 2**-23 - 1
     return x + (uniform * (alpha / (length * x.shape[-1]) ** 0.5)).to(x.dtype)
+
+
+class Masks(nn.Module):
+    """The dropout of a model that is called without an engine: masks are a function of (seed, number of the call)."""
+
+    _sites: Array
+    _calls: Array
+
+    def __init__(self, rate: float, seed: int, n_layer: int):
+        super().__init__()
+        self.rate = rate
+        keys = [rng.key32(seed, "call-dropout", site) for site in range(1 + SITES * n_layer)]
+        sites = torch.from_numpy(np.array(keys, np.uint32).view(np.int32))
+        self.register_buffer("_sites", sites, persistent=False)
+        self.register_buffer("_calls", torch.tensor(0, dtype=torch.int32), persistent=False)
+
+    def draw(self) -> Dropout:
+        """The masks of the next call; the count is on the device, so that a compiled step goes on counting."""
+        keys, zero = mix(self._sites ^ mix(self._calls)), torch.zeros_like(self._calls)
+        self._calls = self._calls + 1
+        return Dropout(self.rate, keys, zero, 0.0, zero, 0.0, keys[:0])

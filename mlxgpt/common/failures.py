@@ -79,6 +79,11 @@ _OTHERS = [
         "train.wired_limit: above the working set that Metal recommends here: expected less, or 0",
     ),
     (
+        r"Attempting to eval an array (?:during function transformations|without a primitive)",
+        "the objective reads values of arrays, which have none while MLX compiles it: --set train.compile=off "
+        "does not compile",
+    ),
+    (
         r"device-side assert",
         "a kernel met an index outside its array, such as a token id beyond the vocabulary: --device cpu says which",
     ),

@@ -98,11 +98,6 @@ class TokenSource:
         tokens = self._train if split == "train" else self._val
         return tokens.read(0, min(count, len(tokens)))
 
-    def text(self, split: str, count: int) -> np.ndarray:
-        """The first ``count`` tokens of split ``train`` or ``val`` as they follow each other, int32."""
-        tokens = self._train if split == "train" else self._val
-        return tokens.read(0, min(count, len(tokens)))
-
     def batch(self, step: int) -> Batch:
         """The global batch of ``step`` (from 1): a pure function of (seed, step)."""
         if self._sampling == "random":

@@ -1,10 +1,17 @@
 """What a model is given: texts as they are, texts as questions in a chat template, or token ids."""
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import ids as token_ids
+from mlxgpt.common.recipes import build
 from mlxgpt.common.sft.template import Template
 
 
@@ -53,3 +60,38 @@ def asked(template: Template, texts: Sequence[str], system: str = "") -> list[li
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from None
     return made
+
+
+def rows_of(prompts: Any) -> tuple[list[str | list[int]], bool]:
+    """Prompts of any form as texts and lists of ids, and whether it was one alone: a text, or one row of ids.
+
+    Raises:
+        UserError: what is neither text nor whole numbers.
+    """
+    if isinstance(prompts, str):
+        return [prompts], True
+    many = isinstance(prompts, (list, tuple)) and all(isinstance(each, str) or np.ndim(each) for each in prompts)
+    if many or np.ndim(prompts) > 1:
+        return [each if isinstance(each, str) else _row(each, n) for n, each in enumerate(prompts, 1)], False
+    return [_row(prompts, 1)], True
+
+
+def _row(given: Any, number: int) -> list[int]:
+    """The ids of one prompt."""
+    found = token_ids.as_numpy(given, f"prompt {number}")
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise UserError(
+            f"prompt {number}: {found.dtype} of shape {found.shape}: expected a text, or token ids as whole numbers"
+        )
+    return [int(token) for token in found]
+
+
+def sampling_of(sample: SampleConfig | None, changed: Mapping[str, Any]) -> SampleConfig:
+    """``sample``, or the defaults, with what is ``changed``.
+
+    Raises:
+        UserError: an unknown name or a wrong value.
+    """
+    if "prompt" in changed:
+        raise UserError("generate: prompt is given by itself, not as a setting")
+    return build({"sample": dataclasses.asdict(sample or SampleConfig()) | dict(changed)}, "generate").sample

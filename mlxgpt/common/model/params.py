@@ -140,6 +140,17 @@ def as_classifier(
     return made if name in made else made | {name: rng.normal(seed, "init", name, shape=param.shape, std=param.std)}
 
 
+def rate(dropout: float) -> float:
+    """The rate of a model's dropout.
+
+    Raises:
+        UserError: it is not a number of at least 0 and below 1.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise UserError(f"dropout = {dropout!r}: expected a number of at least 0 and below 1")
+    return float(dropout)
+
+
 def count(config: ModelConfig) -> int:
     """The number of parameters."""
     return sum(int(np.prod(param.shape)) for param in table(config).values())

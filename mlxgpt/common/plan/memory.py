@@ -131,6 +131,18 @@ def at_most(recipe: Recipe) -> int:
 def largest_rows(recipe: Recipe, measure: Measure, limit: int, most: int = 4096) -> int:
     """Rows of the largest micro-batch whose step stays within ``limit`` bytes; 0 if not even one row does.
 
+    Where those are fewer than the batch, a step takes several, which keep the gradients' sum besides.
+    """
+    rows = _rows_within(recipe, measure, limit, most)
+    if rows >= recipe.train.batch_size or not rows:
+        return rows
+    sums = 4 * sum(elements(param.shape) for param in adapters.trainable(recipe).values())
+    return min(rows, _rows_within(recipe, measure, limit - sums, most))
+
+
+def _rows_within(recipe: Recipe, measure: Measure, limit: int, most: int) -> int:
+    """Rows of the largest single micro-batch whose step stays within ``limit`` bytes; 0: none.
+
     Bytes are a maximum of lines, one for each moment of a step: where two footprints further, fourfold each, no other
     line begins, the last one is followed to the limit.
     """

@@ -1,6 +1,7 @@
 """What a kind of training supplies (Kind), and what the loop works with (Job)."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -39,6 +40,12 @@ class Kind(Protocol[S]):
     """Set by ``open_source`` or ``reopen_source``."""
     init_from: str | None = None
     """What environment.json names as the origin of the first weights."""
+    objective: Callable[[Any, Any], Any] | None = None
+    """A program's own, which the engine takes in place of the recipe's."""
+    own: tuple[str, ...] = ()
+    """What of the run a program has and no command: source, objective."""
+    ends_at_second: bool = True
+    """Whether a second Ctrl-C ends the process."""
     reasons: tuple[str, ...] = ()
     """Why the recipe is as it is: comments at the top of the run's recipe.toml."""
 
@@ -107,6 +114,10 @@ class Kind(Protocol[S]):
     def trial(self, run: Path) -> str:
         """The command with which to try what the run made, TEXT for what is to be filled in."""
         return f"generate --model {run} --prompt TEXT"
+
+    def again(self, run: Path) -> str:
+        """What resumes the run."""
+        return f"mlxgpt {self.verb} --resume {run}"
 
     def finish(self, job: "Job") -> None:
         """What is measured once, after the last step."""

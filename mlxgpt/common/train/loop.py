@@ -33,7 +33,7 @@ def train(job: Job) -> int:
             be written.
     """
     saver = Saver(job)
-    with Signals() as signals, saver:
+    with Signals(job.kind.ends_at_second) as signals, saver:
         try:
             _steps(job, signals, saver)
         except CompilerFailed:

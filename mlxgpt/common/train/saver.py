@@ -88,7 +88,7 @@ class Saver:
     def _cure(self, error: failures.OutOfMemory) -> str:
         """How a run that ran out of memory goes on."""
         job = self._job
-        resume = f"mlxgpt {job.kind.verb} --resume {job.run}"
+        resume = job.kind.again(job.run)
         if error.advised:
             return f"{resume} continues it"
         try:

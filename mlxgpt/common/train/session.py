@@ -80,6 +80,7 @@ def _resume(kind: Kind) -> int:
         verb = "finetune" if "tune" in stored else "train"
         if verb != kind.verb:
             raise UserError(f"{out}: a run of mlxgpt {verb}: mlxgpt {verb} --resume {out} resumes it")
+        _check_own(kind, out)
         kind.read_stored(out, stored)
         newest = checkpoint.newest_valid(out)
         before = build(newest[1].recipe if newest else stored, str(out / "recipe.toml"))
@@ -117,6 +118,20 @@ def _resume(kind: Kind) -> int:
         return _train(kind, out, backend, engine, gate, state)
 
 
+def _check_own(kind: Kind, out: Path) -> None:
+    """Refuses to go on without the source or objective that a program began the run with, or with other ones."""
+    segments = run_folder.segments(out)
+    data = segments[0].get("data") if segments else None
+    began = data.get("own") if isinstance(data, dict) else None
+    before, now = sorted(began or ()), sorted(kind.own)
+    if before != now:
+        described = ", ".join(f"{name} {began[name]}" for name in before) if began else "the recipe's data and loss"
+        raise UserError(
+            f"{out}: began with {described}, not with {' and '.join(now) or 'those of the recipe'}"
+            f"{'' if now else ': the program that has them resumes it, with Trainer.train()'}"
+        )
+
+
 def check_settings(recipe: Recipe, args: Namespace) -> None:
     """Refuses what can be judged without data and framework."""
     steps = recipe.train.steps
@@ -147,7 +162,8 @@ def _engine(kind: Kind, backend: Backend, weights: Any) -> Any:
         OutOfMemory: they do not fit.
     """
     with doing("weights and moments on the device", failures.ADVICE[kind.verb]):
-        return backend.engine.Engine(kind.recipe, weights, device=kind.args.device)
+        own = {"objective": kind.objective} if kind.objective else {}
+        return backend.engine.Engine(kind.recipe, weights, device=kind.args.device, **own)
 
 
 def _restored_engine(kind: Kind, backend: Backend, place: Path) -> Any:
@@ -223,7 +239,7 @@ def _last_line(job: Job, code: int, seconds: float) -> str:
     state, recipe, run = job.state, job.recipe, job.run
     why = loop.finished(recipe, state)
     if not why:
-        resume = f"resume with: mlxgpt {job.kind.verb} --resume {run}"
+        resume = f"resume with: {job.kind.again(run)}"
         reason = {0: "as asked", 130: "by Ctrl-C", 143: "by SIGTERM"}[code]
         where = f"and saved at step {state.step}" if resolve.follow(run, "last") else "before the first step was done"
         return f"stopped {reason} {where}; {resume}"

@@ -41,12 +41,14 @@ def shielded() -> Iterator[None]:
 class Signals:
     """While entered, the first SIGINT or SIGTERM is kept in ``received``; a second Ctrl-C ends the process at once.
 
+    Without ``ends`` it does what it did before: KeyboardInterrupt, which a notebook survives.
+
     The operating system handles the second one, so it works inside a long step too. It cannot harm a run: what is
     being written at that moment is a hidden file beside the complete ones.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, ends: bool = True) -> None:
+        self.received, self._ends = 0, ends
         self._before: dict[int, Any] = {}
         self._shield = contextlib.ExitStack()
 
@@ -67,7 +69,8 @@ class Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            before = self._before[signal.SIGINT] or signal.default_int_handler  # None: not set from Python
+            signal.signal(signal.SIGINT, signal.SIG_DFL if self._ends else before)
             if os.isatty(1):
                 # a live display hides the cursor, and the second Ctrl-C could not restore it
                 os.write(1, b"\x1b[?25h")
