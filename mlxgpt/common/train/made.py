@@ -206,7 +206,7 @@ def told(recipe: Recipe, facts: Facts, size: str, tokens: int, parameters: int) 
     others = ", ".join(name for name in SIZES if name != size)
     return [
         f"recipe for {name_of(data.source)}: {held}; tokenizer: {spelled}",
-        f"model: {parameters / 1e6:.1f} M parameters, {model.n_layer} layers of {model.n_embd}, context "
+        f"model: {parameters:,} parameters, {model.n_layer} layers of {model.n_embd}, context "
         f"{model.block_size}; --size {others} for others",
         f"run: {train.steps:,} steps of {train.batch_size} x {model.block_size} tokens, "
         f"{train.steps * each / tokens:.1f} epochs; rate {optim.lr:g}; dropout {train.dropout:g}; samples after "
