@@ -13,6 +13,7 @@ from mlxgpt.common.rows import pydocs_qa
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.train import schedule
 
+_SHOWN = {"model": " DIR: a run, a model folder or a hub id", "source": " PATH: the examples"}
 FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # defaults of method full (Taori 2023, Alpaca)
 Sections = dict[str, dict[str, Any]]
 
@@ -42,6 +43,10 @@ def gather(args: Namespace) -> Chosen:
     """
     if args.steps and args.epochs:
         raise UserError("--steps and --epochs: expected one of them")
+    if args.rank and args.method == "full":
+        raise UserError(
+            f"--rank {args.rank}: of an adapter; --method full trains every weight: expected one of the two"
+        )
     written, where, out, layers, said, notes = {}, "--set", "", 0, False, ()
     if args.config:
         path = Path(args.config).expanduser()
@@ -105,7 +110,7 @@ def recipe(sections: Sections, where: str) -> Recipe:
     assert made.tune
     for key, flag in (("model", "--model"), ("source", "--data")):
         if not getattr(made.tune, key):
-            raise UserError(f"tune.{key}: expected {flag}")
+            raise UserError(f"tune.{key}: expected {flag}{_SHOWN[key]}")
     source = str(pydocs_qa.file()) if made.tune.source == pydocs_qa.NAME else made.tune.source
     paths = {"source": source, "model": made.tune.model, "adapter": made.tune.adapter}
     if made.tune.template not in ("auto", "chatml"):  # words, also beside a file or folder of that name

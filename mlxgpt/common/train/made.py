@@ -24,9 +24,9 @@ class Size(NamedTuple):
 
     n_layer: int
     n_head: int
-    n_kv_head: int
+    n_kv_head: int  # 0: as many as heads
     n_embd: int
-    n_hidden: int
+    n_hidden: int  # 0: 8/3 n_embd, as families have it
     block_size: int
     batch_size: int
     micro_batch_size: int
@@ -37,10 +37,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "1m": Size(4, 4, 4, 128, 384, 256, 8, 0, 1e-3, 1000, 2048, "float32"),
+    "1m": Size(4, 4, 0, 128, 0, 256, 8, 0, 1e-3, 1000, 2048, "float32"),
     "10m": Size(6, 6, 3, 384, 896, 512, 16, 0, 1e-3, 2000, 4096, "float32"),
-    "30m": Size(9, 8, 4, 512, 1408, 1024, 24, 12, 6e-4, 3000, 8192, "bfloat16"),
-    "124m": Size(12, 12, 12, 768, 2048, 1024, 32, 8, 4e-4, 5000, 50257, "bfloat16"),
+    "30m": Size(9, 8, 4, 512, 0, 1024, 24, 12, 6e-4, 3000, 8192, "bfloat16"),
+    "124m": Size(12, 12, 0, 768, 0, 1024, 32, 8, 4e-4, 5000, 50257, "bfloat16"),
 }
 DEFAULT = "1m"
 
@@ -206,7 +206,7 @@ def told(recipe: Recipe, facts: Facts, size: str, tokens: int, parameters: int) 
     others = ", ".join(name for name in SIZES if name != size)
     return [
         f"recipe for {name_of(data.source)}: {held}; tokenizer: {spelled}",
-        f"model: {parameters / 1e6:.1f} M parameters, {model.n_layer} layers of {model.n_embd}, context "
+        f"model: {parameters:,} parameters, {model.n_layer} layers of {model.n_embd}, context "
         f"{model.block_size}; --size {others} for others",
         f"run: {train.steps:,} steps of {train.batch_size} x {model.block_size} tokens, "
         f"{train.steps * each / tokens:.1f} epochs; rate {optim.lr:g}; dropout {train.dropout:g}; samples after "

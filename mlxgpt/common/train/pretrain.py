@@ -68,10 +68,17 @@ class Pretraining(Kind[TokenSource]):
                 written.setdefault("data", {})["sampling"] = "epoch"  # each token once an epoch
         self._written = apply_sets(written, sets)
         self.recipe = recipe_of(self._written, args.steps, where)
-        if not args.epochs:
-            session.check_settings(self.recipe, args)  # the steps are known: before data is prepared
+        if not args.epochs:  # the steps are known, or their most: a check before data is prepared
+            if self._facts:
+                self.recipe = made.with_length(self.recipe, 1 << 60, self._fixed, None)
+            session.check_settings(self.recipe, args)
         given = "data.source" in self._own
         return Path(args.out) if args.out else None, made.name_of(self.recipe.data.source) if given else name
+
+    @property
+    def _fixed(self) -> frozenset[str]:
+        """The keys that the user set."""
+        return self._own | ({"train.steps"} if self.args.steps else set())
 
     def _made(self, sets: list[str]) -> Sections:
         """The sections of the recipe for --data, before flags and --set."""
@@ -112,8 +119,7 @@ class Pretraining(Kind[TokenSource]):
         """What the corpus decides once its tokens are known: the length of the run, and what samples begin with."""
         args, recipe = self.args, self.recipe
         if self._facts:
-            own = self._own | ({"train.steps"} if args.steps else set())
-            recipe = made.with_length(recipe, self.source.n_train_tokens, own, args.epochs)
+            recipe = made.with_length(recipe, self.source.n_train_tokens, self._fixed, args.epochs)
         elif args.epochs:
             tokens = self.source.n_train_tokens
             steps = made.steps_of(args.epochs, tokens, recipe)
@@ -165,6 +171,7 @@ class Pretraining(Kind[TokenSource]):
 
     def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
         """The corpus; the run's own copy of shards or tokenizer stands in for one that is gone."""
+        _check_there(run, self.recipe.data.source)
         self.recipe = _with_own_tokenizer(self.recipe, newest[0] if newest else None)
         self._open_data(run)
         check_sample(self.recipe, self.tokenizer)
@@ -279,10 +286,24 @@ def _corpus(source: str) -> str:
     fetched = cache_folder() / "corpora" / CORPORA[source].file
     if not fetched.is_file():
         raise UserError(
-            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: "
-            "--set data.source=FILE"
+            f"data.source = {source!r}: not fetched yet: mlxgpt data fetch {source}, or give a file: --data FILE"
         )
     return str(fetched)
+
+
+def _check_there(run: Path, source: str | tuple) -> None:
+    """Refuses a path that is not on this machine, unless the run carries its shards.
+
+    Raises:
+        UserError: says how the data comes here.
+    """
+    places = [source] if isinstance(source, str) else source
+    gone = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
+    if gone and not (run / "data").exists():
+        raise UserError(
+            f"{run}: its data is not here: {gone[0]}: no such file or folder; --data PATH says where it is now, "
+            "mlxgpt data export RUN packs it where it is"
+        )
 
 
 def _with_own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
