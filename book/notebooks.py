@@ -3,6 +3,7 @@
 import re
 import tempfile
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def cells(markdown: str, name: str) -> tuple[str, list[str]]:
         made.append(f"```python{metadata}\n{fence.body}\n```")
         outputs.append(output)
 
-    for fence, following in zip(found, [*found[1:], None], strict=True):
+    for fence, following in zip_longest(found, found[1:]):
         prose += outdented(lines[place : fence.first], inside)
         inside = fence.indent
         place = fence.last + 1

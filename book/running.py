@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import types
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from book.compare import same
@@ -37,7 +38,7 @@ def run_page(path: Path, folder: Path, slow: bool = False, write: bool = False) 
     module = types.ModuleType("__page__")
     check: Fence | None = None
     with in_folder(folder), registered(module):
-        for fence, following in zip(found, [*found[1:], None], strict=True):
+        for fence, following in zip_longest(found, found[1:]):
             if "slow" in fence.options and not slow:
                 continue
             try:

@@ -126,7 +126,7 @@ def sample(model, tokens, count, temperature=0.8):
 
 
 def new(config):
-    """A model before training: matrices drawn from N(0, 0.02^2)."""
+    """A model before training: matrices drawn from N(0, 0.02^2), so that it expects every token alike."""
     model = GPT(config)
     model.update(tree_map(lambda w: mx.random.normal(w.shape) * 0.02 if w.ndim > 1 else w, model.parameters()))
     return model
@@ -134,9 +134,12 @@ def new(config):
 
 def load(folder):
     """The model of a run or a model folder; GPT-2's files hold the matrices of linear layers as (in, out)."""
-    folder = Path(folder, "best") if Path(folder, "best").exists() else Path(folder)
+    folder = next(place for place in map(Path(folder).joinpath, ("best", "last", "")) if place.exists())
     said = json.loads((folder / "config.json").read_text())
-    assert said["model_type"] == "gpt2", f"{folder}: a {said['model_type']}, and this page is a GPT-2"
+    page = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    assert not (other := {name: said.get(name) for name in page if said.get(name) != page[name]}), (
+        f"not this page: {other}"
+    )
     model = GPT(Config(**{name: said[name] for name in Config.__dataclass_fields__}))
     weights = mx.load(str(folder / "model.safetensors"))
     model.load_weights([(name, w.T if name.startswith("h.") and w.ndim > 1 else w) for name, w in weights.items()])

@@ -119,6 +119,14 @@ def test_it_writes_what_generate_writes_and_draws_otherwise(backend: str, folder
 
 
 @pytest.mark.parametrize("backend", FILES)
+@pytest.mark.parametrize(("case", "said"), [("gpt2-nobias-erf", "activation_function"), ("llama", "model_type")])
+def test_another_architecture_is_refused(backend: str, case: str, said: str, tmp_path: Path) -> None:
+    model_folder.write_model(tmp_path / "model", CASES[case], weights(CASES[case]))
+    with pytest.raises(AssertionError, match=f"not this page: .*{said}"):
+        page(backend).load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("backend", FILES)
 def test_it_trains_on_the_characters_of_a_file(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     module = page(backend)
     module.Config = partial(module.Config, n_layer=1, n_head=2, n_embd=32)

@@ -17,6 +17,7 @@ import torch
 import transformers
 from adapting import moved, recipe
 from compare import agree
+from doubles.metal import Metal
 from models import CASES, tiny, weights
 
 import mlxgpt.load
@@ -131,14 +132,14 @@ def test_attention_and_the_stream_are_those_of_transformers(case: str, folders: 
     agree(f"{case}: loss", np.array(found.loss), losses.mean().numpy(), GATE)
     # the lens at the last place is the model; before it, the last norm and the head on what a block gave
     last = torch.softmax(expected.logits[0].double(), dim=-1).max(dim=-1).values
-    agree(f"{case}: lens of the last", found.lens.values[-1, :, 0], last.numpy(), GATE, 1.0)
+    agree(f"{case}: lens of the last", found.lens.values[-1], last.numpy(), GATE, 1.0)
     with torch.no_grad():
         inner = model.model if hasattr(model, "model") else model.transformer
         norm = inner.norm if hasattr(inner, "norm") else inner.ln_f
         early = model.lm_head(norm(expected.hidden_states[1]))[0] / getattr(model.config, "logits_scaling", 1.0)
         cap = getattr(model.config, "final_logit_softcapping", None)
         early = torch.softmax((cap * torch.tanh(early / cap) if cap else early).double(), dim=-1)
-    agree(f"{case}: lens of the first", found.lens.values[1, :, 0], early.max(dim=-1).values.numpy(), GATE, 1.0)
+    agree(f"{case}: lens of the first", found.lens.values[1], early.max(dim=-1).values.numpy(), GATE, 1.0)
     targets = early[torch.arange(len(IDS) - 1), torch.tensor(IDS[1:]).long()].numpy()
     agree(f"{case}: its targets", found.lens_targets[1], targets, GATE, 1.0)
     for layer in range(2):
@@ -189,7 +190,7 @@ def test_numbers_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
         arrays[f"h.{n}.mlp.c_proj.bias"] = np.full(48, 3e38, np.float32)  # finite, and their sum is not
     model_folder.write_model(tmp_path / "model", CASES["gpt2"], arrays)
     for backend in PACKAGES:
-        with pytest.raises(RunError, match="logits of layer 1, tokens 0 to 23: not finite"):
+        with pytest.raises(RunError, match="logits of layer 0, tokens 0 to 23: not finite"):
             seen(backend, tmp_path / "model")
 
 
@@ -298,6 +299,12 @@ def test_json_is_what_eval_says_and_agrees_between_frameworks(
     heads = found["mlx"]["attention"]["1"]
     assert len(heads) == 4 and [len(row) for row in heads[2]] == list(range(1, found["mlx"]["tokens"] + 1))
     compare_numbers(found["mlx"], found["torch"])
+
+
+def test_a_gpu_of_mlx_shows_the_same(model: Path, capsys: pytest.CaptureFixture, metal: Metal) -> None:
+    on_cpu = json.loads(run(capsys, model, "--text", TEXT, "--json", "--backend", "mlx")[0])
+    assert cli.main(["inspect", str(model), "--text", TEXT, "--json", "--backend", "mlx"]) == 0
+    compare_numbers(json.loads(capsys.readouterr().out), on_cpu)
 
 
 def compare_numbers(one: Any, other: Any, path: str = "") -> None:

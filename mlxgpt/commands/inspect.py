@@ -178,7 +178,7 @@ def _data(found: Inspection, spell: Callable[[int], str]) -> dict[str, Any]:
         "ranks": found.ranks.tolist(),
         "entropies": _rounded(found.entropies),
         "next": {"ids": found.following.ids.tolist(), "values": _rounded(found.following.values)},
-        "lens": {"ids": found.lens.ids[..., 0].tolist(), "values": _rounded(found.lens.values[..., 0])},
+        "lens": {"ids": found.lens.ids.tolist(), "values": _rounded(found.lens.values)},
         "targets": _rounded(found.lens_targets),
         "norms": {"stream": _rounded(found.stream)} | {name: _rounded(each) for name, each in found.branches.items()},
         "neighbors": {i: [each.ids.tolist(), _rounded(each.values)] for i, each in found.neighbors.items()},

@@ -47,8 +47,8 @@ class Inside(Protocol):
 class Candidates:
     """Ids and what each of them has, the largest first; equal values by id."""
 
-    ids: np.ndarray  # (..., N) int
-    values: np.ndarray  # (..., N) float64
+    ids: np.ndarray  # int
+    values: np.ndarray  # float64
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Inspection:
     ranks: np.ndarray  # (T,), 1: the token was the likeliest; 0 for the given ones
     entropies: np.ndarray  # (T,), nats, of the distribution of the token that follows
     following: Candidates  # (T, N), the likeliest that follow, with their probabilities
-    lens: Candidates  # (L + 1, T, 1), the likeliest that follow, read before each block and after the last
+    lens: Candidates  # (L + 1, T), the likeliest that follows, read before each block and after the last
     lens_targets: np.ndarray  # (L + 1, T - 1), probability of the token that does follow
     stream: np.ndarray  # (L + 1, T), L2 norms of the residual stream before each block and after the last
     branches: dict[str, np.ndarray]  # attn, mlp: (L, T), L2 norms of what each gives
@@ -139,25 +139,30 @@ def inspect(
     depth, size = config.n_layer, len(ids)
     losses, ranks, entropies = np.full(size, np.nan), np.zeros(size, int), np.zeros(size)
     following = Candidates(*_empty(size, min(top, config.vocab_size)))
-    lens, targets = Candidates(*_empty(depth + 1, size, 1)), np.zeros((depth + 1, size - 1))
+    lens, targets = Candidates(*_empty(depth + 1, size)), np.zeros((depth + 1, size - 1))
     for place in range(depth + 1):
         for start, stop in _pieces(size, max(1, _LOGITS // config.vocab_size)):
-            logs = _log_softmax(inside.lens(place, start, stop), f"layer {place}, tokens {start} to {stop - 1}")
+            here = slice(start, stop)
+            logits = _finite(inside.lens(place, start, stop), f"logits of {_name(place)}, tokens {start} to {stop - 1}")
+            logits -= logits.max(axis=-1, keepdims=True)
+            sums = np.log(np.exp(logits).sum(axis=-1))
+            lens.ids[place, here], lens.values[place, here] = logits.argmax(axis=-1), np.exp(-sums)
             ends = ids[start + 1 : stop + 1]
-            found = logs[np.arange(len(ends)), ends]
+            found = logits[np.arange(len(ends)), ends] - sums[: len(ends)]
             targets[place, start : start + len(ends)] = np.exp(found)
-            _fill(lens, (place, slice(start, stop)), _largest(logs, 1))
             if place == depth:
+                logs = logits - sums[:, None]
+                shares = np.exp(logs)
                 losses[start + 1 : stop + 1] = -found
                 ranks[start + 1 : stop + 1] = 1 + (logs[: len(ends)] > found[:, None]).sum(axis=-1)
-                shares = np.exp(logs)
-                entropies[start:stop] = -(shares * np.where(shares > 0, logs, 0)).sum(axis=-1)
-                _fill(following, (slice(start, stop),), _largest(logs, following.ids.shape[-1]))
+                entropies[here] = -(shares * logs).sum(axis=-1)
+                best = _largest(shares, following.ids.shape[-1])
+                following.ids[here], following.values[here] = best.ids, best.values
     losses[:given], ranks[:given] = np.nan, 0
     return Inspection(
         ids=ids, given=given, losses=losses, ranks=ranks, entropies=entropies, lens_targets=targets,
-        following=Candidates(following.ids, np.exp(following.values)), lens=Candidates(lens.ids, np.exp(lens.values)),
-        stream=np.stack([_norms(inside.stream(place), f"layer {place}") for place in range(depth + 1)]),
+        following=following, lens=lens,
+        stream=np.stack([_norms(inside.stream(place), _name(place)) for place in range(depth + 1)]),
         branches={
             part: np.stack([_norms(inside.branch(n, part), f"{part} of layer {n}") for n in range(depth)])
             for part in ("attn", "mlp")
@@ -171,18 +176,12 @@ def _empty(*shape: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(shape, int), np.zeros(shape)
 
 
-def _fill(into: Candidates, at: tuple[int | slice, ...], found: Candidates) -> None:
-    into.ids[at], into.values[at] = found.ids, found.values
+def _name(place: int) -> str:
+    return f"layer {place - 1}" if place else "the embedding"
 
 
 def _pieces(size: int, most: int) -> list[tuple[int, int]]:
     return [(start, min(size, start + most)) for start in range(0, size, most)]
-
-
-def _log_softmax(logits: np.ndarray, where: str) -> np.ndarray:
-    wide = _finite(logits, f"logits of {where}")
-    wide = wide - wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def _norms(array: np.ndarray, where: str) -> np.ndarray:
@@ -191,7 +190,7 @@ def _norms(array: np.ndarray, where: str) -> np.ndarray:
 
 def _finite(array: np.ndarray, where: str) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise RunError(f"{where}: not finite; mlxgpt verify finds weights that are not")
+        raise RunError(f"{where}: not finite; expected weights that compute finite numbers")
     return array.astype(np.float64)
 
 
@@ -223,7 +222,7 @@ def _neighbors(rows: Callable[[int, int], np.ndarray], ids: np.ndarray, top: int
 
 def _directions(rows: np.ndarray) -> np.ndarray:
     """Rows of length 1; of 0 where a row is 0."""
-    rows = _finite(rows, "the embedding").astype(np.float64)
+    rows = _finite(rows, "rows of the embedding")
     lengths = np.sqrt(np.square(rows).sum(axis=-1, keepdims=True))
     return rows / np.where(lengths > 0, lengths, 1)
 
@@ -244,7 +243,7 @@ def as_json(found: Inspection, spell: Callable[[int], str]) -> dict[str, Any]:
             "rank": int(found.ranks[t]) if scored[t] else None,
             "entropy": float(found.entropies[t]),
             "next": listed(found.following.ids[t], found.following.values[t], "probability"),
-            "lens": listed(found.lens.ids[:, t, 0], found.lens.values[:, t, 0], "probability"),
+            "lens": listed(found.lens.ids[:, t], found.lens.values[:, t], "probability"),
             "lens_target": found.lens_targets[:, t].tolist() if t + 1 < len(found.ids) else None,
             "norms": {"stream": found.stream[:, t].tolist()}
             | {part: norms[:, t].tolist() for part, norms in found.branches.items()},
