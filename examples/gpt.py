@@ -134,7 +134,7 @@ def new(config):
 
 def load(folder):
     """The model of a run or a model folder; GPT-2's files hold the matrices of linear layers as (in, out)."""
-    folder = Path(folder, "best") if Path(folder, "best").exists() else Path(folder)
+    folder = next(place for place in map(Path(folder).joinpath, ("best", "last", "")) if place.exists())
     said = json.loads((folder / "config.json").read_text())
     page = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     assert not (other := {name: said.get(name) for name in page if said.get(name) != page[name]}), (

@@ -18,6 +18,7 @@ from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.inference import prompts as prompting
 from mlxgpt.common.inference.generation import OnText, Result
+from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import own
@@ -53,7 +54,7 @@ def new(config: Config, seed: int = 1337, device: str = "auto", dtype: str = "fl
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     made = config if isinstance(config, ModelConfig) else build({"model": config}, "config").model  # type: ignore[dict-item]
     devices.use(device)
-    model = Model(made, getattr(mx, dtype), seed=seed)
+    model = Model(made, getattr(mx, dtype), seed=params.seed_of(seed))
     model.dropout = dropout
     mx.eval(model.parameters())
     return model

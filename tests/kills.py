@@ -23,8 +23,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from mlxgpt.commands import runs as runs_command
-from mlxgpt.common.folders import model_folder, resolve
+from mlxgpt.common.folders import model_folder, resolve, tensors
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build
 from mlxgpt.common.runs import metrics
@@ -102,6 +104,28 @@ def weights(run: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
+def difference(run: Path, reference: Path, resumed: list[int]) -> str:
+    """Where a run and the undisturbed one part, and the steps that it was resumed from; '' if they are equal.
+
+    A fault of a resume shows from such a step on, other bits of the same computation anywhere.
+    """
+    found, pairs = [], [[*metrics.read_lines(each / metrics.FILE)] for each in (run, reference)]
+    if len(pairs[0]) != len(pairs[1]):
+        found.append(f"{len(pairs[0])} lines, expected {len(pairs[1])}")
+    keys = ("step", "split", "loss", "grad_norm")
+    lines = [[[line.get(key) for key in keys] for line in own] for own in pairs]
+    if apart := [pair for pair in zip(*lines, strict=False) if pair[0] != pair[1]]:
+        found.append(f"first {keys} apart: {apart[0][0]}, expected {apart[0][1]}")
+    places = [resolve.path_of(each, STEPS) for each in (run, reference)]
+    for path in sorted(places[1].rglob("*.safetensors")):
+        own, other = (tensors.read_tensors(place / path.relative_to(places[1])) for place in places)
+        bad = {name: np.abs(own[name] - other[name]).max() for name in other if (own[name] != other[name]).any()}
+        if bad:
+            name = max(bad, key=lambda each: bad[each])
+            found.append(f"{path.name}: {len(bad)} of {len(other)} tensors differ, most {name}, by {bad[name]:.2g}")
+    return "; ".join([*found, f"resumed from {resumed}"]) if found else ""
+
+
 def train(place: Path, backend: str, kills: int, draw: random.Random, say: Callable[[str], None]) -> Counter:
     """Kills trainings until ``kills`` are done, each run resumed until it is finished and compared."""
     (place / "corpus.txt").write_text(text(1))
@@ -138,11 +162,12 @@ def _stopped(
     seconds = finish([*new, "again"], place)
     expected, bits = losses(place / "reference"), weights(place / "reference")
     if (losses(place / "again"), weights(place / "again")) != (expected, bits):
-        raise Damage("two undisturbed runs differ: nothing can be compared")
+        where = difference(place / "again", place / "reference", [])
+        raise Damage(f"two undisturbed runs differ, so nothing can be compared: {where}")
     counted, number = Counter(), 0
     while counted["kills"] < kills:
         run, number = place / f"run-{number}", number + 1
-        arguments, done = [*new, run.name], False
+        arguments, done, resumed = [*new, run.name], False, []
         while not done and counted["kills"] < kills + 50:
             done = not killed(arguments, place, draw.uniform(0.2, 1.0) * seconds)
             counted["kills"] += not done
@@ -156,8 +181,11 @@ def _stopped(
                 raise Damage(f"{run.name} after {counted['kills']} kills: {damage}")
             counted["while a checkpoint was being written"] += bool(list((run / "checkpoints").glob(".step-*")))
             arguments = [verb, "--resume", run.name, "--backend", backend]
+            if not done:
+                resumed.append(max(resolve.steps_of(run), default=0))
         if losses(run) != expected or weights(run) != bits:
-            raise Damage(f"{run.name}: another curve or other weights than the undisturbed run")
+            where = difference(run, place / "reference", resumed)
+            raise Damage(f"{run.name}: another curve or other weights than the undisturbed run: {where}")
         counted["runs finished, bit-equal"] += 1
         shutil.rmtree(run)
         say(f"{verb}, {backend}: {counted['kills']} kills, {counted['runs finished, bit-equal']} runs bit-equal")

@@ -111,6 +111,8 @@ def test_a_dict_becomes_what_its_family_implies(api: Any) -> None:
         ({**SIZES, "n_embd": 15}, {}, "model.n_embd = 15: expected a multiple of model.n_head = 2"),
         ({**SIZES, "family": "gtp2"}, {}, "config: model.family = 'gtp2': expected one of "),
         (SIZES, {"dropout": 1.0}, "dropout = 1.0: expected a number of at least 0 and below 1"),
+        (SIZES, {"seed": None}, "seed = None: expected a whole number, 0 or more"),
+        (SIZES, {"seed": -1}, "seed = -1: expected a whole number, 0 or more"),
         (SIZES, {"dtype": "float16"}, "dtype = 'float16': expected float32 or bfloat16"),
         (SIZES, {"device": "tpu"}, "--device tpu: "),
     ],

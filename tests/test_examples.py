@@ -6,7 +6,11 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+import torch
+from compare import agree
 from fake_train import losses
 
 PLACE = Path(__file__).parent.parent / "examples"
@@ -79,3 +83,33 @@ def test_an_objective_of_ones_own_is_a_run_in_both(capsys: pytest.CaptureFixture
     one, other = (losses(f"runs/{name}") for name in ("objective_mlx", "objective_torch"))
     assert one == pytest.approx(other, abs=1e-4)
     assert one[40] < one[1] - 0.8
+
+
+def test_attention_is_changed_the_same_way() -> None:
+    """A subclass in every block: both frameworks agree, and a cache gives what the whole text gives."""
+    made: dict[str, np.ndarray] = {}
+    for package, call in (("mlxgpt", "__call__"), ("torch_ref", "forward")):
+        api, module = (importlib.import_module(f"{package}.{name}") for name in ("api", "model"))
+
+        class Gated(module.Attention):
+            """The output times its own sigmoid."""
+
+        real, sigmoid = getattr(module.Attention, call), mx.sigmoid if package == "mlxgpt" else torch.sigmoid
+
+        def gated(self: Any, *given: Any, real: Any = real, sigmoid: Any = sigmoid) -> Any:
+            y = real(self, *given)
+            return y * sigmoid(y)
+
+        setattr(Gated, call, gated)
+        config = {"family": "llama", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+        model = api.new(config, 1, device="cpu").eval()
+        plain = api.new(config, 1, device="cpu").eval()
+        for block in model.h:
+            block.attn.__class__ = Gated
+        tokens = [[1, 2, 3, 4, 5]]
+        made[package], before = (np.array(each(tokens).tolist()) for each in (model, plain))
+        assert np.abs(made[package] - before).max() > 1e-3
+        cache = module.make_cache(model, 1, 16)
+        parts = [np.array(model([part], cache=cache).tolist()) for part in ([1, 2, 3], [4, 5])]
+        agree("cached", np.concatenate(parts, axis=1), made[package], 1e-5)
+    agree("changed attention", made["mlxgpt"], made["torch_ref"], 1e-5)

@@ -1,12 +1,15 @@
 """kill -9 at random moments loses nothing; tests/kills.py does the same at length."""
 
+import json
 import random
 from pathlib import Path
 
 import kills
+import numpy as np
 import pytest
 
-from mlxgpt.common.folders import resolve
+from mlxgpt.common.folders import resolve, tensors
+from mlxgpt.common.runs import metrics
 
 
 def test_a_few_kills_of_a_training(tmp_path: Path) -> None:
@@ -17,6 +20,26 @@ def test_a_few_kills_of_a_training(tmp_path: Path) -> None:
 def test_a_few_kills_of_a_fine_tuning(tmp_path: Path) -> None:
     counted = kills.tune(tmp_path, "mlx", 2, random.Random(5), print)
     assert counted["kills"] >= 2 and counted["runs finished, bit-equal"] >= 1
+
+
+def test_a_difference_is_located(tmp_path: Path) -> None:
+    """What a failure of the tests below says: the first step, the tensor, by how much, and where it was resumed."""
+
+    def made(name: str, loss: float, value: float) -> Path:
+        checkpoint = resolve.path_of(tmp_path / name, kills.STEPS)
+        checkpoint.mkdir(parents=True)
+        arrays = {"a": np.zeros(2, np.float32), "b": np.array([1, value], np.float32)}
+        tensors.write_tensors(checkpoint / "adapters.safetensors", arrays)
+        lines = [{"step": step, "split": "train", "loss": 1.0, "grad_norm": 2.0} for step in (1, 2, 3)]
+        lines[1]["loss"] = loss
+        (tmp_path / name / metrics.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    reference = made("reference", 1.0, 4.0)
+    assert kills.difference(made("same", 1.0, 4.0), reference, [3]) == ""
+    said = kills.difference(made("other", 1.5, 4.25), reference, [1, 2])
+    assert "apart: [2, 'train', 1.5, 2.0], expected [2, 'train', 1.0, 2.0]" in said
+    assert "1 of 2 tensors differ, most b, by 0.25" in said and said.endswith("resumed from [1, 2]")
 
 
 def test_a_kill_of_a_preparation(tmp_path: Path) -> None:

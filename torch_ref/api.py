@@ -13,6 +13,7 @@ from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.inference import prompts as prompting
 from mlxgpt.common.inference.generation import OnText, Result
+from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import own
@@ -50,7 +51,7 @@ def new(config: Config, seed: int = 1337, device: str = "auto", dtype: str = "fl
         raise UserError(f"dtype = {dtype!r}: expected float32 or bfloat16")
     made = config if isinstance(config, ModelConfig) else build({"model": config}, "config").model  # type: ignore[dict-item]
     where = devices.use(device)
-    model = Model(made, getattr(torch, dtype), seed=seed).to(where)
+    model = Model(made, getattr(torch, dtype), seed=params.seed_of(seed)).to(where)
     model.dropout = dropout
     return model
 

@@ -18,6 +18,7 @@ Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] ev
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -146,9 +147,20 @@ def rate(dropout: float) -> float:
     Raises:
         UserError: it is not a number of at least 0 and below 1.
     """
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
         raise UserError(f"dropout = {dropout!r}: expected a number of at least 0 and below 1")
     return float(dropout)
+
+
+def seed_of(seed: int) -> int:
+    """The seed of weights and dropout.
+
+    Raises:
+        UserError: it is not a whole number of at least 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        raise UserError(f"seed = {seed!r}: expected a whole number, 0 or more")
+    return int(seed)
 
 
 def count(config: ModelConfig) -> int:

@@ -4,7 +4,7 @@ B rows, T tokens a row.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,9 @@ class Given:
         if validation is None and not callable(source):
             validation = getattr(source, "validation", None)
         self._validation = self._all(validation)
-        self.digest: dict[str, str] = dict(getattr(source, "digest", {})) | {"batch of step 1": digest(first)}
+        own = getattr(source, "digest", None)
+        self.digest: dict[str, str] = dict(own) if isinstance(own, Mapping) else {}
+        self.digest["batch of step 1"] = digest(first)
         if self._validation:
             self.digest["validation batches"] = digest(*self._validation)
 
