@@ -1,8 +1,11 @@
 """The chapters as notebooks: what runs is a cell with the output that the page has; the rest is text."""
 
+import os
 import re
+import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -83,7 +86,8 @@ def cells(markdown: str, name: str) -> tuple[str, list[str]]:
         elif fence.role == "output":
             continue
         elif fence.language == "sh" and fence.role:
-            prose += listing("In a terminal", fence.body, fence.indent)
+            tags = ' tags=["raises-exception"]' if "exit" in fence.options else ""
+            cell(replace(fence, body=f"%%bash\n{with_flags(fence)}"), tags, output.body if output else "")
         else:
             prose += listing("", fence.body, fence.indent)
     prose += outdented(lines[place:], inside)
@@ -99,6 +103,12 @@ def outdented(lines: list[str], indent: int) -> list[str]:
         still = still and (not line.strip() or line.startswith(" " * indent))
         made.append(line[indent:] if still else line)
     return made
+
+
+def with_flags(fence: Fence) -> str:
+    """Commands with the flags that make them short."""
+    lines = fence.body.splitlines()
+    return "\n".join(f"{line} {fence.flags}" if fence.flags and line.startswith("mlxgpt ") else line for line in lines)
 
 
 def listing(title: str, code: str, indent: int) -> list[str]:
@@ -156,7 +166,9 @@ def execute(made: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
         where = {"metadata": {"path": folder}}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        client = NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where)
         try:
-            NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where).execute()
+            client.execute(env=os.environ | {"PATH": path})
         finally:
             manager.shutdown_kernel(now=True)

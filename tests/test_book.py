@@ -206,6 +206,12 @@ def test_a_notebook_has_the_pages_cells_outputs_and_a_check_that_may_fail() -> N
     assert "\nIt adds." in markdown and "<summary>1. Why?</summary>" in markdown and "???" not in markdown
 
 
+def test_commands_of_a_chapter_are_cells_of_bash() -> None:
+    page = "<!-- run with: --steps 2 -->\n\n```sh run\nmlxgpt train x\nls\n```\n\n```text output\na\n```\n"
+    markdown, outputs = notebooks.cells(page, "page")
+    assert markdown == "```python\n%%bash\nmlxgpt train x --steps 2\nls\n```\n" and outputs == ["a"]
+
+
 def test_formulas_are_drawn_when_the_site_is_built_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "a.html"
     page.write_text(
