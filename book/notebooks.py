@@ -131,24 +131,32 @@ def plain(prose: str) -> str:
 
 
 def write(run: bool) -> list[Path]:
-    """Writes every chapter's notebook into build/notebooks; ``run`` also runs each in a kernel of its own.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed.
-    """
+    """Writes every chapter's notebook into build/notebooks; ``run``: with the outputs of a run, see ``execute``."""
     import jupytext
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path in chapters():
         made = notebook(path)
         if run:
-            from jupyter_client.manager import AsyncKernelManager
-            from nbclient import NotebookClient
-
-            with tempfile.TemporaryDirectory() as folder:  # its sockets are files, which nobody else may open
-                manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
-                where = {"metadata": {"path": folder}}
-                NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where).execute()
+            execute(made)
         jupytext.write(made, place(path), fmt="ipynb")
         print(place(path).relative_to(DOCS.parent))
     return [place(path) for path in chapters()]
+
+
+def execute(made: Any) -> None:
+    """Runs every cell in a kernel of its own, whose folder is empty and whose sockets are files nobody else may open.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    from jupyter_client.manager import KernelManager
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
+        where = {"metadata": {"path": folder}}
+        try:
+            NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where).execute()
+        finally:
+            manager.shutdown_kernel(now=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from book import check, hooks, mathematics, notebooks
+from book import check, hooks, mathematics, notebooks, pdf
 from book.compare import same
-from book.page import ROOT, BookError, fences
+from book.page import ROOT, BookError, chapters, fences
 from book.running import run_page
 from book.source import shown
 
@@ -255,3 +255,16 @@ def test_the_site_builds_without_the_network_and_all_its_links_lead_somewhere(tm
     assert "katex.min.css" in page and "iframe-worker/shim.js" in page
     reference = (tmp_path / "site/api/model.html").read_text()
     assert 'id="mlxgpt.model.attend"' in reference
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(pdf.browser() is None, reason="no Chromium")
+def test_the_course_is_printed_with_every_chapter(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path / "site"), "printed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = pdf.one_page(tmp_path / "site")
+    assert page.count('<article class="md-content__inner md-typeset chapter">') == len(chapters()) + 2
+    assert page.count("<details open") == page.count("<details") > 0
+    printed = (tmp_path / "site/course/mlxgpt-course.pdf").read_bytes()
+    assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") > len(chapters())

@@ -148,6 +148,20 @@ def test_the_damaged_ones_are_set_aside_for_the_run_that_goes_on(
     assert (run / "checkpoints/damaged-step-0000003/config.json").is_file()
 
 
+def test_a_run_that_goes_back_has_its_links_pointed_back(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", []
+    for step in (1, 2, 3, 4):
+        save(run, step, best=step, keep=0)
+    there = checkpoint.verify(resolve.path_of(run, 2))
+    assert (
+        checkpoint.set_aside(run, 2, said.append, "decayed") and "decayed, renamed to decayed-step-0000004" in said[1]
+    )
+    checkpoint.point_back(run, there)
+    assert (run / "checkpoints/decayed-step-0000003").is_dir()
+    assert resolve.follow(run, "last") == resolve.follow(run, "best") == resolve.path_of(run, 2)
+    assert not checkpoint.set_aside(run, 2, said.append)
+
+
 def test_newest_best_and_last_stay(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(1, 7):

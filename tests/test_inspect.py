@@ -17,6 +17,7 @@ import torch
 import transformers
 from adapting import moved, recipe
 from compare import agree
+from doubles.metal import Metal
 from models import CASES, tiny, weights
 
 import mlxgpt.load
@@ -298,6 +299,12 @@ def test_json_is_what_eval_says_and_agrees_between_frameworks(
     heads = found["mlx"]["attention"]["1"]
     assert len(heads) == 4 and [len(row) for row in heads[2]] == list(range(1, found["mlx"]["tokens"] + 1))
     compare_numbers(found["mlx"], found["torch"])
+
+
+def test_a_gpu_of_mlx_shows_the_same(model: Path, capsys: pytest.CaptureFixture, metal: Metal) -> None:
+    on_cpu = json.loads(run(capsys, model, "--text", TEXT, "--json", "--backend", "mlx")[0])
+    assert cli.main(["inspect", str(model), "--text", TEXT, "--json", "--backend", "mlx"]) == 0
+    compare_numbers(json.loads(capsys.readouterr().out), on_cpu)
 
 
 def compare_numbers(one: Any, other: Any, path: str = "") -> None:

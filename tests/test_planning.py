@@ -399,6 +399,10 @@ def test_what_a_memory_budget_chooses_fits_into_it_also_where_gradients_of_micro
     ("argv", "line"),
     [
         (["--chip", "h100", "--calibrate"], "--calibrate: times this machine, not NVIDIA H100: expected no --chip"),
+        (
+            ["--data", "books"],
+            "--data books: with --model, for fine-tuning; for pre-training expected the recipe of a run",
+        ),
         (["--chip", "h1000"], "--chip h1000: unknown (did you mean 'h100'?): expected one of m1, m1-pro"),
         (["--budget", "much", "--chip", "h100", "--price", "2"], "--budget much: expected an amount of money"),
         (["--budget", "5 USD", "--chip", "h100"], "--budget 5 USD: expected --price as well"),

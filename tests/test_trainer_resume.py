@@ -188,10 +188,13 @@ def test_a_finished_wsd_run_goes_on_from_before_its_decay_and_is_the_longer_run(
     settings = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--set", "train.keep=1"]
     assert go("--out", "long", *settings, "--steps", "20") == 0
     assert go("--out", "run", *settings) == 0
-    assert resolve.steps_of(Path("run"))[0] <= 6 and max(losses("run")) == 12
+    best = json.loads((resolve.path_of(Path("run"), 6) / checkpoint.STATE).read_text())["best"]["step"]
+    assert {best, 6, 12} <= set(resolve.steps_of(Path("run"))) and max(losses("run")) == 12
     decayed = weights("run", 12)
     capsys.readouterr()
-    assert go("--resume", "run", "--steps", "20") == 0
+    assert go("--resume", "run", "--steps", "20", "--stop-after", "7") == 0
+    assert resolve.follow(Path("run"), "best") == resolve.path_of(Path("run"), best)
+    assert go("--resume", "run") == 0
     out = capsys.readouterr().out
     assert "steps 7 to 12 are repeated" in out and "a run of 20 steps from the start" in out
     for split in ("train", "val"):

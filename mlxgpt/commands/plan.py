@@ -44,6 +44,9 @@ def plan_command(args: Namespace) -> int:
     budgeted = args.budget is not None or args.hours is not None or args.memory is not None
     if args.out and not budgeted:
         raise UserError("--out: writes the recipe of --budget, --hours or --memory: expected one of them")
+    if args.data and not args.model:
+        cure = "the recipe of a run: mlxgpt plan RUN/recipe.toml, or mlxgpt train --data, which plans before it begins"
+        raise UserError(f"--data {args.data}: with --model, for fine-tuning; for pre-training expected {cure}")
     if args.model and args.recipe:
         raise UserError(f"{args.recipe} and --model {args.model}: expected one of the two")
     chip = chips.chip_named(args.chip) if args.chip is not None else None
