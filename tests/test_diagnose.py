@@ -14,6 +14,7 @@ import pytest
 from mlxgpt import cli
 from mlxgpt.commands import report
 from mlxgpt.common.evaluate import diagnose, ngrams
+from mlxgpt.common.plan.budget import BESIROGLU, HOFFMANN
 from mlxgpt.common.recipes import build, to_toml
 from mlxgpt.common.runs.summary import read_run
 
@@ -151,8 +152,8 @@ def test_a_scaling_law_is_named_from_where_it_was_fitted(tmp_path: Path) -> None
     assert not any(f.about == "scaling law" for f in diagnose.diagnose(small, CORPUS))
     assert any(f.about == "scaling law" for f in diagnose.diagnose(large, CORPUS))
     # Chinchilla's own point, 70 G parameters and 1.4 T tokens: both fits within a few hundredths of each other.
-    assert math.isclose(diagnose.hoffmann(70e9, 1.4e12), 1.93, abs_tol=0.01)
-    assert abs(diagnose.hoffmann(70e9, 1.4e12) - diagnose.besiroglu(70e9, 1.4e12)) < 0.05
+    assert math.isclose(HOFFMANN.loss(70e9, 1.4e12), 1.93, abs_tol=0.01)
+    assert abs(HOFFMANN.loss(70e9, 1.4e12) - BESIROGLU.loss(70e9, 1.4e12)) < 0.05
 
 
 def test_the_command_counts_the_corpus_and_the_report_shows_it(

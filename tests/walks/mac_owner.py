@@ -44,7 +44,11 @@ def walk() -> None:
     text = command("diagnose", RUN, says=("books: step", "change:", "ln V"))
     found = json.loads(command("diagnose", RUN, "--json"))
     check(bool(found), "diagnose --json", found)
-    command("runs", says=("books", "whole"))
+    for name, steps in (("short", "10"), ("long", "14")):
+        command(*train, "--set", "optim.warmup=5", "--out", f"runs/{name}", "--steps", steps)
+    command("train", "--resume", "runs/short", "--steps", "14", says=("step 14/14",))
+    check(losses("runs/short") == losses("runs/long"), "a lengthened run is one of that length")
+    command("runs", says=("books", "whole", "short"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.evaluate import ngrams
 from mlxgpt.common.files import read_json
 from mlxgpt.common.model import params
+from mlxgpt.common.plan.budget import BESIROGLU, HOFFMANN
 from mlxgpt.common.recipes import build
 from mlxgpt.common.runs.summary import Run
 from mlxgpt.common.units import short
@@ -323,20 +324,10 @@ def _law(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     seen = float(run.train["tokens"][-1]) if len(run.train.get("tokens", ())) else 0.0
     if "tune" in run.recipe or run.parameters < _LAW or not seen:
         return
-    low, high = sorted(fit(run.parameters, seen) for fit in (hoffmann, besiroglu))
+    low, high = sorted(law.loss(run.parameters, seen) for law in (HOFFMANN, BESIROGLU))
     loss, name = _last(run)
     text = (
         f"{name} {loss:.3f}; {low:.2f} to {high:.2f} is the law for {short(run.parameters)} parameters and "
         f"{short(seen)} tokens of web text with a vocabulary of 32,000"
     )
     yield Finding("note", "scaling law", text, "")
-
-
-def hoffmann(parameters: float, tokens: float) -> float:
-    """Nats a token: Hoffmann et al. 2022 (arXiv:2203.15556), equation 10, fitted from 44 M to 16 G parameters."""
-    return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
-
-
-def besiroglu(parameters: float, tokens: float) -> float:
-    """The same form, fitted again to their data: Besiroglu et al. 2024 (arXiv:2404.10102), table 1."""
-    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658

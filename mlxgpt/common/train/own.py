@@ -27,7 +27,7 @@ from mlxgpt.common.train import loop, pretrain, session
 from mlxgpt.common.train.given import Given, batches_of
 from mlxgpt.common.train.pretrain import Pretraining, Sections
 
-OWN = "(the program's)"
+OWN = "(a program's own batches)"
 """What recipe.toml names as the source of such a run."""
 
 
