@@ -1,8 +1,11 @@
 """The chapters as notebooks: what runs is a cell with the output that the page has; the rest is text."""
 
+import os
 import re
+import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from book.source import shown
 
 ADMONITION = re.compile(r'(?P<indent> *)(?P<mark>!!!|\?\?\?\+?) (?P<kind>\w+)(?: "(?P<title>[^"]*)")?')
 LINK = re.compile(r"\]\((?P<page>[^):#]+)\.md(?=[#)])")
+# before the first cell, and without a name that a cell could use
+CPU = "(lambda _, mx: mx.set_default_device(mx.Device(mx.cpu)))(__import__('mlxgpt.blas'), __import__('mlx.core').core)"
 FOLDER = ROOT / "build" / "notebooks"
 
 
@@ -83,7 +88,8 @@ def cells(markdown: str, name: str) -> tuple[str, list[str]]:
         elif fence.role == "output":
             continue
         elif fence.language == "sh" and fence.role:
-            prose += listing("In a terminal", fence.body, fence.indent)
+            tags = ' tags=["raises-exception"]' if "exit" in fence.options else ""
+            cell(replace(fence, body=f"%%bash\n{with_flags(fence)}"), tags, output.body if output else "")
         else:
             prose += listing("", fence.body, fence.indent)
     prose += outdented(lines[place:], inside)
@@ -99,6 +105,12 @@ def outdented(lines: list[str], indent: int) -> list[str]:
         still = still and (not line.strip() or line.startswith(" " * indent))
         made.append(line[indent:] if still else line)
     return made
+
+
+def with_flags(fence: Fence) -> str:
+    """Commands with the flags that make them short."""
+    lines = fence.body.splitlines()
+    return "\n".join(f"{line} {fence.flags}" if fence.flags and line.startswith("mlxgpt ") else line for line in lines)
 
 
 def listing(title: str, code: str, indent: int) -> list[str]:
@@ -131,24 +143,35 @@ def plain(prose: str) -> str:
 
 
 def write(run: bool) -> list[Path]:
-    """Writes every chapter's notebook into build/notebooks; ``run`` also runs each in a kernel of its own.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed.
-    """
+    """Writes every chapter's notebook into build/notebooks; ``run``: with the outputs of a run, see ``execute``."""
     import jupytext
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path in chapters():
         made = notebook(path)
         if run:
-            from jupyter_client.manager import AsyncKernelManager
-            from nbclient import NotebookClient
-
-            with tempfile.TemporaryDirectory() as folder:  # its sockets are files, which nobody else may open
-                manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
-                where = {"metadata": {"path": folder}}
-                NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where).execute()
+            execute(made)
         jupytext.write(made, place(path), fmt="ipynb")
         print(place(path).relative_to(DOCS.parent))
     return [place(path) for path in chapters()]
+
+
+def execute(made: Any) -> None:
+    """Runs every cell on the CPU in a kernel of its own; its folder is empty, its sockets are files of this user.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    from jupyter_client.manager import KernelManager
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
+        where = {"metadata": {"path": folder}}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        client = NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where)
+        client.extra_arguments = [f"--IPKernelApp.exec_lines={CPU}"]
+        try:
+            client.execute(env=os.environ | {"PATH": path, "MLXGPT_DEVICE": "cpu"})
+        finally:
+            manager.shutdown_kernel(now=True)

@@ -18,6 +18,7 @@ FLAGS = (
 ARTICLE = re.compile(r'<article class="md-content__inner md-typeset">(.*?)</article>', re.DOTALL)
 HEAD = re.compile(r"<head>.*?</head>", re.DOTALL)
 STYLE = """<style>
+  @page { margin: 16mm 14mm; @bottom-center { content: counter(page); font: 8px sans-serif } }
   .chapter + .chapter { break-before: page }
   .md-typeset { font-size: 11px }
   .md-typeset pre > code { font-size: 8px }
@@ -35,7 +36,8 @@ def browser() -> str | None:
 def one_page(site: Path) -> str:
     """All chapters as one page of HTML that lies in the site's course/; answers are open, tabs below each other."""
     made, head = [], ""
-    for number, path in enumerate([site / "course/index.html", *(site / f"course/{p.stem}.html" for p in chapters())]):
+    names = ["index", *(path.stem for path in chapters()), "plain-page"]
+    for number, path in enumerate(site / f"course/{name}.html" for name in names):
         text = path.read_text(encoding="utf-8")
         found, head_found = ARTICLE.search(text), HEAD.search(text)
         if found is None or head_found is None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from book import check, hooks, mathematics, notebooks
+from book import check, hooks, mathematics, notebooks, pdf
 from book.compare import same
-from book.page import ROOT, BookError, fences
+from book.page import ROOT, BookError, chapters, fences
 from book.running import run_page
 from book.source import shown
 
@@ -206,6 +206,12 @@ def test_a_notebook_has_the_pages_cells_outputs_and_a_check_that_may_fail() -> N
     assert "\nIt adds." in markdown and "<summary>1. Why?</summary>" in markdown and "???" not in markdown
 
 
+def test_commands_of_a_chapter_are_cells_of_bash() -> None:
+    page = "<!-- run with: --steps 2 -->\n\n```sh run\nmlxgpt train x\nls\n```\n\n```text output\na\n```\n"
+    markdown, outputs = notebooks.cells(page, "page")
+    assert markdown == "```python\n%%bash\nmlxgpt train x --steps 2\nls\n```\n" and outputs == ["a"]
+
+
 def test_formulas_are_drawn_when_the_site_is_built_and_a_wrong_one_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "a.html"
     page.write_text(
@@ -255,3 +261,16 @@ def test_the_site_builds_without_the_network_and_all_its_links_lead_somewhere(tm
     assert "katex.min.css" in page and "iframe-worker/shim.js" in page
     reference = (tmp_path / "site/api/model.html").read_text()
     assert 'id="mlxgpt.model.attend"' in reference
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(pdf.browser() is None, reason="no Chromium")
+def test_the_course_is_printed_with_every_chapter(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path / "site"), "printed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = pdf.one_page(tmp_path / "site")
+    assert page.count('<article class="md-content__inner md-typeset chapter">') == len(chapters()) + 2
+    assert page.count("<details open") == page.count("<details") > 0
+    printed = (tmp_path / "site/course/mlxgpt-course.pdf").read_bytes()
+    assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") > len(chapters())

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import templates
 from models import tiny
+from small_rows import LONG, WORDS, chat_rows, only, opened, small_tokenizer
 
-from examples import LONG, WORDS, chat_rows, only, opened, small_tokenizer
 from mlxgpt.common.chat import shorten
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError

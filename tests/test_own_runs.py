@@ -116,15 +116,15 @@ def test_the_curve_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     recipe = {**RECIPE, "data": {"source": "train.bin"}}
     Path("recipe.toml").write_text(to_toml(build(recipe)))
     assert cli.main(["train", "./recipe.toml", "--out", "command", "--device", "cpu"]) == 0
-    plain = mlxgpt.api.Trainer("./recipe.toml", "plain", quiet=True)
+    plain = mlxgpt.api.Trainer("./recipe.toml", "plain", quiet=True, device="cpu")
     plain.train()
     assert losses("plain") == losses("command")
     opened, _ = pretrain.token_source.open_data(plain.recipe.data, 8, plain.recipe.train, None)
-    same = trainer(mlxgpt.api, "same", source=opened, validation=None)
+    same = trainer(mlxgpt.api, "same", source=opened, validation=None, device="cpu")
     same.train()
     assert losses("same") == losses("command") and losses("same", "val") == losses("command", "val")
     # a run without anything of its own is the command's to resume
-    mlxgpt.api.Trainer("./recipe.toml", "mixed", quiet=True).train(stop_after=4)
+    mlxgpt.api.Trainer("./recipe.toml", "mixed", quiet=True, device="cpu").train(stop_after=4)
     assert cli.main(["train", "--resume", "mixed", "--device", "cpu"]) == 0
     assert losses("mixed") == losses("command")
 

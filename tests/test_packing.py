@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from compare import worst
 from models import tiny, weights
+from small_rows import chat_rows, opened, small_tokenizer
 
-from examples import chat_rows, opened, small_tokenizer
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig
 from mlxgpt.common.sft import pack

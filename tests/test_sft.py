@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import templates
 from models import tiny
+from small_rows import LONG, chat_rows, only, opened, small_tokenizer
 
-from examples import LONG, chat_rows, only, opened, small_tokenizer
 from mlxgpt import cli
 from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError

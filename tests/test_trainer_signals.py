@@ -14,6 +14,7 @@ from fake_train import Go, child, losses, weights
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
+from mlxgpt.common.train.signals import Signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -72,6 +73,16 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_is_whole(go: Go) -> None:
     process.stdout.close()
     assert go("--resume", "run") == 0
     assert losses("run") == losses("whole")
+
+
+@pytest.mark.parametrize(("ends", "next_one"), [(True, signal.SIG_DFL), (False, signal.default_int_handler)])
+def test_the_second_ctrl_c_is_the_systems_or_pythons(ends: bool, next_one: Any) -> None:
+    """The system ends a process in a long step too; in a notebook Python's handler leaves it alive."""
+    with Signals(ends) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.came()
+        assert signal.getsignal(signal.SIGINT) is next_one
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(go: Go) -> None:

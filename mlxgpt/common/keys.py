@@ -57,7 +57,7 @@ PEERS = {
     "data.source": "dataset dataset_name dataset_path train_file train_data data_path data_dir data_file input source",
     "data.tokenizer": "tokenizer_dir",
     "data.text_key": "text_feature text_column",
-    "data.vocab_size": "vocab",
+    "data.vocab_size": "vocab vocab_size",
     "data.val_fraction": "val_split validation_split val_split_fraction",
     "data.workers": "dataloader_num_workers num_proc",
     "optim.name": "optimizer optim",
@@ -142,11 +142,16 @@ ADVICE = {
 """What peers call it -> what to do where it is neither key nor flag."""
 
 
-# What peers' flags without a value, or with another, say here.
-_VALUES = {
+# Peers' values here: of flags that have none or true and false, and of others.
+_SWITCHES = {
     "bf16": "bfloat16", "fp16": "bfloat16", "amp": "bfloat16", "load_in_4bit": "4", "load_in_8bit": "8",
-    "use_dora": "dora", "compile": "on",
-    "lora": "lora", "decay_lr": "constant", "cpu": "cpu", "gpu": "gpu", "cuda": "cuda",
+    "use_dora": "dora", "lora": "lora", "compile": "on", "compile false": "off", "torch_compile": "on",
+    "decay_lr": "cosine", "decay_lr false": "constant",
+}  # fmt: skip
+_SPELLED = {
+    "bf16": "bfloat16", "fp16": "bfloat16", "float16": "bfloat16", "fp32": "float32", "bf16-true": "bfloat16",
+    "bf16-mixed": "bfloat16", "32-true": "float32", "adam": "adamw", "AdamW": "adamw", "adamw_torch": "adamw",
+    "constant_with_warmup": "constant", "cosine_decay": "cosine", "linear_schedule": "linear",
 }  # fmt: skip
 _READ = {"train": PRETRAINING, "plan": PRETRAINING, "finetune": FINETUNING}  # verb -> the sections that it reads
 
@@ -226,7 +231,7 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
         return or_list([own])  # --batch_size
     exact = [key.name for key in every() if key.name.partition(".")[2] == name.rpartition(".")[2]]
     ours = of_peers(flag) or exact
-    found = [_as_flag(each, value or _VALUES.get(name, ""), verb, known) for each in ours]
+    found = [_as_flag(each, name, value, verb, known) for each in ours]
     if name in ADVICE:
         return f": {ADVICE[name]}"
     if found := list(dict.fromkeys(filter(None, found))):
@@ -244,7 +249,7 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
     return or_list(spelled[each] for each in close)
 
 
-def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
+def _as_flag(ours: str, name: str, value: str, verb: str, known: Sequence[str]) -> str:
     """A key or flag of PEERS as the verb takes it: a flag, --set KEY=VALUE, or ''."""
     flag = ours if ours.startswith("--") else FLAGS.get(ours, "")
     section = ours.partition(".")[0]
@@ -253,7 +258,12 @@ def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
     if flag == ours or "--set" not in known or section not in _READ.get(verb, ()):
         return ""
     default = next(key.default for key in every([section]) if key.name == ours)
-    return f"--set {ours}={value or ('true' if isinstance(default, bool) else 'VALUE')}"
+    said = value.lower()
+    if isinstance(default, bool):
+        return f"--set {ours}={said or 'true'}"
+    if said in ("", "true", "false"):
+        return f"--set {ours}={_SWITCHES.get(f'{name} {said}') or _SWITCHES.get(name, 'VALUE')}"
+    return f"--set {ours}={_SPELLED.get(value, value)}"
 
 
 def or_list(names: Iterable[str]) -> str:

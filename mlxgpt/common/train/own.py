@@ -30,7 +30,7 @@ from mlxgpt.common.train.given import Given, batches_of
 from mlxgpt.common.train.pretrain import Pretraining, Sections
 
 _KEYS = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
-OWN = "(the program's)"
+OWN = "(a program's own batches)"
 """What recipe.toml names as the source of such a run."""
 
 
