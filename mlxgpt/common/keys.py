@@ -5,6 +5,7 @@ Peers are nanoGPT, mlx-lm, Hugging Face's Trainer with PEFT, and litgpt. A name 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -135,17 +136,21 @@ ADVICE = {
     "hf_path": "mlxgpt convert IN OUT takes both as they stand",
     "mlx_path": "mlxgpt convert IN OUT takes both as they stand",
     "hf_dataset": "download it, and give --data FILE",
+    "init_from=resume": "--resume RUN continues a run",
+    "init_from=scratch": "new weights are where a run starts: leave it out",
+    "train bias": "--set model.qkv_bias=false, and so model.out_bias, model.mlp_bias and model.norm_bias",
+    "lora_parameters": "--rank N, and --set adapter.alpha=X, adapter.dropout or adapter.targets",
     "recipe": "it needs no flag: mlxgpt train RECIPE",
     "config": "a recipe needs no flag: mlxgpt train FILE.toml",
     "trust_remote_code": "code of a model's repository is never run: leave it out",
 }
-"""What peers call it -> what to do where it is neither key nor flag."""
+"""What peers call it, perhaps with its value or after the verb -> what to do where it is neither key nor flag."""
 
 
 # What peers' flags without a value, or with another, say here.
 _VALUES = {
     "bf16": "bfloat16", "fp16": "bfloat16", "amp": "bfloat16", "load_in_4bit": "4", "load_in_8bit": "8",
-    "use_dora": "dora", "compile": "on",
+    "use_dora": "dora", "compile": "on", "torch_compile": "on",
     "lora": "lora", "decay_lr": "constant", "cpu": "cpu", "gpu": "gpu", "cuda": "cuda",
 }  # fmt: skip
 _READ = {"train": PRETRAINING, "plan": PRETRAINING, "finetune": FINETUNING}  # verb -> the sections that it reads
@@ -222,13 +227,14 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
     import difflib  # not at every start of the command line
 
     name = plain(flag)
+    advice = (ADVICE.get(each) for each in (f"{name}={value}", f"{verb} {name}", name))
+    if found := next(filter(None, advice), ""):
+        return f": {found}"
     if own := next((each for each in known if plain(each) == name), ""):
         return or_list([own])  # --batch_size
     exact = [key.name for key in every() if key.name.partition(".")[2] == name.rpartition(".")[2]]
     ours = of_peers(flag) or exact
-    found = [_as_flag(each, value or _VALUES.get(name, ""), verb, known) for each in ours]
-    if name in ADVICE:
-        return f": {ADVICE[name]}"
+    found = [_as_flag(each, name, value, verb, known) for each in ours]
     if found := list(dict.fromkeys(filter(None, found))):
         return or_list(found[: 1 if found[0] in known else 3])
     if verb == "train" and any(each.startswith(("adapter.", "tune.")) for each in ours):
@@ -244,8 +250,8 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
     return or_list(spelled[each] for each in close)
 
 
-def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
-    """A key or flag of PEERS as the verb takes it: a flag, --set KEY=VALUE, or ''."""
+def _as_flag(ours: str, name: str, value: str, verb: str, known: Sequence[str]) -> str:
+    """A key or flag of PEERS, who call it ``name``, as the verb takes it: a flag, --set KEY=VALUE, or ''."""
     flag = ours if ours.startswith("--") else FLAGS.get(ours, "")
     section = ours.partition(".")[0]
     if flag in known and (flag == ours or section in _READ.get(verb, (section,))):
@@ -253,7 +259,22 @@ def _as_flag(ours: str, value: str, verb: str, known: Sequence[str]) -> str:
     if flag == ours or "--set" not in known or section not in _READ.get(verb, ()):
         return ""
     default = next(key.default for key in every([section]) if key.name == ours)
-    return f"--set {ours}={value or ('true' if isinstance(default, bool) else 'VALUE')}"
+    return f"--set {ours}={_fitting(default, name, value)}"
+
+
+def _fitting(default: Any, name: str, value: str) -> str:
+    """A value that a key with this default takes, as near to the peer's as there is one; else VALUE."""
+    plainly = value.lower()
+    if isinstance(default, bool):
+        return "false" if plainly in ("false", "0", "no", "off") else "true"
+    if isinstance(default, (int, float)):
+        form = r"\d+" if isinstance(default, int) else r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+        return value if re.fullmatch(form, plainly) else _VALUES.get(name, "VALUE")
+    if plainly == "false":
+        return {"compile": "off", "torch_compile": "off", "decay_lr": "constant"}.get(name, "VALUE")
+    if plainly in ("", "true"):
+        return "VALUE" if value and name == "decay_lr" else _VALUES.get(name, "VALUE")
+    return value
 
 
 def or_list(names: Iterable[str]) -> str:

@@ -19,3 +19,8 @@ def short(number: float) -> str:
 def size(count: float) -> str:
     """Bytes as text: ``1.50 GiB``, ``74.4 MiB``."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 document``, ``1,200 documents``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

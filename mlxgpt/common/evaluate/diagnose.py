@@ -103,9 +103,9 @@ def diagnose(run: Run, corpus: Corpus | None = None) -> list[Finding]:
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 
 
-def training_loss(run: Run) -> float:
-    """Mean of the training loss over the last tenth of the steps, at least ten of them."""
-    losses = _losses(run)
+def training_loss(run: Run, until: float = math.inf) -> float:
+    """Mean of the training loss over the last tenth of the steps ``until`` one, at least ten of them."""
+    losses = _losses(run)[run.train["step"] <= until]
     tail = losses[-max(10, int(len(losses) * _TAIL)) :]
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
 
@@ -163,9 +163,11 @@ def _ladder(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
 
 def _gap(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     """Training against validation: memorizing, or two different texts."""
-    train, val = training_loss(run), _validation(run)
+    evaluated = run.val.get("step", np.array([]))
+    at = float(evaluated[-1]) if len(evaluated) else math.inf  # a run that goes on has trained since
+    train, val = training_loss(run, at), _validation(run)
     if not (math.isfinite(train) and math.isfinite(val)):
-        if not len(run.val.get("step", ())):
+        if not len(evaluated):
             yield Finding("note", "validation", "none in this run", "train.eval_every, to see memorizing")
         return
     best = run.best
