@@ -15,6 +15,8 @@ from book.source import shown
 
 ADMONITION = re.compile(r'(?P<indent> *)(?P<mark>!!!|\?\?\?\+?) (?P<kind>\w+)(?: "(?P<title>[^"]*)")?')
 LINK = re.compile(r"\]\((?P<page>[^):#]+)\.md(?=[#)])")
+# before the first cell, and without a name that a cell could use
+CPU = "(lambda _, mx: mx.set_default_device(mx.Device(mx.cpu)))(__import__('mlxgpt.blas'), __import__('mlx.core').core)"
 FOLDER = ROOT / "build" / "notebooks"
 
 
@@ -155,7 +157,7 @@ def write(run: bool) -> list[Path]:
 
 
 def execute(made: Any) -> None:
-    """Runs every cell in a kernel of its own, whose folder is empty and whose sockets are files nobody else may open.
+    """Runs every cell on the CPU in a kernel of its own; its folder is empty, its sockets are files of this user.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -168,7 +170,8 @@ def execute(made: Any) -> None:
         where = {"metadata": {"path": folder}}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         client = NotebookClient(made, km=manager, timeout=600, record_timing=False, resources=where)
+        client.extra_arguments = [f"--IPKernelApp.exec_lines={CPU}"]
         try:
-            client.execute(env=os.environ | {"PATH": path})
+            client.execute(env=os.environ | {"PATH": path, "MLXGPT_DEVICE": "cpu"})
         finally:
             manager.shutdown_kernel(now=True)

@@ -217,7 +217,13 @@ def test_what_cannot_be_done_is_one_line_with_the_cure(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("data.source", "../books"), ("data.source", ["../books/0.txt"]), ("data.tokenizer", "tok")]
+    ("key", "value"),
+    [
+        ("data.source", "../books"),
+        ("data.source", ["../books/0.txt"]),
+        ("data.tokenizer", "tok"),
+        ("tune.source", "tok"),
+    ],
 )
 def test_a_recipes_paths_are_relative_to_it(place: Path, key: str, value: Any) -> None:
     folder = place / "mine"

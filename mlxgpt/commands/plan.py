@@ -23,7 +23,7 @@ from mlxgpt.common.plan import compute as plan_compute
 from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.chips import Chip
-from mlxgpt.common.recipes import apply_sets, build, read_toml, to_toml
+from mlxgpt.common.recipes import apply_sets, build, to_toml
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
 
 _CHAR_VOCABULARY = 128  # assumed for a character tokenizer, since the text is not read
@@ -73,7 +73,7 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
     where = "--set"
     if not args.model:
         path = recipes.find(args.recipe or "pydocs")
-        sections, where = read_toml(path), str(path)
+        sections, where = recipes.read(path), str(path)
     elif args.data or args.method:
         sections = {"tune": {"source": args.data or ""}, "adapter": {"method": args.method or "lora"}}
     sections = apply_sets(sections, args.set)

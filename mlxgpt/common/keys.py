@@ -58,7 +58,7 @@ PEERS = {
     "data.source": "dataset dataset_name dataset_path train_file train_data data_path data_dir data_file input source",
     "data.tokenizer": "tokenizer_dir",
     "data.text_key": "text_feature text_column",
-    "data.vocab_size": "vocab",
+    "data.vocab_size": "vocab vocab_size",
     "data.val_fraction": "val_split validation_split val_split_fraction",
     "data.workers": "dataloader_num_workers num_proc",
     "optim.name": "optimizer optim",
@@ -147,11 +147,16 @@ ADVICE = {
 """What peers call it, perhaps with its value or after the verb -> what to do where it is neither key nor flag."""
 
 
-# What peers' flags without a value, or with another, say here.
-_VALUES = {
+# Peers' values here: of flags that have none or true and false, and of others.
+_SWITCHES = {
     "bf16": "bfloat16", "fp16": "bfloat16", "amp": "bfloat16", "load_in_4bit": "4", "load_in_8bit": "8",
-    "use_dora": "dora", "compile": "on", "torch_compile": "on",
-    "lora": "lora", "decay_lr": "constant", "cpu": "cpu", "gpu": "gpu", "cuda": "cuda",
+    "use_dora": "dora", "lora": "lora", "compile": "on", "compile false": "off", "torch_compile": "on",
+    "decay_lr": "cosine", "decay_lr false": "constant",
+}  # fmt: skip
+_SPELLED = {
+    "bf16": "bfloat16", "fp16": "bfloat16", "float16": "bfloat16", "fp32": "float32", "bf16-true": "bfloat16",
+    "bf16-mixed": "bfloat16", "32-true": "float32", "adam": "adamw", "AdamW": "adamw", "adamw_torch": "adamw",
+    "constant_with_warmup": "constant", "cosine_decay": "cosine", "linear_schedule": "linear",
 }  # fmt: skip
 _READ = {"train": PRETRAINING, "plan": PRETRAINING, "finetune": FINETUNING}  # verb -> the sections that it reads
 
@@ -264,17 +269,15 @@ def _as_flag(ours: str, name: str, value: str, verb: str, known: Sequence[str]) 
 
 def _fitting(default: Any, name: str, value: str) -> str:
     """A value that a key with this default takes, as near to the peer's as there is one; else VALUE."""
-    plainly = value.lower()
+    said = value.lower()
     if isinstance(default, bool):
-        return "false" if plainly in ("false", "0", "no", "off") else "true"
+        return "false" if said in ("false", "0", "no", "off") else "true"
     if isinstance(default, (int, float)):
         form = r"\d+" if isinstance(default, int) else r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
-        return value if re.fullmatch(form, plainly) else _VALUES.get(name, "VALUE")
-    if plainly == "false":
-        return {"compile": "off", "torch_compile": "off", "decay_lr": "constant"}.get(name, "VALUE")
-    if plainly in ("", "true"):
-        return "VALUE" if value and name == "decay_lr" else _VALUES.get(name, "VALUE")
-    return value
+        return value if re.fullmatch(form, said) else _SWITCHES.get(name, "VALUE")
+    if said == "false":
+        return _SWITCHES.get(f"{name} false", "VALUE")
+    return _SWITCHES.get(name, "VALUE") if said in ("", "true") else _SPELLED.get(value, value)
 
 
 def or_list(names: Iterable[str]) -> str:
