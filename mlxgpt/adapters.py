@@ -3,7 +3,7 @@
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +148,12 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
             squares = mx.square(module.matrix().astype(mx.float32)).sum(axis=-1)
             mx.eval(squares)
         module.adapter = LowRankUpdate(target.scale, site, squares)
+
+
+def train_alone(model: Model, names: Iterable[str]) -> None:
+    """Freezes all but the updates among the tensors ``names``; where they started from is frozen, too."""
+    model.freeze()
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        if not kind.startswith("start_"):
+            model.at(path).unfreeze(recurse=False, keys=kind)

@@ -30,7 +30,8 @@ def load(
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
-        path: where the model is; an adapter, or a run that trained one, brings its base.
+        path: where the model is; an adapter, or a run that trained one, brings its base. With an adapter its tensors
+            alone would train; MLX's ``freeze`` and ``unfreeze`` change that.
         adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu`` or ``gpu``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
@@ -61,5 +62,8 @@ def load(
         else:
             setattr(model.at(module), kind, mx.array(each).astype(model.dtype))
     adapters.adapt(model, both.targets, both.params)
+    if found:
+        whole = set(both.whole) & set(params.table(both.config))
+        adapters.train_alone(model, [*both.params, *whole])
     mx.eval(model.eval().parameters())
     return model, tokenizer.load_last([place, *(each for each, _ in found)])

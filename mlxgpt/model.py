@@ -4,6 +4,7 @@ Sizes in the comments: B rows, T new tokens, S tokens attended to, C n_embd, H q
 D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/model/params.py lists them.
 """
 
+import copyreg
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from mlxgpt.common.model.sizes import describe
 from mlxgpt.device import is_gpu
 from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
+copyreg.pickle(mx.Dtype, lambda dtype: str(dtype).rpartition(".")[-1])  # type: ignore[arg-type]  # so that deepcopy works
 BLOCK = 256  # tokens by which a cache grows
 
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from fuzz_damage import SWAPS
 from interop import MODELS, written
+from mlx.utils import tree_flatten
 from models import CASES, weights
 
+import mlxgpt.load
+import torch_ref.load
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder, peft_adapter
@@ -258,3 +261,13 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         values = values[key]
     return values
+
+
+def test_of_a_loaded_adapter_its_own_tensors_train_in_both(tmp_path: Path) -> None:
+    made = written(tmp_path, "gpt2", targets=("c_attn",), train=("ln_f",))
+    one, other = mlxgpt.load.load(made.adapter)[0], torch_ref.load.load(made.adapter)[0]
+    trained = {name for name, _ in tree_flatten(one.trainable_parameters())}
+    assert trained == {name for name, each in other.named_parameters() if each.requires_grad}
+    kinds = {name.rpartition(".")[2] for name in trained if not name.startswith("ln_f.")}
+    assert kinds == {"lora_a", "lora_b"} and {"ln_f.weight", "ln_f.bias"} < trained
+    assert str(one) == str(other) and "of which" in str(one)

@@ -1,5 +1,7 @@
 """The public API beside the Trainer: new, models that are called with anything, dropout, print, generate."""
 
+import copy
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import mlx.core as mx
 import mlx.nn
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from compare import agree
 from mlx.utils import tree_flatten
@@ -30,6 +33,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build
+from mlxgpt.common.tokenizers.char import CharTokenizer
 
 SIZES: dict[str, Any] = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)
 APIS: dict[str, Any] = {"mlx": mlxgpt.api, "torch": torch_ref.api}
@@ -263,6 +267,20 @@ def test_dropout_is_of_train_and_not_of_eval_and_draws_the_same_in_both() -> Non
     assert np.abs(changed - losses_with_dropout(mlxgpt.api, 1)[0]).max() > 0.01
 
 
+@BOTH
+def test_a_copy_is_a_model_of_its_own(api: Any) -> None:
+    model = api.new(SIZES, device="cpu", dtype="bfloat16", dropout=0.1)
+    other = copy.deepcopy(model)
+    assert other.dtype is model.dtype and (host(other(TOKENS)) == host(model(TOKENS))).all()
+    other.ln_f.weight = type(model.ln_f.weight)(0 * other.ln_f.weight)
+    assert not host(other.eval()(TOKENS)).any() and host(model.eval()(TOKENS)).any()
+
+
+@BOTH
+def test_a_device_may_be_torchs_own(api: Any) -> None:
+    assert api.new(SIZES, device=torch.device("cpu")).config.n_layer == 2
+
+
 def test_a_compiled_step_of_mlx_draws_a_mask_a_step() -> None:
     def run(compiled: bool) -> list[list[int]]:
         model = mlxgpt.api.new(SIZES, device="cpu", dropout=0.3)
@@ -361,6 +379,7 @@ def test_generate_takes_one_prompt_or_many(api: Any) -> None:
         ([1] * 9, {}, "prompt 1: 9 tokens; expected at most model.block_size = 8"),
         ([1], {"max_token": 3}, "generate: unknown key sample.max_token (did you mean 'max_tokens'?)"),
         ([1], {"temperature": -1.0}, "sample.temperature = -1.0: expected 0 or a positive number"),
+        ([1], {"sample": {"max_tokens": 3}}, "sample is a dict: expected a SampleConfig; keywords are its fields"),
         ([1], {"prompt": "x"}, "generate: prompt is given by itself, not as a setting"),
     ],
 )
@@ -368,6 +387,29 @@ def test_generate_refuses_in_one_line(api: Any, prompts: Any, settings: dict[str
     with pytest.raises(UserError) as error:
         api.generate(api.new(SIZES, device="cpu"), None, prompts, **settings)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@BOTH
+def test_generate_refuses_what_writes_no_text(api: Any) -> None:
+    model = api.new(SIZES, device="cpu")
+    labels = api.new(dataclasses.replace(ModelConfig(**SIZES), labels=("a", "b")), device="cpu")
+    for one, tokenizer, message in (
+        (labels, None, "generate: a classifier of 2 labels, which mlxgpt classify runs"),
+        (model, tokenizers.Tokenizer(tokenizers.models.BPE()), "tokenizer is a Tokenizer: expected what load returns"),
+        (None, model, "model is a NoneType: expected what load or new returns"),
+    ):
+        with pytest.raises(UserError) as error:
+            api.generate(one, tokenizer, [1])
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@BOTH
+def test_one_stop_text_is_not_taken_for_its_characters(api: Any) -> None:
+    model, tokenizer = api.new(SIZES, device="cpu"), CharTokenizer("abcdefghijk")
+    text = api.generate(model, tokenizer, "a", max_tokens=6, seed=2).text
+    assert len(set(text)) > 2
+    assert api.generate(model, tokenizer, "a", max_tokens=6, seed=2, stop=text[3:5]).text == text[:3]
+    assert api.generate(model, tokenizer, "a", max_tokens=6, seed=2, stop=text[4] + text[0] + "z").text == text
 
 
 def test_an_objective_of_ones_own_is_the_engines() -> None:

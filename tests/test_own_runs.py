@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core
 import numpy as np
 import pytest
+import torch
 from fake_train import losses, weights
 
 import mlxgpt.api
@@ -251,6 +253,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda step: (T, Y, np.full(T.shape, np.nan)), "source, step 1: weights: expected finite numbers, none below 0"),
     (lambda step: (np.tile(T, 2), np.tile(Y, 2)), "rows of 16 tokens: expected at most model.block_size = 8"),
     (lambda step: batches(next(_count)), "two calls gave two batches: expected a function of the step alone"),
+    (lambda step: (T, Y, 0 * T), "source, step 1: no token is a target: expected weights above 0"),
     (7, "source is a int: expected a function from a step to its batch, or an object with batch()"),
 ]
 
@@ -263,15 +266,21 @@ def test_wrong_batches_are_one_line_before_anything_is_written(source: Any, mess
     assert not Path("run").exists()
 
 
-def test_a_batch_that_turns_wrong_later_stops_the_run_with_its_checkpoint() -> None:
+@pytest.mark.parametrize(
+    ("api", "offset", "weight", "message"),
+    [("mlx", 100, 1, "tokens[0, 0] = 10"), ("torch", 0, 0, "no token is a target: expected weights above 0")],
+)
+def test_a_batch_that_turns_wrong_later_stops_the_run_with_its_checkpoint(
+    api: str, offset: int, weight: float, message: str
+) -> None:
     def source(step: int) -> Any:
         tokens, targets = batches(step)
-        return (tokens + 100, targets) if step == 5 else (tokens, targets)
+        return (tokens + offset, targets, np.full(T.shape, weight)) if step == 5 else (tokens, targets)
 
     with pytest.raises(RunError) as error:
-        trainer(mlxgpt.api, "run", source=source).train()
+        trainer(APIS[api], "run", source=source).train()
     text = str(error.value)
-    assert text.startswith("source, step 5: tokens[0, 0] = 10") and "\n" not in text
+    assert text.startswith(f"source, step 5: {message}") and "\n" not in text
     assert "the last good checkpoint is run/checkpoints/step-0000004" in text
     assert resolve.steps_of(Path("run"))[-1] == 4
     assert trainer(mlxgpt.api, "run").train() is True
@@ -284,7 +293,13 @@ def test_a_batch_that_turns_wrong_later_stops_the_run_with_its_checkpoint() -> N
         ({"recipe": "pydoc"}, "recipe 'pydoc' (did you mean 'pydocs'?)"),
         ({"recipe": {"modle": {}}}, "unknown section [modle] (did you mean 'model'?)"),
         ({"settings": {"train.stpes": 3}}, "unknown key train.stpes (did you mean 'steps'?)"),
-        ({"settings": {"steps": 3}}, "settings: 'steps': expected section.key, such as train.steps"),
+        ({"settings": {"steps": 3}}, "settings: 'steps' (did you mean 'train.steps'?): expected section.key"),
+        ({"settings": {"train": {"steps": 3}}}, "settings: 'train': expected section.key, such as train.steps"),
+        ({"settings": ["train.steps=3"]}, "settings = ['train.steps=3']: expected a dict of section.key"),
+        ({"settings": {1: 3}}, "settings = {1: 3}: expected a dict of section.key"),
+        ({"validation": 5}, "validation is a int: expected a list of batches, or a function that returns one"),
+        ({"tokenizer": len}, "tokenizer is a builtin_function_or_method: expected what load returns"),
+        ({"out": None}, "out is a NoneType: expected the run folder, as str or Path"),
         ({"settings": {"train.steps": "3"}}, "train.steps = '3': expected int"),
         ({"settings": {"model.family": "llama", "model.position": "learned"}}, "model.position"),
         ({"settings": {"model.vocab_size": 0}}, "model.vocab_size = 0: expected the number of tokens"),
@@ -329,6 +344,22 @@ def test_an_objective_that_reads_values_while_mlx_compiles_is_told_how() -> None
     ) as error:
         trainer(mlxgpt.api, "run", objective=objective, settings=settings).train()
     assert "\n" not in str(error.value) and not Path("run").exists()
+
+
+@pytest.mark.parametrize("step", [-1, "2", 1.5])
+def test_a_step_to_stop_after_is_one(step: Any) -> None:
+    with pytest.raises(UserError, match="expected a step, or 0 for the end"):
+        trainer(mlxgpt.api, "run").train(step)
+    assert not Path("run").exists()
+
+
+def test_an_objective_without_a_gradient_is_one_line_in_both() -> None:
+    for name, api in APIS.items():
+        ones = np.ones(T.shape, np.float32)
+        made = mlx.core.array(ones) if name == "mlx" else torch.tensor(ones)
+        with pytest.raises(RunError, match="zero") as error:
+            trainer(api, name, objective=lambda model, batch, made=made: made).train()
+        assert "\n" not in str(error.value)
 
 
 def test_an_objective_that_reduces_is_refused_before_anything_is_written() -> None:

@@ -15,7 +15,8 @@ from models import tiny, weights
 
 from mlxgpt import cli
 from mlxgpt.common.config import TuneConfig
-from mlxgpt.common.data.corpus import open_corpus, scan, split
+from mlxgpt.common.data.corpus import open_corpus, scan
+from mlxgpt.common.data.split import split
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
 from mlxgpt.common.recipes import apply_sets, build

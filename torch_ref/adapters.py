@@ -3,7 +3,7 @@
 An adapted module of model.py keeps its weight and its names, and has the update's tensors beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,3 +124,12 @@ def adapt(model: Model, targets: Mapping[str, Target], params: Mapping[str, Any]
         if f"{path}.magnitude" in params:
             squares = module.matrix().detach().to(torch.float32).square().sum(dim=-1)
         module.adapter = LowRankUpdate(target.scale, site, squares)
+
+
+def train_alone(model: Model, names: Iterable[str]) -> None:
+    """Freezes all but the updates among the tensors ``names``; where they started from is frozen, too."""
+    model.requires_grad_(False)
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        if not kind.startswith("start_"):
+            getattr(model.at(path), kind).requires_grad_()

@@ -1,6 +1,6 @@
 """The public face of mlxgpt in PyTorch: ``from torch_ref.api import load, new, generate, Trainer``.
 
-docs/api.md describes it. What stands in __all__ keeps its names and arguments; mlxgpt.api has the same.
+docs/api/index.md describes it. What stands in __all__ keeps its names and arguments; mlxgpt.api has the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ def generate(
         prompts: a text or a row of token ids, which gives a Result; or a list of them, or ids (B, T), which gives a
             list. Each prompt gets in a batch what it gets alone.
         sample: settings of the draw; else SampleConfig's defaults (100 tokens at temperature 0.8).
-        stop: texts that end the answer and are left out of it.
+        stop: texts, or one, that end the answer and are left out of it.
         on_text: called with the prompt's index and each new piece of text.
         settings: fields of SampleConfig, such as max_tokens, temperature, top_k, top_p, min_p, seed.
 
@@ -106,11 +106,13 @@ def generate(
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not; an unknown
-            setting.
+            setting; a classifier, or a tokenizer of another library.
         RunError: the model's logits are not finite.
     """
+    prompting.check_model(model, tokenizer)
     rows, alone = prompting.rows_of(prompts)
-    found = generation.generate(model, tokenizer, rows, prompting.sampling_of(sample, settings), stop, on_text)
+    texts = (stop,) if isinstance(stop, str) else stop
+    found = generation.generate(model, tokenizer, rows, prompting.sampling_of(sample, settings), texts, on_text)
     return found[0] if alone else found
 
 

@@ -10,6 +10,7 @@ from torch import _foreach_norm  # type: ignore[reportPrivateImportUsage]
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
 from mlxgpt.common.config import Recipe
+from mlxgpt.common.errors import RunError
 from mlxgpt.common.model import adapters as adapter_params
 from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
@@ -122,6 +123,8 @@ class Engine:
     def _gradients(self, batch: losses.Arrays, keys: Array, first_row: Array) -> Array:
         """Row losses of a micro-batch; its gradients are added to the tensors' own."""
         loss, terms = self._run_objective(batch, keys, first_row)
+        if not loss.requires_grad:
+            raise RunError("objective: its losses come from no weight: the gradient would be zero; expected no detach")
         loss.backward()
         return terms
 

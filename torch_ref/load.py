@@ -27,7 +27,8 @@ def load(
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
-        path: where the model is; an adapter, or a run that trained one, brings its base.
+        path: where the model is; an adapter, or a run that trained one, brings its base. With an adapter its tensors
+            alone would train; ``requires_grad_`` changes that.
         adapter: a folder of an adapter, or several with the weights they are added with.
         device: ``auto``, ``cpu``, ``gpu``, ``mps``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
@@ -58,4 +59,7 @@ def load(
         else:
             getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
     adapters.adapt(model, both.targets, both.params)
+    if found:
+        whole = set(both.whole) & set(params.table(both.config))
+        adapters.train_alone(model, [*both.params, *whole])
     return model.to(where).eval(), tokenizer.load_last([place, *(each for each, _ in found)])

@@ -127,9 +127,9 @@ def _notes(config: ModelConfig, tokens: int, found: Inspection, args: argparse.N
     """What is not all there, and why."""
     notes, shown = [], len(found.ids)
     if tokens > shown:
-        notes.append(
-            f"the first {shown} of {tokens:,} tokens; --limit shows up to {config.block_size}, the model's context"
-        )
+        more = f"; --limit shows up to {config.block_size}, the model's context"
+        whole = ", as many as the model's context holds"
+        notes.append(f"the first {shown} of {tokens:,} tokens{more if shown < config.block_size else whole}")
     if args.layers is None and len(found.attention) < config.n_layer:
         kept = ", ".join(map(str, found.attention)) or "no layer"
         notes.append(

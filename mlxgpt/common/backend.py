@@ -76,6 +76,7 @@ def without_signals() -> Iterator[None]:
 
 def device(name: str) -> tuple[str, str]:
     """What ``auto`` is: the environment's MLXGPT_DEVICE, else ``auto``; and what to call it in an error."""
+    name = str(name)  # torch.device is one, too
     chosen = os.environ.get("MLXGPT_DEVICE", "") if name == "auto" else ""
     return (chosen, f"MLXGPT_DEVICE={chosen}") if chosen else (name, f"--device {name}")
 

@@ -17,5 +17,7 @@ def short(number: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as text: ``1.50 GiB``, ``74.4 MiB``."""
+    """Bytes as text: ``1.50 GiB``, ``74.4 MiB``, ``20.3 KiB``."""
+    if 0 < count < 2**20 / 10:
+        return f"{count / 2**10:,.1f} KiB"
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

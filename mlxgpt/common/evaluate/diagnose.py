@@ -220,14 +220,17 @@ def _high(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
 
 def spikes(losses: np.ndarray) -> list[int]:
     """Where the loss leaps above the 20 before it: by more than 8 of their median absolute deviations, and by 10 %."""
-    found, width = [], 20
-    for at in range(width, len(losses)):
-        before = losses[at - width : at]
-        if not np.isfinite(before).any():
-            continue
-        middle = float(np.nanmedian(before))
-        spread = float(np.nanmedian(np.abs(before - middle)))
-        if losses[at] > middle + max(8 * spread, 0.1 * abs(middle)) and (not found or at - found[-1] > width):
+    width = 20
+    if len(losses) <= width:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(losses, width)[:-1]
+    known = np.isfinite(windows).any(axis=1)
+    middle = np.nanmedian(windows[known], axis=1)
+    spread = np.nanmedian(np.abs(windows[known] - middle[:, None]), axis=1)
+    leaps = losses[width:][known] > middle + np.maximum(8 * spread, 0.1 * np.abs(middle))
+    found: list[int] = []
+    for at in (np.flatnonzero(known)[leaps] + width).tolist():
+        if not found or at - found[-1] > width:
             found.append(at)
     return found
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders.base_and_adapters import expect_task
 from mlxgpt.common.model import ids as token_ids
 from mlxgpt.common.recipes import build
 from mlxgpt.common.sft.template import Template
+from mlxgpt.common.tokenizers.protocol import expect_own
 
 
 def read_text(name: str, where: str) -> str:
@@ -62,6 +64,18 @@ def asked(template: Template, texts: Sequence[str], system: str = "") -> list[li
     return made
 
 
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Refuses what generates no text.
+
+    Raises:
+        UserError: no model of load or new, a classifier, or a tokenizer of another library.
+    """
+    if not isinstance(config := getattr(model, "config", None), ModelConfig):
+        raise UserError(f"model is a {type(model).__name__}: expected what load or new returns")
+    expect_task(config, "generate")
+    expect_own(tokenizer)
+
+
 def rows_of(prompts: Any) -> tuple[list[str | list[int]], bool]:
     """Prompts of any form as texts and lists of ids, and whether it was one alone: a text, or one row of ids.
 
@@ -92,6 +106,8 @@ def sampling_of(sample: SampleConfig | None, changed: Mapping[str, Any]) -> Samp
     Raises:
         UserError: an unknown name or a wrong value.
     """
+    if not isinstance(sample, SampleConfig | None):
+        raise UserError(f"sample is a {type(sample).__name__}: expected a SampleConfig; keywords are its fields")
     if "prompt" in changed:
         raise UserError("generate: prompt is given by itself, not as a setting")
     return build({"sample": dataclasses.asdict(sample or SampleConfig()) | dict(changed)}, "generate").sample

@@ -212,3 +212,10 @@ def cut_before_space(text: str, size: int) -> list[str] | None:
         pieces.append(found.group())
         start = found.end()
     return [*pieces, text[start:]]
+
+
+def expect_own(tokenizer: object) -> None:
+    """Raises UserError for what is neither None nor a Tokenizer, such as transformers'."""
+    if tokenizer is not None and not isinstance(getattr(tokenizer, "named", None), dict):
+        kind = type(tokenizer).__name__
+        raise UserError(f"tokenizer is a {kind}: expected what load returns, or mlxgpt.common.tokenizers.load reads")

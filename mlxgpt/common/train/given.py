@@ -4,7 +4,7 @@ B rows, T tokens a row.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class Given:
         if len(made.tokens) > self._recipe.train.batch_size:
             size = self._recipe.train.batch_size
             raise UserError(f"source, step {step}: {len(made.tokens)} rows: expected at most train.batch_size = {size}")
+        if not made.weight:
+            raise UserError(f"source, step {step}: no token is a target: expected weights above 0")
         return made
 
     def validation(self) -> Iterator[Batch]:
@@ -84,6 +86,9 @@ class Given:
         """Every validation batch, once and for all: what gives them may be used up."""
         found: Any = validation() if callable(validation) else () if validation is None else validation
         found = [found] if isinstance(found, (Batch, tuple)) and found else found
+        if not isinstance(found, Iterable):
+            kind = type(found).__name__
+            raise UserError(f"validation is a {kind}: expected a list of batches, or a function that returns one")
         made = [self._checked(each, f"validation batch {number}") for number, each in enumerate(found, 1)]
         if made and not sum(batch.weight for batch in made):
             raise UserError("validation: no token is a target: expected weights above 0")

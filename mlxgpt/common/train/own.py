@@ -9,6 +9,7 @@ import io
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +19,17 @@ from mlxgpt.common.config import DataConfig, Recipe
 from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.failures import doing
 from mlxgpt.common.folders import resolve
+from mlxgpt.common.keys import or_list
 from mlxgpt.common.recipes import SECTIONS, build
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers.load import has_tokenizer
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer, expect_own
 from mlxgpt.common.train import loop, pretrain, session
 from mlxgpt.common.train.given import Given, batches_of
 from mlxgpt.common.train.pretrain import Pretraining, Sections
 
+_KEYS = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
 OWN = "(a program's own batches)"
 """What recipe.toml names as the source of such a run."""
 
@@ -79,6 +82,7 @@ class Own(Pretraining):
         self.tokenizer = resolve.resolve_tokenizer(given) if isinstance(given, (str, Path)) else given
         if self.tokenizer is None and place and has_tokenizer(place):
             self.tokenizer = resolve.resolve_tokenizer(place)
+        expect_own(self.tokenizer)
         if not model.vocab_size and self.tokenizer is None:
             raise UserError(
                 "model.vocab_size = 0: expected the number of tokens, for there is no tokenizer that has it"
@@ -161,7 +165,9 @@ class Trainer:
         quiet: bool = False,
     ):
         with _in_python():
-            self.sections = _sections(recipe, settings or {})
+            self.sections = _sections(recipe, {} if settings is None else settings)
+        if not isinstance(out, (str, Path)):
+            raise UserError(f"out is a {type(out).__name__}: expected the run folder, as str or Path")
         self.run = Path(out)
         self.source, self.validation, self.objective, self.tokenizer = source, validation, objective, tokenizer
         self._init_from, self._device, self._force, self._quiet = init_from, device, force, quiet
@@ -201,6 +207,8 @@ class Trainer:
             KeyboardInterrupt: it was interrupted, and saved.
             SystemExit: SIGTERM came, with 143; it was saved.
         """
+        if not isinstance(stop_after, Integral) or stop_after < 0:
+            raise UserError(f"stop_after = {stop_after!r}: expected a step, or 0 for the end")
         resumes = resolve.is_run(self.run)
         args = Namespace(
             recipe=None, data=None, size=None, lr=None, batch_size=None, epochs=None, set=[], steps=None, moments=False,
@@ -256,12 +264,14 @@ def _sections(recipe: Any, settings: Mapping[str, Any]) -> Sections:
             f"recipe is a {type(recipe).__name__}: expected a recipe's name, a .toml file, a dict of sections or a "
             "Recipe; [model] in it says which model is trained"
         )
+    if not isinstance(settings, Mapping) or not all(isinstance(path, str) for path in settings):
+        raise UserError(f"settings = {settings!r}: expected a dict of section.key, such as {{'train.steps': 200}}")
     for path, value in settings.items():
         section, dot, key = path.partition(".")
         if not dot or section not in SECTIONS:
-            raise UserError(
-                f"settings: {path!r}{nearest(section, SECTIONS)}: expected section.key, such as train.steps"
-            )
+            named = [each for each in _KEYS if each.endswith(f".{path}")] if path not in SECTIONS else []
+            near = nearest(section, SECTIONS) if dot else or_list(named)
+            raise UserError(f"settings: {path!r}{near}: expected section.key, such as train.steps")
         sections.setdefault(section, {})[key] = value
     return sections
 
