@@ -7,6 +7,7 @@ run broke, 2 wrong usage or input, 130 interrupted, 143 terminated.
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         if word != message.partition(" ")[0] and "--data" in self._option_string_actions and os.path.exists(word):
-            message += f": expected --data {word}"
+            message += f": expected --data {shlex.quote(word)}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -134,7 +135,7 @@ def _verb_meant(word: str, known: list[str]) -> str:
     if plain in known:
         return f" (did you mean {plain!r}?)"
     if os.path.exists(word) and "train" in known:
-        return f" (did you mean 'train --data {word}'?)"
+        return f" (did you mean 'train --data {shlex.quote(word)}'?)"
     return nearest(word, known)
 
 

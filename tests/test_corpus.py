@@ -45,8 +45,8 @@ def test_folder_takes_all_files_sorted_and_says_what_it_leaves(tmp_path: Path) -
     (tmp_path / ".hidden.txt").write_text("no")
     corpus = open_corpus(str(tmp_path))
     assert [piece.text for piece in corpus.read()] == ["first", "second", "third", "fourth", "fifth", "sixth"]
-    assert "left out 1 files" in corpus.notes[0] and ".png" in corpus.notes[0]
-    assert "1 empty files, the first is z.txt" in corpus.notes[1]
+    assert "left out 1 file: .png; read are .txt" in corpus.notes[0]
+    assert "1 empty file, the first is z.txt" in corpus.notes[1]
 
 
 def test_symlink_loops_end_and_broken_links_are_named(tmp_path: Path) -> None:

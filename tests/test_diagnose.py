@@ -1,5 +1,6 @@
 """mlxgpt diagnose: n-gram models against counting by hand, and each finding on a run made to have it, and only it."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -144,6 +145,16 @@ def test_each_note_is_made_with_its_number(note: str, tmp_path: Path) -> None:
     given, about, text = NOTES[note]
     found = diagnose.diagnose(read_run(make(tmp_path / "run", **many(given))), CORPUS)
     assert any(f.level == "note" and f.about == about and text in f.found and f.change for f in found), found
+
+
+def test_the_gap_is_that_of_one_step(tmp_path: Path) -> None:
+    """A run that was stopped after its last validation has trained since."""
+    run = read_run(make(tmp_path / "run", loss=lambda s: 4.0 - 0.5 * (s > 100), val=lambda s: 4.0))
+    cut = {name: column[run.val["step"] <= 100] for name, column in run.val.items()}
+    found = diagnose.diagnose(dataclasses.replace(run, val=cut))
+    assert [each.found for each in found if each.about == "gap"] == [
+        "training loss 4.000, validation 4.000: gap +0.000"
+    ]
 
 
 def test_a_scaling_law_is_named_from_where_it_was_fitted(tmp_path: Path) -> None:

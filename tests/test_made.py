@@ -184,6 +184,9 @@ def test_what_data_prepare_made_is_trained_on_as_it_is(place: Path, source: str)
         (["--data", "tiny.txt"], "1 bytes: too little to train on; expected 2,000 bytes at least"),
         (["--data", "qa.jsonl"], "no key 'text': found 'question', 'answer'; --set data.text_key=KEY names another; "
                                  "rows of questions and answers: mlxgpt finetune --model DIR --data "),
+        (["--data", "qa.csv"], "qa.csv: rows, not texts; rows of questions and answers: mlxgpt finetune --model DIR"),
+        (["my books"], "mlxgpt train --data 'my books'"),
+        (["--data", "books", "--steps", "1", "--set", "train.steps=2"], "--steps and --set train.steps: expected one"),
         (["--data", "books/cover.jpg"], "cannot tell what .jpg holds"),
         (["--data", "books", "pydocs"], "expected the recipe first: mlxgpt train pydocs --data PATH"),
         (["--size", "10m"], "expected --data, no RECIPE"),
@@ -202,6 +205,8 @@ def test_what_cannot_be_done_is_one_line_with_the_cure(
 ) -> None:
     Path("tiny.txt").write_text("x")
     Path("qa.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    Path("qa.csv").write_text("question,answer\na,b\n")
+    Path("my books").mkdir()
     Path("lora.yaml").write_text("model: x\n")
     Path("config").mkdir()
     Path("config/train_shakespeare_char.py").write_text("max_iters = 5\n")

@@ -42,6 +42,9 @@ def mean(*names: str) -> str:
         ("train --warmup_iters=100", ["--set optim.warmup=100"]),
         ("train --eval_interval=250", ["--set train.eval_every=250"]),
         ("train --compile=False", ["--set train.compile=off"]),
+        ("train --compile=True", ["--set train.compile=on"]),
+        ("train --always_save_checkpoint=False", ["--set train.save_every=VALUE"]),
+        ("train --wandb_log=True", ["--set train.wandb=VALUE"]),
         ("train --decay_lr=False", ["--set optim.schedule=constant"]),
         ("train --dtype=float16", ["--set train.compute_dtype=bfloat16"]),
         ("train --vocab-size 4096", ["--set data.vocab_size=4096"]),
@@ -72,6 +75,7 @@ def mean(*names: str) -> str:
         ("finetune --output_dir x", ["--out"]),
         ("finetune --model_name_or_path x", ["--model"]),
         ("train --model_name_or_path x", ["--init-from"]),
+        ("train --warmup_ratio 0.1", ["--set optim.warmup=VALUE"]),
         ("train --bf16", ["--set train.compute_dtype=bfloat16"]),
         # litgpt
         ("finetune --train.max_seq_length 512", ["--set tune.block_size=512"]),
@@ -90,7 +94,10 @@ def test_a_flag_of_a_peer_is_answered_with_ours(command: str, meant: list[str]) 
     verb, *words = command.split()
     assert cure(verb, *words) == mean(*meant)
     if (ours := meant[0]).startswith("--set "):  # the cure parses, and names a key
-        assert recipes.keys_of([ours.removeprefix("--set ")]) <= {key.name for key in keys.every()}
+        setting = ours.removeprefix("--set ")
+        assert recipes.keys_of([setting]) <= {key.name for key in keys.every()}
+        if not setting.endswith("=VALUE"):
+            recipes.build(recipes.apply_sets({"adapter": {}, "tune": {}}, [setting]))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,9 @@ def test_a_flag_of_a_peer_is_answered_with_ours(command: str, meant: list[str]) 
         ("finetune --mask-prompt", "leave it out"),
         ("finetune --gradient_accumulation_steps 4", "train.micro_batch_size"),
         ("train --config x.yaml", "mlxgpt train FILE.toml"),
+        ("train --init_from=resume", "--resume RUN"),
+        ("train --init_from=scratch", "leave it out"),
+        ("train --bias=False", "model.qkv_bias=false, and so model.out_bias, model.mlp_bias and model.norm_bias"),
     ],
 )
 def test_a_flag_that_makes_no_sense_there_is_refused_with_the_cure(command: str, part: str) -> None:

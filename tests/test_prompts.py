@@ -225,3 +225,5 @@ def test_a_pretrained_model_is_tried_on_text_as_it_is(llama3: Path) -> None:
     ]:
         kind.tokenizer = tokenizer
         assert kind.trial(Path("r")) == expected
+    assert shlex.split(kind.trial(Path("runs/my books")))[2] == "runs/my books"
+    assert shlex.split(kind.again(Path("runs/my books"))) == ["mlxgpt", "train", "--resume", "runs/my books"]

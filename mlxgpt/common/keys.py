@@ -5,6 +5,7 @@ Peers are nanoGPT, mlx-lm, Hugging Face's Trainer with PEFT, and litgpt. A name 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -135,11 +136,15 @@ ADVICE = {
     "hf_path": "mlxgpt convert IN OUT takes both as they stand",
     "mlx_path": "mlxgpt convert IN OUT takes both as they stand",
     "hf_dataset": "download it, and give --data FILE",
+    "init_from=resume": "--resume RUN continues a run",
+    "init_from=scratch": "new weights are where a run starts: leave it out",
+    "train bias": "--set model.qkv_bias=false, and so model.out_bias, model.mlp_bias and model.norm_bias",
+    "lora_parameters": "--rank N, and --set adapter.alpha=X, adapter.dropout or adapter.targets",
     "recipe": "it needs no flag: mlxgpt train RECIPE",
     "config": "a recipe needs no flag: mlxgpt train FILE.toml",
     "trust_remote_code": "code of a model's repository is never run: leave it out",
 }
-"""What peers call it -> what to do where it is neither key nor flag."""
+"""What peers call it, perhaps with its value or after the verb -> what to do where it is neither key nor flag."""
 
 
 # Peers' values here: of flags that have none or true and false, and of others.
@@ -227,13 +232,14 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
     import difflib  # not at every start of the command line
 
     name = plain(flag)
+    advice = (ADVICE.get(each) for each in (f"{name}={value}", f"{verb} {name}", name))
+    if found := next(filter(None, advice), ""):
+        return f": {found}"
     if own := next((each for each in known if plain(each) == name), ""):
         return or_list([own])  # --batch_size
     exact = [key.name for key in every() if key.name.partition(".")[2] == name.rpartition(".")[2]]
     ours = of_peers(flag) or exact
     found = [_as_flag(each, name, value, verb, known) for each in ours]
-    if name in ADVICE:
-        return f": {ADVICE[name]}"
     if found := list(dict.fromkeys(filter(None, found))):
         return or_list(found[: 1 if found[0] in known else 3])
     if verb == "train" and any(each.startswith(("adapter.", "tune.")) for each in ours):
@@ -250,7 +256,7 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
 
 
 def _as_flag(ours: str, name: str, value: str, verb: str, known: Sequence[str]) -> str:
-    """A key or flag of PEERS as the verb takes it: a flag, --set KEY=VALUE, or ''."""
+    """A key or flag of PEERS, who call it ``name``, as the verb takes it: a flag, --set KEY=VALUE, or ''."""
     flag = ours if ours.startswith("--") else FLAGS.get(ours, "")
     section = ours.partition(".")[0]
     if flag in known and (flag == ours or section in _READ.get(verb, (section,))):
@@ -258,12 +264,20 @@ def _as_flag(ours: str, name: str, value: str, verb: str, known: Sequence[str]) 
     if flag == ours or "--set" not in known or section not in _READ.get(verb, ()):
         return ""
     default = next(key.default for key in every([section]) if key.name == ours)
+    return f"--set {ours}={_fitting(default, name, value)}"
+
+
+def _fitting(default: Any, name: str, value: str) -> str:
+    """A value that a key with this default takes, as near to the peer's as there is one; else VALUE."""
     said = value.lower()
     if isinstance(default, bool):
-        return f"--set {ours}={said or 'true'}"
-    if said in ("", "true", "false"):
-        return f"--set {ours}={_SWITCHES.get(f'{name} {said}') or _SWITCHES.get(name, 'VALUE')}"
-    return f"--set {ours}={_SPELLED.get(value, value)}"
+        return "false" if said in ("false", "0", "no", "off") else "true"
+    if isinstance(default, (int, float)):
+        form = r"\d+" if isinstance(default, int) else r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+        return value if re.fullmatch(form, said) else _SWITCHES.get(name, "VALUE")
+    if said == "false":
+        return _SWITCHES.get(f"{name} false", "VALUE")
+    return _SWITCHES.get(name, "VALUE") if said in ("", "true") else _SPELLED.get(value, value)
 
 
 def or_list(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ A key that no dataclass has is an error that offers the key that was meant.
 
 import dataclasses
 import json
+import shlex
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def _instead(recipe: str, path: Path) -> str:
         return f"Python, as nanoGPT's configs are: expected a recipe in TOML{near}"
     if not path.exists():
         return ""
+    recipe = shlex.quote(recipe)
     if path.is_dir() and (path / "recipe.toml").is_file():
         return f"a run: mlxgpt train --resume {recipe} continues it, --init-from {recipe} starts from its weights"
     if path.is_dir() and (path / "config.json").is_file():

@@ -21,3 +21,8 @@ def size(count: float) -> str:
     if 0 < count < 2**20 / 10:
         return f"{count / 2**10:,.1f} KiB"
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 document``, ``1,200 documents``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import _LAST_WORD_END
+from mlxgpt.common.units import counted
 
 PIECE = 1 << 20
 """Characters: a longer document is handled in pieces of at most this many."""
@@ -103,7 +104,7 @@ def open_corpus(source: str | Sequence[str], text_key: str = "text") -> Corpus:
         files, others = _walk(path)
         if others:
             kinds = ", ".join(sorted({other.suffix or other.name for other in others})[:6])
-            notes.append(f"{source}: left out {len(others)} files that are no {' '.join(SUFFIXES)}: {kinds}")
+            notes.append(f"{source}: left out {counted(len(others), 'file')}: {kinds}; read are {' '.join(SUFFIXES)}")
         if not files:
             raise UserError(f"{source}: no files to read in this folder: expected {' '.join(SUFFIXES)}")
     elif path.is_file():
@@ -116,7 +117,7 @@ def open_corpus(source: str | Sequence[str], text_key: str = "text") -> Corpus:
     if len(empty) == len(files):
         raise UserError(f"{source}: empty: expected text")
     if empty:
-        notes.append(f"{source}: left out {len(empty)} empty files, the first is {empty[0].name}")
+        notes.append(f"{source}: left out {counted(len(empty), 'empty file')}, the first is {empty[0].name}")
         files = [file for file in files if file not in set(empty)]
     return Corpus(source, files, text_key, lambda: _read_files(files, text_key), notes)
 
@@ -166,7 +167,7 @@ def scan(corpus: Corpus, progress: Callable[[int], None] | None = None) -> Scan:
         if progress:
             progress(characters)
     if not documents:
-        raise UserError(f"{corpus.name}: empty: {empty} documents without text")
+        raise UserError(f"{corpus.name}: empty: {counted(empty, 'document')} without text")
     return Scan(documents, characters, size, empty, smallest, largest, separators, marks, longest)
 
 

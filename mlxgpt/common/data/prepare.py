@@ -31,6 +31,7 @@ from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer, train_tokenizer
 from mlxgpt.common.tokenizers.parallel import encode_in_order
 from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.units import counted
 
 Say = Callable[[str], None]
 
@@ -125,11 +126,11 @@ def _fill(folder: Path, corpus: Corpus, data: DataConfig, tokenizer: Tokenizer |
     say(f"reading {corpus.name}")
     digest = corpus.digest()
     scanned = corpora.scan(corpus)
-    say(f"{corpus.name}: {scanned.documents:,} documents, {scanned.size:,} bytes")
+    say(f"{corpus.name}: {counted(scanned.documents, 'document')}, {scanned.size:,} bytes")
     if scanned.empty:
-        say(f"{corpus.name}: left out {scanned.empty:,} documents without text")
+        say(f"{corpus.name}: left out {counted(scanned.empty, 'document')} without text")
     if scanned.marks:
-        say(f"{corpus.name}: {scanned.marks:,} documents start with a byte order mark, which is kept as text")
+        say(f"{corpus.name}: a byte order mark begins {counted(scanned.marks, 'document')}, and is kept as text")
     if tokenizer is None:
         tokenizer = train(corpus, scanned, data.tokenizer, data.vocab_size, data.val_fraction, say)
     if scanned.separators and tokenizer.kind == "SentencePiece":

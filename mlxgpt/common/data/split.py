@@ -7,6 +7,7 @@ import numpy as np
 
 from mlxgpt.common.data.corpus import Piece, Scan
 from mlxgpt.common.data.shards import Tokens
+from mlxgpt.common.units import counted
 
 FEW = 100
 """Documents: with fewer, whole documents are too coarse a measure, so each one is cut."""
@@ -103,7 +104,7 @@ def told(held_out: dict[str, Any], gap: str = "one block") -> list[str]:
     if not held_out:
         return []
     longest, unigram = held_out["longest"], held_out["unigram"]
-    documents = f"{held_out['documents']:,} document{'s' * (held_out['documents'] != 1)}"
+    documents = counted(held_out["documents"], "document")
     if held_out["cut"]:
         documents = f"the ends of {held_out['cut']:,} of {documents}, a gap of up to {gap} before each"
     name = longest["document"]

@@ -103,9 +103,9 @@ def diagnose(run: Run, corpus: Corpus | None = None) -> list[Finding]:
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 
 
-def training_loss(run: Run) -> float:
-    """Mean of the training loss over the last tenth of the steps, at least ten of them."""
-    losses = _losses(run)
+def training_loss(run: Run, until: float = math.inf) -> float:
+    """Mean of the training loss over the last tenth of the steps ``until`` one, at least ten of them."""
+    losses = _losses(run)[run.train["step"] <= until]
     tail = losses[-max(10, int(len(losses) * _TAIL)) :]
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
 
@@ -163,9 +163,11 @@ def _ladder(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
 
 def _gap(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     """Training against validation: memorizing, or two different texts."""
-    train, val = training_loss(run), _validation(run)
+    evaluated = run.val.get("step", np.array([]))
+    at = float(evaluated[-1]) if len(evaluated) else math.inf  # a run that goes on has trained since
+    train, val = training_loss(run, at), _validation(run)
     if not (math.isfinite(train) and math.isfinite(val)):
-        if not len(run.val.get("step", ())):
+        if not len(evaluated):
             yield Finding("note", "validation", "none in this run", "train.eval_every, to see memorizing")
         return
     best = run.best
@@ -220,14 +222,17 @@ def _high(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
 
 def spikes(losses: np.ndarray) -> list[int]:
     """Where the loss leaps above the 20 before it: by more than 8 of their median absolute deviations, and by 10 %."""
-    found, width = [], 20
-    for at in range(width, len(losses)):
-        before = losses[at - width : at]
-        if not np.isfinite(before).any():
-            continue
-        middle = float(np.nanmedian(before))
-        spread = float(np.nanmedian(np.abs(before - middle)))
-        if losses[at] > middle + max(8 * spread, 0.1 * abs(middle)) and (not found or at - found[-1] > width):
+    width = 20
+    if len(losses) <= width:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(losses, width)[:-1]
+    known = np.isfinite(windows).any(axis=1)
+    middle = np.nanmedian(windows[known], axis=1)
+    spread = np.nanmedian(np.abs(windows[known] - middle[:, None]), axis=1)
+    leaps = losses[width:][known] > middle + np.maximum(8 * spread, 0.1 * np.abs(middle))
+    found: list[int] = []
+    for at in (np.flatnonzero(known)[leaps] + width).tolist():
+        if not found or at - found[-1] > width:
             found.append(at)
     return found
 

@@ -190,14 +190,14 @@ class Finetuning(Kind[SftSource]):
 
     def trial(self, run: Path) -> str:
         """Texts are given as they were in training: to classify, in the template, or as they are."""
-        source = self.source
+        source, place = self.source, shlex.quote(str(run))
         if source.labels:
-            return f"classify --model {run} --text TEXT"
+            return f"classify --model {place} --text TEXT"
         if source.template:
             kwargs = source.template.kwargs
             more = f" --template-kwargs {shlex.quote(json.dumps(kwargs))}" if kwargs else ""
-            return f"generate --model {run}{more} --prompt TEXT, or mlxgpt chat --model {run}{more}"
-        return f"generate --model {run} {'--raw ' if source.tokenizer.templates else ''}--prompt TEXT"
+            return f"generate --model {place}{more} --prompt TEXT, or mlxgpt chat --model {place}{more}"
+        return f"generate --model {place} {'--raw ' if source.tokenizer.templates else ''}--prompt TEXT"
 
     def finish(self, job: Job) -> None:
         """The test split, and a classifier's confusion."""

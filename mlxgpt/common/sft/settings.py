@@ -35,6 +35,9 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
+_FLAGS = {"steps": "train.steps", "lr": "optim.lr", "batch_size": "train.batch_size", "rank": "adapter.rank"}
+
+
 def gather(args: Namespace) -> Chosen:
     """The settings of the command line.
 
@@ -69,11 +72,10 @@ def gather(args: Namespace) -> Chosen:
         "tune.task": args.task,
         "tune.train_on_prompt": "true" if args.train_on_prompt else None,
         "tune.epochs": args.epochs,
-        "train.steps": args.steps,
         "adapter.method": args.method,
     }
     sets = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    sets += recipes.flag_sets(args, {"lr": "optim.lr", "batch_size": "train.batch_size", "rank": "adapter.rank"})
+    sets += recipes.flag_sets(args, _FLAGS)
     sets += args.set
     written = apply_sets(written, sets)
     check_sections(written, "--set")

@@ -1,5 +1,6 @@
 """What a kind of training supplies (Kind), and what the loop works with (Job)."""
 
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,11 +114,11 @@ class Kind(Protocol[S]):
 
     def trial(self, run: Path) -> str:
         """The command with which to try what the run made, TEXT for what is to be filled in."""
-        return f"generate --model {run} --prompt TEXT"
+        return f"generate --model {shlex.quote(str(run))} --prompt TEXT"
 
     def again(self, run: Path) -> str:
         """What resumes the run."""
-        return f"mlxgpt {self.verb} --resume {run}"
+        return f"mlxgpt {self.verb} --resume {shlex.quote(str(run))}"
 
     def finish(self, job: "Job") -> None:
         """What is measured once, after the last step."""

@@ -5,6 +5,7 @@ give steps, warm-up, dropout and cadence. What the user set himself (--set and f
 """
 
 import dataclasses
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from mlxgpt.common.data import shards
 from mlxgpt.common.data.token_source import is_flat
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.load import KINDS
+from mlxgpt.common.units import counted
 
 Sections = dict[str, dict[str, Any]]
 
@@ -48,6 +50,7 @@ BYTES_A_TOKEN = 1000  # of corpus for each entry of the vocabulary: a rarer toke
 _SMALLEST = 512  # entries: 256 bytes and as many merges
 _EPOCHS = 30  # a small corpus is seen at most so often: after that it is learned by heart
 _REPEATED = 4  # epochs up to which seeing a text again is as good as new text (Muennighoff et al. 2023)
+_TABLES = (".csv", ".tsv", ".json", ".arrow")  # that finetune reads, and train does not
 _SCANNED = 64 << 20  # bytes of files up to which the corpus is read to be measured
 
 
@@ -77,6 +80,8 @@ def measure(data: DataConfig) -> Facts:
             raise UserError(f"{path}: no such file")
         first, second, _ = shards.open_flat(path, data.val_fraction)
         return Facts(tokens=(len(first), len(second)))
+    if path and path.suffix.lower() in _TABLES and path.is_file():
+        raise UserError(f"{path}: rows, not texts; {_rows(data)}; texts: one in each row of a .jsonl or .parquet")
     corpus = corpora.open_corpus(data.source, data.text_key)
     size = sum(file.stat().st_size for file in corpus.files)
     if size > _SCANNED and corpus.name != "pydocs":
@@ -84,12 +89,14 @@ def measure(data: DataConfig) -> Facts:
     try:
         scanned = corpora.scan(corpus)
     except corpora.NoText as error:
-        source = corpora.called(data.source)
-        raise UserError(
-            f"{error}; --set data.text_key=KEY names another; rows of questions and answers: "
-            f"mlxgpt finetune --model DIR --data {source}"
-        ) from None
+        raise UserError(f"{error}; --set data.text_key=KEY names another; {_rows(data)}") from None
     return Facts(scanned.size, scanned.documents, len(corpus.files))
+
+
+def _rows(data: DataConfig) -> str:
+    """What trains on rows of questions and answers."""
+    source = shlex.quote(data.source) if isinstance(data.source, str) else "FILE"
+    return f"rows of questions and answers: mlxgpt finetune --model DIR --data {source}"
 
 
 def sections(data: DataConfig, facts: Facts, size: str) -> Sections:
@@ -198,7 +205,7 @@ def told(recipe: Recipe, facts: Facts, size: str, tokens: int, parameters: int) 
     data, model, train, optim = recipe.data, recipe.model, recipe.train, recipe.optim
     held = f"{facts.size:,} bytes" if facts.size else f"{tokens:,} tokens"
     number = facts.documents or facts.files
-    held += f" in {number:,} {'documents' if facts.documents else 'files'}" if number else ""
+    held += f" in {counted(number, 'document' if facts.documents else 'file')}" if number else ""
     trained = data.tokenizer in KINDS and facts.tokens is None
     spelled = f"{data.tokenizer} of {model.vocab_size:,}"
     spelled += f" (an entry for {BYTES_A_TOKEN:,} bytes, {SIZES[size].vocab_size:,} at most)" if trained else ""
@@ -206,9 +213,9 @@ def told(recipe: Recipe, facts: Facts, size: str, tokens: int, parameters: int) 
     others = ", ".join(name for name in SIZES if name != size)
     return [
         f"recipe for {name_of(data.source)}: {held}; tokenizer: {spelled}",
-        f"model: {parameters:,} parameters, {model.n_layer} layers of {model.n_embd}, context "
+        f"model: {parameters:,} parameters, {counted(model.n_layer, 'layer')} of {model.n_embd}, context "
         f"{model.block_size}; --size {others} for others",
-        f"run: {train.steps:,} steps of {train.batch_size} x {model.block_size} tokens, "
+        f"run: {counted(train.steps, 'step')} of {train.batch_size} x {model.block_size} tokens, "
         f"{train.steps * each / tokens:.1f} epochs; rate {optim.lr:g}; dropout {train.dropout:g}; samples after "
         f"{recipe.sample.prompt!r}",
     ] + ["longer later: --resume RUN --steps N, from where the rate is still at its peak"] * (optim.schedule == "wsd")

@@ -1,6 +1,7 @@
 """Pre-training as a kind of training: from a recipe, on a corpus, from fresh weights or those of a model."""
 
 import dataclasses
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mlxgpt.common.train.job import Job, Kind, Weights
 
 Sections = dict[str, dict[str, Any]]
 
-_FLAGS = {"data": "data.source", "lr": "optim.lr", "batch_size": "train.batch_size"}
+_FLAGS = {"data": "data.source", "lr": "optim.lr", "batch_size": "train.batch_size", "steps": "train.steps"}
 
 
 class Pretraining(Kind[TokenSource]):
@@ -148,7 +149,7 @@ class Pretraining(Kind[TokenSource]):
         self.init_from = segments[0].get("init_from") if segments else None
         args = self.args
         written = recipes.read(recipes.find(args.recipe)) if args.recipe else stored
-        sets = recipes.flag_sets(args, {"data": "data.source"}) + args.set
+        sets = recipes.flag_sets(args, {"data": "data.source", "steps": "train.steps"}) + args.set
         recipe = recipe_of(
             apply_sets(written, sets), args.steps or self._steps_of_epochs(run, stored), f"{run / 'recipe.toml'}"
         )
@@ -222,9 +223,10 @@ class Pretraining(Kind[TokenSource]):
 
     def trial(self, run: Path) -> str:
         """Documents are continued, also where the first weights came with a chat template; ids without a tokenizer."""
+        place = shlex.quote(str(run))
         if self.tokenizer is None:
-            return f"generate --model {run} --prompt-ids IDS"
-        return f"generate --model {run} {'--raw ' if self.tokenizer.templates else ''}--prompt TEXT"
+            return f"generate --model {place} --prompt-ids IDS"
+        return f"generate --model {place} {'--raw ' if self.tokenizer.templates else ''}--prompt TEXT"
 
 
 def _keep_ratio(written: Sections, lr: float) -> None:
