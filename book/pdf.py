@@ -17,6 +17,7 @@ FLAGS = (
 )  # fmt: skip
 ARTICLE = re.compile(r'<article class="md-content__inner md-typeset">(.*?)</article>', re.DOTALL)
 HEAD = re.compile(r"<head>.*?</head>", re.DOTALL)
+TITLE = re.compile(r"<title>.*?</title>", re.DOTALL)
 STYLE = """<style>
   @page { margin: 16mm 14mm; @bottom-center { content: counter(page); font: 8px sans-serif } }
   .chapter + .chapter { break-before: page }
@@ -42,7 +43,7 @@ def one_page(site: Path) -> str:
         found, head_found = ARTICLE.search(text), HEAD.search(text)
         if found is None or head_found is None:
             raise BookError(f"{path}: no article: Material's page has changed")
-        head = head_found[0]
+        head = TITLE.sub("<title>The course of mlxgpt</title>", head_found[0])
         body = re.sub(r'<p><a class="notebook".*?</p>', "", found[1])
         body = IDS.sub(rf'\1="\2c{number}\3', body).replace("<details", "<details open")
         made.append(f'<article class="md-content__inner md-typeset chapter">{body}</article>')

@@ -160,6 +160,7 @@ def main(path, prompt="\n", *, steps=500):
         print(words.decode(sample(model, words.encode(prompt).ids, 100)))
         return
     text = Path(path).read_text(encoding="utf-8")
+    assert len(text) > 128, f"{path}: {len(text)} characters: expected more than 128, a row and what follows it"
     letters = sorted(set(text))
     data = torch.tensor([letters.index(c) for c in text])
     model, state = new(Config(vocab_size=len(letters))), {}

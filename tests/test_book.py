@@ -271,6 +271,7 @@ def test_the_course_is_printed_with_every_chapter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     page = pdf.one_page(tmp_path / "site")
     assert page.count('<article class="md-content__inner md-typeset chapter">') == len(chapters()) + 2
+    assert page.count("<title>The course of mlxgpt</title>") == page.count("<title>") == 1
     assert page.count("<details open") == page.count("<details") > 0
     printed = (tmp_path / "site/course/mlxgpt-course.pdf").read_bytes()
     assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") > len(chapters())

@@ -127,6 +127,13 @@ def test_another_architecture_is_refused(backend: str, case: str, said: str, tmp
 
 
 @pytest.mark.parametrize("backend", FILES)
+def test_a_text_shorter_than_a_row_is_refused(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("short" * 25 + "abc")
+    with pytest.raises(AssertionError, match="128 characters: expected more than 128"):
+        page(backend).main(str(tmp_path / "text.txt"), steps=1)
+
+
+@pytest.mark.parametrize("backend", FILES)
 def test_it_trains_on_the_characters_of_a_file(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     module = page(backend)
     module.Config = partial(module.Config, n_layer=1, n_head=2, n_embd=32)
