@@ -306,6 +306,7 @@ def test_a_batch_that_turns_wrong_later_stops_the_run_with_its_checkpoint(
         ({"objective": 7}, "objective is a int: expected a function of model and batch"),
         ({"source": None}, "validation: only with source: the recipe's data have their own"),
         ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"init_from": "adapter"}, "init_from adapter: an adapter: expected a model; mlxgpt fuse --model adapter"),
         ({"init_from": "./nowhere"}, "./nowhere: no such folder"),
         ({"device": "tpu"}, "device tpu"),
         ({"out": "file"}, "file: exists; expected a folder that does not"),
@@ -313,12 +314,14 @@ def test_a_batch_that_turns_wrong_later_stops_the_run_with_its_checkpoint(
 )
 def test_wrong_arguments_are_one_line_in_the_words_of_python(arguments: dict[str, Any], message: str) -> None:
     Path("file").write_text("")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     arguments = dict(arguments)
     with pytest.raises(UserError) as error:
         trainer(mlxgpt.api, arguments.pop("out", "run"), **arguments).train()
     text = str(error.value)
     assert message in text and "\n" not in text and "--" not in text.partition("mlxgpt ")[0]
-    assert [path.name for path in Path().iterdir()] == ["file"]
+    assert {path.name for path in Path().iterdir()} == {"file", "adapter"}
 
 
 def test_flags_in_an_error_become_arguments() -> None:

@@ -17,6 +17,7 @@ from mlxgpt.common.data.prepare import cache_folder
 from mlxgpt.common.data.token_source import TokenSource
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders import model_folder, resolve
+from mlxgpt.common.folders.adapter_folder import is_adapter
 from mlxgpt.common.model import families, params
 from mlxgpt.common.recipes import apply_sets, build
 from mlxgpt.common.runs import checkpoint, run_folder
@@ -101,6 +102,11 @@ class Pretraining(Kind[TokenSource]):
         if not self.init_from:
             return
         self._origin = resolve.resolve_model(self.init_from)
+        if is_adapter(self._origin):
+            raise UserError(
+                f"--init-from {self.init_from}: an adapter: expected a model; mlxgpt fuse --model {self.init_from} "
+                "--out NEW makes one of it and its base"
+            )
         if self.args.moments and not (self._origin / checkpoint.OPTIMIZER).is_file():
             raise UserError(f"--moments: {self._origin} has no {checkpoint.OPTIMIZER}")
         self.recipe = _with_model_of(self._origin, self.recipe, self._written.get("model", {}))
