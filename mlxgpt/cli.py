@@ -24,7 +24,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         if word != message.partition(" ")[0] and "--data" in self._option_string_actions and os.path.exists(word):
-            message += f": expected --data {shlex.quote(word)}"
+            model = any(os.path.isfile(os.path.join(word, name)) for name in ("recipe.toml", "config.json"))
+            flag = "--model" if model and "--model" in self._option_string_actions else "--data"
+            message += f": expected {flag} {shlex.quote(word)}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -180,6 +180,15 @@ def test_wrong_usage_is_one_line(argv: list[str], parts: list[str], capsys: pyte
     assert [part for part in parts if part not in said] == []
 
 
+def test_a_model_in_no_flags_place_is_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.toml").touch()
+    assert "run rows.jsonl: expected --model run (see" in error_of(["finetune", "run", "rows.jsonl"], capsys)
+
+
 def test_a_value_may_look_like_a_flag(verb, capsys: pytest.CaptureFixture) -> None:
     parser = cli.Parser()
     cli.VERBS["generate"].declare(parser)

@@ -205,6 +205,18 @@ def test_a_fine_tuning_is_judged_by_its_rows(tmp_path: Path) -> None:
     assert "loss" not in found and "vocabulary" not in found
 
 
+@pytest.mark.parametrize(("loss", "level"), [(0.69, "bad"), (0.3, "good")])
+def test_a_classifier_is_judged_by_its_labels(tmp_path: Path, loss: float, level: str) -> None:
+    """Not by ln V, nor by the share of the tokens that train, which is one in a row."""
+    data = {"trained_share": 0.02, "steps_per_epoch": 200, "splits": {"train": {"rows": 100}}}
+    run = make(tmp_path / "run", loss=lambda s: loss, val=lambda s: loss, data=data, model={"labels": ["a", "b"]})
+    (run / "recipe.toml").write_text((run / "recipe.toml").read_text() + '\n[tune]\nmodel = "m"\ntask = "classify"\n')
+    found = diagnose.diagnose(read_run(run))
+    assert found[0].level == level and {"rows", "gap"} <= {each.about for each in found}
+    assert not [each for each in found if "answers" in each.found]
+    assert ("chance, ln 2 for 2 labels, is 0.693" in found[0].found) == (level == "bad")
+
+
 def test_a_run_without_steps_and_a_folder_that_is_none_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

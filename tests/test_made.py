@@ -181,9 +181,10 @@ def test_what_data_prepare_made_is_trained_on_as_it_is(place: Path, source: str)
         (["old"], "a run: mlxgpt train --resume old continues it"),
         (["model"], "a model: mlxgpt train --data PATH --init-from model"),
         (["--data", "absent/"], "absent/: no such file or folder"),
-        (["--data", "tiny.txt"], "1 bytes: too little to train on; expected 2,000 bytes at least"),
+        (["--data", "tiny.txt"], "1 bytes: too little to train on and to validate data.val_fraction = 0.1 of;"),
         (["--data", "qa.jsonl"], "no key 'text': found 'question', 'answer'; --set data.text_key=KEY names another; "
                                  "rows of questions and answers: mlxgpt finetune --model DIR --data "),
+        (["--data", "books", "--set", "data.val_fraction=0.001"], "= 0.001 of; expected 132,000 bytes at least"),
         (["--data", "qa.csv"], "qa.csv: rows, not texts; rows of questions and answers: mlxgpt finetune --model DIR"),
         (["my books"], "mlxgpt train --data 'my books'"),
         (["--data", "books", "--steps", "1", "--set", "train.steps=2"], "--steps and --set train.steps: expected one"),

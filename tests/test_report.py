@@ -1,6 +1,7 @@
 """mlxgpt report: the page stands alone and says what the runs' files say; figures, CSV, the watched page."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -211,3 +212,19 @@ def test_samples_after_a_checkpoint_are_cut_and_half_a_line_is_left_out(tmp_path
     assert [sample.step for sample in samples.read_samples(run)] == [4, 8]
     samples.cut(run, 4)
     assert samples.read_samples(run) == [samples.Sample(4, "before")]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.55, 2.1), (0.09, 2.3), (0.02, 9.0), (1e-4, 3.0), (0.61, 0.89)])
+def test_labels_of_a_logarithmic_axis_do_not_overlap(low: float, high: float) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(5.4, 2.8))
+    axis = figure.subplots()
+    axis.plot([0, 1], [low, high])
+    axis.set_yscale("log")
+    plots.label_log(axis)
+    figure.draw_without_rendering()
+    bottom, top = axis.get_ylim()
+    ticks = axis.yaxis.get_major_ticks() + axis.yaxis.get_minor_ticks()
+    shown = [tick.label1 for tick in ticks if tick.label1.get_text() and bottom <= tick.get_loc() <= top]
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.y0)
+    assert len(boxes) >= 2
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))

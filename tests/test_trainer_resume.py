@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from fake_train import Go, losses, tree, weights
 
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
+from mlxgpt.common.recipes import build
 from mlxgpt.common.runs import checkpoint
-from mlxgpt.common.train import pretrain
+from mlxgpt.common.train import pretrain, resume
 
 
 @pytest.mark.parametrize("stop", range(1, 12))
@@ -312,3 +314,17 @@ def test_weights_of_another_vocabulary_are_refused(
     assert go("--out", "second", "--init-from", "first") == 2
     assert "its tokenizer has sha256 000000000000..." in capsys.readouterr().err
     assert not Path("second").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "cure"),
+    [
+        ({}, "--init-from 'my run' starts"),
+        ({"tune": {"model": "m"}, "adapter": {"method": "lora"}}, "--model m --adapter 'my run' starts"),
+        ({"tune": {"model": "m"}, "adapter": {"method": "full"}}, "--model 'my run' starts"),
+    ],
+)
+def test_a_run_that_cannot_be_longer_names_what_starts_from_its_weights(sections: dict, cure: str) -> None:
+    recipe = build(sections | {"train": {"steps": 20}})
+    with pytest.raises(UserError, match=cure):
+        resume._check_steps(Path("my run"), recipe, 12, print)

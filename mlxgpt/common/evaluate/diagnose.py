@@ -138,12 +138,16 @@ def _ladder(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     if not math.isfinite(loss):
         yield Finding("bad", "loss", f"{name} is not finite", "a lower optim.lr, optim.clip = 1, a longer optim.warmup")
         return
-    if "tune" in run.recipe or not n_vocab:
+    labels = len(run.recipe.get("model", {}).get("labels", ()))
+    if not (labels or n_vocab):
         return
-    chance = math.log(n_vocab)
+    chance = math.log(labels or n_vocab)
     if loss > 0.98 * chance:
         change = "a higher optim.lr or more steps; if the curve is flat from the start, look at mlxgpt data inspect"
-        yield Finding("bad", "loss", f"{name} {loss:.3f}: chance, ln V, is {chance:.3f}: nothing was learned", change)
+        of = f"ln {labels} for {labels} labels" if labels else "ln V"
+        yield Finding("bad", "loss", f"{name} {loss:.3f}: chance, {of}, is {chance:.3f}: nothing was learned", change)
+        return
+    if "tune" in run.recipe:
         return
     losses = corpus.losses if corpus else [_held_out(run)["unigram"]["val"]["other"]] if _held_out(run) else []
     steps = f"ln V {chance:.3f}" + "".join(f", {k}-gram {nats:.3f}" for k, nats in enumerate(losses, 1))
@@ -297,19 +301,20 @@ def _trained(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
         return
     share, rows = float(data["trained_share"]), data.get("splits", {}).get("train", {})
     passes = run.step / data["steps_per_epoch"] if data.get("steps_per_epoch") else 0.0
-    text = f"{share:.0%} of the tokens are answers, {rows.get('rows', 0):,} rows, seen {passes:.2g} times"
+    seen = f"{rows.get('rows', 0):,} rows, seen {passes:.2g} times"
+    classes = bool(run.recipe.get("model", {}).get("labels"))  # one target a row: its share says nothing
+    about, what = ("rows", "labels") if classes else ("trained tokens", "answers")
+    text = seen if classes else f"{share:.0%} of the tokens are answers, {seen}"
     lost = int(rows.get("dropped", 0)) + int(rows.get("unanswerable", 0))
     if lost > 0.05 * max(1, rows.get("rows", 0) + lost):
         yield Finding("bad", "rows", f"{lost:,} rows were dropped as too long", "a larger tune.block_size")
-    if share < 0.1:
+    if share < 0.1 and not classes:
         change = "look at mlxgpt data inspect --model: prompts are long, or tune.template hides the answers"
-        yield Finding("note", "trained tokens", text, change)
+        yield Finding("note", about, text, change)
     elif passes > 5:
-        yield Finding(
-            "note", "trained tokens", text, "fewer steps: more than 3 to 5 passes mostly memorize the answers"
-        )
+        yield Finding("note", about, text, f"fewer steps: more than 3 to 5 passes mostly memorize the {what}")
     else:
-        yield Finding("good", "trained tokens", text, "")
+        yield Finding("good", about, text, "")
     near = data.get("near_duplicates") or []
     if near:
         text = f"{len(near)} validation rows nearly repeat a training row"

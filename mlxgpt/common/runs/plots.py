@@ -173,6 +173,17 @@ def _differences(ax: Any, runs: list[Run]) -> None:
     ax.set_ylabel("|difference|")
 
 
+def label_log(ax: Any) -> None:
+    """Labels a logarithmic axis as densely as there is room: all digits, 2 and 5, or powers of ten alone."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}" if high < 100 * low else "")
+    if high > 4 * low:
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+
+
 def _lines(
     ax: Any, runs: list[Run], what: str | Callable[[Run], np.ndarray], from_zero: bool = False, log: bool = False
 ) -> None:
@@ -187,7 +198,6 @@ def _lines(
         ax.plot(line.x, line.mean, color=color)
     if log and any((run.train.get(str(what), np.array([0.0])) > 0).any() for run in runs):
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        label_log(ax)
     if from_zero:
         ax.set_ylim(0, 1.05 * ax.get_ylim()[1])

@@ -5,6 +5,7 @@ give steps, warm-up, dropout and cadence. What the user set himself (--set and f
 """
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -139,9 +140,13 @@ def _context(data: DataConfig, facts: Facts, most: int) -> int:
     while context >= 16 and 2 * context + 1 > tokens:
         context //= 2
     if context < 16:
-        found = f"{facts.tokens[1]:,} tokens to validate" if facts.tokens else f"{facts.size:,} bytes"
+        where, needed = corpora.called(data.source), 2 * 16 + 1
+        if facts.tokens:
+            raise UserError(f"{where}: {tokens:,} tokens to validate: too little; expected {needed} at least")
+        size = math.ceil(math.ceil(4 * needed / data.val_fraction) / 100) * 100
         raise UserError(
-            f"{corpora.called(data.source)}: {found}: too little to train on; expected 2,000 bytes at least"
+            f"{where}: {facts.size:,} bytes: too little to train on and to validate data.val_fraction = "
+            f"{data.val_fraction:g} of; expected {size:,} bytes at least"
         )
     return context
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,13 @@ def _check_steps(run: Path, after: Recipe, old: int, say: Callable[[str], None])
     if new < old:
         raise UserError(f"{was}: expected no fewer; --stop-after {new} ends it sooner")
     if name not in ("constant", "wsd"):
+        start = ["--init-from", str(run)]
+        if after.tune:
+            full = not after.adapter or after.adapter.method == "full"
+            start = ["--model", str(run)] if full else ["--model", after.tune.model, "--adapter", str(run)]
         raise UserError(
             f"{was}: a {name} schedule is a function of its length, only constant and wsd can be made longer; "
-            f"--init-from {run} starts a new run from its weights"
+            f"{shlex.join(start)} starts a new run from its weights"
         )
     say(f"changed: train.steps from {old} to {new}")
 

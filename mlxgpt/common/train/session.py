@@ -250,5 +250,5 @@ def _last_line(job: Job, code: int, seconds: float) -> str:
         name = loop.selection_metric(recipe)
         parts.append(f"best validation {name} {state.best[name]:.4f} at step {int(state.best['step'])}")
     if job.kind.reasons and recipe.optim.schedule == "wsd":
-        parts.append(f"longer: mlxgpt {job.kind.verb} --resume {run} --steps {2 * recipe.train.steps}")
+        parts.append(f"longer: {job.kind.again(run)} --steps {2 * recipe.train.steps}")
     return "; ".join([*parts, f"model: {resolve.resolve_model(run)}", f"try: mlxgpt {job.kind.trial(run)}"])
