@@ -17,7 +17,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params
 from mlxgpt.common.plan import chips
 from mlxgpt.common.train.progress import Progress, sparkline
-from mlxgpt.common.units import duration, short
+from mlxgpt.common.units import duration, short, size
 
 
 def terminal(width: int = 100) -> Console:
@@ -288,3 +288,8 @@ def test_flops_of_a_token() -> None:
     untied = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=50, tied=False)
     assert chips.training_flops(untied) == chips.training_flops(config)
     assert params.count(untied) > params.count(config)
+
+
+def test_bytes_are_never_shown_as_none() -> None:
+    shown = [size(count) for count in (0, 512, 104_857, 104_858, 2**30 - 1, 2**30)]
+    assert shown == ["0.0 MiB", "0.5 KiB", "102.4 KiB", "0.1 MiB", "1,024.0 MiB", "1.00 GiB"]
