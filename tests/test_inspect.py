@@ -384,7 +384,9 @@ def test_a_long_text_is_cut_with_a_statement_and_too_much_attention_is_left_out(
     assert found["tokens"] == 96 < found["tokens_of_text"] and len(found["notes"]) == 1
     assert found["notes"][0].startswith(f"the first 96 of {found['tokens_of_text']} tokens")
     assert found["notes"][0] in err and found["notes"][0] in html.unescape(page.read_text())
-    assert json.loads(run(capsys, model, "--text", long, "--json", "--limit", 5)[0])["tokens"] == 5
+    assert found["notes"][0].endswith("as many as the model's context holds")
+    found = json.loads(run(capsys, model, "--text", long, "--json", "--limit", 5)[0])
+    assert found["tokens"] == 5 and found["notes"][0].endswith("; --limit shows up to 96, the model's context")
     monkeypatch.setattr(inspection, "WEIGHTS", 2 * 4 * 96 * 97 // 2)
     found = json.loads(run(capsys, model, "--text", long, "--json")[0])
     assert list(found["attention"]) == ["0", "2"] and "attention of layers 0, 2 of 3" in found["notes"][1]
@@ -412,6 +414,7 @@ def test_a_long_text_is_cut_with_a_statement_and_too_much_attention_is_left_out(
         (["--text", "a", "--layers", "2-1"], ["--layers 2-1"]),
         (["--text-file", "gone.txt"], ["--text-file gone.txt", "No such file"]),
         (["--text", "a", "--out", "."], ["a folder", "expected a file"]),
+        (["--text", "a", "--out", "no/such/page.html"], ["no folder no/such to write to"]),
     ],
     ids=" ".join,
 )

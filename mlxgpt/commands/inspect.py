@@ -38,6 +38,8 @@ def inspect_command(args: argparse.Namespace) -> int:
     out = Path(args.out or f"{Path(args.model).resolve().name}-inspect.html") if args.out or not args.json else None
     if out and out.is_dir():
         raise UserError(f"{out}: a folder; expected a file to write")
+    if out and not out.parent.is_dir():
+        raise UserError(f"{out}: no folder {out.parent} to write to")
     if args.top > MOST:
         raise UserError(f"--top {args.top}: expected at most {MOST}")
     source = _source(args)
