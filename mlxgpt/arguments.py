@@ -69,7 +69,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
-    add("-d", "--data", nargs="+", metavar="PATH",
+    add("-d", "--data", nargs="+", action="extend", metavar="PATH",
         help="a folder of texts, files, or what data prepare made; without RECIPE a recipe is made for it")  # fmt: skip
     add("--size", type=str.lower, choices=_SIZES, help="with --data: the model, by its parameters; default: 1m")
     add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/DATA or runs/RECIPE")

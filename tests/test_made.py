@@ -153,6 +153,8 @@ def test_files_in_place_of_a_folder(place: Path) -> None:
     both = (place / "books/0.txt").read_bytes() + (place / "books/2.txt").read_bytes()
     assert kind._facts and kind._facts.size == len(both)
     assert begun("--data", "books/1.txt")[1] == "1"
+    twice = begun("--data", "books/0.txt", "--data", "books/2.txt")
+    assert twice[0].data.source == recipe.data.source
 
 
 @pytest.mark.parametrize("source", ["shards", "flat"])
