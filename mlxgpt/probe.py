@@ -63,26 +63,27 @@ def put(model: Model, path: str, module: nn.Module) -> None:
         setattr(owner, name, module)
 
 
-def watch(model: Model, tokens: Array, paths: Sequence[str]) -> dict[str, Watched]:
-    """The modules at the paths, inner ones first, with what one pass over tokens (1, T) showed of each."""
+def watch(model: Model, tokens: Array, paths: Sequence[str]) -> tuple[Array, dict[str, Watched]]:
+    """What the head sees (1, T, C) in one pass over tokens (1, T); the modules at the paths, inner ones first."""
     watched = {path: Watched(model.at(path)) for path in paths}
     try:
         for path, each in watched.items():
             put(model, path, each)
-        model.hidden(tokens)
+        last = model.hidden(tokens)
     finally:
         for path, each in reversed(watched.items()):
             put(model, path, each.module)
-    return watched
+    return last, watched
 
 
 def activations(model: Model, tokens: Array) -> Iterator[tuple[str, np.ndarray]]:
     """Logits and hidden states of the last tokens, as ``logits``, ``hidden.embed``, ``hidden.h.N``, ``hidden.ln_f``."""
-    seen = watch(model, tokens, [*(f"h.{n}" for n in range(model.config.n_layer)), "ln_f"])
-    yield "logits", host(model.head(seen["ln_f"]._gave[:, -KEPT:])[0])
+    last, seen = watch(model, tokens, [f"h.{n}" for n in range(model.config.n_layer)])
+    yield "logits", host(model.head(last[:, -KEPT:])[0])
     yield "hidden.embed", host(seen["h.0"]._given[0][0, -KEPT:])
     for path, each in seen.items():
         yield f"hidden.{path}", host(each._gave[0, -KEPT:])
+    yield "hidden.ln_f", host(last[0, -KEPT:])
 
 
 class Inside:
@@ -90,7 +91,7 @@ class Inside:
 
     def __init__(self, model: Model, ids: np.ndarray):
         self.model, layers = model, range(model.config.n_layer)
-        self._seen = watch(
+        _, self._seen = watch(
             model, mx.array(ids[None]), [f"h.{n}{part}" for n in layers for part in (".attn", ".mlp", "")]
         )
 

@@ -23,6 +23,7 @@ from mlxgpt.common import backend, tf32
 from mlxgpt.common.config import TrainConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference.probe import Request
+from mlxgpt.common.plan import measured
 from mlxgpt.common.runs.checkpoint import RunState
 from mlxgpt.common.train import resume
 from mlxgpt.probe import probe
@@ -127,6 +128,7 @@ def test_the_recipe_decides_before_a_framework_is_imported(
 
     monkeypatch.setenv(tf32.VARIABLE, "0" if expected == "1" else "1")  # the recipe's word counts
     monkeypatch.setattr(backend, "resolve", imports)
+    monkeypatch.setattr(measured, "look", imports)  # where plan starts the process that imports it
     Path("run").mkdir()
     Path("run/recipe.toml").write_text("[train]\ntf32 = true\n")
     with pytest.raises(Imported, match=expected):
