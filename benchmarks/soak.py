@@ -133,7 +133,7 @@ def segments(place: Path, minutes: float) -> dict[str, list[np.ndarray]]:
 
 def check(place: Path, found: dict[str, list[np.ndarray]]) -> list[str]:
     """What is wrong with the runs themselves: steps that are not all there, checkpoints that retention forgot."""
-    from mlxgpt.commands import runs as runs_command
+    from mlxgpt.commands.look import runs as runs_command
     from mlxgpt.common.folders import resolve
 
     wrong = []

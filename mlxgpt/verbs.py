@@ -152,7 +152,7 @@ VERBS = {
     ),
     "runs": Verb(
         "list runs: status, best loss, size, age",
-        "mlxgpt.commands.runs:list_command",
+        "mlxgpt.commands.look.runs:list_command",
         arguments.runs,
         (
             "runs",
@@ -161,13 +161,13 @@ VERBS = {
     ),
     "runs check": Verb(
         "check every file of a run against its checksums",
-        "mlxgpt.commands.runs:check_command",
+        "mlxgpt.commands.look.runs:check_command",
         arguments.runs_check,
         ("runs check runs/first",),
     ),
     "diagnose": Verb(
         "why a run's loss is bad: each reason with its number and what to change",
-        "mlxgpt.commands.diagnose:diagnose_command",
+        "mlxgpt.commands.look.diagnose:diagnose_command",
         arguments.diagnose,
         (
             "diagnose runs/first",
@@ -176,7 +176,7 @@ VERBS = {
     ),
     "report": Verb(
         "write one page about runs: curves, settings, samples",
-        "mlxgpt.commands.report:report_command",
+        "mlxgpt.commands.look.report:report_command",
         arguments.report,
         (
             "report runs/first",
@@ -216,7 +216,7 @@ VERBS = {
     ),
     "inspect": Verb(
         "show what is inside a model on a text: losses, attention, logit lens",
-        "mlxgpt.commands.inspect:inspect_command",
+        "mlxgpt.commands.look.inspect:inspect_command",
         arguments.inspect,
         (
             "inspect runs/first --text 'Return a list of the names'",

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxgpt.commands import runs as runs_command
+from mlxgpt.commands.look import runs as runs_command
 from mlxgpt.common.folders import model_folder, resolve, tensors
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build

@@ -274,7 +274,7 @@ def report() -> Figures:
     """The page of 10,000 steps: lines parsed, and calls beyond those of a page of 1,000."""
     from test_report import make_run
 
-    from mlxgpt.commands import report
+    from mlxgpt.commands.look import report
     from mlxgpt.common.runs import summary as run_summary
 
     def show(run: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.commands import report
+from mlxgpt.commands.look import report
 from mlxgpt.common.evaluate import diagnose, ngrams
 from mlxgpt.common.plan.budget import BESIROGLU, HOFFMANN
 from mlxgpt.common.recipes import build, to_toml

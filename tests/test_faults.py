@@ -18,7 +18,7 @@ import pytest
 from fake_train import child, losses, tree, weights
 
 from mlxgpt import cli
-from mlxgpt.commands import runs as runs_command
+from mlxgpt.commands.look import runs as runs_command
 from mlxgpt.common import backend
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import resolve

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlxgpt import cli
-from mlxgpt.commands import report
+from mlxgpt.commands.look import report
 from mlxgpt.common.recipes import build, to_toml
 from mlxgpt.common.runs import plots, samples
 from mlxgpt.common.runs import summary as run_summary

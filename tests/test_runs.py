@@ -10,7 +10,7 @@ import pytest
 from test_report import make_run
 
 from mlxgpt import cli
-from mlxgpt.commands import runs as runs_command
+from mlxgpt.commands.look import runs as runs_command
 from mlxgpt.common.batch import State
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params
