@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from typing import Any
 
 
 def _positive(text: str) -> int:
@@ -66,6 +67,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_positive, metavar="N", help="sequences in an update")
 
 
+class _Once(argparse.Action):
+    """Given twice, a flag is an error: argparse would take the last one and say nothing."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if (first := getattr(namespace, self.dest)) is not None:
+            raise argparse.ArgumentError(self, f"{first} and {values}: expected one")
+        setattr(namespace, self.dest, values)
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name, or a .toml file; default: pydocs")
@@ -93,7 +103,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
     add(
         "-m", "--model", metavar="DIR", help="instead: full training of a run, a checkpoint, a model folder or a hub id"
     )
-    add("-d", "--data", metavar="PATH", help="with --model: plan fine-tuning on this data")
+    add("-d", "--data", action=_Once, metavar="PATH", help="with --model: plan fine-tuning on this data")
     add("--method", choices=["lora", "dora", "full"], help="fine-tuning method; default with --data: lora")
     add("-n", "--steps", type=_positive, metavar="N", help="length of the learning-rate schedule")
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
@@ -117,7 +127,8 @@ def plan(parser: argparse.ArgumentParser) -> None:
 def finetune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", "--model", metavar="DIR", help="the model to fine-tune: a run, a checkpoint, a model folder or a hub id")
-    add("-d", "--data", metavar="PATH", help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")
+    add("-d", "--data", action=_Once, metavar="PATH",
+        help="pydocs-qa, a folder with train.jsonl, or a .jsonl .json .csv .parquet")  # fmt: skip
     add("-o", "--out", metavar="DIR", help="the run folder to make; default: runs/DATA-METHOD")
     add("--method", choices=["lora", "dora", "full"], help="train low-rank adapters or all weights; default: lora")
     add("--rank", type=_positive, metavar="N", help="rank of the adapter; default: 8")
@@ -195,7 +206,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_adapter(parser)
     add = parser.add_argument
-    add("-d", "--data", required=True, metavar="PATH",
+    add("-d", "--data", action=_Once, required=True, metavar="PATH",
         help="a text or .jsonl file, shards, a flat .bin, or fine-tuning examples")  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="key or column that holds the text; default: text")
     add(

@@ -137,6 +137,12 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture, code: int = 2) -> s
     return err
 
 
+@pytest.mark.parametrize("argv", [["finetune", "-m", "m"], ["eval", "-m", "m"], ["plan", "-m", "m"]])
+def test_data_given_twice_is_refused(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+    said = error_of([*argv, "--data", "a.jsonl", "--data", "b.jsonl"], capsys)
+    assert "a.jsonl and b.jsonl: expected one" in said
+
+
 @pytest.mark.parametrize("name", sorted(cli.VERBS))
 def test_the_pinned_flags_are_there(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
