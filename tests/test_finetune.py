@@ -12,7 +12,7 @@ import pytest
 
 from mlxgpt import cli
 from mlxgpt.common.folders import adapter_folder, model_folder, resolve
-from mlxgpt.common.model import params
+from mlxgpt.common.model import params, quantize_base
 from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics
 from mlxgpt.common.tokenizers import load as tokenizer
@@ -241,6 +241,19 @@ def test_a_quantized_base_trains_as_its_dequantized_self(at: Path, capsys: pytes
     assert np.abs(losses("never") - losses("folder")).max() <= 1e-4
     assert np.abs(losses("plain") - losses("folder")).max() > 1e-4
     assert go("whole", "--method", "full", model="llama-4bit", steps=6) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resumed_base_with_another_rounding_for_want_of_memory_is_said(
+    backend: str, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = f"room-{backend}", ["--set", "adapter.bits=4", "--set", "adapter.group_size=32"]
+    assert go(run, *words, "--stop-after", "1", "--backend", backend, steps=3) == 0
+    assert cli.main(["finetune", "--resume", run, "--stop-after", "2", "--backend", backend]) == 0
+    assert "another environment" not in capsys.readouterr().out
+    monkeypatch.setattr(quantize_base, "_SHARE", 0.0)
+    assert cli.main(["finetune", "--resume", run, "--backend", backend]) == 0
+    assert "at step 2 (base dequantized -> quantized): not bit-equal" in capsys.readouterr().out
 
 
 def test_an_adapter_is_trained_on(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

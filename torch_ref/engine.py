@@ -62,6 +62,7 @@ class Engine:
         self.model.requires_grad_(False)
         parameters.check(adapter_params.shapes(recipe), params)
         base, self.note = quantize_base.prepare(recipe, params, devices.room(self.device))
+        self._base = quantize_base.environment(base, self.note)
         for name, each in base.items():
             path, _, kind = name.rpartition(".")
             if isinstance(each, Quantized):
@@ -227,4 +228,4 @@ class Engine:
 
     def describe(self) -> dict[str, str]:
         """The parts of the environment key that the framework knows."""
-        return {**devices.describe(self.device), "compiled": str(self.compiled)}
+        return {**devices.describe(self.device), "compiled": str(self.compiled), **self._base}

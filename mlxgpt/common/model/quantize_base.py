@@ -75,3 +75,13 @@ def widen(
     for name in rest:
         made[name] = found[name].dequantize()
     return made, f"{what} dequantized once, {size / 2**20:,.0f} MiB: a CPU computes faster so"
+
+
+def environment(base: Mapping[str, np.ndarray | Quantized], note: str) -> dict[str, str]:
+    """The part of the environment key that ``prepare`` decides: how a quantized base's products are rounded.
+
+    ``note``: the line of ``prepare``; empty where nothing was quantized, and then there is no part.
+    """
+    if not note:
+        return {}
+    return {"base": "quantized" if any(isinstance(each, Quantized) for each in base.values()) else "dequantized"}

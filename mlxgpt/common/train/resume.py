@@ -175,7 +175,7 @@ def say_environment(
     differ = [
         f"{key} {before.get(key, '-')} -> {after.get(key, '-')}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and (key != "base" or key in before)  # earlier versions did not say it
     ]
     near = "but within 2e-5 of its losses (float32 on CPU)"
     if now or before.get("tf32") == "on":
