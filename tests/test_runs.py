@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from test_report import make_run
 
+import mlxgpt
 from mlxgpt import cli
 from mlxgpt.commands.look import runs as runs_command
 from mlxgpt.common.batch import State
@@ -117,3 +120,20 @@ def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["runs", str(tmp_path / "none")]) == 2
     assert cli.main(["runs", str(tmp_path)]) == 0
     assert "no runs" in capsys.readouterr().out
+
+
+def test_asking_for_the_commit_writes_nothing_into_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "package" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    os.utime(file, (1, 1))  # status would refresh the index
+    monkeypatch.setattr(mlxgpt, "__file__", str(file))
+    index = (tmp_path / ".git" / "index").read_bytes()
+    found = run_folder._commit()
+    assert len(found["commit"]) == 40 and found["dirty"] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == index

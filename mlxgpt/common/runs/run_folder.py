@@ -183,9 +183,9 @@ def _commit() -> dict[str, Any]:
         return made
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         for key, command in (("commit", ["rev-parse", "HEAD"]), ("dirty", ["status", "--porcelain", "-uno"])):
-            done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=True
-            )
+            # without the lock that status takes to refresh the index: a run that is killed would leave it behind
+            git = ["git", "--no-optional-locks", "-C", str(root), *command]
+            done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
             made[key] = bool(done.stdout) if key == "dirty" else done.stdout.strip()
     return made
 
