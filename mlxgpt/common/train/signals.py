@@ -43,8 +43,8 @@ class Signals:
 
     Without ``ends`` it does what it did before: KeyboardInterrupt, which a notebook survives.
 
-    The operating system handles the second one, so it works inside a long step too. It cannot harm a run: what is
-    being written at that moment is a hidden file beside the complete ones.
+    The operating system handles the second one, from the moment that the call into the framework which the first one
+    met has returned. It cannot harm a run: what is being written then is a hidden file beside the complete ones.
     """
 
     def __init__(self, ends: bool = True) -> None:
