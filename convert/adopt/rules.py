@@ -1,0 +1,72 @@
+"""What an adoption is made of: rules from their tensors to ours, and the choices that no rule can say.
+
+Ours are the names and shapes of params.table for a model whose matrices are not fused (fused_qkv and fused_mlp off): q,
+k, v, gate and up are pieces of their own. ``landing`` fuses them again where the architecture that is written does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ROPES = ("halves", "pairs", "halves reversed", "pairs reversed")
+"""How their rope pairs the dimensions of a head (halves: i with i + d / 2; pairs: 2 i with 2 i + 1), and which way."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of theirs, or one a block or head, as pieces of ours.
+
+    ``axes`` says how it lies, outermost first, as einops writes it: o out, i in, h heads, d head_dim, n blocks, p the
+    pieces of ``to`` (equal, or sized as ours are), g groups of grouped heads, 1 an axis of one. "" is as ours lie.
+    """
+
+    theirs: str  # {n} is the block, {h} the head
+    to: tuple[str, ...]  # our names, {n} the block, in the order in which the pieces lie
+    axes: str = ""
+    sure: str = "sure"  # sure, likely or guess
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Map:
+    """Everything that takes their state dict to a model here, and back."""
+
+    rules: tuple[Rule, ...]
+    model: Mapping[str, Any]  # fields of ModelConfig that are known
+    left: Mapping[str, str] = field(default_factory=dict)  # their name with {n} -> why it is no weight (a buffer)
+    rope: str = "halves"  # of ROPES: rows of q and k, and their norms, are reordered by it
+    under: tuple[str, ...] = ()  # keys under which the state dict lies in the file
+    prefix: str = ""  # what every name begins with, and the rules leave out
+
+
+@dataclass(frozen=True)
+class Option:
+    """One answer to a choice: the fields it sets, the rules it replaces (by ``theirs``), the pairing of rope."""
+
+    label: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    rope: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What neither names nor shapes say; the likeliest option is first."""
+
+    name: str  # n_head, activation, norm_eps, or "layout of blocks.{n}.attn.qkv.weight"
+    options: tuple[Option, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What names and shapes say: a map that is complete but for ``choices``, of which it holds the first options."""
+
+    map: Map
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...] = ()
+
+
+def chosen(proposal: Map, options: tuple[Option, ...]) -> Map:
+    """The map with these options taken."""
+    raise NotImplementedError
