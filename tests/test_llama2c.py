@@ -16,7 +16,7 @@ from compare import agree
 import mlxgpt.load
 import torch_ref.load
 from convert import convert, open_model
-from convert.formats import llama2c_tokenizer
+from mlxgpt.common.tokenizers.foreign import llama2c as llama2c_tokenizer
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.formats import llama2c_tokenizer
+from mlxgpt.common.tokenizers.foreign import llama2c as llama2c_tokenizer
 from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.stream import Output, plain

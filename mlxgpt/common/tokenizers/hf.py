@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import separator
-from mlxgpt.common.tokenizers.fast_bpe import FastBPE
+from mlxgpt.common.tokenizers.fast_bpe import FastBPE, bytes_of_characters
 from mlxgpt.common.tokenizers.folder import pipelines, sp_model, specification
 from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
@@ -254,6 +254,11 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def made_of_bytes() -> JsonTokenizer:
+    """The tokenizer whose ids are the bytes of the text in UTF-8."""
+    return made(_byte_level(models.BPE(vocab=bytes_of_characters(), merges=[])), {"add_prefix_space": False})
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
