@@ -1,4 +1,4 @@
-"""A decoder of any choices on given tokens, in MLX on the CPU: ``adopt`` tries hundreds of them, see convert/adopt."""
+"""A decoder of any choices on given tokens, in MLX on the CPU: convert/adopt tries hundreds of them."""
 
 from collections.abc import Mapping
 
@@ -42,7 +42,8 @@ class Trials:
         for name, given in weights.items():
             module, _, kind = name.rpartition(".")
             setattr(model.at(module), kind, self.array(name, given))
-        return model.eval()
+        model.eval()
+        return model
 
     def run(
         self, config: ModelConfig, weights: Mapping[str, np.ndarray], ids: np.ndarray, hidden: bool = False

@@ -1,4 +1,4 @@
-"""A decoder of any choices on given tokens, in PyTorch on the CPU: ``adopt`` tries hundreds of them, see convert/adopt."""
+"""A decoder of any choices on given tokens, in PyTorch on the CPU: convert/adopt tries hundreds of them."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,8 @@ class Trials:
         for name, given in weights.items():
             module, _, kind = name.rpartition(".")
             getattr(model.at(module), kind).data = self.array(name, given)
-        return model.eval()
+        model.eval()
+        return model
 
     @torch.no_grad()
     def run(
