@@ -12,7 +12,12 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.ends import generation_ends, union
 from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_files, read_json
 
-_PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe", "merges.txt": "vocab.json", "vocab.bpe": "encoder.json"}
+_PAIRS = {
+    "vocab.json": "merges.txt",
+    "encoder.json": "vocab.bpe",
+    "merges.txt": "vocab.json",
+    "vocab.bpe": "encoder.json",
+}
 KINDS = ("char", "bpe", "sp-bpe", "sp-unigram")
 
 

@@ -1,5 +1,6 @@
 """A tokenizer in a file that is not Hugging Face's, or of a name: tables, ranks, minbpe's, llama2.c's, tiktoken's."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,11 @@ def read(path: Path, rows: int | None = None) -> Tokenizer | None:
             return minbpe.read(path) if file.read(len(minbpe.FIRST)) == minbpe.FIRST else None
     if path.suffix == ".json":
         values = _json(path)
-        return None if isinstance(values, dict) and isinstance(values.get("model"), dict) else of_values(values, path, rows)
+        return (
+            None
+            if isinstance(values, dict) and isinstance(values.get("model"), dict)
+            else of_values(values, path, rows)
+        )
     return None
 
 
@@ -54,7 +59,7 @@ def of_values(values: Any, path: Path, rows: int | None) -> Tokenizer:
     Raises:
         UserError: none is among them.
     """
-    if isinstance(values, plain.Named) and isinstance(values.state, Mapping):
+    if isinstance(values, plain.Named):
         return _of_encoding(values.state, path)
     split = values.get("split") if isinstance(values, Mapping) else None
     found = find.table(values, str(path), rows)
@@ -66,22 +71,40 @@ def of_values(values: Any, path: Path, rows: int | None) -> Tokenizer:
     return tables.tokenizer(found, rows)
 
 
-def _of_encoding(state: Mapping, path: Path) -> Tokenizer:
-    """A pickled tiktoken.Encoding, as nanochat's tokenizer.pkl is: plain values under its class's name."""
+def _of_encoding(state: Any, path: Path) -> Tokenizer:
+    """A pickled tiktoken.Encoding, as nanochat's tokenizer.pkl is: plain values, or a name, under its class's name."""
+    if isinstance(state, str) and state in ranks.NAMES:
+        return ranks.named(state)
+    state = state if isinstance(state, dict) else {}
     merged, pattern, special = (state.get(name) for name in ("mergeable_ranks", "pat_str", "special_tokens"))
-    whole = isinstance(merged, dict) and isinstance(pattern, str) and isinstance(special, dict)
-    if not whole or not all(isinstance(key, bytes) for key in merged) or not all(isinstance(k, str) for k in special):
-        raise UserError(f"{path}: a {plain.ENCODING} without mergeable_ranks, pat_str or special_tokens")
-    return ranks.of_ranks(merged, pattern, special, str(path))
+    if (
+        isinstance(pattern, str)
+        and isinstance(merged, dict)
+        and isinstance(special, dict)
+        and all(isinstance(token, bytes) for token in merged)
+        and all(isinstance(text, str) for text in special)
+    ):
+        return ranks.of_ranks(merged, pattern, special, str(path))
+    raise UserError(f"{path}: a {plain.ENCODING} without mergeable_ranks, pat_str or special_tokens")
 
 
 def _json(path: Path) -> Any:
     if path.stat().st_size > _LONGEST:
         raise UserError(f"{path}: {path.stat().st_size} bytes, expected at most {_LONGEST}")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=functools.partial(_each_once, path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def _each_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a .json file; of a key that is there twice json would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{path}: {tables.shown(twice)} is there twice: expected each entry once")
+    return found
 
 
 def _lines(path: Path) -> tables.Table:

@@ -17,11 +17,20 @@ _MOST = 1 << 23  # opcodes
 ENCODING = "tiktoken.core.Encoding"
 
 _LITERAL = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
-    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
-)
+_VALUES = frozenset((
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+))  # fmt: skip
 _LEFT_OUT = ("torch._utils._rebuild_", "torch.Size", "torch.device", "torch.storage.")
+# what makes an object of a class, which is refused by its own name
+_HARMLESS = (
+    "collections.OrderedDict",
+    ENCODING,
+    "copyreg.__newobj__",
+    "copyreg._reconstructor",
+    "copy_reg._reconstructor",
+)
 _SAY = "expected dicts, lists, texts and numbers: json.dump them into a .json file and give that"
 
 
@@ -124,7 +133,7 @@ class _Machine:
         return UserError(f"{self._path}: holds {' '.join(what.split())[:200]}, code that is not run: {_SAY}")
 
     def _named(self, name: str) -> Named:
-        allowed = name.startswith(_LEFT_OUT) or name in ("collections.OrderedDict", ENCODING, "copyreg.__newobj__")
+        allowed = name.startswith(_LEFT_OUT) or name in _HARMLESS
         # the kind of a tensor's storage, or its type: torch.FloatStorage, torch.float32
         if not allowed and not (name.startswith("torch.") and name.count(".") == 1):
             raise self._refused(name)
@@ -234,10 +243,10 @@ class _Machine:
             raise self._refused(f"the state of a {_kind(place)}")
 
 
-_STEPS = frozenset(
-    "MARK POP POP_MARK DUP LIST TUPLE FROZENSET DICT APPEND APPENDS ADDITEMS SETITEM SETITEMS STACK_GLOBAL BINPERSID "
-    "REDUCE NEWOBJ BUILD".split()
-)
+_STEPS = frozenset((
+    "MARK", "POP", "POP_MARK", "DUP", "LIST", "TUPLE", "FROZENSET", "DICT", "APPEND", "APPENDS", "ADDITEMS",
+    "SETITEM", "SETITEMS", "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+))  # fmt: skip
 
 
 def _kind(value: Any) -> str:

@@ -6,7 +6,6 @@ own. A token that its bytes do not end as is only ever a whole word: ``ignore_me
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,8 +49,10 @@ _GPT2_SPELLINGS = frozenset((
 ))  # fmt: skip
 _TRIED = (
     *PROBE,
-    "I'Ve we'LL it'\u017f can'T 12345678 1,234.5 x=[a-b]//c\r\n\r\n\t\tfoo\n  bar  \n\n \u00c9T\u00c9 \u01c5x HTTPServer",
-    "camelCase \u4f60\u597d123\u4e16\u754c\uff01\uff01 a\u0301\u0327b  'tis \u2028\u2029 \u0660\u0661\u0662\u0663 /path/to\n/x \n ",
+    "I'Ve we'LL it'\u017f can'T 12345678 1,234.5 x=[a-b]//c\r\n\r\n\t\tfoo\n  bar  \n\n \u00c9T\u00c9",
+    "\u01c5x HTTPServer ",
+    "camelCase \u4f60\u597d123\u4e16\u754c\uff01\uff01 a\u0301\u0327b  'tis \u2028",
+    "\u2029 \u0660\u0661\u0662\u0663 /path/to\n/x \n ",
 )
 
 
@@ -70,8 +71,8 @@ def named(name: str) -> JsonTokenizer:
     except Exception as error:
         # whatever its download raises
         raise UserError(
-            f"{name}: not in tiktoken's cache, nor to be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
-            f"the cache of a machine that has it, or give {name}.tiktoken or a tokenizer.json"
+            f"{name}: not in tiktoken's cache, nor to be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
+            f"to the cache of a machine that has it, or give {name}.tiktoken or a tokenizer.json"
         ) from None
     return of_ranks(found._mergeable_ranks, found._pat_str, found._special_tokens, f"tiktoken's {name}")
 
@@ -95,7 +96,9 @@ def read(path: Path) -> JsonTokenizer:
             first, second = line.split()
             token, rank = base64.b64decode(first, validate=True), int(second)
         except ValueError:
-            raise UserError(f"{path} line {number}: {shown(line[:60])}: expected base64 of a token and its rank") from None
+            raise UserError(
+                f"{path} line {number}: {shown(line[:60])}: expected base64 of a token and its rank"
+            ) from None
         if token in ranks:
             raise UserError(f"{path} line {number}: {shown(token)} is there twice")
         ranks[token] = rank
@@ -103,8 +106,8 @@ def read(path: Path) -> JsonTokenizer:
     name = last if last in _FILES else next((name for name, facts in _FILES.items() if facts[1] == len(ranks)), None)
     if name is None:
         raise UserError(
-            f"{path}: {len(ranks)} ranks, and nothing that says how a text is split: expected a file's name with one of "
-            f"{', '.join(_FILES)} at its end, as {path.stem}.cl100k_base.tiktoken"
+            f"{path}: {len(ranks)} ranks, and nothing that says how a text is split: expected a file's name with one "
+            f"of {', '.join(_FILES)} at its end, as {path.stem}.cl100k_base.tiktoken"
         )
     pattern, count, special = _FILES[name]
     return of_ranks(ranks, pattern, special if len(ranks) == count else {}, str(path))
@@ -130,7 +133,9 @@ def of_ranks(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int
         raise UserError(f"{where}: not what tiktoken runs: {' '.join(str(error).split())[:200]}") from None
     for text, ids in zip(_TRIED, theirs, strict=True):
         if result.encode(text) != ids:
-            raise UserError(f"{where}: `tokenizers` splits {shown(text)} otherwise than {shown(pattern)}: not read here")
+            raise UserError(
+                f"{where}: `tokenizers` splits {shown(text)} otherwise than {shown(pattern)}: not read here"
+            )
     return result
 
 
@@ -221,5 +226,5 @@ def backend_of(
 
 def _translated(pattern: str) -> str:
     """An expression as `tokenizers` reads it: there {1,3}+ is a repetition, and $ is the end of a line."""
-    without = re.sub(r"(?<!\\)([?*+}])\+", r"\1", pattern)
+    without = re.sub(r"(?<!\\)([?*+]|\{\d+(?:,\d*)?\})\+", r"\1", pattern)
     return re.sub(r"(?<!\\)\$", r"\\z", without)

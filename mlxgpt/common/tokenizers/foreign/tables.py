@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
@@ -40,7 +40,6 @@ class Table:
     texts: Mapping[int, str]
     where: str  # for messages: "meta.pkl: itos"
     split: str | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def of_value(value: Any, where: str, split: str | None = None) -> Table | None:
@@ -123,7 +122,7 @@ def tokenizer(table: Table, rows: int | None = None) -> CharTokenizer | JsonToke
     if split not in SPLITS:
         raise UserError(f"{table.where}: split {shown(split)}: expected one of {', '.join(SPLITS)}")
     gaps = sorted(set(range(largest + 1)) - set(texts))
-    notes = [f"{table.where}: {len(texts)} entries, split into {split}", *table.notes]
+    notes = [f"a text is split into {split}"] if split != "characters" else []
     if split == "characters" and not several and not gaps:
         result = CharTokenizer("".join(texts.values()))
     else:
@@ -163,10 +162,7 @@ def roles(marks: Iterable[str]) -> dict[str, str]:
 def _of_words(texts: Mapping[int, str], split: str, notes: list[str]) -> JsonTokenizer:
     """A WordLevel tokenizer: every entry is a word, and a mark a special token."""
     marks = [text for text in texts.values() if is_special(text)]
-    named: dict[str, str] = {}
-    for text in marks:
-            if role:
-            named.setdefault(role, text)
+    named = roles(marks)
     unknown = named.get("unk_token")
     ids = {text: i for i, text in texts.items()}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab=ids, unk_token=unknown or "<unk>"))
