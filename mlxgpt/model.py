@@ -320,7 +320,7 @@ class Model(nn.Module):
         if self._config.tied:
             logits = self.wte.head(x)
             if self._config.has_bias("lm_head"):
-                logits = logits + self.lm_head.bias.astype(logits.dtype)
+                logits = logits + self.at("lm_head").bias.astype(logits.dtype)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         return finish(logits, self._config.logit_scale, self._config.final_softcap)
