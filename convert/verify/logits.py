@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.adopt.evidence import log_softmax
 from convert.verify.processes import GREEDY, Runs
 from convert.verify.report import Checked, Figure, Report, worst
 from mlxgpt.common.inference.probe import SCALES, spell
@@ -92,12 +93,6 @@ def _logits(pair: Pair, what: str, gate: float, a: np.ndarray, b: np.ndarray) ->
         kl = float((np.exp(p) * (p - q)).sum(axis=-1).mean())
         top1 = float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
     return Figure("logits", pair.name, what, value, gate, mean, kl, top1, where)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def compare_activations(pair: Pair, floors: Floors, report: Report) -> None:
