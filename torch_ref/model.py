@@ -17,7 +17,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params, rotary
 from mlxgpt.common.model.sizes import describe
-from torch_ref import fast, inputs, noise
+from torch_ref import fast, inputs, noise, rope
 from torch_ref.layers import Array, Dropout, Embedding, Linear, Norm, finish
 
 Mask = Array | str | fast.BlockMask | None
@@ -272,11 +272,6 @@ class Model(nn.Module):
 
     checks = True
 
-    _cos: Array
-    _sin: Array
-    _cos_local: Array
-    _sin_local: Array
-
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 1337):
         super().__init__()
         if not config.vocab_size:
@@ -286,10 +281,11 @@ class Model(nn.Module):
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
         else:
-            for kind, local in (("", False), ("_local", True)):
-                cos, sin = (torch.from_numpy(table) for table in rotary.tables(config, local))
-                self.register_buffer(f"_cos{kind}", cos, persistent=False)
-                self.register_buffer(f"_sin{kind}", sin, persistent=False)
+            self._rope: list[list[str]] = [[], []]
+            for local, names in zip((False, True), self._rope, strict=True):
+                for table in rotary.tables(config, local):
+                    names.append(f"_rope_{local:d}_{len(names)}")
+                    self.register_buffer(names[-1], torch.from_numpy(table), persistent=False)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
         if config.labels:
@@ -382,11 +378,11 @@ class Model(nn.Module):
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
 
-    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
+    def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
-        tables = (self._cos_local, self._sin_local) if local else (self._cos, self._sin)
-        cos, sin = (table[positions].to(self._dtype) for table in tables)
-        return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
+        tables = [getattr(self, name) for name in self._rope[local]]
+        cos, sin = (each.to(self._dtype) for each in rope.turn(self._config, tables, positions, lengths))
+        return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 
     def hidden(
         self,
@@ -398,10 +394,12 @@ class Model(nn.Module):
         drop: Dropout | None = None,
         recompute: bool = False,
         inside: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
 
-        ``inside`` (B, T) is False where a token is to count as NaN.
+        ``inside`` (B, T) is False where a token is to count as NaN. ``lengths`` (B, 1) of the whole sequences, where
+        the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
@@ -428,7 +426,11 @@ class Model(nn.Module):
         if config.position == "learned":
             x = x + self.wpe(positions)
         else:
-            ropes = {local: self.rope(positions, local) for local in masks}
+            if not rotary.by_length(config):
+                lengths = None
+            elif lengths is None:
+                lengths = rope.lengths(positions, segments)
+            ropes = {local: self.rope(positions, local, lengths) for local in masks}
         x = x.to(self._dtype)
         if config.embed_scale:
             x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype)
@@ -438,10 +440,10 @@ class Model(nn.Module):
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = partial(checkpoint, block, use_reentrant=False) if recompute else block, n in windows
-            rope = None if n in config.no_rope else ropes.get(local)
+            turn = None if n in config.no_rope else ropes.get(local)
             site = 1 + noise.SITES * n
             keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
-            x = run(x, masks[local], rope, cache[n] if cache else None, keys)
+            x = run(x, masks[local], turn, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:
