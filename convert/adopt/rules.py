@@ -4,6 +4,7 @@ Ours are the names and shapes of params.table for a model whose matrices are not
 k, v, gate and up are pieces of their own. ``landing`` fuses them again where the architecture that is written does.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +13,34 @@ ROPES = ("halves", "pairs", "halves reversed", "pairs reversed")
 """How their rope pairs the dimensions of a head (halves: i with i + d / 2; pairs: 2 i with 2 i + 1), and which way."""
 
 
+_COUNTED = re.compile(r"\{(\d*)([nh])(?:\+(\d+))?\}")
+
+
+def named(pattern: str, n: int = 0, h: int = 0) -> str:
+    """The name that ``pattern`` stands for: {n}, {n+1}, {2n} and {2n+1} of block n, {h} of head h, both from 0."""
+
+    def number(found: re.Match[str]) -> str:
+        times, letter, more = found.groups()
+        return str(int(times or 1) * (n if letter == "n" else h) + int(more or 0))
+
+    return _COUNTED.sub(number, pattern)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One tensor of theirs, or one a block or head, as pieces of ours.
 
     ``axes`` says how it lies, outermost first, as einops writes it: o out, i in, h heads, d head_dim, n blocks, p the
     pieces of ``to`` (equal, or sized as ours are), g groups of grouped heads, 1 an axis of one. "" is as ours lie.
+    Ours are ``o i``, where o of q, k and v is ``(h d)`` with the piece's own heads, and i of attn.c_proj is ``(h d)``:
+
+        i o          transposed               (p o) i      fused, q then k then v       o, (p o), h d   their biases
+        h i d        a kernel of einsum       (h p d) i    fused, head by head          p i h d         q, k, v stacked
+        h d o        the same of c_proj       (g p d) i    for each key head: its query heads, k, v     1 o i
+        n o i        all blocks in one        d i          one head's, where ``theirs`` has {h}
     """
 
-    theirs: str  # {n} is the block, {h} the head
+    theirs: str  # {n} is the block, {h} the head; {n+1} counts from one, {2n} and {2n+1} take turns: see ``named``
     to: tuple[str, ...]  # our names, {n} the block, in the order in which the pieces lie
     axes: str = ""
     sure: str = "sure"  # sure, likely or guess
