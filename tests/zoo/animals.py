@@ -132,7 +132,9 @@ def save(spec: Spec, folder: Path, whole: dict[str, np.ndarray]) -> Path:
     if spec.file == "pt nested":
         path = folder / "ckpt.pt"
         weights = [tensors[key] for key in laid_out(spec)]
-        groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": [*range(len(weights))]}]
+        groups = [
+            {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": [*range(len(weights))]}
+        ]
         moments = {
             n: {"step": torch.tensor(7.0), "exp_avg": w.float() * 0.01, "exp_avg_sq": w.float() ** 2 * 0.001}
             for n, w in enumerate(weights)

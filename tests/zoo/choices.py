@@ -183,11 +183,11 @@ IDS = [(name, value) for name, values in VALUES.items() for value in values]
 def together() -> np.ndarray:
     """(values, values): whether two values of different choices may meet, some value of each other choice with them."""
     fits = np.array([[a != b and sensible({a: x, b: y}) for b, y in IDS] for a, x in IDS])
-    groups = [np.array([n for n, (name, _) in enumerate(IDS) if name == choice]) for choice in VALUES]
     whole = fits.copy()
-    for n, m in zip(*np.nonzero(fits), strict=True):
-        others = [g for g in groups if n not in g and m not in g]
-        whole[n, m] = all((fits[n, g] & fits[m, g]).any() for g in others)
+    for choice in VALUES:
+        of_it = np.array([name == choice for name, _ in IDS])
+        common = fits[:, of_it].astype(int) @ fits[of_it] > 0
+        whole &= common | of_it[:, None] | of_it
     return whole
 
 
@@ -199,7 +199,7 @@ def animals() -> list[Spec]:
     while missing.any():
         tries = []
         n, m = np.argwhere(missing)[0]
-        for _ in range(10):
+        for _ in range(4):
             row = [n, m]
             rest = [choice for choice in VALUES if choice not in (IDS[n][0], IDS[m][0])]
             dice.shuffle(rest)

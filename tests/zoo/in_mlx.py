@@ -29,7 +29,8 @@ class Home(nn.Module):
     def __call__(self, ids: mx.array) -> tuple[mx.array, mx.array]:
         """Logits (T, V) and stream (L + 1, T, C) of ids (T,)."""
         s = self._spec
-        p = {path: value.astype(mx.float32) for path, value in tree_flatten(self.parameters())}
+        held: Any = tree_flatten(self.parameters())
+        p = {path: value.astype(mx.float32) for path, value in held}
         table = p[name(s, "tok", "w")]
         x = table[ids] * (s.C**0.5 if s.embed == "sqrt(C)" else 1.0)
         T = ids.shape[0]

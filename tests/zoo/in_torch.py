@@ -72,7 +72,9 @@ class Home(Tree):
         s = self.spec
         B, T, _ = x.shape
         if s.qkv == "einsum":
-            rule = "bte,hed->bhtd" if s.style == "lens" else "bte,hde->bhtd" if s.matrix == "out in" else "bte,ehd->bhtd"
+            rule = (
+                "bte,hed->bhtd" if s.style == "lens" else "bte,hde->bhtd" if s.matrix == "out in" else "bte,ehd->bhtd"
+            )
             made = []
             for role in "qkv":
                 w, b = self.got(role, "w", n), self.got(role, "b", n)
@@ -124,7 +126,9 @@ class Home(Tree):
         k, v = (y.repeat_interleave(s.H // s.K, dim=1) for y in (k, v))
         mask = torch.full((T, T), -torch.inf).triu(1)
         if s.position == "alibi":
-            mask = mask - torch.tensor(slopes(s.H)).view(-1, 1, 1) * (torch.arange(T).view(-1, 1) - torch.arange(T)).abs()
+            mask = (
+                mask - torch.tensor(slopes(s.H)).view(-1, 1, 1) * (torch.arange(T).view(-1, 1) - torch.arange(T)).abs()
+            )
         y = ((q @ k.transpose(-2, -1)) * s.multiplier + mask).softmax(-1) @ v
         if s.qkv == "einsum":
             rule = "bhtd,hde->bte" if s.style == "lens" or s.matrix == "in out" else "bhtd,ehd->bte"

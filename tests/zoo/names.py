@@ -145,7 +145,9 @@ def name(spec: Spec, role: str, leaf: str, n: int = 0, h: int = 0) -> str:
     if spec.qkv == "in_proj" and role == "qkv":
         within = style["o"].split(".")[0] if style["o"].startswith(("attn", "sa", "self", "attention")) else "0.fn"
         return f"{style['block'].format(n=n)}{within}.in_proj_{'weight' if leaf == 'w' else 'bias'}"
-    kind = "E" if role in ("tok", "pos") else {"w": "G", "b": "S"}[leaf] if role in NORMS else {"w": "W", "b": "B"}[leaf]
+    kind = (
+        "E" if role in ("tok", "pos") else {"w": "G", "b": "S"}[leaf] if role in NORMS else {"w": "W", "b": "B"}[leaf]
+    )
     path = style[role].replace("*", style[kind])
     if role in IN_BLOCK:
         block = style["block"]

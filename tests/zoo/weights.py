@@ -155,7 +155,7 @@ def laid_out(spec: Spec) -> dict[str, np.ndarray]:
     return {key: np.ascontiguousarray(array).astype(DTYPES[spec.dtype]) for key, array in made.items()}
 
 
-def _attention(spec: Spec, leaf: str, n: int, q, k, v, put, lies) -> None:  # noqa: ANN001
+def _attention(spec: Spec, leaf: str, n: int, q, k, v, put, lies) -> None:
     """q, k and v of a block, each (heads, D, C), (heads, D) or None, as the animal keeps them."""
 
     def flat(*parts: np.ndarray) -> np.ndarray:
