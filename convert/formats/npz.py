@@ -28,7 +28,7 @@ from mlxgpt.common.model import families, params
 
 KIND = "folder"
 _FILE = "weights.npz"
-_KINDS = {"<f4": "F32", "<f2": "F16", "<V2": "BF16", "|V2": "BF16"}
+KINDS = {"<f4": "F32", "<f2": "F16", "<V2": "BF16", "|V2": "BF16"}
 _MAX_HEADER = 10_000
 # what zipfile raises for a broken archive, and numpy for the header of an array, which it reads as Python
 _DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, struct.error)
@@ -51,7 +51,7 @@ def read(path: Path) -> Opened:
     where = place / "config.json"
     values = read_json(where)
     config, extra = hf.read_values(values, str(where))
-    arrays = _arrays(place / _FILE)
+    arrays = read_arrays(place / _FILE)
     found = mlx_lm_folder.plain_names(place / _FILE, config, arrays)
     config = _with_head(place / _FILE, values, config, found)
     wanted, tensors = params.table(config), {}
@@ -91,8 +91,14 @@ def _with_head(place: Path, values: Mapping[str, Any], config: ModelConfig, foun
     return dataclasses.replace(config, tied=tied)
 
 
-def _arrays(path: Path) -> dict[str, Tensor]:
-    """Every array of the archive, by its name; headers are read and held against the archive's sizes."""
+def read_arrays(path: Path, kinds: Mapping[str, str] = KINDS) -> dict[str, Tensor]:
+    """Every array of an archive, by its name; headers are read and held against the archive's sizes.
+
+    ``kinds`` are the dtypes that it may have: numpy's spelling -> safetensors' name.
+
+    Raises:
+        UserError: the archive is damaged, or has an array of another dtype.
+    """
     made: dict[str, Tensor] = {}
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -101,7 +107,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
                 if name == info.filename or name in made or info.flag_bits & 1:
                     raise UserError(f"{path}: {info.filename}: expected one .npy of each name, not encrypted")
                 with archive.open(info) as member:
-                    dtype, shape, fortran, start = _npy_header(path, name, member)
+                    dtype, shape, fortran, start = _npy_header(path, name, member, kinds)
                 size = math.prod(shape) * DTYPES[dtype].itemsize
                 if start + size != info.file_size:
                     raise UserError(
@@ -113,16 +119,17 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     return made
 
 
-def _npy_header(path: Path, name: str, member: Any) -> tuple[str, tuple[int, ...], bool, int]:
+def _npy_header(path: Path, name: str, member: Any, kinds: Mapping[str, str]) -> tuple[str, tuple[int, ...], bool, int]:
     """dtype, shape, whether the first index runs fastest, and where the data starts."""
     version = np.lib.format.read_magic(member)
     reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if reader is None:
         raise UserError(f"{path}: {name}: .npy of version {version}, expected 1.0 or 2.0")
     shape, fortran, dtype = reader(member, max_header_size=_MAX_HEADER)
-    if dtype.str not in _KINDS:
-        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected float32, float16 or bfloat16")
-    return _KINDS[dtype.str], shape, fortran and len(shape) > 1, member.tell()
+    if dtype.str not in kinds:
+        expected = ", ".join(dict.fromkeys(kinds.values()))
+        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected one of {expected}")
+    return kinds[dtype.str], shape, fortran and len(shape) > 1, member.tell()
 
 
 def _tensor(

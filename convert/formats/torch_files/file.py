@@ -4,6 +4,7 @@ Nothing that a pickle names is ever run: ``weights_only``, and before that the z
 against the file's size. PyTorch reads and writes the structure alone; tensors pass one by one, in blocks.
 """
 
+import _compat_pickle
 import ctypes
 import io
 import math
@@ -22,6 +23,7 @@ import numpy as np
 
 from convert.formats import stream
 from convert.formats.opened import Options, Tensor
+from convert.formats.torch_files import records
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.model_folder import DTYPES
 from mlxgpt.common.folders.tensors import DTYPES as STORED
@@ -84,8 +86,36 @@ def _pickle(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return found[0]
 
 
-def load_file(path: Path) -> Any:
+def globals_in_pickle(path: Path) -> list[str]:
+    """The names of classes and functions in the pickle of a file of ``torch.save``, in its order; [] if damaged."""
+    found: dict[str, None] = {}
+    try:
+        with open(path, "rb") as file:
+            if is_legacy(path):
+                pickles = [file] * _LEGACY_PICKLES
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    pickles = [io.BytesIO(archive.read(_pickle(path, archive)))]
+            for each in pickles:
+                names = (str(name) for operation, name, _ in pickletools.genops(each) if operation.name == "GLOBAL")
+                found |= dict.fromkeys(map(_today, names))
+    except Exception:
+        # pickletools raises whatever it meets, see strings_in_pickle
+        return []
+    return list(found)
+
+
+def _today(name: str) -> str:
+    """A pickle's ``module name`` of protocol 2 as Python 3 has it."""
+    module, _, own = name.partition(" ")
+    module, own = _compat_pickle.NAME_MAPPING.get((module, own), (module, own))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{own}" if own else module
+
+
+def load_file(path: Path, settings: bool = False) -> Any:
     """What the file holds; its tensors are mapped, not read, but for files of before torch 1.6.
+
+    With ``settings`` objects of unknown classes are ``records.Record``, whose code is not needed and never run.
 
     Raises:
         UserError: truncated, no file of torch.save, or it holds more than tensors and plain values.
@@ -100,14 +130,16 @@ def load_file(path: Path) -> Any:
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UserError(f"{path}: truncated, or no file of torch.save: {error}") from None
     torch = _torch(path)
+    known = records.stand_ins(globals_in_pickle(path)) if settings else []
     try:
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        with torch.serialization.safe_globals(known):
+            content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
         # torch.load lets through whatever a damaged pickle makes its reader raise
         reason = " ".join(str(error).split())
-        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand) (\S+)", reason)
+        named = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|operand) ([\w.]+)", reason)
         if named:
-            what = named[1] or named[2]
+            what = _today(" ".join((named[1] or named[2]).rsplit(".", 1)))
             raise UserError(f"{path}: holds {what}, expected tensors and plain values only; nothing was run") from None
         raise UserError(f"{path}: damaged: {type(error).__name__}: {reason[:200]}") from None
     for tensor in _tensors(content) if mapped else ():
