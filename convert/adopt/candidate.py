@@ -153,7 +153,7 @@ class Bench:
         return weights if fits else None
 
     def output(self, candidate: Candidate, view: View, noise: float = 0.0) -> np.ndarray | None:
-        """What the sample has there, of the candidate; ``noise``: after each weight was changed by as much of itself."""
+        """What the sample has there, of the candidate; ``noise``: each weight is first changed by as much of itself."""
         made = self.made(candidate)
         weights = made and self.weights(*made)
         if not made or weights is None:

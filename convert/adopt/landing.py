@@ -59,7 +59,9 @@ def _as(config: ModelConfig, name: str) -> ModelConfig | tuple[int, str]:
         for field, value in family.fixed.items()
         if field not in layout and getattr(config, field) != value and not (field == "rotary_dim" and not value)
     }
-    said = ", ".join(f"{field} is {value!r} there and {getattr(config, field)!r} here" for field, value in others.items())
+    said = ", ".join(
+        f"{field} is {value!r} there and {getattr(config, field)!r} here" for field, value in others.items()
+    )
     try:
         made = dataclasses.replace(config, family=name, **layout)
         families.check(made)

@@ -1,8 +1,8 @@
 """The choices that no weight says, found by evidence: candidates are run until one gives the sample's numbers.
 
-The order makes it short. A token that sees itself alone has an attention weight of 1, so the logits of position 0 depend
-on neither heads, rope, attention's scale nor on q and k: norms, activation, placement and the layout of v are found
-there first, then attention on all tokens. Hidden states, where given, let embeddings and then one block come before.
+The order makes it short. A token that sees itself alone has an attention weight of 1, so the logits of position 0
+depend on neither heads, rope, attention's scale nor on q and k: norms, activation, placement and the layout of v are
+found there first, then attention on all tokens. Hidden states, where given, let embeddings and one block come before.
 At each of these views all combinations of the options that show there are tried, likeliest first, up to a limit; then
 the best few are changed one choice at a time. Small differences (an eps, erf or tanh) come last, in that way.
 """
@@ -174,7 +174,10 @@ def _relevant(
 def _with_heads(bench: Bench, chosen: list[int], free: Sequence[int]) -> list[int]:
     """The number of heads too, where an option lays tensors out by head: it shows with that option alone."""
     by_head = any(
-        set(rule.axes) & set("hg") for n in chosen for option in bench.choices[n].options for rule in option.rules.values()
+        set(rule.axes) & set("hg")
+        for n in chosen
+        for option in bench.choices[n].options
+        for rule in option.rules.values()
     )
     sizes = {"n_head", "n_kv_head", "head_dim"}
     more = [n for n in free if any(sizes & set(option.model) for option in bench.choices[n].options)]

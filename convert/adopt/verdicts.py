@@ -52,13 +52,13 @@ def judge(
         elif all(bench.key(each) == bench.key(best) for each in others):
             made.append(Verdict(choice.name, value, "idle", options=tuple(each.label for each in choice.options)))
         else:
-            made.append(_verdict(bench, best, view, n, [each for each in others if bench.key(each) != bench.key(best)], unit))
+            made.append(
+                _verdict(bench, best, view, n, [each for each in others if bench.key(each) != bench.key(best)], unit)
+            )
     return made, best
 
 
-def _verdict(
-    bench: Bench, best: Candidate, view: View, n: int, others: Sequence[Candidate], unit: float
-) -> Verdict:
+def _verdict(bench: Bench, best: Candidate, view: View, n: int, others: Sequence[Candidate], unit: float) -> Verdict:
     choice = bench.choices[n]
     scores = {each: bench.score(each, view) for each in others}
     alike = {each[n] for each in others if scores[each].rms <= CLEAR * unit}
