@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from convert.adopt import apply, evidence, map_file, roles, sets, show, source
-from convert.adopt.apply import config_of
-from convert.adopt.candidate import distance
+from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import Landing, fused, land
-from convert.adopt.rules import Map, Proposal
+from convert.adopt.rules import Map, Proposal, chosen
 from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
 from convert.formats.opened import Opened, Tensor
@@ -52,7 +51,10 @@ class Adoption:
     @property
     def map(self) -> Map:
         """The map that is taken."""
-        return self.found.map if self.found else _first(self.proposal)
+        if self.found:
+            return self.found.map
+        likeliest = chosen(self.proposal.map, tuple(choice.options[0] for choice in self.proposal.choices))
+        return dataclasses.replace(likeliest, model=live(likeliest.model))
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -129,13 +131,6 @@ def recognize(args: argparse.Namespace) -> Adoption:
     proposal = Proposal(map_file.read(args.map), ()) if args.map else roles.propose(state)
     proposal, given = sets.settle(proposal, args.choices)
     return Adoption(state, proposal, given, bool(args.map), notes=[*state.notes, *proposal.notes])
-
-
-def _first(proposal: Proposal) -> Map:
-    """The map with the likeliest options."""
-    from convert.adopt.rules import chosen
-
-    return chosen(proposal.map, tuple(choice.options[0] for choice in proposal.choices))
 
 
 def _kept(state: source.State) -> Mapping[str, Tensor]:
@@ -256,8 +251,8 @@ def verify_written(place: Path, made: Adoption, sample: Sample, out: Any) -> dic
     for name, worst in off.items():
         if not worst <= made.found.gate:
             raise RunError(
-                f"{made.state.path}: written as {made.landing.config.family}, {name} is off by {worst:.1e} of the largest"
-                f" logit (gate {made.found.gate:.1e}); nothing was kept"
+                f"{made.state.path}: written as {made.landing.config.family}, {name} is off by {worst:.1e} of the"
+                f" largest logit (gate {made.found.gate:.1e}); nothing was kept"
             )
     print(f"the folder's logits agree: {', '.join(f'{name} {worst:.1e}' for name, worst in off.items())}", file=out)
     return off
