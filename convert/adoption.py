@@ -19,7 +19,7 @@ import numpy as np
 from convert.adopt import apply, evidence, map_file, roles, sets, show, source
 from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
-from convert.adopt.landing import Landing, fused, land
+from convert.adopt.landing import OWN, Landing, fused, land, own
 from convert.adopt.rules import Map, Proposal, chosen
 from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
@@ -32,6 +32,10 @@ from mlxgpt.common.inference.probe import KEPT
 from mlxgpt.common.model import params
 
 MAP = "map.toml"
+
+
+class Unlike(RunError):
+    """transformers computes something else, or does not load the folder."""
 
 
 @dataclass
@@ -199,6 +203,19 @@ def write(
 ) -> None:
     """Writes the folder with its map, and keeps it only if it gives the sample's logits."""
     assert made.landing
+    try:
+        _write(args, made, tensors, sample, out)
+    except Unlike as error:
+        made.notes.append(f"{error}: written as family {OWN} instead")
+        print(f"note: {made.notes[-1]}", file=out)
+        made.landing = own(config_of(made.map.model), f"{made.landing.config.family}: {error}")
+        _write(args, made, tensors, sample, out)
+
+
+def _write(
+    args: argparse.Namespace, made: Adoption, tensors: Mapping[str, Tensor], sample: Sample | None, out: Any
+) -> None:
+    assert made.landing
     config = made.landing.config
     arrays = fused(config, apply.gather(made.map, tensors))
     opened = Opened(
@@ -246,23 +263,31 @@ def verify_written(place: Path, made: Adoption, sample: Sample, out: Any) -> dic
         if importlib.util.find_spec(name) is not None:
             logits = importlib.import_module(f"{package}.trial").answer(place, sample.ids)
             off[name] = distance(sample.comparable(logits), sample.logits).worst
+    _judge(off, made)
     if made.landing.published and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         off["transformers"] = _transformers(place, made, sample)
+        if not off["transformers"] <= made.found.gate:
+            raise Unlike(f"transformers is off by {off['transformers']:.1e} of the largest logit")
+    print(f"the folder's logits agree: {', '.join(f'{name} {worst:.1e}' for name, worst in off.items())}", file=out)
+    return off
+
+
+def _judge(off: Mapping[str, float], made: Adoption) -> None:
+    """Refuses a folder of which a framework gives other logits."""
+    assert made.found and made.landing
     for name, worst in off.items():
         if not worst <= made.found.gate:
             raise RunError(
                 f"{made.state.path}: written as {made.landing.config.family}, {name} is off by {worst:.1e} of the"
                 f" largest logit (gate {made.found.gate:.1e}); nothing was kept"
             )
-    print(f"the folder's logits agree: {', '.join(f'{name} {worst:.1e}' for name, worst in off.items())}", file=out)
-    return off
 
 
 def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
     """How far transformers' logits of the last tokens of the first row are off.
 
     Raises:
-        RunError: it does not load the folder.
+        Unlike: it does not load the folder.
     """
     opened, ids = format_of("hf").read(place), sample.ids[0]
     with tempfile.TemporaryDirectory() as made_at:

@@ -213,8 +213,9 @@ class _Laid:
 
     def __init__(self, found: Map, config: ModelConfig):
         self.map = found
-        sizes = (config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim, config.n_hidden)
-        self._key = (found.rules, found.rope, sizes)
+        by_head = found.rope != "halves" or any(set("hdg") & set(rule.axes) for rule in found.rules)
+        heads = (config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim) if by_head else ()
+        self._key = (found.rules, found.rope, heads, tuple(params.table(config)))
 
     def __hash__(self) -> int:
         return hash(self._key)

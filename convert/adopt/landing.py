@@ -16,7 +16,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families
 
 OWN = "mlxgpt"
-ORDER = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gpt_neox", "stablelm", "phi", "olmo2", "olmo", "starcoder2",
+ORDER = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "stablelm", "phi", "olmo2", "olmo", "starcoder2",
          "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text")  # fmt: skip
 _LAYOUT = ("fused_qkv", "fused_mlp", "qkv_by_head")
 
@@ -37,14 +37,19 @@ class Landing:
 def land(config: ModelConfig) -> Landing:
     """What a model whose matrices are not fused is written as."""
     config = plain(config)
-    refused: dict[str, tuple[int, str]] = {}
-    for name in (*ORDER, *(name for name in families.FAMILIES if name not in (*ORDER, OWN))):
-        found = _as(config, name)
-        if isinstance(found, ModelConfig):
-            return Landing(found, f"{families.FAMILIES[name].architecture}, which transformers has")
-        refused[name] = found
+    names = [*ORDER, *(name for name in families.FAMILIES if name not in (*ORDER, OWN))]
+    tried = {name: _as(config, name) for name in names}
+    able = [each for each in tried.values() if isinstance(each, ModelConfig)]
+    able.sort(key=lambda each: families.on_disk(each) != each)  # those whose files need no biases that are zeros first
+    if able:
+        return Landing(able[0], f"{families.FAMILIES[able[0].family].architecture}, which transformers has")
+    refused = {name: each for name, each in tried.items() if not isinstance(each, ModelConfig)}
     nearest = min(refused, key=lambda name: refused[name][0])
-    why = f"no published architecture has all of it; nearest is {nearest}: {refused[nearest][1]}"
+    return own(config, f"no published architecture has all of it; nearest is {nearest}: {refused[nearest][1]}")
+
+
+def own(config: ModelConfig, why: str) -> Landing:
+    """The model as family mlxgpt, which says any."""
     return Landing(dataclasses.replace(config, family=OWN), why)
 
 
