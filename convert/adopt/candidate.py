@@ -29,7 +29,9 @@ Forward = Callable[[ModelConfig, Weights, np.ndarray, bool], tuple[np.ndarray, l
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(ModelConfig)}
 _SCALING = ("rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original")
 # a field -> the kinds of positions that read it
-_READERS = dict.fromkeys((*_SCALING, "rope_local_theta", "rotary_dim", "no_rope"), ("rope",))
+_READERS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (*_SCALING, "rope_local_theta", "rotary_dim", "no_rope"), ("rope",)
+)
 _READERS |= {"rope_theta": ("rope", "sinusoidal"), "sinusoid": ("sinusoidal",)}
 _READERS |= {"position_multiplier": ("sinusoidal", "learned")}
 _LONG_TABLES = ("none", "linear", "llama3")  # scalings that do not look at block_size
@@ -123,6 +125,10 @@ class Bench:
     def over(self) -> bool:
         """Whether the limit is reached."""
         return self.runs >= self.limit.runs or self.seconds > self.limit.seconds
+
+    def labels(self, candidate: Candidate) -> tuple[str, ...]:
+        """What its options are called."""
+        return tuple(choice.options[n].label for choice, n in zip(self.choices, candidate, strict=True))
 
     def map(self, candidate: Candidate) -> Map:
         """The map with the candidate's options."""

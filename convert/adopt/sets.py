@@ -1,6 +1,7 @@
 """``--set key=value``: choices that the user makes, and fields of the model that no choice leaves open."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def keys(choice: Choice) -> list[str]:
     return [*own, *turned, *(sorted(fields) if len(fields) == 1 else ()), _called(choice), choice.name]
 
 
+def spelled(label: str) -> str:
+    """An option as one word of a shell."""
+    return re.sub(r"[^\w.+-]+", "_", label).strip("_")
+
+
 def _called(choice: Choice) -> str:
     """A word for a choice of layout: what the tensor holds, such as qkv or c_proj."""
     held = [name for option in choice.options for rule in option.rules.values() for name in rule.to]
@@ -55,7 +61,7 @@ def _choose(proposal: Proposal, name: str, key: str, text: str) -> Proposal:
     choice = next(choice for choice in proposal.choices if choice.name == name)
     value, option = _value(text), None
     for each in choice.options:
-        said = {each.label, each.label.replace(" ", "_"), each.rope}
+        said = {each.label, spelled(each.label), each.rope, spelled(each.rope or "")}
         if text in said or (key in each.model and each.model[key] == value):
             option = each
             break
@@ -63,7 +69,7 @@ def _choose(proposal: Proposal, name: str, key: str, text: str) -> Proposal:
     if option is None and numeric and all(key in each.model for each in choice.options):
         option = Option(text, {key: value})
     if option is None:
-        labels = [each.label.replace(" ", "_") for each in choice.options]
+        labels = [spelled(each.label) for each in choice.options]
         raise UserError(f"--set {key}={text}: expected one of {', '.join(labels)}")
     made = dataclasses.replace(choice, options=(option,))
     return dataclasses.replace(proposal, choices=tuple(made if each is choice else each for each in proposal.choices))
