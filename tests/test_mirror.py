@@ -67,6 +67,7 @@ SHARE = {
     "optim.py": 0.34,  # MLX updates nothing in place; Muon on a stack
     "probe.py": 0.37,
     "quant.py": 0.39,
+    "rope.py": 0.45,  # a few lines, half of them indexing
     "trial.py": 0.40,  # short, so that imports weigh; float64 is PyTorch's alone
 }
 
