@@ -20,6 +20,7 @@ from convert.adopt import apply, evidence, map_file, roles, sets, show, source
 from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
+from convert.adopt.maps.buffers import complete
 from convert.adopt.rules import Map, Proposal, chosen
 from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
@@ -132,7 +133,11 @@ def adopt_command(args: argparse.Namespace) -> int:
 def recognize(args: argparse.Namespace) -> Adoption:
     """The state dict and what it is, by a map or by its names and shapes; with the choices that were given."""
     state = source.read(args.file)
-    proposal = Proposal(map_file.read(args.map), ()) if args.map else roles.propose(state)
+    if args.map:
+        shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
+        proposal = Proposal(map_file.read(Path(args.map).expanduser(), shapes), ())
+    else:
+        proposal = roles.propose(state)
     proposal, given = sets.settle(proposal, args.choices)
     return Adoption(state, proposal, given, bool(args.map), notes=[*state.notes, *proposal.notes])
 
@@ -228,7 +233,7 @@ def _write(
     )
 
     def check(place: Path) -> None:
-        map_file.write(place / MAP, made.map)
+        map_file.write(place / MAP, *complete(made.map, made.state))
         if sample is not None:
             made.verified = verify_written(place, made, sample, out)
 
