@@ -1,7 +1,7 @@
 """The source of a symbol, read when the site is built, so that a page cannot show what the code no longer is.
 
 ```source
-model.attend                          a function of mlxgpt/model.py and torch_ref/model.py, in two tabs
+attention.attend                      a function of mlxgpt/attention.py and torch_ref/attention.py, in two tabs
 ```
 ```source
 model.Block.__call__                  a method: torch_ref's is forward
@@ -9,7 +9,7 @@ from: y = self.attn                   the first line shown: the first that conta
 to: after = x + y                     the last one
 ```
 ```source
-model.attend
+attention.attend
 from mlx: scores = q @                where the frameworks differ in that line
 from torch: scores = q @ k
 ```

@@ -75,7 +75,13 @@ def exp_or_zero(x: Array) -> Array:
     return mx.where(x < -80.0, 0.0, exp(x))
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+def lean(slopes: Array, T: int, S: int, dtype: mx.Dtype) -> Array:
+    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S)."""
+    i, j = mx.arange(S - T, S)[:, None], mx.arange(S)
+    return (slopes[:, None, None] * (j - i)).astype(dtype)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array, scale: float, slopes: Array | None = None) -> Array:
     """softmax(scale q k^T) v, which keeps no weights for the gradient (Dao et al. 2022); shapes as attend has them.
 
     One tile of queries of one row after the other, so that no more than its weights exist at a time, and none of keys
@@ -89,8 +95,10 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     def scores(q: Array, k: Array, mask: Array, n: int, stop: int) -> Array:
         """Of a tile of queries, scaled, and the keys that it may look at, (K, H / K, t, s)."""
         t, s = q.shape[-2], k.shape[-2]
-        seen = mask if mask.ndim == 2 else mask[n, 0]
-        return mx.where(seen[stop - t : stop, :s], q @ k.swapaxes(-1, -2), -1e30)
+        seen, z = mask if mask.ndim == 2 else mask[n, 0], q @ k.swapaxes(-1, -2)
+        if slopes is not None:
+            z = z + lean(slopes, t, s, z.dtype).reshape(K, H // K, t, s)
+        return mx.where(seen[stop - t : stop, :s], z, -1e30)
 
     @mx.custom_function
     def run(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
@@ -173,8 +181,9 @@ def tiled(
     drop: Dropout | None,
     scale: float,
     softcap: float,
+    slopes: Array | None = None,
 ) -> Array:
-    """attend(q, k, v, mask, drop, scale, softcap), in tiles of queries, made again for the gradient, if tile() says so.
+    """attend(q, k, v, mask, ..., slopes), in tiles of queries, made again for the gradient, if tile() says so.
 
     A tile has all rows and heads. One follows the other, and none has keys that come after it: no query looks ahead of
     its own place, which is S - T + its index. Dropout is a function of a weight's place in the whole.
@@ -182,7 +191,7 @@ def tiled(
     B, H, T, S = *q.shape[:3], k.shape[2]
     size = tile(B, H, T, S, mx.default_device())
     if not size or mask is None:
-        return attend(q, k, v, mask, drop, scale, softcap)
+        return attend(q, k, v, mask, drop, scale, softcap, slopes)
     masks, random = [] if isinstance(mask, str) else [mask], [drop.keys, drop.first_row] if drop and drop.rate else []
     tiles = [(start, min(start + size, T)) for start in range(0, T, size)]
 
@@ -195,7 +204,7 @@ def tiled(
             drawn = drop._replace(keys=extra[-2], first_row=extra[-1])
             at = mx.arange(H, dtype=mx.uint32)[:, None] * T + mx.arange(start, stop, dtype=mx.uint32)
             at = at[..., None] * S + mx.arange(s, dtype=mx.uint32)
-        return s, lambda q, k, v: attend(q, k, v, some, drawn, scale, softcap, at)
+        return s, lambda q, k, v: attend(q, k, v, some, drawn, scale, softcap, slopes, at)
 
     @mx.custom_function
     def run(q: Array, k: Array, v: Array, *extra: Array) -> Array:

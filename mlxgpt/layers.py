@@ -133,24 +133,33 @@ class Embedding(Matrix):
         return self.matmul(x) if self.adapter is None else self.adapter.head(self, x)
 
 
-class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
+class Bias(nn.Module):
+    """The bias of a head whose matrix is the embedding."""
 
-    def __init__(self, size: int, config: ModelConfig, bias: bool):
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = mx.zeros((size,))
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside.
+
+    ``name`` as ModelConfig.biased has it.
+    """
+
+    def __init__(self, size: int, config: ModelConfig, name: str):
         super().__init__()
         self._kind, self._eps = config.norm, config.norm_eps
         self.weight = mx.zeros((size,)) if config.norm_weight else None
-        self.bias = mx.zeros((size,)) if bias else None
+        self.bias = mx.zeros((size,)) if config.has_bias(name) else None
 
     def __call__(self, x: Array) -> Array:
-        if self.weight is None:
-            return mx.fast.layer_norm(x, None, None, self._eps)
-        if self._kind == "rms1":  # Gemma scales before it rounds
+        weight, bias = (None if each is None else each.astype(x.dtype) for each in (self.weight, self.bias))
+        if self._kind == "rms1" and self.weight is not None:  # Gemma scales before it rounds
             return mx.fast.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self._eps).astype(x.dtype)
-        weight = self.weight.astype(x.dtype)
-        if self._kind == "rms":
-            return mx.fast.rms_norm(x, weight, self._eps)
-        return mx.fast.layer_norm(x, weight, None if self.bias is None else self.bias.astype(x.dtype), self._eps)
+        if self._kind == "layer":
+            return mx.fast.layer_norm(x, weight, bias, self._eps)
+        return mx.fast.rms_norm(x, weight, self._eps)
 
 
 def finish(logits: Array, scale: float, soft_cap: float) -> Array:

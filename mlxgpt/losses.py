@@ -55,11 +55,12 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss, config.deterministic)
-    bias = module.bias if model.config.head_bias else None
+    biased: Any = model.lm_head if model.config.has_bias("lm_head") else None
+    bias = biased.bias if biased else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
-    trained = set(module.trainable_parameters())
+    trained = {*module.trainable_parameters(), *(biased.trainable_parameters() if biased else ())}
     if "bias" in trained and "weight" not in trained:  # a bias is a column of B whose input is 1
-        one, column = mx.ones((*hidden.shape[:-1], 1), hidden.dtype), module.bias[:, None]
+        one, column = mx.ones((*hidden.shape[:-1], 1), hidden.dtype), biased.bias[:, None]
         low = (
             (mx.concatenate([low[0], one], axis=-1), mx.concatenate([low[1], column], axis=-1))
             if low

@@ -5,7 +5,6 @@ D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/
 """
 
 import copyreg
-from functools import partial
 from typing import Any, cast
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -16,163 +15,29 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
-from mlxgpt import fast, inputs, noise
+from mlxgpt import fast, inputs, noise, rope
+from mlxgpt.attention import Attention, Cache
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params, rotary
+from mlxgpt.common.model import positions as places
 from mlxgpt.common.model.sizes import describe
 from mlxgpt.device import is_gpu
-from mlxgpt.layers import Array, Dropout, Embedding, Linear, Norm, finish
+from mlxgpt.layers import Array, Bias, Dropout, Embedding, Linear, Norm, finish
 
 copyreg.pickle(mx.Dtype, lambda dtype: str(dtype).rpartition(".")[-1])  # type: ignore[arg-type]  # so that deepcopy works
-BLOCK = 256  # tokens by which a cache grows
-
-
-class Cache:
-    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks."""
-
-    def __init__(self, batch: int, length: int, config: ModelConfig, dtype: mx.Dtype):
-        self.length, self.offset = length, 0
-        self.keys = self.values = mx.zeros((batch, config.n_kv_head, 0, config.head_dim), dtype)
-
-    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
-        start, self.offset = self.offset, self.offset + k.shape[2]
-        assert self.offset <= self.length
-        if self.offset > self.keys.shape[2]:
-            self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
-        self.keys[:, :, start : self.offset] = k
-        self.values[:, :, start : self.offset] = v
-        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
-
-    def grown(self, held: Array, tokens: int) -> Array:
-        """The first ``tokens`` of keys or values in an array of whole blocks that has room for ``offset``."""
-        room = min(self.length, -(-self.offset // BLOCK) * BLOCK)
-        more = mx.zeros((*held.shape[:2], room - tokens, held.shape[3]), held.dtype)
-        return mx.concatenate([held[:, :, :tokens], more], axis=2) if tokens else more
-
-
-def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None) -> list[Cache]:
-    """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    return [Cache(batch, length, model.config, dtype or model.dtype) for _ in model.h]
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x_i, x_{i + d/2}) by the position's angle; x (B, heads, T, D), cos, sin (..., T, d/2)."""
-    turned = 2 * cos.shape[-1]
-    if turned < x.shape[-1]:
-        return mx.concatenate([rotate(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float) -> Array:
-    """softmax(scale q k^T), (B, K, H / K, T, S): how much each query takes of each value; arguments as in attend."""
-    B, H, T, D = q.shape
-    K, S = k.shape[1], k.shape[2]
-    q = (q * scale).reshape(B, K, H // K, T, D)
-    scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
-    if softcap:
-        scores = softcap * mx.tanh(scores / softcap)
-    if mask is not None:
-        scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
-    return mx.softmax(scores, axis=-1, precise=True)
-
-
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | str | None,
-    drop: Dropout | None,
-    scale: float,
-    softcap: float,
-    elements: Array | None = None,  # see noise.dropout
-) -> Array:
-    """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look."""
-    if not (drop and drop.rate) and not softcap:
-        if isinstance(mask, Array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
-            return fast.attention(q, k, v, mask, scale)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    assert not isinstance(mask, str)
-    B, H, T, D = q.shape
-    K, S = k.shape[1], k.shape[2]
-    weights = weigh(q, k, mask, scale, softcap)
-    if drop and drop.rate:
-        weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row, elements)
-    return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
-
-
-class Attention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017) with grouped heads (Ainslie et al. 2023)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self._config, self._scale = config, config.attn_scale or config.head_dim**-0.5
-        if config.fused_qkv:
-            self.c_attn = Linear(c, width + 2 * kv, config.qkv_bias)
-        else:
-            self.q_proj = Linear(c, width, config.qkv_bias)
-            self.k_proj = Linear(c, kv, config.qkv_bias)
-            self.v_proj = Linear(c, kv, config.qkv_bias)
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            self.q_norm = Norm(width if full else config.head_dim, config, bias=False)
-            self.k_norm = Norm(kv if full else config.head_dim, config, bias=False)
-        self.c_proj = Linear(width, c, config.out_bias)
-
-    def project(self, x: Array, rope: tuple[Array, Array] | None, drop: Dropout | None) -> tuple[Array, Array, Array]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C), normed and at their positions."""
-        B, T, _ = x.shape
-        H, K, D = self._config.n_head, self._config.n_kv_head, self._config.head_dim
-        if self._config.qkv_by_head:
-            qkv = self.c_attn(x, drop).reshape(B, T, H, 3, D)
-            q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
-        elif self._config.fused_qkv:
-            q, k, v = mx.split(self.c_attn(x, drop), [H * D, (H + K) * D], axis=-1)
-        else:
-            q, k, v = self.q_proj(x, drop), self.k_proj(x, drop), self.v_proj(x, drop)
-        if self._config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
-        if self._config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, heads, T, D)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k, v
-
-    def weights(self, x: Array, mask: Array | None, rope: tuple[Array, Array] | None) -> Array:
-        """Where the tokens of x (B, T, C) look, (B, H, T, T): what the heads compute with, but for dropout."""
-        q, k, _ = self.project(x, rope, None)
-        return weigh(q, k, mask, self._scale, self._config.attn_softcap).reshape(*q.shape[:3], -1)
-
-    def __call__(
-        self,
-        x: Array,
-        mask: Array | str | None,
-        rope: tuple[Array, Array] | None,
-        cache: Cache | None,
-        drop: Dropout | None,
-    ) -> Array:
-        B, T, _ = x.shape
-        q, k, v = self.project(x, rope, drop)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        softcap = self._config.attn_softcap
-        run = attend if not self.training and fast.fuses(q.shape[-1], softcap) else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._scale, softcap)
-        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)
 
 
 def activate(x: Array, kind: str) -> Array:
-    """GELU as tanh or erf (Hendrycks and Gimpel 2016), or SiLU."""
+    """GELU as tanh or erf (Hendrycks and Gimpel 2016), SiLU, ReLU, or its square (So et al. 2021)."""
     if kind == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u), which MLX's CPU backend computes in half the time
         sigmoid = fast.sigmoid if fast.helps(x) else mx.sigmoid
         return x * cast(Array, sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)))
     if kind == "gelu":
         return nn.gelu(x)
+    if kind in ("relu", "relu2"):
+        x = mx.maximum(x, 0)
+        return x if kind == "relu" else x * x
     assert kind == "silu"
     return nn.silu(x)
 
@@ -184,12 +49,12 @@ class MLP(nn.Module):
         super().__init__()
         self._config = config
         if config.fused_mlp:
-            self.c_gate_fc = Linear(config.n_embd, 2 * config.n_hidden, config.mlp_bias)
+            self.c_gate_fc = Linear(config.n_embd, 2 * config.n_hidden, config.has_bias("mlp.c_gate_fc"))
         else:
             if config.gated:
-                self.c_gate = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
-            self.c_fc = Linear(config.n_embd, config.n_hidden, config.mlp_bias)
-        self.c_proj = Linear(config.n_hidden, config.n_embd, config.mlp_bias)
+                self.c_gate = Linear(config.n_embd, config.n_hidden, config.has_bias("mlp.c_gate"))
+            self.c_fc = Linear(config.n_embd, config.n_hidden, config.has_bias("mlp.c_fc"))
+        self.c_proj = Linear(config.n_hidden, config.n_embd, config.has_bias("mlp.c_proj"))
 
     def __call__(self, x: Array, drop: Dropout | None = None) -> Array:
         if self._config.fused_mlp:
@@ -208,17 +73,16 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        bias = config.norm == "layer" and config.norm_bias
         self._placement, self._multiplier = config.placement, config.residual_multiplier
-        self.ln_1 = Norm(config.n_embd, config, bias)
+        self.ln_1 = Norm(config.n_embd, config, "ln_1")
         self.attn = Attention(config)
         if config.placement == "sandwich":
-            self.ln_1_post = Norm(config.n_embd, config, bias)
+            self.ln_1_post = Norm(config.n_embd, config, "ln_1_post")
         if config.placement != "parallel":
-            self.ln_2 = Norm(config.n_embd, config, bias)
+            self.ln_2 = Norm(config.n_embd, config, "ln_2")
         self.mlp = MLP(config)
         if config.placement == "sandwich":
-            self.ln_2_post = Norm(config.n_embd, config, bias)
+            self.ln_2_post = Norm(config.n_embd, config, "ln_2_post")
 
     def __call__(
         self,
@@ -228,9 +92,12 @@ class Block(nn.Module):
         cache: Cache | None = None,
         drop: Dropout | None = None,
     ) -> Array:
-        """(B, T, C) -> (B, T, C). pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; parallel: GPT-J; parallel2: GPT-NeoX."""
+        """(B, T, C) -> (B, T, C).
+
+        pre: GPT-2; post: OLMo 2; sandwich: Gemma 2; post_add: Vaswani et al.; parallel: GPT-J; parallel2: GPT-NeoX.
+        """
         place = self._placement
-        y = self.attn(x if place == "post" else self.ln_1(x), mask, rope, cache, drop)
+        y = self.attn(x if place in ("post", "post_add") else self.ln_1(x), mask, rope, cache, drop)
         if place == "post":
             y = self.ln_1(y)
         elif place == "sandwich":
@@ -240,9 +107,13 @@ class Block(nn.Module):
         if self._multiplier != 1:
             y = y * self._multiplier
         after = x + y
+        if place == "post_add":
+            after = self.ln_1(after)
         before = x if place in ("parallel", "parallel2") else after  # what the MLP reads
         if place == "post":
             z = self.ln_2(self.mlp(before, drop))
+        elif place == "post_add":
+            z = self.mlp(before, drop)
         else:
             z = self.mlp(self.ln_1(before) if place == "parallel" else self.ln_2(before), drop)
         if place == "sandwich":
@@ -251,7 +122,14 @@ class Block(nn.Module):
             z = noise.dropout(z, drop.rate, drop.keys[2], drop.first_row)
         if self._multiplier != 1:
             z = z * self._multiplier
+        if place == "post_add":
+            return self.ln_2(after + z)
         return after + z
+
+
+def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None) -> list[Cache]:
+    """One empty cache a layer; dtype defaults to the model's compute dtype."""
+    return [Cache(batch, length, model.config, dtype or model.dtype) for _ in model.h]
 
 
 class Model(nn.Module):
@@ -285,14 +163,20 @@ class Model(nn.Module):
         self.wte = Embedding(config.vocab_size, config.n_embd, deterministic)
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd, deterministic)
-        else:
+        elif config.position == "rope":
             self._rope = [[mx.array(table) for table in rotary.tables(config, local)] for local in (False, True)]
+        elif config.position == "sinusoidal":
+            self._places = mx.array(places.sinusoids(config))
+        if config.embed_norm:
+            self.ln_e = Norm(config.n_embd, config, "ln_e")
         self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = Norm(config.n_embd, config, config.norm == "layer" and config.norm_bias)
+        self.ln_f = Norm(config.n_embd, config, "ln_f") if config.final_norm else nn.Identity()
         if config.labels:
             self.score = Linear(config.n_embd, len(config.labels), False)
         elif not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, config.head_bias)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, config.has_bias("lm_head"))
+        elif config.has_bias("lm_head"):
+            self.lm_head = Bias(config.vocab_size)
         for name, array in params.init_params(config, seed).items() if seed is not None else ():
             path, _, kind = name.rpartition(".")
             setattr(self.at(path), kind, mx.array(array))
@@ -363,10 +247,30 @@ class Model(nn.Module):
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
 
-    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
+    def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
-        cos, sin = (table[positions].astype(self._dtype) for table in self._rope[local])
-        return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
+        tables = self._rope[local]
+        cos, sin = (each.astype(self._dtype) for each in rope.turn(self._config, tables, positions, lengths))
+        return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
+
+    def placed(self, x: Array, positions: Array) -> Array:
+        """What dropout and the first block are given of embeddings x (B, T, C) at the positions."""
+        config, added = self._config, None
+        if config.position == "learned":
+            added = self.wpe(positions)
+        elif config.position == "sinusoidal":
+            added = self._places[positions]
+        else:
+            x = x.astype(self._dtype)
+        if config.embed_scale:
+            x = x * mx.array(config.n_embd**0.5, x.dtype)
+        if config.embed_multiplier != 1:
+            x = x * config.embed_multiplier
+        if added is not None:
+            if config.position == "learned" and config.position_multiplier != 1:
+                added = added * config.position_multiplier
+            x = (x + added).astype(self._dtype)
+        return self.ln_e(x) if config.embed_norm else x
 
     def hidden(
         self,
@@ -378,10 +282,12 @@ class Model(nn.Module):
         drop: Dropout | None = None,
         recompute: bool = False,
         inside: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
 
-        ``inside`` (B, T) is False where a token is to count as NaN.
+        ``inside`` (B, T) is False where a token is to count as NaN. ``lengths`` (B, 1) of the whole sequences, where
+        the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
@@ -390,7 +296,7 @@ class Model(nn.Module):
         if positions is None:
             positions = mx.arange(start, start + T)
         config, windows = self._config, set(self._config.window_layers)
-        fused = not (drop and drop.rate) and not config.attn_softcap
+        fused = not (drop and drop.rate) and not config.attn_softcap and config.position != "alibi"
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
             for local in {n in windows for n in range(config.n_layer)}
@@ -400,30 +306,28 @@ class Model(nn.Module):
             x = mx.where(inside[..., None], x, float("nan"))
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
-        ropes = {}
-        if config.position == "learned":
-            x = x + self.wpe(positions)
-        else:
-            ropes = {local: self.rope(positions, local) for local in masks}
-        x = x.astype(self._dtype)
-        if config.embed_scale:
-            x = x * mx.array(config.n_embd**0.5, x.dtype)
-        if config.embed_multiplier != 1:
-            x = x * config.embed_multiplier
+        x = self.placed(x, positions)
+        if not rotary.by_length(config):
+            lengths = None
+        elif lengths is None:
+            lengths = rope.lengths(positions, segments)
+        turns = {local: self.rope(positions, local, lengths) for local in masks} if config.position == "rope" else {}
         if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = checkpoint(block) if recompute else block, n in windows
-            rope = None if n in config.no_rope else ropes.get(local)
+            turn = None if n in config.no_rope else turns.get(local)
             site = 1 + noise.SITES * n
             keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
-            x = run(x, masks[local], rope, cache[n] if cache else None, keys)
+            x = run(x, masks[local], turn, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:
         """Logits (..., V), a classifier's (..., n), in float32 of hidden states (..., C)."""
         if self._config.tied:
             logits = self.wte.head(x)
+            if self._config.has_bias("lm_head"):
+                logits = logits + self.at("lm_head").bias.astype(logits.dtype)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         return finish(logits, self._config.logit_scale, self._config.final_softcap)

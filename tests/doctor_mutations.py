@@ -107,7 +107,7 @@ MUTATIONS = {
         "layers.Matrix.matmul", rounded_product, {"logits", "gradients", "cache", "lora"}),
     "every query sees the next token": Mutation("model.Model.mask", sees_the_next, set(RUNGS) - {"bf16"}),
     "in bfloat16 it does": Mutation("model.Model.mask", bf16_sees_the_next, {"bf16"}),
-    "keys of the cache are off by one": Mutation("model.Cache.append", shifted_cache, {"cache"}),
+    "keys of the cache are off by one": Mutation("attention.Cache.append", shifted_cache, {"cache"}),
     "the scale of LoRA is dropped": Mutation("adapters.LowRankUpdate.linear", unscaled, {"lora", "quantized"}),
     "quantized without biases": Mutation("quant.parts", without_biases, {"quantized"}),
     "quantized is refused": Mutation("quant.parts", refused, {"quantized"}),

@@ -157,7 +157,7 @@ def test_float32_grouped_heads_keep_no_scores_on_cuda() -> None:
     on_cuda()
     import torch
 
-    from torch_ref.model import attend
+    from torch_ref.attention import attend
 
     q, k = (torch.randn(1, heads, 4096, 64, device="cuda", requires_grad=True) for heads in (8, 2))
     torch.cuda.reset_peak_memory_stats()

@@ -146,13 +146,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def weights_of(source: str, name: str = "M", **kwargs: Any) -> tuple[Any, dict[str, np.ndarray]]:
+def weights_of(source: str, **kwargs: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The class in a source, built, with weights drawn wide; and these by name."""
     space: dict[str, Any] = {"__name__": "source"}
     sys.modules["source"] = type(sys)("source")
     exec(source, space)
     torch.manual_seed(0)
-    model = space[name](**kwargs)
+    model = space["M"](**kwargs)
     for value in model.parameters():
         nn.init.normal_(value, std=0.5)
     return model.eval(), {key: value.numpy().copy() for key, value in model.state_dict().items()}

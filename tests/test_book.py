@@ -171,13 +171,13 @@ def test_a_symbol_is_shown_in_both_frameworks_and_a_method_by_its_name_in_each()
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("model.attent", "mlxgpt/model.py has no attent"),
+        ("attention.attent", "mlxgpt/attention.py has no attent"),
         ("model.Block.nothing", "mlxgpt/model.py has no Block.nothing"),
         ("modle.attend", "no file mlxgpt/modle.py"),
         ("layers.ONE_HOT", "torch_ref/layers.py has no ONE_HOT"),
-        ("model.attend\nfrom: no such line", "mlxgpt/model.py attend has no line with 'no such line'"),
-        ("model.attend\nto torch: no such line", "torch_ref/model.py attend has no line"),
-        ("model.attend\nuntil: x", "expected from:, to:"),
+        ("attention.attend\nfrom: no such line", "mlxgpt/attention.py attend has no line with 'no such line'"),
+        ("attention.attend\nto torch: no such line", "torch_ref/attention.py attend has no line"),
+        ("attention.attend\nuntil: x", "expected from:, to:"),
         ("examples/none.py", "examples/none.py: no such file"),
     ],
 )
@@ -188,7 +188,7 @@ def test_what_the_code_no_longer_has_is_an_error(body: str, message: str) -> Non
 
 
 def test_a_page_as_the_site_shows_it() -> None:
-    source = "```source\nmodel.rotate\n```\n"
+    source = "```source\nattention.rotate\n```\n"
     text = hooks.rendered(CHAPTER + source + source, "page")
     assert "secret = 7" not in text
     assert "```{.text .output}\n3.1416\n```" in text
@@ -260,7 +260,7 @@ def test_the_site_builds_without_the_network_and_all_its_links_lead_somewhere(tm
     page = (tmp_path / "site/extending.html").read_text()
     assert "katex.min.css" in page and "iframe-worker/shim.js" in page
     reference = (tmp_path / "site/api/model.html").read_text()
-    assert 'id="mlxgpt.model.attend"' in reference
+    assert 'id="mlxgpt.attention.attend"' in reference
 
 
 @pytest.mark.slow

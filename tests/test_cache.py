@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from decoding import BACKENDS, GENERATE, P, logits_of, make_config, make_model, some_tokens
 
+import mlxgpt.attention
 import mlxgpt.model
+import torch_ref.attention
 import torch_ref.model
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
@@ -15,6 +17,7 @@ from mlxgpt.common.inference import generation
 from mlxgpt.common.inference.conversation import Conversation
 
 MODULES: dict[str, Any] = {"mlx": mlxgpt.model, "torch": torch_ref.model}
+GROWN: dict[str, Any] = {"mlx": mlxgpt.attention, "torch": torch_ref.attention}
 LONG = 131_072
 EDGES = [0, 5, 8, 9, 20, 21, 31, 32, 33, P]  # of chunks: into, up to and over the ends of blocks of 8
 
@@ -44,7 +47,7 @@ def test_a_growing_cache_computes_the_bits_of_a_whole_one(
     tokens = [some_tokens(P), some_tokens(P, 1)]
     found = {}
     for block in (8, LONG):
-        monkeypatch.setattr(MODULES[backend], "BLOCK", block)
+        monkeypatch.setattr(GROWN[backend], "BLOCK", block)
         found[block] = chunks(backend, model, tokens, pads)
     for grown, whole in zip(found[8], found[LONG], strict=True):
         assert np.array_equal(grown, whole)
@@ -58,7 +61,7 @@ def test_prompts_of_a_batch_continue_alike_however_the_cache_grows(
     monkeypatch.setattr(generate, "PREFILL", 6)
     drawn = {}
     for block in (4, LONG):
-        monkeypatch.setattr(MODULES[backend], "BLOCK", block)
+        monkeypatch.setattr(GROWN[backend], "BLOCK", block)
         sample = SampleConfig(temperature=0.9, max_tokens=20, seed=4)
         drawn[block] = [each.tokens for each in generate.generate(model, None, [some_tokens(17), [5, 6]], sample)]
     assert drawn[4] == drawn[LONG]
@@ -75,11 +78,11 @@ def test_a_long_context_costs_nothing_until_it_is_used(backend: str) -> None:
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     steps = GENERATE[backend].decode(model, row, sample, model.config.vocab_size, cache)
-    for _ in range(module.BLOCK):  # over the end of the first block
+    for _ in range(GROWN[backend].BLOCK):  # over the end of the first block
         next(steps)
     steps.close()
     held = sum(each.nbytes for layer in cache for each in (layer.keys, layer.values))
-    assert held == whole * 2 * module.BLOCK // LONG
+    assert held == whole * 2 * GROWN[backend].BLOCK // LONG
     assert mx.get_peak_memory() - before < whole / 8
 
 

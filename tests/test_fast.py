@@ -8,7 +8,7 @@ import pytest
 from adapting import engine, moved, packed, probe, recipe
 from compare import agree, worst_gradient
 
-from mlxgpt import blas, device, fast, model  # noqa: F401  (a BLAS must be loaded before MLX)
+from mlxgpt import attention, blas, device, fast, model  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common import rng
 from mlxgpt.layers import Dropout
 
@@ -154,10 +154,10 @@ def test_tiles_are_the_whole(
         cotangent = draw("c", B, H, T, D).astype(dtype)
 
         def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return model.attend(q, k, v, mask, drop, 0.4, softcap)
+            return attention.attend(q, k, v, mask, drop, 0.4, softcap)
 
         def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return fast.tiled(model.attend, q, k, v, given, drop, 0.4, softcap)
+            return fast.tiled(attention.attend, q, k, v, given, drop, 0.4, softcap)
 
         expected, found = (mx.vjp(run, [q, k, v], [cotangent]) for run in (whole, tiles))
         for what, a, b in zip(("value", *"qkv"), found[0] + found[1], expected[0] + expected[1], strict=True):
@@ -199,10 +199,10 @@ def test_no_array_of_tiles_has_the_size_of_all_scores(drawn: bool, gpu: None, mo
     q, k, v, c = (draw(name, B, H, T, D) for name in "qkvc")
 
     def tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return fast.tiled(model.attend, q, k, v, mask if drawn else "causal", drop, 0.3, 0.0)
+        return fast.tiled(attention.attend, q, k, v, mask if drawn else "causal", drop, 0.3, 0.0)
 
     def scores(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return model.attend(q, k, v, mask, drop, 0.3, 0.0)
+        return attention.attend(q, k, v, mask, drop, 0.3, 0.0)
 
     def peak(run: Callable) -> int:
         mx.eval(q, k, v, c, mask)
@@ -226,9 +226,9 @@ def test_few_scores_are_made_as_before(
     case: str, fused: set[int], whole: bool, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Below the threshold, and without a gradient where Metal has a kernel for the width and scores are not capped."""
-    config, used, plain = recipe(case), [], model.attend
+    config, used, plain = recipe(case), [], attention.attend
     monkeypatch.setattr(device, "use", lambda _: mx.Device(mx.cpu))
-    monkeypatch.setattr(model, "attend", lambda q, *given: used.append(q.shape[2]) or plain(q, *given))
+    monkeypatch.setattr(attention, "attend", lambda q, *given: used.append(q.shape[2]) or plain(q, *given))
     monkeypatch.setattr(fast, "FUSED", fused)
     trained = engine("mlxgpt", config, moved(config))
     batch = trained._arrays(packed(config))

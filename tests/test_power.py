@@ -37,16 +37,16 @@ def disagreements(figures: list[ladder.Figure]) -> set[int]:
 
 def attend_with(change: Callable[..., tuple[Any, ...]]) -> Patch:
     """attend() on changed arguments."""
-    plain = torch_ref.model.attend
+    plain = torch_ref.attention.attend
 
     def attend(q: Any, k: Any, v: Any, mask: Any, drop: Any, *rest: Any) -> Any:
         return plain(*change(q, k, v, mask, drop), *rest)
 
-    return lambda patch: patch.setattr(torch_ref.model, "attend", attend)
+    return lambda patch: patch.setattr(torch_ref.attention, "attend", attend)
 
 
 def rotate_with(change: Callable[..., torch.Tensor]) -> Patch:
-    return lambda patch: patch.setattr(torch_ref.model, "rotate", change)
+    return lambda patch: patch.setattr(torch_ref.attention, "rotate", change)
 
 
 def config_with(**change: Any) -> Patch:

@@ -26,8 +26,9 @@ from mlxgpt.common.inference.probe import Request
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.model.params import Param
 from torch_ref import fast, fused, optim
+from torch_ref.attention import attend
 from torch_ref.generate import generate, keep
-from torch_ref.model import Model, attend
+from torch_ref.model import Model
 
 CPU = torch.device("cpu")
 

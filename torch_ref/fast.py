@@ -91,14 +91,24 @@ def block_mask(T: int, window: int, segments: Array | None, device: torch.device
     return call(create_block_mask, sees, rows, None, T, T, device=device)
 
 
-def flex(q: Array, k: Array, v: Array, mask: BlockMask, scale: float, softcap: float) -> Array:
-    """softmax(scale q k^T) v under the mask, scores capped by cap tanh(s / cap); no scores are kept."""
+def lean(slopes: Array, T: int, S: int, dtype: torch.dtype) -> Array:
+    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S)."""
+    i, j = torch.arange(S - T, S, device=slopes.device)[:, None], torch.arange(S, device=slopes.device)
+    return (slopes[:, None, None] * (j - i)).to(dtype)
+
+
+def flex(
+    q: Array, k: Array, v: Array, mask: BlockMask, scale: float, softcap: float, slopes: Array | None = None
+) -> Array:
+    """softmax(scale q k^T) v under the mask, scores capped by cap tanh(s / cap), then leaning; no scores are kept."""
 
     cap = torch.full((), softcap, device=q.device)
 
-    def capped(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
-        return cap * torch.tanh(score / cap)
+    def changed(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
+        if softcap:
+            score = cap * torch.tanh(score / cap)
+        return score if slopes is None else score + slopes[h] * (j - i)
 
     grouped = q.shape[1] != k.shape[1]
-    score_mod = capped if softcap else None
+    score_mod = changed if softcap or slopes is not None else None
     return call(flex_attention, q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)

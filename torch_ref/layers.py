@@ -106,25 +106,35 @@ class Embedding(Matrix):
         return self.matmul(x) if self.adapter is None else self.adapter.head(self, x)
 
 
-class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside."""
+class Bias(nn.Module):
+    """The bias of a head whose matrix is the embedding."""
 
-    def __init__(self, size: int, config: ModelConfig, bias: bool):
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros((size,)))
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32 inside.
+
+    ``name`` as ModelConfig.biased has it.
+    """
+
+    def __init__(self, size: int, config: ModelConfig, name: str):
         super().__init__()
         self._kind, self._eps = config.norm, config.norm_eps
         self.weight = nn.Parameter(torch.zeros((size,))) if config.norm_weight else None
-        self.bias = nn.Parameter(torch.zeros((size,))) if bias else None
+        self.bias = nn.Parameter(torch.zeros((size,))) if config.has_bias(name) else None
 
     def forward(self, x: Array) -> Array:
-        if self.weight is None:
-            return F.layer_norm(x, x.shape[-1:], None, None, self._eps)
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self._kind == "rms1":  # Gemma scales before it rounds
-            return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self._eps).to(x.dtype)
-        weight = self.weight.to(x.dtype)
-        if self._kind == "rms":
-            return F.rms_norm(x.to(wide), weight.shape, None, self._eps).to(x.dtype) * weight
-        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self._eps)
+        if self._kind == "rms1" and self.weight is not None:  # Gemma scales before it rounds
+            return F.rms_norm(x.to(wide), x.shape[-1:], 1 + self.weight.to(wide), self._eps).to(x.dtype)
+        if self._kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self._eps)
+        y = F.rms_norm(x.to(wide), x.shape[-1:], None, self._eps).to(x.dtype)
+        return y if weight is None else y * weight
 
 
 def finish(logits: Array, scale: float, soft_cap: float) -> Array:

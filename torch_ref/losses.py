@@ -48,11 +48,13 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     chunk = config.head_chunk(tokens, model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
         return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
-    bias = module.bias if model.config.head_bias else None
+    biased: Any = model.lm_head if model.config.has_bias("lm_head") else None
+    bias = biased.bias if biased else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
-    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    parameters = {**dict(module.named_parameters()), **dict(biased.named_parameters() if biased else ())}
+    trained = {name for name, each in parameters.items() if each.requires_grad}
     if "bias" in trained and "weight" not in trained:  # a bias is a column of B whose input is 1
-        one, column = hidden.new_ones((*hidden.shape[:-1], 1)), module.bias[:, None]
+        one, column = hidden.new_ones((*hidden.shape[:-1], 1)), biased.bias[:, None]
         low = (torch.cat([low[0], one], dim=-1), torch.cat([low[1], column], dim=-1)) if low else (one, column)
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"

@@ -15,7 +15,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder, quantized
 from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header
-from mlxgpt.common.model import affine, families, params
+from mlxgpt.common.model import affine, families, own_config, params
 from mlxgpt.common.model.affine import Quantized
 
 KIND = "folder"
@@ -85,6 +85,8 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: bits or a group size that mlx-lm does not read, or see ``hf.write``.
     """
     config, values = opened.config, families.config_to_hf(opened.config)
+    if families.family_of(config).own:
+        raise UserError(f"family {config.family} cannot be written as mlx-lm: {own_config.NOTE}: expected --to hf")
     notes = hf.mlx_lm_warning(config)
     if options.keep_bits:
         return notes + _write_as_packed(opened, place, options, values)

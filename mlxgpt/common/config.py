@@ -12,6 +12,7 @@ from mlxgpt.common.errors import UserError
 
 LOGITS = 1 << 25
 """Logits of a chunk on a GPU: 128 MiB in float32."""
+_QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -32,6 +33,17 @@ def _is_day(text: str) -> bool:
 
 def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
     _check(section, getattr(config, name) in allowed, name, getattr(config, name), "one of " + ", ".join(allowed))
+
+
+_ROPE = {
+    "none": "",
+    "linear": "rope_factor",
+    "llama3": "rope_factor rope_low rope_high rope_original",
+    "yarn": "rope_factor rope_original rope_beta_fast rope_beta_slow rope_truncate rope_attention",
+    "dynamic": "rope_factor rope_original",
+    "longrope": "rope_original rope_attention rope_short rope_long",
+}
+"""What each rope_scaling reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +67,40 @@ class ModelConfig:
     norm: str = _field("layer", "layer (LayerNorm), rms (RMSNorm) or rms1 (RMSNorm that scales by 1 + weight)")
     norm_eps: float = _field(1e-5, "epsilon inside the norm's square root")
     placement: str = _field(
-        "pre", "norms: pre, post, sandwich (both), parallel (one for both branches) or parallel2 (two)"
+        "pre",
+        "norms: pre, post (of a branch's output), sandwich (both), post_add (of the sum, as in 2017), parallel (one "
+        "for both branches) or parallel2 (two)",
     )
-    activation: str = _field("gelu_tanh", "gelu_tanh, gelu (erf) or silu")
+    activation: str = _field("gelu_tanh", "gelu_tanh, gelu (erf), silu, relu or relu2 (relu squared)")
     gated: bool = _field(False, "gated MLP: proj(act(gate(x)) * fc(x))")
     fused_mlp: bool = _field(False, "gated: one matrix c_gate_fc in place of c_gate and c_fc")
-    position: str = _field("learned", "learned (wpe) or rope")
-    rope_theta: float = _field(10000.0, "base of the rotary frequencies")
+    position: str = _field("learned", "learned (wpe), rope, sinusoidal, alibi or none")
+    sinusoid: str = _field(
+        "pairs",
+        "sinusoidal: pairs (sin, cos alternate), halves (sin, then cos) or span (halves down to 1 / rope_theta)",
+    )
+    position_multiplier: float = _field(1.0, "learned, sinusoidal: multiplier of what is added to the embeddings")
+    rope_theta: float = _field(10000.0, "base of the frequencies of rope and of sinusoids")
     rope_local_theta: float = _field(0.0, "the same in layers with a window; 0 = rope_theta")
-    rope_scaling: str = _field("none", "none, linear (all frequencies / rope_factor) or llama3 (the low ones only)")
-    rope_factor: float = _field(1.0, "linear, llama3: frequencies are divided by this")
+    rope_scaling: str = _field(
+        "none", "none, linear (all frequencies / rope_factor), llama3 (the low ones only), yarn, dynamic or longrope"
+    )
+    rope_factor: float = _field(1.0, "linear, llama3, yarn, dynamic: how many times as long sequences may be")
+    rope_original: int = _field(8192, "llama3, yarn, dynamic, longrope: context before scaling")
     rope_low: float = _field(1.0, "llama3: low_freq_factor")
     rope_high: float = _field(4.0, "llama3: high_freq_factor")
-    rope_original: int = _field(8192, "llama3: original_max_position_embeddings")
+    rope_beta_fast: float = _field(32.0, "yarn: turns in rope_original above which a frequency stays")
+    rope_beta_slow: float = _field(1.0, "yarn: turns in rope_original below which a frequency is / rope_factor")
+    rope_truncate: bool = _field(True, "yarn: the two bounds are rounded to whole pairs of dimensions")
+    rope_attention: float = _field(0.0, "yarn, longrope: multiplier of cos and sin; 0 = by the factor")
+    rope_short: tuple = _field((), "longrope: divisors of the frequencies in sequences up to rope_original")
+    rope_long: tuple = _field((), "longrope: the same in longer sequences")
     rotary_dim: int = _field(0, "leading dimensions of a head that rope rotates; 0 = head_dim")
     no_rope: tuple = _field((), "blocks that do not use rope")
     window: int = _field(0, "sliding window: tokens that a token attends to, itself included; 0 = all")
     window_layers: tuple = _field((), "blocks with the sliding window; empty = all")
     qk_norm: str = _field(
-        "none", "RMSNorm on queries and keys before rope: none, head (over head_dim) or full (all heads at once)"
+        "none", "norm of queries and keys before rope: none, head (over head_dim) or full (all heads at once)"
     )
     attn_scale: float = _field(0.0, "multiplier of attention scores; 0 = 1 / sqrt(head_dim)")
     attn_softcap: float = _field(0.0, "attention scores become cap * tanh(score / cap); 0 = off")
@@ -88,7 +115,10 @@ class ModelConfig:
     out_bias: bool = _field(True, "bias on the attention's output projection")
     mlp_bias: bool = _field(True, "biases in the MLP")
     norm_bias: bool = _field(True, "biases in LayerNorm")
+    no_bias: tuple = _field((), "modules without the bias that the fields above give them, such as attn.k_proj or ln_f")
     norm_weight: bool = _field(True, "weights in norms")
+    embed_norm: bool = _field(False, "a norm ln_e of the embeddings, before the first block")
+    final_norm: bool = _field(True, "the norm ln_f between the last block and the head")
     head_bias: bool = _field(False, "bias on the head")
     tied: bool = _field(True, "the head is the embedding, transposed")
     labels: tuple = _field((), "labels of a classifier, in the order of its outputs; empty = a language model")
@@ -97,20 +127,21 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size", "rotary_dim", "window", "rope_local_theta",
-                     "attn_scale", "attn_softcap", "final_softcap", "logit_scale"):  # fmt: skip
+                     "attn_scale", "attn_softcap", "final_softcap", "logit_scale", "rope_attention"):  # fmt: skip
             _check("model", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _one_of("model", self, "norm", "layer", "rms", "rms1")
-        _one_of("model", self, "placement", "pre", "post", "sandwich", "parallel", "parallel2")
-        _one_of("model", self, "rope_scaling", "none", "linear", "llama3")
+        _one_of("model", self, "placement", "pre", "post", "sandwich", "post_add", "parallel", "parallel2")
+        _one_of("model", self, "rope_scaling", *_ROPE)
         _one_of("model", self, "qk_norm", "none", "head", "full")
         for name in ("no_rope", "window_layers"):
             known = all(isinstance(n, int) and 0 <= n < self.n_layer for n in getattr(self, name))
             _check("model", known, name, getattr(self, name), f"blocks 0 to {self.n_layer - 1}")
-        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "embed_multiplier",
-                     "residual_multiplier"):  # fmt: skip
+        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "rope_beta_fast",
+                     "rope_beta_slow", "embed_multiplier", "residual_multiplier", "position_multiplier"):  # fmt: skip
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu")
-        _one_of("model", self, "position", "learned", "rope")
+        _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu", "relu", "relu2")
+        _one_of("model", self, "position", "learned", "rope", "sinusoidal", "alibi", "none")
+        _one_of("model", self, "sinusoid", "pairs", "halves", "span")
         _check("model", self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
         if not self.head_dim:
             divides = self.n_embd % self.n_head == 0
@@ -129,9 +160,8 @@ class ModelConfig:
         _check("model", turned, "rotary_dim", self.rotary_dim, f"an even number up to model.head_dim = {self.head_dim}")
         fits = not self.qkv_by_head or self.n_kv_head == self.n_head
         _check("model", fits, "qkv_by_head", self.qkv_by_head, "false where n_kv_head differs from n_head")
-        _check("model", not (self.head_bias and self.tied), "head_bias", self.head_bias, "false where model.tied")
-        bare = self.norm_weight or (self.norm == "layer" and not self.norm_bias and self.qk_norm == "none")
-        _check("model", bare, "norm_weight", self.norm_weight, "true, but for LayerNorm without biases or qk_norm")
+        bare = self.norm_weight or self.norm == "rms" or (self.norm == "layer" and not self.norm_bias)
+        _check("model", bare, "norm_weight", self.norm_weight, "true, but for norm = rms, or layer without norm_bias")
         names = self.labels
         known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
         _check("model", known, "labels", names, "two different names or more, or none")
@@ -141,15 +171,70 @@ class ModelConfig:
             object.__setattr__(self, "logit_scale", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
-        unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),
-                  "linear": ("rope_low", "rope_high", "rope_original"), "llama3": ()}[self.rope_scaling]  # fmt: skip
-        for name in unused:
-            value, default = getattr(self, name), type(self).__dict__[name]
-            _check("model", value == default, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
+        self._check_rope()
         used = self.window > 0 or not self.window_layers
         _check("model", used, "window", self.window, "a positive number, with model.window_layers")
         if self.window and not self.window_layers:
             object.__setattr__(self, "window_layers", tuple(range(self.n_layer)))
+        self._check_positions()
+        able = self.biased
+        for name in self.no_bias:
+            _check(
+                "model", name in able, "no_bias", name, "modules with a bias: " + (", ".join(able) or "there are none")
+            )
+
+    def _check_positions(self) -> None:
+        """Fields that another kind of positions reads must be idle."""
+        readers = {"sinusoid": ("sinusoidal",), "position_multiplier": ("sinusoidal", "learned")}
+        if self.position in ("sinusoidal", "alibi", "none"):
+            readers |= dict.fromkeys(("rope_scaling", "rope_local_theta", "rotary_dim", "no_rope"), ("rope",))
+        for name, kinds in readers.items():
+            value, default = getattr(self, name), type(self).__dict__[name]
+            idle = self.position in kinds or value == default
+            _check("model", idle, name, value, f"{default!r} where model.position = {self.position}")
+        even = self.position != "sinusoidal" or self.n_embd % 2 == 0
+        _check("model", even, "n_embd", self.n_embd, "an even number where model.position = sinusoidal")
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The modules that have a bias but for ``no_bias``, as inside a block (attn.q_proj) or at the top (ln_f)."""
+        normed, mlp = self.norm == "layer" and self.norm_bias, ("mlp.c_gate", "mlp.c_fc")[not self.gated :]
+        given = {
+            "ln_e": normed and self.embed_norm,
+            "ln_1": normed,
+            **dict.fromkeys(("attn.c_attn",) if self.fused_qkv else _QKV, self.qkv_bias),
+            **dict.fromkeys(("attn.q_norm", "attn.k_norm"), normed and self.qk_norm != "none"),
+            "attn.c_proj": self.out_bias,
+            "ln_1_post": normed and self.placement == "sandwich",
+            "ln_2": normed and self.placement != "parallel",
+            **dict.fromkeys(("mlp.c_gate_fc",) if self.fused_mlp else mlp, self.mlp_bias),
+            "mlp.c_proj": self.mlp_bias,
+            "ln_2_post": normed and self.placement == "sandwich",
+            "ln_f": normed and self.final_norm,
+            "lm_head": self.head_bias and not self.labels,
+        }
+        return tuple(name for name, has in given.items() if has)
+
+    def has_bias(self, module: str) -> bool:
+        """Whether a module of ``biased`` has its bias."""
+        return module in self.biased and module not in self.no_bias
+
+    def _check_rope(self) -> None:
+        """The settings of rope_scaling: those of another are at their defaults."""
+        used = _ROPE[self.rope_scaling].split()
+        for name in " ".join(_ROPE.values()).split():
+            value, default = getattr(self, name), type(self).__dict__[name]
+            fits = name in used or value == default
+            _check("model", fits, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
+        for name in ("rope_short", "rope_long"):
+            each, pairs = getattr(self, name), self.rotary_dim // 2 if name in used else 0
+            whole = len(each) == pairs and all(type(one) in (int, float) and 0 < one < float("inf") for one in each)
+            _check("model", whole, name, each, f"{pairs} positive numbers, one a pair of rotary_dim")
+            object.__setattr__(self, name, tuple(map(float, each)))
+        least = 2 if self.rope_scaling == "longrope" else 1
+        _check("model", self.rope_original >= least, "rope_original", self.rope_original, f"{least} or more")
+        grows = self.rope_scaling != "dynamic" or self.rotary_dim > 2
+        _check("model", grows, "rotary_dim", self.rotary_dim, "4 or more where model.rope_scaling = dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)

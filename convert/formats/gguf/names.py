@@ -21,7 +21,8 @@ from mlxgpt.common.model.family.row import Family, Gguf
 # architecture -> the families that run with it; the first is what a file of it is read as, if it fits
 ARCHS: dict[str, list[str]] = {}
 for _name, _row in families.FAMILIES.items():
-    ARCHS.setdefault(_row.gguf.arch, []).append(_name)
+    if _row.gguf.arch:
+        ARCHS.setdefault(_row.gguf.arch, []).append(_name)
 
 _MODULES = {
     "wte": "token_embd",
@@ -71,8 +72,15 @@ _NEUTRAL = {
 
 
 def arch_of(config: ModelConfig) -> str:
-    """The architecture that llama.cpp runs this family with."""
-    return families.family_of(config).gguf.arch
+    """The architecture that llama.cpp runs this family with.
+
+    Raises:
+        UserError: there is none.
+    """
+    arch = families.family_of(config).gguf.arch
+    if not arch:
+        raise UserError(f"family {config.family} cannot be written as GGUF: llama.cpp has no architecture of it")
+    return arch
 
 
 def name_of(config: ModelConfig, name: str) -> str:

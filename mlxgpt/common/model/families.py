@@ -14,7 +14,7 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import module_names, params, quantization_methods
+from mlxgpt.common.model import module_names, own_config, params, quantization_methods
 from mlxgpt.common.model.family.row import BIASES, Family
 from mlxgpt.common.model.family.table import FAMILIES
 from mlxgpt.common.model.family_config import read_layers, read_rope, typed, write_layers, write_rope
@@ -49,6 +49,8 @@ ACTIVATIONS = {
     "gelu_python": "gelu",
     "silu": "silu",
     "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
 }
 # null in config.json is our 0: it follows from other sizes, or is switched off
 _NULLABLE = ("n_kv_head", "head_dim", "n_hidden", "attn_softcap", "final_softcap")
@@ -109,6 +111,16 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
         refuse("placement", "can only be saved with 'parallel2' or 'pre'")
     if family.rope and family.rope.part is None and config.rotary_dim != config.head_dim:
         refuse("rotary_dim", f"turns whole heads; expected model.head_dim = {config.head_dim}")
+    if family.rope and config.rope_scaling not in ("none", *family.rope.scalings):
+        refuse("rope_scaling", f"can only be saved with none, {', '.join(family.rope.scalings)}")
+    if family.rope and config.rope_scaling in ("yarn", "dynamic"):
+        least, exact = int(config.rope_factor * config.rope_original), config.rope_scaling == "dynamic"
+        least = max(least, config.rope_original) if exact else least
+        if config.block_size < least or (exact and config.block_size != least):
+            more = "" if exact else " or more"
+            refuse("block_size", f"needs rope_factor * rope_original = {least}{more} with {config.rope_scaling}")
+    if family.rope and config.rope_scaling == "longrope" and config.head_dim * config.n_head != config.n_embd:
+        refuse("head_dim", "has only n_embd / n_head with longrope")
     if family.rope and family.rope.local and not config.rope_local_theta:
         refuse("rope_local_theta", "needs a positive number")
     if family.windows and not family.windows.types and config.window and len(config.window_layers) != config.n_layer:
@@ -180,6 +192,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     check(config)
     family, disk = family_of(config), on_disk(config)
+    if family.own:
+        return own_config.write(config, family, FORMAT_VERSION)
     values: dict[str, Any] = {
         "architectures": [family.classifier if config.labels else family.architecture],
         "model_type": config.family,
@@ -207,7 +221,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if family.parallel_key:
         values[family.parallel_key] = config.placement == "parallel2"
     if family.rope:
-        values |= write_rope(config, family.rope)
+        values |= write_rope(config, family)
     values |= write_layers(config, family)
     values |= {**family.must, **family.writes}
     ours = {name: False for name in BIASES if getattr(disk, name) and not getattr(config, name)}
@@ -234,13 +248,15 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         raise UserError(
             f"{where}: architectures {architectures!r} is not supported: expected [{family.architecture!r}]"
         )
-    labels = _labels(where, values) if architectures == [family.classifier] else ()
+    labels = _labels(where, values) if architectures == [family.classifier] and not family.own else ()
     if found := quantization_methods.said(values):
         key, scheme = found
         raise UserError(
             f"{where}: {key}: weights quantized by {quantization_methods.describe(scheme)} are not supported: "
             f"{quantization_methods.EXPECTED}"
         )
+    if family.own:
+        return _read_own(values, family, architectures, where)
     for key, value in family.must.items():
         found = values.get(key, value)
         if found != value and not (found is None and value is False):
@@ -270,6 +286,21 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         check(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    return config
+
+
+def _read_own(values: Mapping[str, Any], family: Family, architectures: Any, where: str) -> ModelConfig:
+    """The model of a folder of this project's family."""
+    n_layer = values.get("n_layer")
+    if isinstance(n_layer, int) and n_layer > MAX_LAYERS:
+        raise UserError(f"{where}: n_layer = {n_layer}: expected at most {MAX_LAYERS}")
+    try:
+        config = own_config.read(values, FORMAT_VERSION, where)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    expected = [family.classifier if config.labels else family.architecture]
+    if architectures != expected:
+        raise UserError(f"{where}: architectures {architectures!r}: expected {expected!r}, by its labels")
     return config
 
 

@@ -7,6 +7,7 @@ is what a folder means.
 import ml_dtypes
 
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.model import own_config
 from mlxgpt.common.model.family.table import FAMILIES
 from mlxgpt.common.model.family_config import full_every
 
@@ -15,6 +16,8 @@ def mlx_lm_deviations(config: ModelConfig) -> list[str]:
     """What mlx-lm does otherwise with the folder of this model, a line each to print; empty where it does the same."""
     family, does = config.family, FAMILIES[config.family].mlx_lm
     found = []
+    if FAMILIES[family].own:
+        return [own_config.NOTE]
     if not does.loads:
         return [f"mlx-lm cannot load {family} from a folder of transformers: it reads another layout under this name"]
     if config.activation != does.activation:

@@ -3,7 +3,7 @@
 Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] everywhere. h.N stands for a block:
 
     wte.weight (V, C)   wpe.weight (P, C)                         embeddings; wpe only with learned positions
-    h.N.ln_1   h.N.ln_2   ln_f                                    norms (C,); none without norm_weight; parallel: one
+    ln_e   h.N.ln_1   h.N.ln_2   ln_f                             norms (C,); embed_norm; parallel: one; final_norm
     h.N.ln_1_post   h.N.ln_2_post                                 placement sandwich: norms of the branches' outputs
     h.N.attn.c_attn ((H + 2 K) D, C)                              fused_qkv: rows are q, k, v
     h.N.attn.q_proj (H D, C)  k_proj  v_proj (K D, C)             otherwise
@@ -12,9 +12,10 @@ Names are GPT-2's without the ``transformer.`` prefix; matrices are [out, in] ev
     h.N.mlp.c_gate (F, C)                                         gated
     h.N.mlp.c_gate_fc (2 F, C)                                    fused_mlp: rows of c_gate, then of c_fc
     h.N.mlp.c_fc (F, C)   h.N.mlp.c_proj (C, F)
-    lm_head.weight (V, C)   lm_head.bias (V,)                     untied; head_bias
+    lm_head.weight (V, C)   lm_head.bias (V,)                     untied; head_bias, also where the weight is tied
     score.weight (n, C)                                           in its place where there are n labels
 
+norm_weight, the fields of biases and no_bias say which modules have a weight and a bias.
 V vocab_size, P block_size, C n_embd, H n_head, K n_kv_head, D head_dim, F n_hidden.
 """
 
@@ -53,51 +54,58 @@ def table(config: ModelConfig) -> dict[str, Param]:
     residual = 0.02 / (2 * config.n_layer) ** 0.5
     params: dict[str, Param] = {}
 
-    def linear(name: str, n_out: int, n_in: int, bias: bool, std: float = 0.02) -> None:
-        params[f"{name}.weight"] = Param((n_out, n_in), std=std, decay=True, adaptable=True)
-        if bias:
-            params[f"{name}.bias"] = Param((n_out,))
+    def bias(block: str, module: str, size: int) -> None:
+        if config.has_bias(module):
+            params[f"{block}{module}.bias"] = Param((size,))
 
-    def norm(name: str, size: int = c, bias: bool = config.norm == "layer" and config.norm_bias) -> None:
+    def linear(block: str, module: str, n_out: int, n_in: int, std: float = 0.02) -> None:
+        params[f"{block}{module}.weight"] = Param((n_out, n_in), std=std, decay=True, adaptable=True)
+        bias(block, module, n_out)
+
+    def norm(block: str, module: str, size: int = c) -> None:
         if config.norm_weight:
-            params[f"{name}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
-        if bias:
-            params[f"{name}.bias"] = Param((size,))
+            params[f"{block}{module}.weight"] = Param((size,), fill=0.0 if config.norm == "rms1" else 1.0)
+        bias(block, module, size)
 
     params["wte.weight"] = Param((config.vocab_size, c), std=0.02, decay=True, adaptable=True)
     if config.position == "learned":
         params["wpe.weight"] = Param((config.block_size, c), std=0.02, decay=True)
+    if config.embed_norm:
+        norm("", "ln_e")
     for n in range(config.n_layer):
-        block = f"h.{n}"
-        norm(f"{block}.ln_1")
+        block = f"h.{n}."
+        norm(block, "ln_1")
         if config.fused_qkv:
-            linear(f"{block}.attn.c_attn", width + 2 * kv, c, config.qkv_bias)
+            linear(block, "attn.c_attn", width + 2 * kv, c)
         else:
-            linear(f"{block}.attn.q_proj", width, c, config.qkv_bias)
-            linear(f"{block}.attn.k_proj", kv, c, config.qkv_bias)
-            linear(f"{block}.attn.v_proj", kv, c, config.qkv_bias)
+            linear(block, "attn.q_proj", width, c)
+            linear(block, "attn.k_proj", kv, c)
+            linear(block, "attn.v_proj", kv, c)
         if config.qk_norm != "none":
-            norm(f"{block}.attn.q_norm", width if config.qk_norm == "full" else config.head_dim, bias=False)
-            norm(f"{block}.attn.k_norm", kv if config.qk_norm == "full" else config.head_dim, bias=False)
-        linear(f"{block}.attn.c_proj", c, width, config.out_bias, residual)
+            norm(block, "attn.q_norm", width if config.qk_norm == "full" else config.head_dim)
+            norm(block, "attn.k_norm", kv if config.qk_norm == "full" else config.head_dim)
+        linear(block, "attn.c_proj", c, width, residual)
         if config.placement == "sandwich":
-            norm(f"{block}.ln_1_post")
+            norm(block, "ln_1_post")
         if config.placement != "parallel":
-            norm(f"{block}.ln_2")
+            norm(block, "ln_2")
         if config.fused_mlp:
-            linear(f"{block}.mlp.c_gate_fc", 2 * config.n_hidden, c, config.mlp_bias)
+            linear(block, "mlp.c_gate_fc", 2 * config.n_hidden, c)
         else:
             if config.gated:
-                linear(f"{block}.mlp.c_gate", config.n_hidden, c, config.mlp_bias)
-            linear(f"{block}.mlp.c_fc", config.n_hidden, c, config.mlp_bias)
-        linear(f"{block}.mlp.c_proj", c, config.n_hidden, config.mlp_bias, residual)
+                linear(block, "mlp.c_gate", config.n_hidden, c)
+            linear(block, "mlp.c_fc", config.n_hidden, c)
+        linear(block, "mlp.c_proj", c, config.n_hidden, residual)
         if config.placement == "sandwich":
-            norm(f"{block}.ln_2_post")
-    norm("ln_f")
+            norm(block, "ln_2_post")
+    if config.final_norm:
+        norm("", "ln_f")
     if config.labels:
         params["score.weight"] = Param((len(config.labels), c), std=0.02, decay=True)
     elif not config.tied:
-        linear("lm_head", config.vocab_size, c, config.head_bias)
+        linear("", "lm_head", config.vocab_size, c)
+    elif config.head_bias:
+        bias("", "lm_head", config.vocab_size)
     return params
 
 

@@ -9,7 +9,7 @@ Sizes: N tokens of a micro-batch, T of a row, C n_embd, H and K heads, D head_di
 from typing import NamedTuple
 
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model import adapters, params, rotary
 from mlxgpt.common.model.params import Param
 from mlxgpt.common.plan.memory import Footprint, Piece
 
@@ -103,7 +103,7 @@ def held(s: Sizes) -> int:
         else:
             made += 4 * number
     made += 4 * sum(size(param.shape) for name, param in s.trains.items() if name not in params.table(model))
-    return made + (0 if model.position == "learned" else 4 * 2 * model.block_size * model.rotary_dim)
+    return made + rotary.table_bytes(model)
 
 
 def first(s: Sizes) -> int:

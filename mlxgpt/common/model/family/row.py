@@ -17,7 +17,9 @@ class Rope:
     theta_key: str = "rope_theta"
     part: float | None = None  # share of a head that is rotated where nothing says it; None: always all of it
     part_key: str = "partial_rotary_factor"
-    scalings: tuple[str, ...] = ("linear", "llama3")
+    scalings: tuple[str, ...] = ("linear", "llama3", "yarn", "dynamic")
+    longrope: tuple[str, ...] = ()  # other names of the rope type longrope
+    original: int = 0  # original_max_position_embeddings beside the table of rope where nothing says it; 0: no such key
     local: float = 0.0  # > 0: blocks with a window have a base of their own; this where nothing says it
 
 
@@ -36,7 +38,7 @@ class Windows:
 class Gguf:
     """The architecture of llama.cpp that a family runs with, whose graph is fixed; the keys only size it."""
 
-    arch: str
+    arch: str  # "": llama.cpp has none of it
     activation: str = "silu"  # what its graph computes
     assumed: str = ""  # the activation that a file is taken to mean, where that is another
     permuted: bool = False  # rows of q and k lie in pairs, as its rope rotates them
@@ -108,6 +110,7 @@ class Family:
     score_key: str = ""  # attention scores are multiplied by this number
     divisor_key: str = ""  # logits are divided by this number
     parallel_key: str = ""  # true: placement parallel2; false: pre
+    own: bool = False  # of this project: config.json has our fields by our names, see own_config.py
 
     @property
     def classifier(self) -> str:
@@ -154,6 +157,11 @@ PLAIN: dict[str, Any] = {
     "logit_scale": 0.0,
     "rope_local_theta": 0.0,
     "no_rope": (),
+    "sinusoid": "pairs",
+    "position_multiplier": 1.0,
+    "embed_norm": False,
+    "final_norm": True,
+    "no_bias": (),
 }
 NO_WINDOW = {"window": 0}
 IDLE = {"attention_dropout": 0.0}  # transformers' own, which training here replaces
