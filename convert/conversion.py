@@ -344,6 +344,7 @@ def _provenance(
             },
             "to": {"format": to, "sha256": results or None},
             "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            **opened.origin,
             "mlxgpt": mlxgpt.__version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
