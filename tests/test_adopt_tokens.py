@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from convert.adopt import tokens
+from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.char import CharTokenizer
 from mlxgpt.common.tokenizers.foreign import plain, ranks
@@ -435,5 +436,30 @@ def test_a_model_of_minbpe(tmp_path: Path) -> None:
 # where they are used
 
 
-def test_train_and_convert_take_a_table(tmp_path: Path, mlxgpt: Any = None) -> None:
-    pass
+def test_train_convert_and_inspect_take_tables_and_names(tmp_path: Path, capsys: Any) -> None:
+    text = written(tmp_path / "text.txt", "ab ba abba\n" * 200)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("b\na "))}))
+    sizes = "model.n_layer=1 model.n_head=1 model.n_embd=8 model.block_size=8 train.batch_size=2"
+
+    def train(tokenizer: object, out: str) -> Path:
+        settings = [f"data.source={text}", f"data.tokenizer={tokenizer}", *sizes.split(), "optim.warmup=0"]
+        settings.append("sample.max_tokens=0")
+        words = [word for setting in settings for word in ("--set", setting)]
+        assert cli.main(["train", "--backend", "torch", "--out", str(tmp_path / out), "--steps", "1", *words]) == 0
+        return tmp_path / out / "last"
+
+    named = train("bytes", "bytes")
+    assert cli.main(["convert", str(named), str(tmp_path / "b"), "--tokenizer", "bytes"]) == 0
+    assert [load_tokenizer(place).encode("\u00e9") for place in (named, tmp_path / "b")] == [[0xC3, 0xA9]] * 2
+    model = train(tmp_path / "meta.pkl", "table")
+    assert load_tokenizer(model).encode("a b\n") == [2, 3, 0, 1]
+    assert cli.main(["convert", str(model), str(tmp_path / "c"), "--tokenizer", str(tmp_path / "meta.pkl")]) == 0
+    assert load_tokenizer(tmp_path / "c").encode("ba") == [0, 2]
+    capsys.readouterr()
+    assert cli.main(["tokenizer", "inspect", str(tmp_path / "meta.pkl"), "--text", "ab", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ids"] == [2, 0]
+    assert cli.main(["generate", "--backend", "torch", "--model", str(tmp_path / "c"), "--prompt", "ab"]) == 0
+    larger = written(tmp_path / "larger.json", list("abcdefg"))
+    assert cli.main(["convert", str(model), str(tmp_path / "d"), "--tokenizer", str(larger)]) == 2
+    assert "'g' has the id 6, but the model has a vocabulary of 4" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
