@@ -153,7 +153,7 @@ def _sinusoid(item: Item, tensor: Tensor, width: int) -> buffers.Buffer | None:
     if len(sides) != 2 or sides[1] != width or sides[0] * sides[1] > 1 << 24 or not set(item.said) & words.POSITION:
         return None
     fields = buffers.sinusoid(np.asarray(tensor.read()).reshape(sides))
-    return fields and buffers.Buffer("table of sinusoids", fields | {"block_size": sides[0]})
+    return None if fields is None else buffers.Buffer("table of sinusoids", fields | {"block_size": sides[0]})
 
 
 def _apart(items: tuple[Item, ...], width: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -259,7 +259,7 @@ def _qk_norms(rest: list[Item], reading: Reading, width: int, draft: _Draft) -> 
     full = full and not (
         query == key and reading.roles.get("k", (None, None))[1] is not None and _size(reading, "k") != query[0]
     )
-    if len(query) > 1 and query[0] > 1:
+    if len(query) > 1:
         raise UserError(f"{found['q'].theirs}: {list(query)}, a norm of its own for each head: expected one for all")
     draft.model["qk_norm"] = "full" if full else "head"
     if not full:
@@ -371,7 +371,12 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
     """The norm behind the blocks, and one right behind the embeddings."""
     wrong = [item for item in rest if bare(item.shape) != (width,)]
     found = tables.norms(tuple(item for item in rest if item not in wrong))
-    early = [norm for norm in found if set(norm.item.said) & (words.EMBED | {"input", "pre", "in", "first"})]
+    early = [
+        norm
+        for norm in found
+        if set(norm.item.said) & (words.EMBED | {"input", "pre", "in", "first"})
+        and not set(norm.item.said) & {"head", "logits", "out", "output", "final"}
+    ]
     if len(found) == 2 and not early:
         early = [min(found, key=lambda norm: norm.item.order)]
     late = [norm for norm in found if norm not in early]
@@ -379,11 +384,10 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
         raise UserError(refusals.unexplained(tuple(wrong) or tuple(norm.item for norm in found)))
     draft.model |= {"final_norm": bool(late), "embed_norm": bool(early)}
     for name, norm in [("ln_f", norm) for norm in late] + [("ln_e", norm) for norm in early]:
+        sure, why = ("sure", "name and shape") if set(norm.item.said) & words.NORM else ("likely", "shape")
         for item, kind in ((norm.weight, "weight"), (norm.bias, "bias")):
             if item is not None:
-                draft.rules[item.theirs] = Rule(
-                    item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), "sure", "name and shape"
-                )
+                draft.rules[item.theirs] = Rule(item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), sure, why)
         if norm.weight is None:
             raise UserError(f"{norm.item.theirs}: a bias that no matrix explains")
 
@@ -391,6 +395,8 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
 def _norm_fields(state: State, found: list[Norm], draft: _Draft, style: Style, known: Mapping[str, Any]) -> None:
     """Kind, epsilon and placement of norms."""
     made = [rule for rule in draft.rules.values() if ".ln_" in rule.to[0] or rule.to[0].startswith("ln_")]
+    if made and not found:
+        raise UserError(f"{made[0].theirs}: a norm with weights, and none in the blocks: expected both or neither")
     bias = any(rule.to[0].endswith(".bias") for rule in made)
     weights = [rule for rule in made if rule.to[0].endswith(".weight")]
     if bias:
@@ -412,6 +418,7 @@ def _norm_fields(state: State, found: list[Norm], draft: _Draft, style: Style, k
     if "norm_eps" in known:
         draft.model["norm_eps"] = known["norm_eps"]
     draft.add(choices.norm_eps(draft.model.get("norm", "layer"), known, style))
+    style = replace(style, behind=tables.behind(found))
     placement, choice = choices.placement(len(found), style, draft.model["final_norm"], known)
     draft.model["placement"] = placement
     draft.add(choice)
@@ -425,12 +432,10 @@ def _style(reading: Reading, block: tuple[Item, ...], top: tuple[Item, ...]) -> 
     return Style(
         llama=(reading.gated and bare_norms) or bool(said & {"rms", "rmsnorm"}),
         lecture=bool(said & {"sa", "ffwd"}) or any(item.heads for item in block),
-        encoder={"linear", "1"} <= said
-        and {"linear", "2"} <= said
-        and not reading.gated
-        and bool(said & {"norm", "ln"}),
+        encoder=not reading.gated and {"linear1", "linear2"} <= {item.module.replace("_", "") for item in block},
         gpt2=bool(said & {"wte", "wpe"}) or {"c", "attn"} <= said,
         flax="kernel" in leaves,
+        meta={"q", "w"} <= said and {"1", "3"} <= said and not said & {"proj", "query"},
     )
 
 
