@@ -13,7 +13,7 @@ from convert.adopt.reading.choices import Style
 from convert.adopt.reading.matrices import Reading
 from convert.adopt.reading.rules_of import bare
 from convert.adopt.reading.tables import Norm
-from convert.adopt.rules import Choice, Map, Proposal, Rule
+from convert.adopt.rules import Choice, Map, Proposal, Rule, has_number, named
 from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
 
@@ -46,6 +46,7 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
     told: dict[str, Any] = field(default_factory=dict)  # what buffers say
     pairing: str = ""  # of rope, as a table has it
+    bare_qk: list[str] = field(default_factory=list)  # norms of queries and keys without bias
     without: list[str] = field(default_factory=list)  # modules without the bias that others of their kind have
 
     def add(self, choice: Choice | None) -> None:
@@ -77,7 +78,9 @@ def propose(state: State) -> Proposal:
         block, top = _apart(top, width)
     vectors = tuple(item for item in block if len(bare(item.shape)) < 2 or item.kind == "bias")
     mats = tuple(item for item in block if item not in vectors)
-    reading = matrices.read(tuple(replace(item, shape=bare(item.shape)) for item in mats), width)
+    reading = matrices.read(
+        tuple(replace(item, shape=item.shape if item.heads else bare(item.shape)) for item in mats), width
+    )
     if reading is None:
         raise UserError(refusals.unread(mats, width))
     if reading.left:
@@ -97,14 +100,30 @@ def propose(state: State) -> Proposal:
     _said(known, draft)
     if draft.without:
         draft.model["no_bias"] = tuple(draft.without)
-    order = {
-        name: i
-        for i, name in enumerate(item.theirs for item in sorted([*built.block, *built.top], key=lambda i: i.order))
-    }
-    rules = tuple(sorted(draft.rules.values(), key=lambda rule: order.get(rule.theirs, 0)))
+    if built.n_layer == 1:
+        _unnumbered(draft)
+    order = {item.theirs: item.order for item in (*built.block, *built.top)}
+    rules = tuple(sorted(draft.rules.values(), key=lambda rule: order[rule.theirs]))
     rope = next((choice.options[0].rope for choice in draft.choices if choice.name == "rope"), None)
     made = Map(rules, draft.model, draft.left, rope or "halves", tuple(state.under), state.prefix)
     return Proposal(made, tuple(draft.choices), tuple(draft.notes))
+
+
+def _unnumbered(draft: _Draft) -> None:
+    """One block whose tensors bear no number: ours are those of block 0."""
+
+    def plain(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+        return {
+            name: rule if has_number(rule.theirs, "n") or rule.axes.startswith("n ")
+            else replace(rule, to=tuple(named(each) for each in rule.to))
+            for name, rule in rules.items()
+        }  # fmt: skip
+
+    draft.rules = plain(draft.rules)
+    draft.choices = [
+        replace(choice, options=tuple(replace(option, rules=plain(option.rules)) for option in choice.options))
+        for choice in draft.choices
+    ]
 
 
 def _width(built: blocks.Structure) -> int:
@@ -237,7 +256,7 @@ def _qk_norms(rest: list[Item], reading: Reading, width: int, draft: _Draft) -> 
     """Norms of queries and keys among the vectors."""
     left: list[Item] = []
     out = reading.roles["o"][1].size
-    found: dict[str, Item] = {}
+    found: dict[str, Norm] = {}
     for norm in tables.norms(tuple(rest)):
         item = norm.item
         near = set(words.words(".".join(item.inside.split(".")[-2:])))
@@ -245,29 +264,40 @@ def _qk_norms(rest: list[Item], reading: Reading, width: int, draft: _Draft) -> 
         size = bare(item.shape)[-1]
         small = reading.context.get(item.theirs, "") != "mlp" and size != width
         if len(letters) == 1 and (near & words.NORM or small) and norm.weight is not None:
-            if norm.bias is not None:
-                raise UserError(f"{norm.bias.theirs}: a LayerNorm with bias of queries or keys: expected RMSNorm")
-            found[letters[0]] = item
+            found[letters[0]] = norm
         else:
             left += [each for each in (norm.weight, norm.bias) if each is not None]
     if not found:
         return left
     if set(found) != {"q", "k"}:
-        raise UserError(f"{next(iter(found.values())).theirs}: a norm of queries or keys only: expected both")
-    query, key = bare(found["q"].shape), bare(found["k"].shape)
-    full = len(query) == 1 and query[0] == out and (key[0] != query[0] or not draft.told.get("rotary_dim"))
-    full = full and not (
-        query == key and reading.roles.get("k", (None, None))[1] is not None and _size(reading, "k") != query[0]
-    )
+        raise UserError(f"{next(iter(found.values())).item.theirs}: a norm of queries or keys only: expected both")
+    query, key = bare(found["q"].item.shape), bare(found["k"].item.shape)
     if len(query) > 1:
-        raise UserError(f"{found['q'].theirs}: {list(query)}, a norm of its own for each head: expected one for all")
+        raise UserError(
+            f"{found['q'].item.theirs}: {list(query)}, a norm of its own for each head: expected one for all"
+        )
+    full = query[0] == out and key[0] == _kv_size(reading)
     draft.model["qk_norm"] = "full" if full else "head"
     if not full:
-        draft.told["head_dim"] = query[-1]
-    for letter, item in found.items():
-        name = f"h.{{n}}.attn.{letter}_norm.weight"
-        draft.rules[item.theirs] = Rule(item.theirs, (name,), rules_of.axes(item, ""), "sure", "name and shape")
+        draft.told["head_dim"] = query[0]
+    for letter, norm in found.items():
+        name = f"attn.{letter}_norm"
+        for item, kind in ((norm.weight, "weight"), (norm.bias, "bias")):
+            if item is not None:
+                axes = rules_of.axes(item, "")
+                draft.rules[item.theirs] = Rule(
+                    item.theirs, (f"h.{{n}}.{name}.{kind}",), axes, "sure", "name and shape"
+                )
+        if norm.bias is None:
+            draft.bare_qk.append(name)
     return left
+
+
+def _kv_size(reading: Reading) -> int:
+    """n_kv_head head_dim."""
+    if "k" in reading.roles:
+        return _size(reading, "k")
+    return _size(reading, "kv") // 2 if "kv" in reading.roles else (_size(reading, "qkv") - _size(reading, "o")) // 2
 
 
 def _size(reading: Reading, role: str) -> int:
@@ -394,13 +424,14 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
 
 def _norm_fields(state: State, found: list[Norm], draft: _Draft, style: Style, known: Mapping[str, Any]) -> None:
     """Kind, epsilon and placement of norms."""
-    made = [rule for rule in draft.rules.values() if ".ln_" in rule.to[0] or rule.to[0].startswith("ln_")]
+    made = [rule for rule in draft.rules.values() if any(part in rule.to[0] for part in ("ln_", "q_norm", "k_norm"))]
     if made and not found:
         raise UserError(f"{made[0].theirs}: a norm with weights, and none in the blocks: expected both or neither")
     bias = any(rule.to[0].endswith(".bias") for rule in made)
     weights = [rule for rule in made if rule.to[0].endswith(".weight")]
     if bias:
         draft.model |= {"norm": "layer", "norm_bias": True}
+        draft.without += draft.bare_qk
         lone = {rule.to[0].rpartition(".")[0] for rule in weights} - {
             rule.to[0].rpartition(".")[0] for rule in made if rule.to[0].endswith(".bias")
         }
@@ -442,9 +473,7 @@ def _style(reading: Reading, block: tuple[Item, ...], top: tuple[Item, ...]) -> 
 def _sizes(reading: Reading, known: Mapping[str, Any], draft: _Draft, style: Style, width: int) -> None:
     """Heads, hidden size, context and positions, and the choices that are left."""
     out = _size(reading, "o")
-    kv = _size(reading, "k") if "k" in reading.roles else (
-        _size(reading, "kv") // 2 if "kv" in reading.roles else (_size(reading, "qkv") - out) // 2
-    )  # fmt: skip
+    kv = _kv_size(reading)
     draft.model["n_hidden"] = _size(reading, "proj")
     told = draft.told
     dim = told.get("head_dim", 0) or _head_dim(reading)

@@ -147,6 +147,7 @@ def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[s
         ("none", {"position": "none"}),
         ("alibi", {"position": "alibi"}),
     ]  # fmt: skip
+    options = [(label, {"sinusoid": "pairs", "position_multiplier": 1.0, **fields}) for label, fields in options]
     if style.encoder and not style.llama:
         options = [*options[1:5], options[0], *options[5:]]
     if said:
