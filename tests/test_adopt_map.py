@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from convert.adopt import apply, map_file
 from convert.adopt.maps import buffers
-from convert.adopt.maps.buffers import complete
-from convert.adopt.rules import ROPES, Buffer, Choice, Map, Option, Proposal, Rule, chosen, named
+from convert.adopt.maps.complete import complete
+from convert.adopt.rules import ROPES, Buffer, Choice, Map, Optimizer, Option, Proposal, Rule, chosen, named
 from convert.adopt.source import State
 from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
@@ -319,6 +319,14 @@ WHOLE = Map(
     {"": "float32", "ln_f.bias": "bfloat16"},
     {"m.{n}": Buffer("tril", "bool", (1, 1, 7, 7)), "t": Buffer("kept", "complex64", (3, 2))},
     ("ln_f.bias", "wpe.weight"),
+    True,
+    {
+        "iter_num": 3,
+        "args": {"n_head": 4, "x": None, "at": [1.5, "b"]},
+        "itos": {0: "\n", 1: "\x7f"},
+        "odd": {"pairs": 1},
+    },
+    Optimizer(("opt", "0"), "linear", ({"lr": 1e-3}, {"lr": 1e-3, "eps": 1e-8}), True, ("iter_num",)),
 )
 
 
@@ -384,7 +392,8 @@ def test_buffers_are_made_again_or_kept_once(tmp_path: Path) -> None:
     theirs = {named(name, n): array for name, array in own.items() for n in range(2)}
     theirs["odd.1"] = np.float32(4)
     state = states(FUSED, theirs)
-    made, kept = complete(dataclasses.replace(FUSED, left={**dict.fromkeys(own, "buffer"), "nothing": "?"}), state)
+    whole = complete(dataclasses.replace(FUSED, left={**dict.fromkeys(own, "buffer"), "nothing": "?"}), state)
+    made, kept = whole.map, whole.kept
     assert [buffer.make for buffer in made.buffers.values()] == [
         "tril", "triu", "-inf", "arange", "kept", "kept", "kept", "kept"
     ]  # fmt: skip
@@ -409,7 +418,7 @@ def test_the_order_of_their_file_is_found_again() -> None:
         names = list(state.tensors)
         shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))] if seed else names
         state = dataclasses.replace(state, tensors={name: state.tensors[name] for name in shuffled})
-        whole, _ = complete(made, state)
+        whole = complete(made, state).map
         assert bool(whole.order) == bool(seed)
         assert list(apply.in_order(whole, dict.fromkeys(names))) == shuffled
         assert list(apply.scatter(whole, ours_of(MODEL))) == shuffled

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.adopt.apply import Plan
 from convert.adopt.maps.buffers import dtype_of
-from convert.adopt.rules import BUFFERS, ROPES, Buffer, Map, Rule
+from convert.adopt.rules import BUFFERS, GROUPS, ROPES, Buffer, Map, Optimizer, Rule
 from convert.adopt.source import SEPARATORS
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError, nearest
@@ -37,8 +37,16 @@ _SOURCE = {
     "rope": "how rope pairs the dimensions of a head: " + ", ".join(ROPES),
     "dtype": "of all tensors but those in [dtypes]",
     "order": "names in the file's order",
+    "nested": "whether the words of a name are dicts and lists in the file",
 }
-_SECTIONS = ("source", "model", "tensors", "left", "buffers", "dtypes")
+_OPTIMIZER = {
+    "at": "keys of the file under which the state of torch.optim.AdamW lies",
+    "groups": "one; matrices, then the rest; or linear, weights of linear layers, then the rest, each sorted by name",
+    "copies": "whether the copy of a tied tensor is a parameter of its own",
+    "step": "keys in [beside] of the number of steps",
+    "settings": "of each group",
+}
+_SECTIONS = ("source", "model", "tensors", "left", "buffers", "dtypes", "optimizer", "beside")
 
 
 def to_toml(made: Map) -> str:
@@ -52,6 +60,8 @@ def _lines(made: Map) -> Iterator[str]:
         values["dtype"] = made.dtypes[""]
     if made.order:
         values["order"] = made.order
+    if made.nested:
+        values["nested"] = True
     yield "\n[source]"
     for name, value in values.items():
         yield f"{name} = {toml_value(value)}  # {_SOURCE[name]}"
@@ -74,6 +84,50 @@ def _lines(made: Map) -> Iterator[str]:
         yield "\n[dtypes]"
     for name, dtype in others.items():
         yield f"{toml_value(name)} = {toml_value(dtype)}"
+    if made.optimizer:
+        yield "\n[optimizer]"
+        for name, said in _OPTIMIZER.items():
+            yield f"{name} = {toml_value(getattr(made.optimizer, name))}  # {said}"
+    if made.beside:
+        yield "\n[beside]  # what else the file holds"
+    for name, value in made.beside.items():
+        yield f"{toml_value(name)} = {toml_value(_packed(value))}"
+
+
+def _packed(value: Any) -> Any:
+    """A plain value as one that TOML has: null, and dicts by numbers, as tables of one key."""
+    if value is None:
+        return {"null": True}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and set(value) not in ({"null"}, {"pairs"}):
+            return {key: _packed(each) for key, each in value.items()}
+        return {"pairs": [[key, _packed(each)] for key, each in value.items()]}
+    return [_packed(each) for each in value] if isinstance(value, list) else value
+
+
+def _unpacked(value: Any) -> Any:
+    """The inverse of ``_packed``.
+
+    Raises:
+        UserError: pairs that are none.
+    """
+    if isinstance(value, list):
+        return [_unpacked(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value == {"null": True}:
+        return None
+    if set(value) == {"pairs"}:
+        pairs = value["pairs"]
+        whole = isinstance(pairs, list) and all(isinstance(each, list) and len(each) == 2 for each in pairs)
+        _expect(
+            whole and all(isinstance(each[0], str | int) for each in pairs),
+            "beside: pairs",
+            pairs,
+            "[[key, value], ...]",
+        )
+        return {key: _unpacked(each) for key, each in pairs}
+    return {key: _unpacked(each) for key, each in value.items()}
 
 
 def _rule(rule: Rule) -> str:
@@ -175,7 +229,8 @@ def from_toml(values: Mapping[str, Any]) -> Map:
         if name not in left:
             raise UserError(f"buffers.{name}: expected a line of that name under [left]{nearest(name, left)}")
     rules = tuple(_read_rule(name, value) for name, value in values["tensors"].items())
-    return Map(rules, _model(values["model"]), left, dtypes=dtypes, buffers=buffers, **source)
+    others = {"beside": _unpacked(values.get("beside", {})), "optimizer": _optimizer(values.get("optimizer"))}
+    return Map(rules, _model(values["model"]), left, dtypes=dtypes, buffers=buffers, **others, **source)
 
 
 def _expect(known: bool, key: str, value: Any, expected: str) -> None:
@@ -194,12 +249,34 @@ def _source(values: Mapping[str, Any]) -> dict[str, Any]:
             )
             made[key] = tuple(value)
             continue
-        _expect(isinstance(value, str), f"source.{key}", value, "text")
+        kind = bool if key == "nested" else str
+        _expect(isinstance(value, kind), f"source.{key}", value, "true or false" if kind is bool else "text")
         made[key] = value
     for key, known in (("kind", KINDS), ("rope", ROPES), ("separator", SEPARATORS)):
         if key in made:
             _expect(made[key] in known, f"source.{key}", made[key], f"one of {', '.join(known)}")
     return made
+
+
+def _optimizer(values: Mapping[str, Any] | None) -> Optimizer | None:
+    if values is None:
+        return None
+    for key in values:
+        if key not in _OPTIMIZER:
+            raise UserError(f"unknown key optimizer.{key}{nearest(key, _OPTIMIZER)}: expected {', '.join(_OPTIMIZER)}")
+    for key in ("at", "step"):
+        value = values.get(key, [])
+        _expect(
+            isinstance(value, list) and all(isinstance(one, str) for one in value), f"optimizer.{key}", value, "keys"
+        )
+    _expect(bool(values.get("at")), "optimizer.at", values.get("at"), "keys such as ['optimizer']")
+    _expect(values.get("groups") in GROUPS, "optimizer.groups", values.get("groups"), f"one of {', '.join(GROUPS)}")
+    copies, settings = values.get("copies", False), values.get("settings", [])
+    _expect(isinstance(copies, bool), "optimizer.copies", copies, "true or false")
+    tables = isinstance(settings, list) and all(isinstance(each, dict) for each in settings)
+    numbers = tables and all(type(one) in (int, float) for each in settings for one in each.values())
+    _expect(numbers, "optimizer.settings", settings, "numbers by name")
+    return Optimizer(tuple(values["at"]), values["groups"], tuple(settings), copies, tuple(values.get("step", [])))
 
 
 def _model(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Buffers of their file, which are no weights: recognized ones are made again, the others kept once, beside the map."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 from convert.adopt import apply
 from convert.adopt.rules import Buffer, Map, has_number, matching, named
 from convert.adopt.source import State
-from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import DTYPES
 
@@ -55,43 +53,7 @@ def recognize(array: np.ndarray) -> Buffer:
     return Buffer("kept", array.dtype.name, tuple(array.shape))
 
 
-def complete(made: Map, state: State) -> tuple[Map, dict[str, np.ndarray]]:
-    """The map with all that says how to write the file of ``state`` again; and the arrays to keep beside it.
-
-    Raises:
-        UserError: see ``apply.Plan``.
-    """
-    plan = apply.Plan(made, {name: tensor.shape for name, tensor in state.tensors.items()})
-    at = {name: place for place, name in enumerate(state.tensors)}
-    first = {rule.theirs: min(at[name] for name, own in plan.rule_of.items() if own is rule) for rule in made.rules}
-    rules = tuple(sorted(made.rules, key=lambda rule: first[rule.theirs]))
-    left, buffers, kept = _buffers(made, state, plan)
-    weights = [name for name in state.tensors if name in plan.rule_of]
-    whole = Map(
-        rules, made.model, left, made.rope, state.under, state.prefix, state.kind, state.separator,
-        _dtypes(plan, state.tensors), buffers,
-    )  # fmt: skip
-    if list(apply.in_order(whole, dict.fromkeys(weights))) != weights:
-        whole = Map(**{**vars(whole), "order": tuple(weights)})
-    return whole, kept
-
-
-def _dtypes(plan: apply.Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The dtype of most weights under "", and of the others by name or rule."""
-    kinds = {name: tensors[name].dtype.name for name in plan.rule_of}
-    usual = Counter(kinds.values()).most_common(1)[0][0]
-    made = {"": usual}
-    for rule in plan.map.rules:
-        own = {name: kinds[name] for name, other in plan.rule_of.items() if other is rule}
-        if set(own.values()) == {usual}:
-            continue
-        made |= {rule.theirs: next(iter(own.values()))} if len(set(own.values())) == 1 else own
-    return made
-
-
-def _buffers(
-    made: Map, state: State, plan: apply.Plan
-) -> tuple[dict[str, str], dict[str, Buffer], dict[str, np.ndarray]]:
+def lines(made: Map, state: State, plan: apply.Plan) -> tuple[dict[str, str], dict[str, Buffer], dict[str, np.ndarray]]:
     """Lines of [left] and of [buffers], and arrays to keep: one for all blocks where those are equal."""
     left: dict[str, str] = {}
     buffers: dict[str, Buffer] = {}
@@ -136,3 +98,11 @@ def again(made: Map, kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         array = kept[line] if buffer.make == "kept" else make(buffer)
         found |= dict.fromkeys(_names(line, plan), array)
     return found
+
+
+def complete(made: Map, state: State) -> tuple[Map, dict[str, np.ndarray]]:
+    """See ``complete.complete``."""
+    from convert.adopt.maps.complete import complete as whole
+
+    found = whole(made, state)
+    return found.map, dict(found.kept)
