@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -109,12 +108,16 @@ def convert_opened(
     *,
     force: bool = False,
     verify: Callable[[Path], None] | None = None,
+    writer: Any = None,
     **options: Any,
 ) -> Report:
-    """``convert`` of an opened model, such as one that no file holds; ``src`` names it in messages."""
+    """``convert`` of an opened model, such as one that no file holds; ``src`` names it in messages.
+
+    ``writer`` is what writes it, as the modules of formats do, unless ``to`` is a format.
+    """
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    writer, made = format_of(to), _options(to, options)
+    writer, made = writer or format_of(to), _options(to, options)
     if opened.config.labels and to != "hf":
         raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
@@ -178,7 +181,7 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
 
-def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
+def _beside(writer: Any, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
     """Files to write beside a single-file result: its provenance and the format's second file; None: remove it."""
     if writer.KIND == "folder":
         return {}
@@ -235,7 +238,7 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
         each = options.bits / 8 + 2 * wide / options.group_size if options.bits and matrix else wide
         each = 34 / 32 if options.gguf_type and matrix else each  # the widest, q8_0
         needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
-    if opened.moments and to in ("hf", "nanogpt", "gptmodel"):
+    if opened.moments and to in ("hf", "nanogpt", "gptmodel", "map"):
         needed += 8 * params.count(opened.config)
     free = shutil.disk_usage(dst.parent).free
     if free < needed:
