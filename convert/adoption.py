@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.adopt import apply, evidence, map_file, roles, sets, show, source
+from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source
 from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
@@ -101,7 +101,7 @@ def adopt_command(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json else sys.stdout
     made = recognize(args)
     tensors = _kept(made.state)
-    sample = _sample(args, made)
+    sample = _sample(args, made, out)
     if sample is None:
         made.landing = land(config_of(made.map.model))
         _show(made, out)
@@ -149,15 +149,24 @@ def _kept(state: source.State) -> Mapping[str, Tensor]:
     }
 
 
-def _sample(args: argparse.Namespace, made: Adoption) -> Sample | None:
-    """The evidence, if any was given."""
+def _sample(args: argparse.Namespace, made: Adoption, out: Any) -> Sample | None:
+    """The evidence, if any was given; --module's is made, which is said before."""
     if args.like and args.module:
         raise UserError("--like and --module: expected one of them")
     if args.kwargs and not args.module:
         raise UserError("--kwargs: expected --module FILE.py:Class with it")
-    if not args.like:
+    if not args.like and not args.module:
         return None
-    sample, sizes = evidence.read(args.like), config_of(made.map.model)
+    sizes = config_of(made.map.model)
+    if args.module:
+        sample = module.of_state(
+            module.parse(args.module, args.kwargs),
+            made.state,
+            made.map,
+            say=lambda text: print(text, file=out, flush=True),
+        )
+    else:
+        sample = evidence.read(args.like)
     sample.check(sizes.vocab_size, sizes.n_layer, sizes.n_embd, sizes.block_size if "wpe" in str(made.map.rules) else 0)
     return sample
 
