@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from convert import adapters
-from convert.adopt.maps.back import convert_by_map
 from convert.conversion import convert, line
 from convert.formats.rounding import Rounding
 from convert.fuse import fuse
@@ -39,16 +38,13 @@ def convert_command(args: argparse.Namespace) -> int:
     if args.allow_nan:
         options["allow_nan"] = True
     n_head = args.n_head or 0
-    if args.map:
-        for name in ("to", "n_head", "config", "tokenizer"):
-            if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')} and --map: expected one of them")
-        report = convert_by_map(args.src, args.dst, args.map, force=args.force, verify=args.verify, **options)
-    else:
-        report = convert(
-            args.src, args.dst, args.to,
-            force=args.force, verify=args.verify, n_head=n_head, config=args.config, **options,
-        )  # fmt: skip
+    for name in ("to", "n_head", "config", "tokenizer") if args.map else ():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} and --map: expected one of them")
+    report = convert(
+        args.src, args.dst, args.to,
+        force=args.force, verify=args.verify, n_head=n_head, config=args.config, by_map=args.map, **options,
+    )  # fmt: skip
     if args.json:
         print(json.dumps(dataclasses.asdict(report), default=str))
         return 0

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
+from convert.adopt.maps.back import Writer
 from convert.formats import generation, output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.registry import format_of, open_model
@@ -73,13 +74,15 @@ def convert(
     verify: bool = False,
     n_head: int = 0,
     config: Path | str | None = None,
+    by_map: Path | str | None = None,
     **options: Any,
 ) -> Report:
     """Writes the model at ``src`` (see ``open_model``) to ``dst`` as the format ``to``; the source is only read.
 
     ``to`` follows from the suffix of ``dst`` (.gguf, .bin, .pt, .pth, .npz) unless given, else it is hf. ``options``
     are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
-    result against the source and keeps it only if they agree.
+    result against the source and keeps it only if they agree. ``by_map``: a model that ``mlxgpt adopt`` took in as the
+    file of its own code again, by the map.toml of that.
 
         >>> report = convert("ckpt.pt", "small.gguf", dtype="bfloat16")
         >>> report.format, sorted(report.sha256)
@@ -91,6 +94,11 @@ def convert(
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    if by_map is not None:
+        writer, opened = Writer(Path(by_map).expanduser(), Path(dst)), open_model(src)
+        writer.check(opened)
+        check = functools.partial(writer.verify, opened) if verify else None
+        return convert_opened(opened, src, dst, "map", force=force, verify=check, writer=writer, **options)
     suffix = Path(dst).suffix.lower()
     to = to or _BY_SUFFIX.get(suffix, "hf")
     if format_of(to).KIND == "folder" and suffix in FILES and _BY_SUFFIX.get(suffix) != to:

@@ -127,8 +127,8 @@ def _npy_header(path: Path, name: str, member: Any, kinds: Mapping[str, str]) ->
         raise UserError(f"{path}: {name}: .npy of version {version}, expected 1.0 or 2.0")
     shape, fortran, dtype = reader(member, max_header_size=_MAX_HEADER)
     if dtype.str not in kinds:
-        expected = ", ".join(dict.fromkeys(kinds.values()))
-        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected one of {expected}")
+        expected = "float32, float16 or bfloat16" + ", or a buffer's" * (kinds is not KINDS)
+        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected {expected}")
     return kinds[dtype.str], shape, fortran and len(shape) > 1, member.tell()
 
 

@@ -1,4 +1,4 @@
-"""``convert --map``: a model here as the file of their own code again, by the map that its adoption made."""
+"""The format that a map is: a model here as the file of their own code again, by the map that its adoption made."""
 
 import copy
 import functools
@@ -13,11 +13,9 @@ import numpy as np
 from convert.adopt import apply, map_file, source
 from convert.adopt.maps import buffers, moments
 from convert.adopt.rules import Map
-from convert.conversion import Report, convert_opened
 from convert.formats import npz, stream
 from convert.formats.limits import left_behind
 from convert.formats.opened import Opened, Options, Tensor
-from convert.formats.registry import open_model
 from convert.formats.torch_files import file as torch_file
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders.model_folder import DTYPES
@@ -25,37 +23,20 @@ from mlxgpt.common.folders.model_folder import DTYPES
 SUFFIXES = {".pt": "pt", ".pth": "pt", ".bin": "pt", ".ckpt": "pt", ".safetensors": "safetensors", ".npz": "npz"}
 
 
-def convert_by_map(
-    src: Path | str, dst: Path | str, path: Path | str, *, force: bool = False, verify: bool = False, **options: Any
-) -> Report:
-    """Writes the model at ``src`` to ``dst``, whose suffix says the container, by the map at ``path``.
-
-    Raises:
-        UserError: the map is wrong or of another model, no such container, or see ``convert_opened``.
-        RunError: ``verify`` read other values from what was written; nothing was kept.
-    """
-    dst, path = Path(dst).expanduser(), Path(path).expanduser()
-    if dst.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{dst}: expected a name that ends in {', '.join(SUFFIXES)}: by a map one file is written")
-    writer = Writer(path, SUFFIXES[dst.suffix.lower()])
-    opened = open_model(src)
-    writer.check(opened)
-    again = functools.partial(writer.verify, opened) if verify else None
-    return convert_opened(opened, src, dst, "map", force=force, verify=again, writer=writer, **options)
-
-
 class Writer:
     """The format that a map is."""
 
     KIND = "file"
 
-    def __init__(self, path: Path, kind: str):
-        """``kind`` is the container: pt, safetensors or npz.
+    def __init__(self, path: Path, dst: Path):
+        """``path`` is the map; the suffix of ``dst`` says the container.
 
         Raises:
-            UserError: see ``map_file.read`` and ``map_file.read_kept``.
+            UserError: there is no such container; or see ``map_file.read`` and ``map_file.read_kept``.
         """
-        self.path, self.kind = path, kind
+        if dst.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{dst}: expected a name that ends in {', '.join(SUFFIXES)}: by a map one file is written")
+        self.path, self.kind = path, SUFFIXES[dst.suffix.lower()]
         self.map = map_file.read(path)
         self.buffers = buffers.again(self.map, map_file.read_kept(path, self.map))
 
