@@ -12,7 +12,6 @@ from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.choices import Style
 from convert.adopt.reading.draft import Draft, State
 from convert.adopt.reading.matrices import Reading
-from convert.adopt.reading.rules_of import bare
 from convert.adopt.reading.tables import Norm
 from convert.adopt.rules import Map, Proposal, Rule, has_number, named
 from convert.formats.opened import Tensor
@@ -37,11 +36,9 @@ def propose(state: State) -> Proposal:
     top = _weights(state, built.top, width, draft, False)
     if not block:
         block, top = outer.apart(top, width)
-    vectors = tuple(item for item in block if len(bare(item.shape)) < 2 or item.kind == "bias")
+    vectors = tuple(item for item in block if len(item.used) < 2 or item.kind == "bias")
     mats = tuple(item for item in block if item not in vectors)
-    reading = matrices.read(
-        tuple(replace(item, shape=item.shape if item.heads else bare(item.shape)) for item in mats), width
-    )
+    reading = matrices.read(mats, width)
     if reading is None:
         raise UserError(refusals.unread(mats, width))
     if reading.left:
@@ -51,7 +48,7 @@ def propose(state: State) -> Proposal:
     rest = inner.qk_norms(rest, reading, width, draft)
     found = inner.block_norms(rest, block, width, draft)
     style = replace(style, nanochat=not found and not style.encoder)
-    outer.outside(state, top, width, draft)
+    outer.outside(state, top, width, draft, min(item.order for item in block))
     _norm_fields(state, found, draft, style, known)
     draft.model = {
         "family": "mlxgpt", "n_layer": built.n_layer, "n_embd": width, "fused_qkv": False, "fused_mlp": False,
@@ -94,9 +91,9 @@ def _width(built: blocks.Structure) -> int:
         UserError: there are no matrices.
     """
     counts: Counter[int] = Counter()
-    tops = {size for item in built.top for size in item.shape if len(bare(item.shape)) == 2}
+    tops = {size for item in built.top for size in item.shape if len(item.used) == 2}
     for item in built.block or built.top:
-        shape = bare(item.shape)
+        shape = item.used
         square = len(item.shape) > len(shape) and len(shape) == 2 and shape[0] == shape[1]
         if len(shape) >= 2 and item.kind != "bias" and not square:
             counts.update({size: 2 for size in set(shape) if size > 1})
@@ -112,7 +109,8 @@ def _weights(state: State, items: tuple[Item, ...], width: int, draft: Draft, in
     kept = []
     for item in items:
         tensor = state.tensors[item.example]
-        found = buffers.recognize(item.theirs, item.shape, tensor.dtype.name, tensor.read, width, inside)
+        read = (lambda tensor=tensor: tensor.read()[0]) if item.stacked else tensor.read
+        found = buffers.recognize(item.theirs, item.shape, tensor.dtype.name, read, width, inside)
         if found is None and not inside:
             found = _sinusoid(item, tensor, width)
         if found is None:
@@ -159,7 +157,8 @@ def _norm_fields(state: State, found: list[Norm], draft: Draft, style: Style, kn
     else:
         draft.model |= {"norm_weight": False, "norm_bias": False, "final_norm": True, "embed_norm": False}
         draft.notes.append("no norm has weights: they are norms without weights, or there are none")
-        draft.add(choices.bare_norms("qk_norm" in draft.model))
+        for choice in choices.bare_norms("qk_norm" in draft.model, style):
+            draft.add(choice)
     if "norm_eps" in known:
         draft.model["norm_eps"] = known["norm_eps"]
     draft.add(choices.norm_eps(draft.model.get("norm", "layer"), known, style))

@@ -116,6 +116,9 @@ def norm(bias: bool, said: frozenset[str], near_zero: bool, style: Style) -> Cho
 
 def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, Any]) -> tuple[str, Choice | None]:
     """Where the norms of a block are, by how many it has."""
+    if count == 0:
+        order = ["pre", "post_add", "parallel", "post", "sandwich"]
+        return order[0], pick("placement", [(name, {"placement": name}) for name in order], "no norm has a tensor")
     if count == 4:
         return "sandwich", None
     if count == 1:
@@ -125,9 +128,7 @@ def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, An
         known.get("pre") is None and (style.encoder or not final_norm) and not style.llama
     ):
         order = ["post_add", "pre", "post", "parallel2"]
-    if style.nanochat:
-        order = ["pre", "post_add", "post", "parallel2"]
-    elif style.behind:
+    if style.behind:
         order = ["post", "post_add", "pre", "parallel2"]
     return order[0], pick(
         "placement", [(name, {"placement": name}) for name in order], "where a norm acts has no weights"
@@ -208,17 +209,12 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
     return made
 
 
-def bare_norms(has_qk: bool) -> Choice:
-    """Norms without weights, of which there are no tensors: nanochat's and modded-nanogpt's kind, and OLMo's."""
-    base = {"norm_weight": False, "norm_bias": False, "final_norm": True}
-    more = {} if has_qk else {"qk_norm": "head"}
-    values: list[tuple[str, dict[str, Any]]] = [
-        ("rms, of queries and keys too, and after the embedding", {**base, "norm": "rms", "embed_norm": True, **more}),
-        ("rms, of queries and keys too", {**base, "norm": "rms", "embed_norm": False, **more}),
-        ("rms", {**base, "norm": "rms", "embed_norm": False}),
-        ("rms, and after the embedding", {**base, "norm": "rms", "embed_norm": True}),
-        ("layer", {**base, "norm": "layer", "embed_norm": False}),
-    ]  # fmt: skip
+def bare_norms(has_qk: bool, style: Style) -> list[Choice]:
+    """Norms without weights, of which there are no tensors: where nanochat, modded-nanogpt and OLMo have them."""
+    why = "no norm has a tensor"
+    made = [pick("norm", [("rms", {"norm": "rms"}), ("layer", {"norm": "layer"})], why)]
     if not has_qk:
-        values = [(label, {"qk_norm": "none", **fields}) for label, fields in values]
-    return pick("norm", values, "no norm has a tensor")
+        made.append(pick("qk_norm", [("head", {"qk_norm": "head"}), ("none", {"qk_norm": "none"})], why))
+    made.append(pick("embed_norm", [("yes", {"embed_norm": True}), ("no", {"embed_norm": False})], why))
+    made.append(pick("final_norm", [("yes", {"final_norm": True}), ("no", {"final_norm": False})], why))
+    return made

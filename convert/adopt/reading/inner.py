@@ -8,7 +8,6 @@ from convert.adopt.reading import matrices, refusals, rules_of, tables, words
 from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.draft import Draft
 from convert.adopt.reading.matrices import Reading
-from convert.adopt.reading.rules_of import bare
 from convert.adopt.reading.tables import Norm
 from convert.adopt.rules import Rule
 from mlxgpt.common.errors import UserError
@@ -76,7 +75,7 @@ def qk_norms(rest: list[Item], reading: Reading, width: int, draft: Draft) -> li
         item = norm.item
         near = set(words.words(".".join(item.inside.split(".")[-2:])))
         letters = [letter for letter, group in (("q", words.QUERY), ("k", words.KEY)) if near & group]
-        size = bare(item.shape)[-1]
+        size = item.used[-1]
         small = reading.context.get(item.theirs, "") != "mlp" and size != width
         if len(letters) == 1 and (near & words.NORM or small) and norm.weight is not None:
             found[letters[0]] = norm
@@ -86,7 +85,7 @@ def qk_norms(rest: list[Item], reading: Reading, width: int, draft: Draft) -> li
         return left
     if set(found) != {"q", "k"}:
         raise UserError(f"{next(iter(found.values())).item.theirs}: a norm of queries or keys only: expected both")
-    query, key = bare(found["q"].item.shape), bare(found["k"].item.shape)
+    query, key = found["q"].item.used, found["k"].item.used
     if len(query) > 1:
         raise UserError(
             f"{found['q'].item.theirs}: {list(query)}, a norm of its own for each head: expected one for all"
@@ -121,7 +120,7 @@ def kv_size(reading: Reading) -> int:
 
 def block_norms(rest: list[Item], block: tuple[Item, ...], width: int, draft: Draft) -> list[Norm]:
     """The norms of a block, with their rules."""
-    wrong = [item for item in rest if bare(item.shape) != (width,) or set(item.said) & refusals.SCALES]
+    wrong = [item for item in rest if item.used != (width,) or set(item.said) & refusals.SCALES]
     if wrong:
         raise UserError(refusals.unexplained(tuple(wrong)))
     found = tables.norms(tuple(rest))

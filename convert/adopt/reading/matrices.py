@@ -49,7 +49,7 @@ class Reading:
 
 def lays(item: Item, role: str, width: int) -> Iterator[Lay]:
     """The ways in which a tensor can be the matrix of a role in a model of n_embd ``width``."""
-    shape, pieces, mine = item.shape, PIECES.get(role, 1), "o" if role in WRITES else "i"
+    shape, pieces, mine = item.used, PIECES.get(role, 1), "o" if role in WRITES else "i"
     if item.heads:
         if len(shape) == 2 and role in OF_ATTENTION:
             d = "(p d)" if pieces > 1 else "d"
@@ -211,7 +211,7 @@ def style(item: Item) -> str:
 def _taste(item: Item, turned: bool) -> float:
     """How usual it is that matrices of a style lie so; three in one are mostly three of nn.Linear's."""
     kind = style(item)
-    if kind == "weight" or (kind == "raw" and item.shape[0] == 3):
+    if kind == "weight" or (kind == "raw" and item.used[0] == 3):
         return -2.5 if turned else 0.0
     if kind in ("kernel", "w"):
         return 0.0 if turned else -2.5
@@ -272,9 +272,9 @@ def _assign(
         used = {id(item) for item, _ in chosen.values()}
         for item, lay, worth in ways[role]:
             kind = style(item)
-            if id(item) in used or (len(item.shape) == 2 and turned.get(kind, lay.turned) != lay.turned):
+            if id(item) in used or (len(item.used) == 2 and turned.get(kind, lay.turned) != lay.turned):
                 continue
-            more = {kind: lay.turned} if len(item.shape) == 2 else {}
+            more = {kind: lay.turned} if len(item.used) == 2 else {}
             visit(i + 1, chosen | {role: (item, lay)}, turned | more, value + worth)
 
     visit(0, {}, {}, 0.0)

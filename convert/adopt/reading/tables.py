@@ -43,7 +43,7 @@ def tables(items: tuple[Item, ...], width: int) -> Tables:
     """Gives the matrices outside the blocks their roles, by name and by which share the size of the vocabulary."""
     fit: list[tuple[Item, int, bool]] = []
     for item in items:
-        sides = [side for side in item.shape if side != 1] if len(item.shape) > 2 else list(item.shape)
+        sides = list(item.used)
         if len(sides) == 2 and width in sides:
             turned = sides[1] != width
             fit.append((item, sides[0] if turned is False else sides[1], turned))

@@ -5,9 +5,9 @@ from functools import cache
 
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
-QUERY = frozenset({"q", "query", "queries", "qry"})
-KEY = frozenset({"k", "key", "keys"})
-VALUE = frozenset({"v", "value", "values", "val", "vals"})
+QUERY = frozenset({"q", "qs", "query", "queries", "qry"})
+KEY = frozenset({"k", "ks", "key", "keys"})
+VALUE = frozenset({"v", "vs", "value", "values", "val", "vals"})
 QKV = frozenset({"qkv", "qvk", "kqv", "kvq", "vqk", "vkq"})
 ATTENTION = frozenset(
     {"attn", "att", "attention", "atten", "sa", "mha", "msa", "mhsa", "csa", "gqa", "mqa", "heads", "self", "mixer"}
@@ -98,6 +98,8 @@ def kind(name: str) -> tuple[str, tuple[str, ...]]:
     """("weight" or "bias", the words without the one that says so); a name that says neither is a weight."""
     said = words(name)
     leaf = len(words(name.rpartition(".")[0]))
+    if len(said) - leaf > 1 and said[leaf] in ("w", "b"):
+        return "bias" if said[leaf] == "b" else "weight", said[:leaf] + said[leaf + 1 :]
     for place in reversed(range(len(said))):
         if place < leaf and len(said) - leaf:
             break
