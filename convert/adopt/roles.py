@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.adopt.reading import blocks, buffers, choices, hints, inner, matrices, outer, refusals, tables, words
+from convert.adopt.reading import blocks, buffers, choices, hints, inner, outer, refusals, tables, words
 from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.choices import Style
 from convert.adopt.reading.draft import Draft, State
@@ -38,7 +38,7 @@ def propose(state: State) -> Proposal:
         block, top = outer.apart(top, width)
     vectors = tuple(item for item in block if len(item.used) < 2 or item.kind == "bias")
     mats = tuple(item for item in block if item not in vectors)
-    reading = matrices.read(mats, width)
+    reading = inner.read(mats, vectors, width)
     if reading is None:
         raise UserError(refusals.unread(mats, width))
     if reading.left:
@@ -192,11 +192,8 @@ def _sizes(reading: Reading, known: Mapping[str, Any], draft: Draft, style: Styl
     dim = told.get("head_dim", 0) or _head_dim(reading)
     if not dim and told.get("n_head") and out % told["n_head"] == 0:
         dim = out // told["n_head"]
-    if not dim and told.get("rotary_dim") and not known.get("n_head") and out % told["rotary_dim"] == 0:
-        dim = told["rotary_dim"]
-        draft.notes.append(f"head_dim = {dim}: the width of the table of rope")
     may_rope = draft.model.get("position") is None and told.get("position") in (None, "rope")
-    fields, choice = choices.n_head(out, kv, dim, known, may_rope)
+    fields, choice = choices.n_head(out, kv, dim, known, may_rope, told.get("rotary_dim", 0))
     draft.model |= fields
     draft.add(choice)
     dims = [option.model["head_dim"] for option in choice.options] if choice else [fields["head_dim"]]
@@ -204,7 +201,7 @@ def _sizes(reading: Reading, known: Mapping[str, Any], draft: Draft, style: Styl
     if not draft.model["block_size"]:
         draft.model["block_size"] = 1024
         draft.notes.append("block_size = 1024: nothing tells the longest context; --set block_size=N where you know it")
-    _positions(known, draft, style, width, fields["head_dim"] if choice is None else 0)
+    _positions(known, draft, style, width, dims)
     if known.get("activation"):
         draft.model["activation"] = known["activation"]
     draft.add(choices.activation(style, reading.gated, known))
@@ -218,7 +215,7 @@ def _head_dim(reading: Reading) -> int:
     return dims[0] if dims else 0
 
 
-def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int, head_dim: int) -> None:
+def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int, dims: list[int]) -> None:
     """Learned, sinusoids or rope where a tensor says it; else a choice."""
     told = draft.told
     if "position" in draft.model:
@@ -235,7 +232,7 @@ def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int,
             draft.model[key] = told[key]
         elif key in known:
             draft.model[key] = known[key]
-    for choice in choices.rope(known, style, draft.pairing, head_dim, "rope_theta" in told):
+    for choice in choices.rope(known, style, draft.pairing, dims, "rope_theta" in told):
         if choice.name == "rope":
             draft.choices.append(choice)
         else:

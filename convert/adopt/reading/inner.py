@@ -1,8 +1,7 @@
 """Rules for what lies in a block: matrices with their biases, norms of queries and keys, norms around the branches."""
 
+import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from convert.adopt.reading import matrices, refusals, rules_of, tables, words
 from convert.adopt.reading.blocks import Item
@@ -13,25 +12,38 @@ from convert.adopt.rules import Rule
 from mlxgpt.common.errors import UserError
 
 
+def biases(mats: tuple[Item, ...], vectors: tuple[Item, ...]) -> dict[str, Item]:
+    """Matrix -> the vector whose name is a bias's of it."""
+    by_key = {tables.key(item): item for item in vectors if item.kind == "bias"}
+    return {item.theirs: by_key[tables.key(item)] for item in mats if tables.key(item) in by_key}
+
+
+def read(mats: tuple[Item, ...], vectors: tuple[Item, ...], width: int) -> Reading | None:
+    """The likeliest roles of a block's matrices."""
+    sizes = bias_sizes(mats, vectors)
+    return matrices.read(mats, width, sizes) or matrices.read(mats, width)
+
+
+def bias_sizes(mats: tuple[Item, ...], vectors: tuple[Item, ...]) -> dict[str, int]:
+    """Matrix -> size of its bias, of all heads."""
+    return {name: math.prod(bias.shape) * max(bias.heads, 1) for name, bias in biases(mats, vectors).items()}
+
+
 def matrix_rules(reading: Reading, vectors: tuple[Item, ...], width: int, draft: Draft) -> list[Item]:
     """Rules of the block's matrices and their biases; gives the vectors that are left."""
-    by_key = {tables.key(item): item for item in vectors if item.kind == "bias"}
-    bias_of: dict[str, Item | None] = {}
     items = tuple(item for item, _ in reading.roles.values())
+    named, sizes = biases(items, vectors), bias_sizes(items, vectors)
+    bias_of: dict[str, Item | None] = {}
     fixed: set[str] = set()
     for role, (item, lay) in reading.roles.items():
-        bias = by_key.get(tables.key(item))
-        if bias is not None and int(np.prod(bias.shape)) * max(bias.heads, 1) != (
-            width if role in matrices.WRITES else lay.size
-        ):
-            bias = None
-        bias_of[item.theirs] = bias
+        fits = sizes.get(item.theirs) == (width if role in matrices.WRITES else lay.size)
+        bias_of[item.theirs] = named[item.theirs] if fits else None
         sure, why = rules_of.certainty(role, reading, items, width)
         if sure != "guess":
             fixed.add(role)
-        draft.rules |= rules_of.pair(role, item, lay, bias, sure, why)
+        draft.rules |= rules_of.pair(role, item, lay, bias_of[item.theirs], sure, why)
     _bias_fields(reading, bias_of, draft)
-    turned = list(rules_of.turns(reading, bias_of))
+    turned = list(rules_of.turns(reading, items, bias_of, width, sizes))
     four = rules_of.which_of_four(reading, bias_of, fixed, bool(turned))
     for choice in [] if four is not None else turned:
         draft.add(choice)
@@ -85,11 +97,9 @@ def qk_norms(rest: list[Item], reading: Reading, width: int, draft: Draft) -> li
         return left
     if set(found) != {"q", "k"}:
         raise UserError(f"{next(iter(found.values())).item.theirs}: a norm of queries or keys only: expected both")
-    query, key = found["q"].item.used, found["k"].item.used
+    query, key = list(found["q"].item.used), list(found["k"].item.used)
     if len(query) > 1:
-        raise UserError(
-            f"{found['q'].item.theirs}: {list(query)}, a norm of its own for each head: expected one for all"
-        )
+        raise UserError(f"{found['q'].item.theirs}: {query}, a norm of its own for each head: expected one for all")
     full = query[0] == out and key[0] == kv_size(reading)
     draft.model["qk_norm"] = "full" if full else "head"
     if not full:

@@ -81,7 +81,7 @@ def _head(state: State, token: Item, head: tuple[Item, bool] | None, rest: list[
     if bias is not None:
         if tied:
             draft.notes.append(
-                f"{bias.theirs}: a bias on a head that is the embedding: the head becomes a matrix of its own"
+                f"{bias.theirs}: a bias on a head that is the embedding: the head gets a matrix of its own"
             )
             if head is None:
                 draft.rules[token.theirs] = replace(
@@ -98,7 +98,7 @@ def _head(state: State, token: Item, head: tuple[Item, bool] | None, rest: list[
 
 
 def _outer_norms(rest: list[Item], width: int, draft: Draft, token: Item, blocks_at: int) -> None:
-    """The norm behind the blocks, and one right behind the embeddings; ``blocks_at`` is where blocks are in the file."""
+    """The norm behind the blocks, and one right behind the embeddings; ``blocks_at``: where blocks are in the file."""
     wrong = [item for item in rest if item.used != (width,)]
     found = tables.norms(tuple(item for item in rest if item not in wrong))
     said = [set(norm.item.said) for norm in found]
@@ -110,7 +110,8 @@ def _outer_norms(rest: list[Item], width: int, draft: Draft, token: Item, blocks
     if len(found) == 2 and sum(early) != 1:
         early = [True, False] if found[0].item.order < found[1].item.order else [False, True]
     if wrong or len(found) > 2 or any(norm.weight is None for norm in found):
-        bad = tuple(wrong) or tuple(norm.item for norm in found if norm.weight is None) or tuple(n.item for n in found)
+        bare = [norm for norm in found if norm.weight is None] or found
+        bad = tuple(wrong) or tuple(norm.item for norm in bare)
         raise UserError(refusals.unexplained(bad))
     draft.model |= {"final_norm": False, "embed_norm": False}
     for norm, before in zip(found, early, strict=True):

@@ -155,28 +155,26 @@ def which_of_four(
     return Choice(f"layout of {held[0][0].theirs} and its like", tuple(options), "which matrix is q, k, v or out")
 
 
-def turns(reading: Reading, bias_of: dict[str, Item | None]) -> Iterator[Choice]:
-    """Square matrices that no other matrix of their style tells the layout of: as they lie, or transposed."""
-    styles: dict[str, list[str]] = {}
-    for role, (item, _) in reading.roles.items():
-        if len(item.used) == 2 and not item.heads:
-            styles.setdefault(matrices.style(item), []).append(role)
-    for style, roles in styles.items():
-        held = [reading.roles[role] for role in roles]
-        if style == "weight" or any(item.used[0] != item.used[1] for item, _ in held):
-            continue
+def turns(
+    reading: Reading,
+    items: tuple[Item, ...],
+    bias_of: dict[str, Item | None],
+    width: int,
+    sizes: dict[str, int],
+) -> Iterator[Choice]:
+    """Matrices that may lie either way: as they are read, or transposed, with what reads and what writes exchanged."""
+    for kind, other in matrices.turned(reading, items, width, sizes):
         options = []
-        for turned in (held[0][1].turned, not held[0][1].turned):
+        for each in (reading, other):
             made: dict[str, Rule] = {}
-            for role in roles:
-                item, lay = reading.roles[role]
-                form = Lay(lay.size, "i o" if turned else "", turned)
-                made |= pair(role, item, form, bias_of[item.theirs], "likely", "square")
-            options.append(Option("x @ W" if turned else "W @ x", rules=made))
-        shown = held[0][0].theirs
-        yield Choice(
-            f"layout of {shown} and its like", tuple(options), "square matrices: weights do not say whether transposed"
-        )
+            for role, (item, lay) in each.roles.items():
+                if matrices.style(item) == kind and len(item.used) == 2:
+                    made |= pair(role, item, lay, bias_of[item.theirs], "likely", "shapes allow both ways")
+            way = next(lay.turned for item, lay in each.roles.values() if matrices.style(item) == kind)
+            options.append(Option("x @ W" if way else "W @ x", rules=made))
+        shown = next(item.theirs for item, _ in reading.roles.values() if matrices.style(item) == kind)
+        why = "shapes do not say whether matrices are transposed"
+        yield Choice(f"layout of {shown} and its like", tuple(options), why)
 
 
 def gate_or_up(reading: Reading, bias_of: dict[str, Item | None]) -> Choice | None:

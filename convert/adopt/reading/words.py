@@ -55,24 +55,23 @@ WEIGHT_KINDS = frozenset(
 )
 BIAS_KINDS = frozenset({"bias", "biases", "b", "beta", "shift", "offset"})
 
+_SHORT = {"qn": ("q", "norm"), "kn": ("k", "norm"), "lnf": ("ln", "f"), "nf": ("norm", "f")}
 _KNOWN = frozenset().union(
     QUERY, KEY, VALUE, QKV, ATTENTION, MLP, OUT, NORM, UP, DOWN, GATE, TOKEN, EMBED, POSITION, HEAD, FINAL,
-    WEIGHT_KINDS,
-    BIAS_KINDS,
-    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "buffer", "rope", "rotary", "freqs",
-     "freq",
-     "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre", "post", "first", "second", "c", "h",
-     "lin",
-     "linear", "linears", "conv", "bn", "batch", "running", "expert", "experts", "router", "cross", "enc", "model",
-     "transformer", "sublayer", "residual", "lora", "ids", "alibi", "slopes", "slope", "masked", "fuse", "fused"},
+    WEIGHT_KINDS, BIAS_KINDS, _SHORT,
+    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "masked", "buffer", "rope",
+     "rotary", "freq", "freqs", "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre",
+     "post", "first", "second", "c", "h", "lin", "linear", "linears", "conv", "bn", "batch", "running",
+     "expert", "experts", "router", "cross", "enc", "model", "transformer", "sublayer", "residual", "lora",
+     "ids", "alibi", "slopes", "slope", "fuse", "fused"},
 )  # fmt: skip
 _SINGLE = frozenset("wbqkvofgue")
-_WHOLE = frozenset({"wte", "wpe", "lm", "in", "bn"})
 
 
 def words(name: str) -> tuple[str, ...]:
     """The words of a name, in small letters, numbers apart: blocks.3.W_qkv -> blocks 3 w qkv."""
-    return tuple(word for part in _PARTS.findall(name) for word in _split(part.lower()))
+    said = (word for part in _PARTS.findall(name) for word in _split(part.lower()))
+    return tuple(each for word in said for each in _SHORT.get(word, (word,)))
 
 
 @cache
