@@ -42,10 +42,10 @@ def scorer(backend: str, config: ModelConfig):
     if backend == "mlx":
         model = MlxModel(config)
         model.load_weights([(name, mx.array(value)) for name, value in arrays.items()])
-        return lambda tokens, targets, positions: mlx_generate.score(model, tokens, targets)
+        return lambda tokens, targets, positions=None: mlx_generate.score(model, tokens, targets)
     model = TorchModel(config)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
-    return lambda tokens, targets, positions: torch_generate.score(model, tokens, targets)
+    return lambda tokens, targets, positions=None: torch_generate.score(model, tokens, targets)
 
 
 # ---- every token once

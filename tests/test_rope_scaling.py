@@ -40,7 +40,7 @@ def trio(case: str) -> tuple[Any, mlxgpt.model.Model, torch_ref.model.Model]:
     config = VARIANTS[case]
     made = weights(config, scale=4.0)
     values = families.config_to_hf(config) | {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    kind = values.pop("model_type")
+    kind = str(values.pop("model_type"))
     theirs: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
     names = {
         foreign.replace("embed_out", "lm_head"): name for foreign, (name, _) in families.from_foreign(config).items()
@@ -75,7 +75,8 @@ def ours_of(case: str, tokens: np.ndarray, **more: Any) -> dict[str, np.ndarray]
     with torch.no_grad():
         torches = {name: torch.from_numpy(value) for name, value in more.items()}
         found = other(torch.from_numpy(tokens), **torches).numpy()
-    return {"MLX": np.array(ours(mx.array(tokens), **{name: mx.array(v) for name, v in more.items()})), "torch": found}
+    mlxes: dict[str, Any] = {name: mx.array(value) for name, value in more.items()}
+    return {"MLX": np.array(ours(mx.array(tokens), **mlxes)), "torch": found}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,7 +146,8 @@ def test_generation_crosses_the_border_as_transformers_does(case: str) -> None:
         ids = torch.tensor([prompt])
         drawn = fresh(theirs).generate(ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids))
         expected.append(drawn[0, len(prompt) :].tolist())
-    for package, model in ((mlxgpt.generate, ours), (torch_ref.generate, other)):
+    pairs: list[tuple[Any, Any]] = [(mlxgpt.generate, ours), (torch_ref.generate, other)]
+    for package, model in pairs:
         assert [each.tokens for each in package.generate(model, None, prompts, sample)] == expected
         assert [package.generate(model, None, [each], sample)[0].tokens for each in prompts] == expected
 
@@ -154,7 +156,8 @@ def test_a_long_prompt_has_one_length_in_all_its_chunks(monkeypatch: pytest.Monk
     sample = SampleConfig(temperature=0.0, max_tokens=6)
     prompts = [TOKENS[0, :40].tolist()]
     for case in BY_LENGTH:
-        for package, model in zip((mlxgpt.generate, torch_ref.generate), trio(case)[1:], strict=True):
+        pairs: list[tuple[Any, Any]] = list(zip((mlxgpt.generate, torch_ref.generate), trio(case)[1:], strict=True))
+        for package, model in pairs:
             whole = package.generate(model, None, prompts, sample)[0].tokens
             with monkeypatch.context() as patch:
                 patch.setattr(package, "PREFILL", 7)
@@ -164,8 +167,8 @@ def test_a_long_prompt_has_one_length_in_all_its_chunks(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("package", ["mlxgpt", "torch_ref"])
 def test_padding_on_the_right_counts_neither_in_scores_nor_in_classes(package: str) -> None:
     case, border = "phi3-longrope", VARIANTS["phi3-longrope"].rope_original
-    generate = {"mlxgpt": mlxgpt.generate, "torch_ref": torch_ref.generate}[package]
-    model = trio(case)[1 + (package == "torch_ref")]
+    generate: Any = {"mlxgpt": mlxgpt.generate, "torch_ref": torch_ref.generate}[package]
+    model: Any = trio(case)[1 + (package == "torch_ref")]
     examples = [
         Example("row 1", ids, ids, np.ones(len(ids), np.float32)) for ids in (TOKENS[0, :9], TOKENS[1, :border])
     ]

@@ -205,8 +205,8 @@ def windows(
             arrays[1, row, : end - start] = tokens[start + 1 : end + 1]
             arrays[2, row, scored - start : end - start] = 1
             arrays[3, row, : end - start] = np.arange(end - start)
-        tokens, targets, _, positions = arrays.astype(np.int32)
-        yield Batch(tokens, targets, arrays[2].astype(np.float32), positions)
+        ints = arrays.astype(np.int32)
+        yield Batch(ints[0], ints[1], arrays[2].astype(np.float32), positions=ints[3])
 
 
 def _windows(
