@@ -76,8 +76,15 @@ SETTINGS = [
     _s("gpt2", "4 4 4 256 128 2000", 4, adapter={"method": "lora", "rank": 8, "dropout": 0.05}),
     _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "bits": 4, "dequantize": "never"}),
     _s("gemma3_text", "4 4 2 256 64 3000", 4, adapter={"method": "full"}),
-    _s("mlxgpt", "4 4 4 128 128 500", 4, model={"activation": "relu", "placement": "post_add", "position": "sinusoidal"}),
-    _s("mlxgpt", "4 4 2 128 128 500", 4, model={"activation": "relu2", "norm": "rms", "norm_weight": False} | _NANOCHAT),
+    _s(
+        "mlxgpt",
+        "4 4 4 128 128 500",
+        4,
+        model={"activation": "relu", "placement": "post_add", "position": "sinusoidal"},
+    ),
+    _s(
+        "mlxgpt", "4 4 2 128 128 500", 4, model={"activation": "relu2", "norm": "rms", "norm_weight": False} | _NANOCHAT
+    ),
     _s("mlxgpt", "4 4 4 128 512 500", 1, model={"position": "alibi", "embed_norm": True}),
     _s("mlxgpt", "4 4 4 128 128 500", 4, model={"position": "alibi", "activation": "relu2", "gated": True}),
 ]

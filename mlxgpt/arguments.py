@@ -386,6 +386,25 @@ def convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def adopt(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a state dict: .pt .pth .bin .safetensors .npz, or the folder of one")
+    add("-o", "--out", metavar="DIR", help="the model folder to write; without it nothing is written")
+    add("--like", metavar="SAMPLE.npz", help="evidence: ids, your model's logits for them, perhaps its hidden states")
+    add("--module", metavar="FILE.py:CLASS", help="evidence: runs your own code, in a process of its own, for a sample")
+    add("--kwargs", metavar="JSON", help="what --module's class is called with")
+    add("--map", metavar="MAP.toml", help="this map in place of what names and shapes say")
+    add("--set", dest="choices", action="append", default=[], metavar="KEY=VALUE",
+        help="a choice that you know, such as n_head=4 or activation=relu; repeatable")  # fmt: skip
+    add("--unproved", action="store_true", help="write without evidence; the folder says so")
+    add("--tolerance", type=_positive_number, metavar="X",
+        help="how far off logits may be, of the largest; default: 1e-5, more for half precision")  # fmt: skip
+    add("--tokenizer", metavar="PATH", help="a tokenizer for the folder, in place of what lies beside FILE")
+    add("--backend", choices=["mlx", "torch"], help="what runs the candidates; default: MLX where it runs, else torch")
+    add("--force", action="store_true", help="replace DIR once the new one is complete")
+    _add_json(parser)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",

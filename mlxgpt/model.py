@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
-from mlxgpt import fast, inputs, noise
+from mlxgpt import fast, inputs, noise, rope
 from mlxgpt.attention import Attention, Cache
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
@@ -247,10 +247,11 @@ class Model(nn.Module):
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         return mask
 
-    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
+    def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
-        cos, sin = (table[positions].astype(self._dtype) for table in self._rope[local])
-        return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
+        tables = self._rope[local]
+        cos, sin = (each.astype(self._dtype) for each in rope.turn(self._config, tables, positions, lengths))
+        return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 
     def placed(self, x: Array, positions: Array) -> Array:
         """What dropout and the first block are given of embeddings x (B, T, C) at the positions."""
@@ -281,10 +282,12 @@ class Model(nn.Module):
         drop: Dropout | None = None,
         recompute: bool = False,
         inside: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
 
-        ``inside`` (B, T) is False where a token is to count as NaN.
+        ``inside`` (B, T) is False where a token is to count as NaN. ``lengths`` (B, 1) of the whole sequences, where
+        the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
@@ -304,15 +307,19 @@ class Model(nn.Module):
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         x = self.placed(x, positions)
-        ropes = {local: self.rope(positions, local) for local in masks} if config.position == "rope" else {}
+        if not rotary.by_length(config):
+            lengths = None
+        elif lengths is None:
+            lengths = rope.lengths(positions, segments)
+        turns = {local: self.rope(positions, local, lengths) for local in masks} if config.position == "rope" else {}
         if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = checkpoint(block) if recompute else block, n in windows
-            rope = None if n in config.no_rope else ropes.get(local)
+            turn = None if n in config.no_rope else turns.get(local)
             site = 1 + noise.SITES * n
             keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
-            x = run(x, masks[local], rope, cache[n] if cache else None, keys)
+            x = run(x, masks[local], turn, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:

@@ -179,6 +179,30 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.4, hidden_size=80, transformers_version="4.37.0"),
     "microsoft/Phi-3-mini-4k-instruct": published(
         **_PHI3, _name_or_path="Phi-3-mini-4k-instruct", rope_scaling=None, sliding_window=9),
+    "microsoft/Phi-3-mini-128k-instruct, first version": published(
+        **_PHI3 | dict(original_max_position_embeddings=24), sliding_window=144,
+        rope_scaling=dict(type="su", original_max_position_embeddings=24, long_factor=[1.1, 2.0, 3.5, 8.0, 20.0, 61.0],
+                          short_factor=[1.0, 1.05, 1.1, 1.2, 1.4, 2.0])),
+    "microsoft/Phi-3.5-mini-instruct": published(
+        **_PHI3 | dict(original_max_position_embeddings=40), sliding_window=144,
+        rope_scaling=dict(type="longrope", long_factor=[1.08, 1.1, 1.3, 5, 36.5, 64.0],
+                          short_factor=[1.0, 1.02, 1.03, 1.5, 2.2, 2.9])),
+    "microsoft/Phi-4-mini-instruct": published(
+        **_PHI3 | dict(original_max_position_embeddings=40, tie_word_embeddings=True, num_key_value_heads=2),
+        full_attn_mod=1, hidden_size=64, interpolate_factor=1, lm_head_bias=False, mlp_bias=False,
+        partial_rotary_factor=0.75, sliding_window=144,
+        rope_scaling=dict(type="longrope", long_factor=[1, 1.12, 2.6, 9.5, 31.9, 47.8], short_factor=[1.0] * 6)),
+    "Qwen/Qwen2.5-7B-Instruct with yarn, as its page says": published(
+        **_QWEN | dict(tie_word_embeddings=False), architectures=["Qwen2ForCausalLM"], model_type="qwen2",
+        max_position_embeddings=32, max_window_layers=28, num_key_value_heads=2, rope_theta=1000000.0,
+        sliding_window=144, rope_scaling=dict(factor=4.0, original_max_position_embeddings=32, type="yarn")),
+    "Qwen/Qwen3-0.6B with yarn": published(
+        **_QWEN, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=24, max_window_layers=28,
+        max_position_embeddings=40, model_type="qwen3", num_key_value_heads=2, rope_theta=1000000,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32), sliding_window=None),
+    "internlm and other Llamas with dynamic rope": published(
+        **_LLAMA, num_key_value_heads=2, max_position_embeddings=32, rope_theta=1000000, tie_word_embeddings=False,
+        rope_scaling=dict(factor=2.0, type="dynamic"), torch_dtype="bfloat16"),
     "allenai/OLMo-2-0425-1B": published(
         architectures=["Olmo2ForCausalLM"], attention_bias=False, attention_dropout=0.0, eos_token_id=5,
         hidden_act="silu", initializer_range=0.02, model_type="olmo2", num_key_value_heads=4, pad_token_id=7,
@@ -188,21 +212,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 # refused by these words
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "microsoft/Phi-3-mini-128k-instruct": (
-        published(**_PHI3, rope_scaling=dict(long_factor=[1.1] * 6, short_factor=[1.0] * 6, type="longrope"),
-                  sliding_window=144),
-        "rope_scaling: rope type 'longrope' is not supported"),
-    "microsoft/Phi-3.5-mini-instruct": (
-        published(**_PHI3, rope_scaling=dict(long_factor=[1.1] * 6, short_factor=[1.0] * 6, type="longrope"),
-                  sliding_window=144),
-        "rope_scaling: rope type 'longrope' is not supported"),
     "google/gemma-3-4b-it": (
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": {}},
         "model_type 'gemma3' is not supported"),
-    "Qwen/Qwen3-0.6B with yarn": (
-        published(**_QWEN, architectures=["Qwen3ForCausalLM"], head_dim=24, model_type="qwen3", num_key_value_heads=2,
-                  rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)),
-        "rope_scaling: rope type 'yarn' is not supported"),
     "mistralai/Mixtral-8x7B-v0.1": (published(model_type="mixtral"), "model_type 'mixtral' is not supported"),
     "HuggingFaceTB/SmolLM2-135M, quantized with bitsandbytes": (
         published(**_LLAMA, quantization_config=dict(load_in_4bit=True, quant_method="bitsandbytes")),

@@ -13,6 +13,10 @@ SIZES: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=48, block_size=32, voca
 NO_BIAS: dict[str, Any] = dict(qkv_bias=False, out_bias=False, mlp_bias=False, norm_bias=False)
 LLAMA3: dict[str, Any] = dict(rope_scaling="llama3", rope_factor=8.0, rope_low=1.0, rope_high=4.0, rope_original=16)
 LINEAR: dict[str, Any] = dict(rope_scaling="linear", rope_factor=4.0)
+YARN: dict[str, Any] = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16)
+DYNAMIC: dict[str, Any] = dict(rope_scaling="dynamic", rope_factor=4.0, rope_original=16)
+LONGROPE: dict[str, Any] = dict(rope_scaling="longrope", rope_original=24, rope_short=[1.0, 1.1, 1.3],
+                                rope_long=[1.2, 3.0, 9.0], rotary_dim=6)  # fmt: skip
 LONG: dict[str, Any] = dict(block_size=64)
 WINDOW: dict[str, Any] = LONG | dict(window=12)
 
@@ -73,6 +77,15 @@ VARIANTS: dict[str, ModelConfig] = {
     "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80, **LONG),
     "phi-linear": tiny(family="phi", n_kv_head=2, head_dim=16, rotary_dim=10, **LONG, **LINEAR),
     "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
+    "llama-yarn": tiny(family="llama", rope_theta=5e4, **LONG, **YARN),
+    "llama-dynamic": tiny(family="llama", n_kv_head=2, **LONG, **DYNAMIC),
+    "qwen2-yarn-window": tiny(
+        family="qwen2", n_kv_head=2, window_layers=[1], rope_attention=1.3, rope_truncate=False, **WINDOW, **YARN
+    ),
+    "mistral-dynamic-window": tiny(family="mistral", n_kv_head=2, **WINDOW, **DYNAMIC),
+    "gpt_neox-yarn": tiny(family="gpt_neox", rotary_dim=8, rope_beta_fast=8.0, rope_beta_slow=2.0, **LONG, **YARN),
+    "phi3-longrope": tiny(family="phi3", n_kv_head=2, **LONG, **LONGROPE),
+    "phi3-longrope-window": tiny(family="phi3", tied=False, rope_attention=1.5, **WINDOW, **LONGROPE),
     "olmo2-bias": tiny(family="olmo2", qkv_bias=True, out_bias=True, head_dim=16, **LONG),
     "smollm3-window": tiny(family="smollm3", no_rope=[0], window_layers=[0], mlp_bias=True, **WINDOW),
     "granite-plain": tiny(family="granite", tied=False, mlp_bias=True, **LONG),

@@ -160,6 +160,22 @@ def test_a_choice_that_the_family_lacks_is_refused_by_name(family: str, name: st
             "model.rotary_dim = 6: family llama turns whole heads; expected model.head_dim = 12",
         ),
         (
+            dict(family="gemma3_text", rope_scaling="yarn", rope_factor=2.0, rope_original=16),
+            "model.rope_scaling = 'yarn': family gemma3_text can only be saved with none, linear, llama3",
+        ),
+        (
+            dict(family="llama", rope_scaling="yarn", rope_factor=4.0, rope_original=16),
+            "model.block_size = 32: family llama needs rope_factor * rope_original = 64 or more with yarn",
+        ),
+        (
+            dict(family="llama", rope_scaling="dynamic", rope_factor=1.5, rope_original=16),
+            "model.block_size = 32: family llama needs rope_factor * rope_original = 24 with dynamic",
+        ),
+        (
+            dict(family="phi3", head_dim=8, rope_scaling="longrope", rope_short=[1.0] * 4, rope_long=[1.0] * 4),
+            "model.head_dim = 8: family phi3 has only n_embd / n_head with longrope",
+        ),
+        (
             dict(family="gemma3_text", rope_local_theta=0.0),
             "model.rope_local_theta = 0.0: family gemma3_text needs a positive number",
         ),
@@ -235,8 +251,8 @@ REFUSED = [
         "c.json: rope_parameters.low_freq_factor = None: expected float",
     ),
     (
-        "qwen3",
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "gemma3_text",
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
         "c.json: rope_scaling: rope type 'yarn' is not supported: expected 'default' or 'linear' or 'llama3'",
     ),
     (
@@ -280,8 +296,17 @@ REFUSED = [
     ),
 ]
 REFUSED += [
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-     "c.json: rope_scaling: rope type 'dynamic' is not supported: expected 'default' or 'linear' or 'llama3'"),
+    ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+     "c.json: rope_scaling: rope type 'longrope' is not supported: "
+     "expected 'default' or 'linear' or 'llama3' or 'yarn' or 'dynamic'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}},
+     "c.json: rope_scaling.original_max_position_embeddings = 16: expected max_position_embeddings = 32, "
+     "which transformers takes"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}},
+     "c.json: rope_scaling.alpha = 1000.0 is not supported with rope type 'dynamic'"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": -1.0}},
+     "c.json: rope_scaling.attention_factor = -1.0: expected a positive number"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": "2"}}, "c.json: rope_scaling.factor = '2': expected float"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "c.json: rope_parameters.factor = None: expected float"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}},
      "c.json: rope_parameters.factor = 0.0: expected a positive number"),
@@ -293,9 +318,17 @@ REFUSED += [
                                 "original_max_position_embeddings": 16}, "original_max_position_embeddings": 8},
      "c.json: original_max_position_embeddings = 8, but 16 in rope_scaling: expected one value"),
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-     "c.json: rope_scaling: rope type 'longrope' is not supported: expected 'default'"),
-    ("phi3", {"rope_scaling": {"type": "su"}},
-     "c.json: rope_scaling: rope type 'su' is not supported: expected 'default'"),
+     "c.json: model.rope_short = (1.0,): expected 6 positive numbers, one a pair of rotary_dim"),
+    ("phi3", {"rope_scaling": {"type": "su"}}, "c.json: rope_scaling.short_factor = None: expected a list of numbers"),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}},
+     "c.json: rope_scaling: rope type 'linear' is not supported: expected 'default' or 'longrope'"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+                               "original_max_position_embeddings": 16}},
+     "c.json: original_max_position_embeddings = 4096, as it is where nothing says it, but 16 in rope_scaling: "
+     "expected one value"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+                               "long_mscale": 1.2}},
+     "c.json: rope_scaling.long_mscale = 1.2 is not supported: transformers does not read it and takes 1.0"),
     ("phi", {"qk_layernorm": True}, "c.json: qk_layernorm = True is not supported: expected False"),
     ("phi", {"tie_word_embeddings": True},
      "c.json: a tied head is not supported with model_type 'phi'"),

@@ -94,7 +94,8 @@ def test_odd_sizes_agree_with_transformers(family: str, tmp_path: Path) -> None:
         assert figure.agrees, figure
 
 
-CACHED = [name for name, config in ALL.items() if config.window or config.attn_softcap or config.no_rope]
+SPECIAL = [name for name, config in ALL.items() if config.window or config.attn_softcap or config.no_rope]
+CACHED = [name for name in SPECIAL if not rotary.by_length(ALL[name])]  # those: tests/test_rope_scaling.py
 
 
 @pytest.mark.parametrize("case", CACHED)
@@ -131,9 +132,17 @@ SCALED = [(name, kind) for name, row in families.FAMILIES.items() if row.rope fo
 
 @pytest.mark.parametrize(("family", "kind"), SCALED)
 def test_rotary_frequencies_are_transformers_own(family: str, kind: str) -> None:
-    spread = {"none": {}, "linear": {"factor": 4.0}, "llama3": LLAMA3}[kind]
+    spread = {
+        "none": {},
+        "linear": {"factor": 4.0},
+        "llama3": LLAMA3,
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 24},
+        "dynamic": {"factor": 3.0},
+        "longrope": {"short_factor": [1.0 + n / 9 for n in range(8)], "long_factor": [2.0 + n for n in range(8)]},
+    }[kind]
     table = dict(rope_type="default" if kind == "none" else kind, rope_theta=3e4, **spread)
     keys: dict[str, Any] = SIZES | dict(hidden_size=64, num_key_value_heads=4, head_dim=16, num_hidden_layers=6)
+    keys |= dict(original_max_position_embeddings=24) if kind == "longrope" else {}
     keys["rope_parameters"] = (
         dict(full_attention=table, sliding_attention=dict(rope_type="default", rope_theta=1e3))
         if families.FAMILIES[family].rope.local  # type: ignore[union-attr]
@@ -147,6 +156,12 @@ def test_rotary_frequencies_are_transformers_own(family: str, kind: str) -> None
         found = rotary.frequencies(config, local)
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if not config.rope_local_theta:
+        assert embedding.attention_scaling == rotary.attention(config)
+    for length in (24, 25, 72, 73, 100, 216) if rotary.by_length(config) else ():
+        embedding(torch.zeros(1), torch.arange(length)[None])
+        found = rotary.frequencies(config, length=length)
+        np.testing.assert_allclose(found, embedding.inv_freq.numpy(), rtol=1e-6, err_msg=f"{length}")
 
 
 # models that differ from what mlx-lm does in one point each

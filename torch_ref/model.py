@@ -18,7 +18,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params, rotary
 from mlxgpt.common.model import positions as places
 from mlxgpt.common.model.sizes import describe
-from torch_ref import fast, inputs, noise
+from torch_ref import fast, inputs, noise, rope
 from torch_ref.attention import Attention, Cache, Mask
 from torch_ref.layers import Array, Bias, Dropout, Embedding, Linear, Norm, finish
 
@@ -141,10 +141,6 @@ class Model(nn.Module):
 
     checks = True
 
-    _cos: Array
-    _sin: Array
-    _cos_local: Array
-    _sin_local: Array
     _places: Array
     _slopes: Array | None
 
@@ -157,10 +153,11 @@ class Model(nn.Module):
         if config.position == "learned":
             self.wpe = Embedding(config.block_size, config.n_embd)
         elif config.position == "rope":
-            for kind, local in (("", False), ("_local", True)):
-                cos, sin = (torch.from_numpy(table) for table in rotary.tables(config, local))
-                self.register_buffer(f"_cos{kind}", cos, persistent=False)
-                self.register_buffer(f"_sin{kind}", sin, persistent=False)
+            self._rope: list[list[str]] = [[], []]
+            for local, names in zip((False, True), self._rope, strict=True):
+                for table in rotary.tables(config, local):
+                    names.append(f"_rope_{local:d}_{len(names)}")
+                    self.register_buffer(names[-1], torch.from_numpy(table), persistent=False)
         elif config.position == "sinusoidal":
             self.register_buffer("_places", torch.from_numpy(places.sinusoids(config)), persistent=False)
         slopes = torch.from_numpy(places.slopes(config.n_head)) if config.position == "alibi" else None
@@ -264,11 +261,11 @@ class Model(nn.Module):
             return torch.where(mask, fast.lean(slopes, T, S, self._dtype)[None], -float("inf"))
         return mask
 
-    def rope(self, positions: Array, local: bool) -> tuple[Array, Array]:
+    def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
         """cos and sin at the positions, (T, d / 2) or (B, 1, T, d / 2), of layers with a window or without."""
-        tables = (self._cos_local, self._sin_local) if local else (self._cos, self._sin)
-        cos, sin = (table[positions].to(self._dtype) for table in tables)
-        return (cos[:, None], sin[:, None]) if positions.ndim == 2 else (cos, sin)
+        tables = [getattr(self, name) for name in self._rope[local]]
+        cos, sin = (each.to(self._dtype) for each in rope.turn(self._config, tables, positions, lengths))
+        return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 
     def placed(self, x: Array, positions: Array) -> Array:
         """What dropout and the first block are given of embeddings x (B, T, C) at the positions."""
@@ -299,10 +296,12 @@ class Model(nn.Module):
         drop: Dropout | None = None,
         recompute: bool = False,
         inside: Array | None = None,
+        lengths: Array | None = None,
     ) -> Array:
         """What the head sees: (B, T, C) after the last norm. ``recompute`` keeps no activations inside a block.
 
-        ``inside`` (B, T) is False where a token is to count as NaN.
+        ``inside`` (B, T) is False where a token is to count as NaN. ``lengths`` (B, 1) of the whole sequences, where
+        the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
         start = cache[0].offset if cache else 0
@@ -326,15 +325,19 @@ class Model(nn.Module):
         if drop and drop.neftune:
             x = noise.neftune(x, drop.neftune, drop.neftune_key, drop.first_row, segments)
         x = self.placed(x, positions)
-        ropes = {local: self.rope(positions, local) for local in masks} if config.position == "rope" else {}
+        if not rotary.by_length(config):
+            lengths = None
+        elif lengths is None:
+            lengths = rope.lengths(positions, segments)
+        turns = {local: self.rope(positions, local, lengths) for local in masks} if config.position == "rope" else {}
         if drop and drop.rate:
             x = noise.dropout(x, drop.rate, drop.keys[0], drop.first_row)
         for n, block in enumerate(self.h):
             run, local = partial(checkpoint, block, use_reentrant=False) if recompute else block, n in windows
-            rope = None if n in config.no_rope else ropes.get(local)
+            turn = None if n in config.no_rope else turns.get(local)
             site = 1 + noise.SITES * n
             keys = None if drop is None else drop._replace(keys=drop.keys[site : site + noise.SITES])
-            x = run(x, masks[local], rope, cache[n] if cache else None, keys)
+            x = run(x, masks[local], turn, cache[n] if cache else None, keys)
         return self.ln_f(x)
 
     def head(self, x: Array, drop: Dropout | None = None) -> Array:

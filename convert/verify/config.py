@@ -12,7 +12,8 @@ CARRY = ("hf", "mlx-lm", "gguf")
 _UNREAD = ("_from_model_config", "transformers_version")  # of generation_config.json
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original",
-         "rotary_dim", "no_rope")  # fmt: skip
+         "rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention", "rope_short", "rope_long", "rotary_dim",
+         "no_rope")  # fmt: skip
 _CLOSE = 2.0**-23  # a number that passed through float32
 
 

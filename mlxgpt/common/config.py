@@ -35,6 +35,17 @@ def _one_of(section: str, config: Any, name: str, *allowed: str) -> None:
     _check(section, getattr(config, name) in allowed, name, getattr(config, name), "one of " + ", ".join(allowed))
 
 
+_ROPE = {
+    "none": "",
+    "linear": "rope_factor",
+    "llama3": "rope_factor rope_low rope_high rope_original",
+    "yarn": "rope_factor rope_original rope_beta_fast rope_beta_slow rope_truncate rope_attention",
+    "dynamic": "rope_factor rope_original",
+    "longrope": "rope_original rope_attention rope_short rope_long",
+}
+"""What each rope_scaling reads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder-only transformer: sizes, and the choices in which published architectures differ.
@@ -71,11 +82,19 @@ class ModelConfig:
     position_multiplier: float = _field(1.0, "learned, sinusoidal: multiplier of what is added to the embeddings")
     rope_theta: float = _field(10000.0, "base of the frequencies of rope and of sinusoids")
     rope_local_theta: float = _field(0.0, "the same in layers with a window; 0 = rope_theta")
-    rope_scaling: str = _field("none", "none, linear (all frequencies / rope_factor) or llama3 (the low ones only)")
-    rope_factor: float = _field(1.0, "linear, llama3: frequencies are divided by this")
+    rope_scaling: str = _field(
+        "none", "none, linear (all frequencies / rope_factor), llama3 (the low ones only), yarn, dynamic or longrope"
+    )
+    rope_factor: float = _field(1.0, "linear, llama3, yarn, dynamic: how many times as long sequences may be")
+    rope_original: int = _field(8192, "llama3, yarn, dynamic, longrope: context before scaling")
     rope_low: float = _field(1.0, "llama3: low_freq_factor")
     rope_high: float = _field(4.0, "llama3: high_freq_factor")
-    rope_original: int = _field(8192, "llama3: original_max_position_embeddings")
+    rope_beta_fast: float = _field(32.0, "yarn: turns in rope_original above which a frequency stays")
+    rope_beta_slow: float = _field(1.0, "yarn: turns in rope_original below which a frequency is / rope_factor")
+    rope_truncate: bool = _field(True, "yarn: the two bounds are rounded to whole pairs of dimensions")
+    rope_attention: float = _field(0.0, "yarn, longrope: multiplier of cos and sin; 0 = by the factor")
+    rope_short: tuple = _field((), "longrope: divisors of the frequencies in sequences up to rope_original")
+    rope_long: tuple = _field((), "longrope: the same in longer sequences")
     rotary_dim: int = _field(0, "leading dimensions of a head that rope rotates; 0 = head_dim")
     no_rope: tuple = _field((), "blocks that do not use rope")
     window: int = _field(0, "sliding window: tokens that a token attends to, itself included; 0 = all")
@@ -108,17 +127,17 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for name in ("n_kv_head", "head_dim", "n_hidden", "vocab_size", "rotary_dim", "window", "rope_local_theta",
-                     "attn_scale", "attn_softcap", "final_softcap", "logit_scale"):  # fmt: skip
+                     "attn_scale", "attn_softcap", "final_softcap", "logit_scale", "rope_attention"):  # fmt: skip
             _check("model", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
         _one_of("model", self, "norm", "layer", "rms", "rms1")
         _one_of("model", self, "placement", "pre", "post", "sandwich", "post_add", "parallel", "parallel2")
-        _one_of("model", self, "rope_scaling", "none", "linear", "llama3")
+        _one_of("model", self, "rope_scaling", *_ROPE)
         _one_of("model", self, "qk_norm", "none", "head", "full")
         for name in ("no_rope", "window_layers"):
             known = all(isinstance(n, int) and 0 <= n < self.n_layer for n in getattr(self, name))
             _check("model", known, name, getattr(self, name), f"blocks 0 to {self.n_layer - 1}")
-        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "embed_multiplier",
-                     "residual_multiplier", "position_multiplier"):  # fmt: skip
+        for name in ("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "rope_beta_fast",
+                     "rope_beta_slow", "embed_multiplier", "residual_multiplier", "position_multiplier"):  # fmt: skip
             _check("model", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         _one_of("model", self, "activation", "gelu_tanh", "gelu", "silu", "relu", "relu2")
         _one_of("model", self, "position", "learned", "rope", "sinusoidal", "alibi", "none")
@@ -152,11 +171,7 @@ class ModelConfig:
             object.__setattr__(self, "logit_scale", 0.0)
         fused = self.gated or not self.fused_mlp
         _check("model", fused, "fused_mlp", self.fused_mlp, "false where the MLP is not model.gated")
-        unused = {"none": ("rope_factor", "rope_low", "rope_high", "rope_original"),
-                  "linear": ("rope_low", "rope_high", "rope_original"), "llama3": ()}[self.rope_scaling]  # fmt: skip
-        for name in unused:
-            value, default = getattr(self, name), type(self).__dict__[name]
-            _check("model", value == default, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
+        self._check_rope()
         used = self.window > 0 or not self.window_layers
         _check("model", used, "window", self.window, "a positive number, with model.window_layers")
         if self.window and not self.window_layers:
@@ -203,6 +218,23 @@ class ModelConfig:
     def has_bias(self, module: str) -> bool:
         """Whether a module of ``biased`` has its bias."""
         return module in self.biased and module not in self.no_bias
+
+    def _check_rope(self) -> None:
+        """The settings of rope_scaling: those of another are at their defaults."""
+        used = _ROPE[self.rope_scaling].split()
+        for name in " ".join(_ROPE.values()).split():
+            value, default = getattr(self, name), type(self).__dict__[name]
+            fits = name in used or value == default
+            _check("model", fits, name, value, f"{default} where model.rope_scaling = {self.rope_scaling}")
+        for name in ("rope_short", "rope_long"):
+            each, pairs = getattr(self, name), self.rotary_dim // 2 if name in used else 0
+            whole = len(each) == pairs and all(type(one) in (int, float) and 0 < one < float("inf") for one in each)
+            _check("model", whole, name, each, f"{pairs} positive numbers, one a pair of rotary_dim")
+            object.__setattr__(self, name, tuple(map(float, each)))
+        least = 2 if self.rope_scaling == "longrope" else 1
+        _check("model", self.rope_original >= least, "rope_original", self.rope_original, f"{least} or more")
+        grows = self.rope_scaling != "dynamic" or self.rotary_dim > 2
+        _check("model", grows, "rotary_dim", self.rotary_dim, "4 or more where model.rope_scaling = dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,16 @@ def _check_sizes(config: ModelConfig, family: Family) -> None:
         refuse("placement", "can only be saved with 'parallel2' or 'pre'")
     if family.rope and family.rope.part is None and config.rotary_dim != config.head_dim:
         refuse("rotary_dim", f"turns whole heads; expected model.head_dim = {config.head_dim}")
+    if family.rope and config.rope_scaling not in ("none", *family.rope.scalings):
+        refuse("rope_scaling", f"can only be saved with none, {', '.join(family.rope.scalings)}")
+    if family.rope and config.rope_scaling in ("yarn", "dynamic"):
+        least, exact = int(config.rope_factor * config.rope_original), config.rope_scaling == "dynamic"
+        least = max(least, config.rope_original) if exact else least
+        if config.block_size < least or (exact and config.block_size != least):
+            more = "" if exact else " or more"
+            refuse("block_size", f"needs rope_factor * rope_original = {least}{more} with {config.rope_scaling}")
+    if family.rope and config.rope_scaling == "longrope" and config.head_dim * config.n_head != config.n_embd:
+        refuse("head_dim", "has only n_embd / n_head with longrope")
     if family.rope and family.rope.local and not config.rope_local_theta:
         refuse("rope_local_theta", "needs a positive number")
     if family.windows and not family.windows.types and config.window and len(config.window_layers) != config.n_layer:
@@ -211,7 +221,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if family.parallel_key:
         values[family.parallel_key] = config.placement == "parallel2"
     if family.rope:
-        values |= write_rope(config, family.rope)
+        values |= write_rope(config, family)
     values |= write_layers(config, family)
     values |= {**family.must, **family.writes}
     ours = {name: False for name in BIASES if getattr(disk, name) and not getattr(config, name)}

@@ -11,9 +11,11 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import rotary
 from mlxgpt.common.model.family.row import Family, Rope, Windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_ORIGINAL = "original_max_position_embeddings"
 # key of a rope table -> our field, by rope type
 _SCALING = {
     "default": {},
@@ -22,8 +24,23 @@ _SCALING = {
         "factor": "rope_factor",
         "low_freq_factor": "rope_low",
         "high_freq_factor": "rope_high",
-        "original_max_position_embeddings": "rope_original",
+        _ORIGINAL: "rope_original",
     },
+    "yarn": {
+        "factor": "rope_factor",
+        _ORIGINAL: "rope_original",
+        "beta_fast": "rope_beta_fast",
+        "beta_slow": "rope_beta_slow",
+        "truncate": "rope_truncate",
+    },
+    "dynamic": {"factor": "rope_factor"},
+    "longrope": {"short_factor": "rope_short", "long_factor": "rope_long", _ORIGINAL: "rope_original"},
+}
+# keys that only say what cos and sin are multiplied by, or the context before scaling once more
+_BESIDE = {
+    "yarn": {"attention_factor", "mscale", "mscale_all_dim"},
+    "dynamic": {_ORIGINAL},
+    "longrope": {"attention_factor", "factor", "short_mscale", "long_mscale"},
 }
 
 
@@ -53,10 +70,10 @@ def read_rope(where: str, rope: Rope, values: Mapping[str, Any], sizes: Mapping[
         table = table[FULL]
     if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
         raise UserError(f"{where}: {spelled} = {table!r} is not supported: expected one table for all layers")
-    kind = _refuse_type(where, spelled, table, rope.scalings)
+    kind = _refuse_type(where, spelled, table, rope.scalings, rope.longrope)
     theta = table.get("rope_theta", values.get(rope.theta_key, rope.theta))
     made["rope_theta"] = typed(where, rope.theta_key, "rope_theta", theta)
-    made |= _scaling(where, spelled, table, kind, values, sizes["block_size"])
+    made |= _scaling(where, spelled, table, kind, values, sizes["block_size"], rope.original)
     part = table.get("partial_rotary_factor", values.get(rope.part_key, rope.part))
     if rope.part is None:
         if part not in (None, 1):
@@ -80,14 +97,17 @@ def _nested(where: str, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {FULL: (given.get(FULL) or {}) | scaling, SLIDING: given.get(SLIDING) or {}}
 
 
-def _refuse_type(where: str, place: str, table: Mapping[str, Any], scalings: tuple[str, ...]) -> str:
+def _refuse_type(
+    where: str, place: str, table: Mapping[str, Any], scalings: tuple[str, ...], longrope: tuple[str, ...] = ()
+) -> str:
     """The rope type of a table; one that is not supported, or a key that it does not have, is refused."""
     kind = table.get("rope_type", table.get("type", "default"))
+    kind = "longrope" if kind in longrope else kind
     able = ("default", *scalings)
     if kind not in able:
         expected = " or ".join(repr(name) for name in able)
         raise UserError(f"{where}: {place}: rope type {kind!r} is not supported: expected {expected}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALING[kind]}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALING[kind], *_BESIDE.get(kind, ())}
     for key, value in table.items():
         if key not in known and value is not None:
             raise UserError(f"{where}: {place}.{key} = {value!r} is not supported with rope type {kind!r}")
@@ -95,29 +115,97 @@ def _refuse_type(where: str, place: str, table: Mapping[str, Any], scalings: tup
 
 
 def _scaling(
-    where: str, place: str, table: Mapping[str, Any], kind: str, values: Mapping[str, Any], block_size: int
+    where: str, place: str, table: Mapping[str, Any], kind: str, values: Mapping[str, Any], block_size: int, own: int
 ) -> dict[str, Any]:
+    """``own``: what the key original_max_position_embeddings beside the table is where nothing says it; 0: nothing."""
     if kind == "default":
         return {"rope_scaling": "none"}
     made: dict[str, Any] = {"rope_scaling": kind}
     for key, ours in _SCALING[kind].items():
         value = table.get(key)
         if ours == "rope_original":
-            value = block_size if value is None else value
-            if values.get(key, value) != value:
-                raise UserError(f"{where}: {key} = {values[key]!r}, but {value!r} in {place}: expected one value")
-        made[ours] = typed(where, f"{place}.{key}", ours, value)
+            value = _original(where, place, table, values, block_size, own)
+        elif key in ("beta_fast", "beta_slow"):
+            value = value or getattr(ModelConfig, ours)
+        elif key == "truncate":
+            value = bool(value) if key in table and value is None else table.get(key, True)
+        elif key == "factor" and kind == "yarn" and value is None:
+            value = block_size / _original(where, place, table, values, block_size, own)
+        if ours in ("rope_short", "rope_long"):
+            if not isinstance(value, list):
+                raise UserError(f"{where}: {place}.{key} = {value!r}: expected a list of numbers")
+            made[ours] = tuple(value)
+        else:
+            made[ours] = typed(where, f"{place}.{key}", ours, value)
+    if kind == "dynamic":
+        if table.get(_ORIGINAL) not in (None, block_size):
+            found = f"{place}.{_ORIGINAL} = {table[_ORIGINAL]!r}"
+            raise UserError(
+                f"{where}: {found}: expected max_position_embeddings = {block_size}, which transformers takes"
+            )
+        made["rope_original"] = block_size
+    if kind in ("dynamic", "yarn"):  # the context that scaling makes of the original one
+        made["block_size"] = max(block_size, int(made["rope_factor"] * made["rope_original"]))
+    if kind in ("yarn", "longrope"):
+        made["rope_attention"] = _attention(where, place, table, made, block_size)
     return made
 
 
-def write_rope(config: ModelConfig, rope: Rope) -> dict[str, Any]:
+def _original(
+    where: str, place: str, table: Mapping[str, Any], values: Mapping[str, Any], block_size: int, own: int
+) -> Any:
+    """The context before scaling: in the table, beside it, or where neither says it ``own`` or the context."""
+    beside, said = values.get(_ORIGINAL), table.get(_ORIGINAL)
+    beside = own or None if beside is None else beside
+    if beside is not None and said is not None and beside != said:
+        how = "" if _ORIGINAL in values else ", as it is where nothing says it"
+        raise UserError(f"{where}: {_ORIGINAL} = {beside!r}{how}, but {said!r} in {place}: expected one value")
+    return block_size if beside is None and said is None else beside if said is None else said
+
+
+def _attention(where: str, place: str, table: Mapping[str, Any], made: Mapping[str, Any], block_size: int) -> float:
+    """rope_attention: 0 where it is what follows from the factor that ``rotary.attention`` takes."""
+    given, original = table.get("attention_factor"), made["rope_original"]
+    usual = rotary.usual_attention(made["rope_scaling"], made.get("rope_factor", block_size / original), original)
+    if given is not None:
+        found = typed(where, f"{place}.attention_factor", "rope_attention", given)
+    elif made["rope_scaling"] == "longrope":
+        factor = table.get("factor")
+        found = usual
+        if factor is not None:
+            factor = typed(where, f"{place}.factor", "rope_factor", factor)
+            found = rotary.usual_attention("longrope", factor, original)
+        for key in ("short_mscale", "long_mscale"):
+            if table.get(key, found) != found:
+                said = f"{place}.{key} = {table[key]!r}"
+                raise UserError(f"{where}: {said} is not supported: transformers does not read it and takes {found}")
+    else:
+        scales = [table.get("mscale"), table.get("mscale_all_dim")]
+        found = usual
+        if all(scales):
+            scales = [typed(where, f"{place}.mscale", "rope_attention", each) for each in scales]
+            one, other = (rotary.usual_attention("yarn", made["rope_factor"], original, each) for each in scales)
+            found = one / other
+    return 0.0 if found == usual else found
+
+
+def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Both spellings: ``rope_parameters`` for transformers 5, keys of their own for older readers and mlx-lm."""
-    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
+    rope, kind = family.rope, "default" if config.rope_scaling == "none" else config.rope_scaling
+    assert rope
     scaling = {key: getattr(config, ours) for key, ours in _SCALING[kind].items()}
+    scaling |= {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
+    if config.rope_attention:
+        scaling["attention_factor"] = config.rope_attention
     table = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling
     made: dict[str, Any] = {rope.theta_key: config.rope_theta}
     if scaling:
         made["rope_scaling"] = {"rope_type": kind} | scaling
+    if kind == "longrope":
+        made["rope_scaling"]["type"] = kind  # mlx-lm looks for it under the older key alone
+        made[_ORIGINAL] = config.rope_original
+    if kind == "dynamic":
+        made[family.fields["block_size"]] = config.rope_original
     if rope.part is not None:
         part = config.rotary_dim / config.head_dim
         while int(config.head_dim * part) < config.rotary_dim:

@@ -62,10 +62,11 @@ def _typed(where: str, name: str, value: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if kind is tuple and type(value) is list:
-        each = int if name in ("no_rope", "window_layers") else str
-        if all(type(one) is each for one in value):
+        each: tuple[type, ...] = (int,) if name in ("no_rope", "window_layers") else (str,)
+        each = (int, float) if name in ("rope_short", "rope_long") else each
+        if all(type(one) in each for one in value):
             return tuple(value)
-        raise UserError(f"{where}: {name} = {value!r}: expected a list of {'numbers' if each is int else 'names'}")
+        raise UserError(f"{where}: {name} = {value!r}: expected a list of {'numbers' if int in each else 'names'}")
     if type(value) is not kind:
         said = {tuple: "a list", bool: "true or false", float: "a number", int: "a whole number", str: "a word"}[kind]
         raise UserError(f"{where}: {name} = {value!r}: expected {said}")

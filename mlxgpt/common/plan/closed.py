@@ -9,7 +9,7 @@ Sizes: N tokens of a micro-batch, T of a row, C n_embd, H and K heads, D head_di
 from typing import NamedTuple
 
 from mlxgpt.common.config import Recipe
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model import adapters, params, rotary
 from mlxgpt.common.model.params import Param
 from mlxgpt.common.plan.memory import Footprint, Piece
 
@@ -103,8 +103,8 @@ def held(s: Sizes) -> int:
         else:
             made += 4 * number
     made += 4 * sum(size(param.shape) for name, param in s.trains.items() if name not in params.table(model))
-    table = {"rope": 2 * model.rotary_dim, "sinusoidal": model.n_embd}.get(model.position, 0)
-    return made + 4 * model.block_size * table
+    sinusoids = 4 * model.block_size * model.n_embd if model.position == "sinusoidal" else 0
+    return made + rotary.table_bytes(model) + sinusoids
 
 
 def first(s: Sizes) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, Recipe
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model import adapters, params, rotary
 from mlxgpt.common.plan import closed, compute
 from mlxgpt.common.plan.memory import Footprint
 from mlxgpt.common.plan.worker import Job
@@ -57,13 +57,18 @@ def similar(recipe: Recipe, rows: int, length: int, scale: int, gpu: bool = Fals
     if chunk:
         chunk = part(chunk)
         vocabulary = max(vocabulary, chunk + 1)
+    least = 4 if model.rope_scaling == "dynamic" else 2
+    turned = model.rotary_dim and max(least, min(width // 2, round(model.rotary_dim / scale / 2)) * 2)
     sizes = dict(
         head_dim=width,
         n_embd=part(model.n_embd),
         n_hidden=part(model.n_hidden),
         block_size=max(tokens, part(model.block_size)),
         vocab_size=vocabulary,
-        rotary_dim=model.rotary_dim and max(2, min(width // 2, round(model.rotary_dim / scale / 2)) * 2),
+        rotary_dim=turned,
+        rope_original=max(2, part(model.rope_original)) if rotary.by_length(model) else model.rope_original,
+        rope_short=model.rope_short[: turned // 2],
+        rope_long=model.rope_long[: turned // 2],
         window=part(model.window),
         attn_scale=model.attn_scale or model.head_dim**-0.5,  # a constant in a kernel, which is compiled once
     )

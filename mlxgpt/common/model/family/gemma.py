@@ -70,7 +70,7 @@ ROWS: dict[str, Family] = {
         | {"placement": "sandwich", "qk_norm": "head"},
         defaults=_DEFAULTS | {"window": 512, "rope_theta": 1e6, "rope_local_theta": 1e4},
         biases=ATTENTION_BIAS,
-        rope=Rope(theta=1e6, local=1e4),
+        rope=Rope(theta=1e6, local=1e4, scalings=("linear", "llama3")),
         windows=Windows(absent=4096, every=6, every_key="sliding_window_pattern"),
         # transformers reads attn_logit_softcapping and then does without it
         must={"use_bidirectional_attention": False, "attn_logit_softcapping": None},

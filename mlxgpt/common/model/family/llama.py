@@ -58,7 +58,7 @@ IDLE_PHI = IDLE | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 ROWS: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        about="rope (default, `linear`, `llama3`), grouped heads, optional biases; tied or not",
+        about="rope (default, `linear`, `llama3`, `yarn`, `dynamic`), grouped heads, optional biases; tied or not",
         modules=MODULES,
         fields=FIELDS,
         absent=ABSENT,
@@ -156,7 +156,7 @@ ROWS: dict[str, Family] = {
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        about="fused q, k, v and fused gate and up; partial rope; one window for all layers, or none",
+        about="fused q, k, v and fused gate and up; partial rope, `longrope`; one window for all layers, or none",
         modules=without(
             MODULES,
             *("h.{n}.attn.q_proj", "h.{n}.attn.k_proj", "h.{n}.attn.v_proj", "h.{n}.mlp.c_gate", "h.{n}.mlp.c_fc"),
@@ -167,10 +167,10 @@ ROWS: dict[str, Family] = {
         },
         fields=FIELDS,
         absent=ABSENT | {"norm_eps": 1e-5},
-        fixed=FIXED | {"fused_qkv": True, "fused_mlp": True, "rope_scaling": "none"},
+        fixed=FIXED | {"fused_qkv": True, "fused_mlp": True},
         defaults=DEFAULTS,
         biases=NO_BIAS,
-        rope=Rope(part=1.0, scalings=()),
+        rope=Rope(part=1.0, scalings=("longrope",), longrope=("su", "yarn"), original=4096),
         windows=Windows(absent=None, types=False),
         writes=IDLE_PHI,
         ignored=OLD_BUFFERS,

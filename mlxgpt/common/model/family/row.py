@@ -17,7 +17,9 @@ class Rope:
     theta_key: str = "rope_theta"
     part: float | None = None  # share of a head that is rotated where nothing says it; None: always all of it
     part_key: str = "partial_rotary_factor"
-    scalings: tuple[str, ...] = ("linear", "llama3")
+    scalings: tuple[str, ...] = ("linear", "llama3", "yarn", "dynamic")
+    longrope: tuple[str, ...] = ()  # other names of the rope type longrope
+    original: int = 0  # original_max_position_embeddings beside the table of rope where nothing says it; 0: no such key
     local: float = 0.0  # > 0: blocks with a window have a base of their own; this where nothing says it
 
 
