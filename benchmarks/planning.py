@@ -40,7 +40,9 @@ def _s(family: str, sizes: str, batch: int = 4, train: dict[str, Any] | None = N
     return {"model": model, "train": {"batch_size": batch, **(train or {})}, **more}
 
 
-_NANOCHAT = {"position": "rope", "qk_norm": "head", "embed_norm": True, "fused_qkv": False, "tied": False}
+_OF_2017 = {"activation": "relu", "placement": "post_add", "position": "sinusoidal"}
+_NANOCHAT = {"activation": "relu2", "norm": "rms", "norm_weight": False, "position": "rope", "qk_norm": "head"}
+_NANOCHAT |= {"embed_norm": True, "fused_qkv": False, "tied": False}
 SETTINGS = [
     _s("gpt2", "4 4 4 128 64 65", 12),
     _s("gpt2", "6 6 6 192 256 1000", 4),
