@@ -99,6 +99,9 @@ VARIANTS: dict[str, ModelConfig] = {
     "stablelm-nobias": tiny(family="stablelm", **LONG),
     "olmo-tied": tiny(family="olmo", tied=True, qkv_bias=True, out_bias=True, **LONG),
     "starcoder2-bias": tiny(family="starcoder2", n_kv_head=2, tied=False, **WINDOW),
+    "gpt2-relu": tiny(family="gpt2", activation="relu"),
+    "gpt2-relu2": tiny(family="gpt2", activation="relu2"),
+    "llama-relu2": tiny(family="llama", activation="relu2", mlp_bias=True),
 }
 
 
