@@ -6,13 +6,14 @@ first; ``tied`` in [model], if it is there, what the file must be. The other sec
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from convert.adopt.maps.layout import parse
 from convert.adopt.reading import choices, hints
-from convert.adopt.rules import Choice, Map, Option, Proposal, Rule, has_number, matching, named
+from convert.adopt.rules import Choice, Map, Option, Proposal, Rule, chosen, has_number, matching, named
 from convert.adopt.source import State
 from mlxgpt.common.recipes import read_toml
 
@@ -52,6 +53,27 @@ def propose(state: State) -> Proposal | None:
         if made:
             return made
     return None
+
+
+def ahead(proposal: Proposal, known: Proposal) -> Proposal:
+    """A proposal whose choices begin with what the ready map ``known`` says, to be proved by evidence."""
+    rules = {rule.theirs: rule for rule in known.map.rules}
+    made = []
+    for choice in proposal.choices:
+        said = [each for each in choice.options if _says(each, known.map, rules)]
+        made.append(replace(choice, options=(*said, *(each for each in choice.options if each not in said))))
+    open_ = {field for choice in made for option in choice.options for field in option.model}
+    more = [each for each in known.choices if not open_ & {field for option in each.options for field in option.model}]
+    fields = {key: value for key, value in known.map.model.items() if key not in open_}
+    firsts = chosen(replace(proposal.map, model=proposal.map.model | fields), tuple(each.options[0] for each in made))
+    return Proposal(firsts, (*made, *more), (known.notes[0], *proposal.notes))
+
+
+def _says(option: Option, made: Map, rules: Mapping[str, Rule]) -> bool:
+    same = all(key in made.model and made.model[key] == value for key, value in option.model.items())
+    return (
+        same and option.rope in (None, made.rope) and all(rules.get(key) == rule for key, rule in option.rules.items())
+    )
 
 
 def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
