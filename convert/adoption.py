@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from convert.adopt import apply, evidence, map_file, roles, sets, show, source
-from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
 from convert.adopt.maps.buffers import complete
+from convert.adopt.proof.candidate import config_of, distance, live
+from convert.adopt.proof.search import Found, search
 from convert.adopt.rules import Map, Proposal, chosen
-from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
 from convert.formats.opened import Opened, Tensor
 from convert.formats.registry import format_of
@@ -109,8 +109,8 @@ def adopt_command(args: argparse.Namespace) -> int:
     else:
         package = importlib.import_module(f"{PACKAGES[resolve(args.backend)]}.trial")
         made.found = search(
-            made.proposal, lambda each: apply.gather(each, tensors), sample, package.Trials().run, made.given,
-            args.tolerance,
+            made.proposal, apply.Pieces(tensors, f"{made.state.path}: ").gather, sample, package.Trials().run,
+            made.given, args.tolerance,
         )  # fmt: skip
         made.notes += [*sample.notes, *made.found.notes]
         if made.found.fits:
