@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.adopt import apply, evidence, map_file, roles, sets, show, source
+from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
-from convert.adopt.maps.buffers import complete
+from convert.adopt.maps import moments
+from convert.adopt.maps.complete import complete
 from convert.adopt.proof.candidate import config_of, distance, live
 from convert.adopt.proof.search import Found, search
 from convert.adopt.rules import Map, Proposal, chosen
@@ -101,7 +102,7 @@ def adopt_command(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json else sys.stdout
     made = recognize(args)
     tensors = _kept(made.state)
-    sample = _sample(args, made)
+    sample = _sample(args, made, out)
     if sample is None:
         made.landing = land(config_of(made.map.model))
         _show(made, out)
@@ -149,15 +150,24 @@ def _kept(state: source.State) -> Mapping[str, Tensor]:
     }
 
 
-def _sample(args: argparse.Namespace, made: Adoption) -> Sample | None:
-    """The evidence, if any was given."""
+def _sample(args: argparse.Namespace, made: Adoption, out: Any) -> Sample | None:
+    """The evidence, if any was given; --module's is made, which is said before."""
     if args.like and args.module:
         raise UserError("--like and --module: expected one of them")
     if args.kwargs and not args.module:
         raise UserError("--kwargs: expected --module FILE.py:Class with it")
-    if not args.like:
+    if not args.like and not args.module:
         return None
-    sample, sizes = evidence.read(args.like), config_of(made.map.model)
+    sizes = config_of(made.map.model)
+    if args.module:
+        sample = module.of_state(
+            module.parse(args.module, args.kwargs),
+            made.state,
+            made.map,
+            say=lambda text: print(text, file=out, flush=True),
+        )
+    else:
+        sample = evidence.read(args.like)
     sample.check(sizes.vocab_size, sizes.n_layer, sizes.n_embd, sizes.block_size if "wpe" in str(made.map.rules) else 0)
     return sample
 
@@ -222,6 +232,7 @@ def _write(
 ) -> None:
     assert made.landing
     config = made.landing.config
+    whole = complete(made.map, made.state)
     arrays = fused(config, apply.gather(made.map, tensors))
     opened = Opened(
         made.state.path,
@@ -229,11 +240,13 @@ def _write(
         config,
         {name: _tensor(arrays[name]) for name in params.table(config)},
         made.state.files,
+        moments=moments.fused(whole.moments, config) if whole.moments else None,
+        notes=list(whole.notes),
         origin={"adopted": _origin(args, made)},
     )
 
     def check(place: Path) -> None:
-        map_file.write(place / MAP, *complete(made.map, made.state))
+        map_file.write(place / MAP, whole.map, whole.kept)
         if sample is not None:
             made.verified = verify_written(place, made, sample, out)
 
@@ -300,9 +313,7 @@ def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
         plan = processes.write_plan(np.append(ids, ids[:1]).astype(np.int32), work, False, False)
         processes.run_judge("transformers", "a", opened, plan, [], work, runs)
         if runs.failed:
-            raise RunError(
-                f"{made.state.path}: transformers does not run the folder: {', '.join(runs.failed.values())}"
-            )
+            raise Unlike(f"transformers does not run the folder ({', '.join(runs.failed.values())})")
         logits = runs.arrays["transformers", "a"]["logits.x1"]
     theirs = sample.comparable(logits[None])
     wanted = sample.logits[:1] if sample.last else sample.logits[:1, -KEPT:]

@@ -266,7 +266,12 @@ def data_prepare(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     add = parser.add_argument
     add("-o", "--out", required=True, metavar="DIR", help="the folder of shards to write")
-    add("--tokenizer", default="bpe", metavar="T", help="char, bpe, sp-bpe, sp-unigram, or a path; default: bpe")
+    add(
+        "--tokenizer",
+        default="bpe",
+        metavar="T",
+        help="char, bpe, sp-bpe, sp-unigram, bytes, gpt2 ..., or a path; default: bpe",
+    )
     add(
         "--vocab-size",
         type=_positive,
@@ -293,7 +298,9 @@ def tokenizer_train(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, a folder that holds one, or a run")
+    parser.add_argument(
+        "path", metavar="PATH", help="a file or folder of one, a name (bytes, gpt2, cl100k_base ...), or a run"
+    )
     parser.add_argument("--text", metavar="TEXT", help="show the tokens of this text")
     _add_json(parser)
 
@@ -356,7 +363,11 @@ def convert(parser: argparse.ArgumentParser) -> None:
     add("dst", metavar="DST", help="the folder or file to write")
     add("--to", choices=_FORMATS,
         help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; adapters: both layouts")  # fmt: skip
-    add("--tokenizer", metavar="PATH", help="use this .json, .model or folder instead of the source's tokenizer")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="use this file, folder or name (bytes, gpt2 ...) instead of the source's tokenizer",
+    )
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of the weights; default: unchanged")
     add("--bits", type=int, choices=[4, 8], help="quantize the matrices (mlx-lm; gguf: 4 is q4_0, 8 is q8_0)")
     add(
@@ -377,6 +388,11 @@ def convert(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="DIR",
         help="for an adapter: its base model, or the config.json of it; default: the one it names",
+    )
+    add(
+        "--map",
+        metavar="MAP.toml",
+        help="write an adopted model as your own code's file again (.pt .pth .safetensors .npz); see mlxgpt adopt",
     )
     _add_config(parser)
     add("--no-hash", action="store_true", help="do not record sha256 of source and result in the provenance")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from convert.adopt import evidence, module
+from convert.adopt import evidence, module, roles, source
 from convert.adopt.module import Sizes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
@@ -469,15 +469,20 @@ os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "1000")
 def test_the_process_has_no_network_no_secrets_and_leaves_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source = CORE + ASIDE + "class M(Body):\n    def forward(self, i): return self.body(i)\n"
+    text = CORE + ASIDE + "class M(Body):\n    def forward(self, i): return self.body(i)\n"
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
-    (place / "model.py").write_text(source)
+    (place / "model.py").write_text(text)
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "https_proxy", "OPENAI_API_KEY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "secret")
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         (place / "port.txt").write_text(str(server.getsockname()[1]))
-        found = module.sample(module.parse(f"{place / 'model.py'}:M"), weights, Sizes(V, L, BLOCK), say=said.append)
+        held = {f"_orig_mod.{name}": torch.from_numpy(value) for name, value in weights.items()}
+        held |= {f"_orig_mod.blocks.{n}.mask": torch.ones(BLOCK, BLOCK).tril() for n in range(L)}
+        torch.save({"model": held, "model_args": {"n_layer": L, "vocab_size": V}}, place / "ckpt.pt")
+        state = source.read(place / "ckpt.pt")
+        made = roles.propose(state).map
+        found = module.of_state(module.parse(f"{place / 'model.py'}:M"), state, made, say=said.append)
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
     assert said == [f"executes {place / 'model.py'}:M in a process of its own, without network, at most 120 s"]
     reached, names = (place / "seen.txt").read_text().splitlines()

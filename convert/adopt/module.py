@@ -24,6 +24,8 @@ import numpy as np
 import mlxgpt
 from convert.adopt import evidence
 from convert.adopt.evidence import Sample
+from convert.adopt.rules import Map, matching
+from convert.adopt.source import State
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
@@ -87,6 +89,19 @@ def parse(given: str, kwargs: str | None = None) -> Module:
     if not isinstance(values, dict):
         raise UserError(f"""--kwargs {kwargs}: expected a JSON object, such as '{{"n_layer": 6}}'""")
     return Module(place.resolve(), name, values)
+
+
+def of_state(module: Module, state: State, made: Map, say: Callable[[str], None] = lambda text: None) -> Sample:
+    """What the user's model gives with the weights of a state dict of which a map, maybe not the right one, is known.
+
+    Raises:
+        UserError: see ``sample``.
+    """
+    left = [name for name in state.tensors if any(matching(pattern).fullmatch(name) for pattern in made.left)]
+    sizes = Sizes(made.model["vocab_size"], made.model["n_layer"], made.model.get("block_size", 0))
+    weights = {state.prefix + name: tensor.read() for name, tensor in state.tensors.items()}
+    named = [state.prefix + name for name in left]
+    return sample(module, weights, sizes, extras=state.extras, left=named, say=say)
 
 
 def sample(

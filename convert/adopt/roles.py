@@ -13,7 +13,7 @@ from convert.adopt.reading.choices import Style
 from convert.adopt.reading.matrices import Reading
 from convert.adopt.reading.rules_of import bare
 from convert.adopt.reading.tables import Norm
-from convert.adopt.rules import Choice, Map, Proposal, Rule
+from convert.adopt.rules import Choice, Map, Proposal, Rule, has_number, named
 from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
 
@@ -46,6 +46,7 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
     told: dict[str, Any] = field(default_factory=dict)  # what buffers say
     pairing: str = ""  # of rope, as a table has it
+    bare_qk: list[str] = field(default_factory=list)  # norms of queries and keys without bias
     without: list[str] = field(default_factory=list)  # modules without the bias that others of their kind have
 
     def add(self, choice: Choice | None) -> None:
@@ -77,7 +78,9 @@ def propose(state: State) -> Proposal:
         block, top = _apart(top, width)
     vectors = tuple(item for item in block if len(bare(item.shape)) < 2 or item.kind == "bias")
     mats = tuple(item for item in block if item not in vectors)
-    reading = matrices.read(tuple(replace(item, shape=bare(item.shape)) for item in mats), width)
+    reading = matrices.read(
+        tuple(replace(item, shape=item.shape if item.heads else bare(item.shape)) for item in mats), width
+    )
     if reading is None:
         raise UserError(refusals.unread(mats, width))
     if reading.left:
@@ -97,14 +100,30 @@ def propose(state: State) -> Proposal:
     _said(known, draft)
     if draft.without:
         draft.model["no_bias"] = tuple(draft.without)
-    order = {
-        name: i
-        for i, name in enumerate(item.theirs for item in sorted([*built.block, *built.top], key=lambda i: i.order))
-    }
-    rules = tuple(sorted(draft.rules.values(), key=lambda rule: order.get(rule.theirs, 0)))
+    if built.n_layer == 1:
+        _unnumbered(draft)
+    order = {item.theirs: item.order for item in (*built.block, *built.top)}
+    rules = tuple(sorted(draft.rules.values(), key=lambda rule: order[rule.theirs]))
     rope = next((choice.options[0].rope for choice in draft.choices if choice.name == "rope"), None)
     made = Map(rules, draft.model, draft.left, rope or "halves", tuple(state.under), state.prefix)
     return Proposal(made, tuple(draft.choices), tuple(draft.notes))
+
+
+def _unnumbered(draft: _Draft) -> None:
+    """One block whose tensors bear no number: ours are those of block 0."""
+
+    def plain(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+        return {
+            name: rule if has_number(rule.theirs, "n") or rule.axes.startswith("n ")
+            else replace(rule, to=tuple(named(each) for each in rule.to))
+            for name, rule in rules.items()
+        }  # fmt: skip
+
+    draft.rules = plain(draft.rules)
+    draft.choices = [
+        replace(choice, options=tuple(replace(option, rules=plain(option.rules)) for option in choice.options))
+        for choice in draft.choices
+    ]
 
 
 def _width(built: blocks.Structure) -> int:
@@ -153,7 +172,7 @@ def _sinusoid(item: Item, tensor: Tensor, width: int) -> buffers.Buffer | None:
     if len(sides) != 2 or sides[1] != width or sides[0] * sides[1] > 1 << 24 or not set(item.said) & words.POSITION:
         return None
     fields = buffers.sinusoid(np.asarray(tensor.read()).reshape(sides))
-    return fields and buffers.Buffer("table of sinusoids", fields | {"block_size": sides[0]})
+    return None if fields is None else buffers.Buffer("table of sinusoids", fields | {"block_size": sides[0]})
 
 
 def _apart(items: tuple[Item, ...], width: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -237,7 +256,7 @@ def _qk_norms(rest: list[Item], reading: Reading, width: int, draft: _Draft) -> 
     """Norms of queries and keys among the vectors."""
     left: list[Item] = []
     out = reading.roles["o"][1].size
-    found: dict[str, Item] = {}
+    found: dict[str, Norm] = {}
     for norm in tables.norms(tuple(rest)):
         item = norm.item
         near = set(words.words(".".join(item.inside.split(".")[-2:])))
@@ -245,29 +264,40 @@ def _qk_norms(rest: list[Item], reading: Reading, width: int, draft: _Draft) -> 
         size = bare(item.shape)[-1]
         small = reading.context.get(item.theirs, "") != "mlp" and size != width
         if len(letters) == 1 and (near & words.NORM or small) and norm.weight is not None:
-            if norm.bias is not None:
-                raise UserError(f"{norm.bias.theirs}: a LayerNorm with bias of queries or keys: expected RMSNorm")
-            found[letters[0]] = item
+            found[letters[0]] = norm
         else:
             left += [each for each in (norm.weight, norm.bias) if each is not None]
     if not found:
         return left
     if set(found) != {"q", "k"}:
-        raise UserError(f"{next(iter(found.values())).theirs}: a norm of queries or keys only: expected both")
-    query, key = bare(found["q"].shape), bare(found["k"].shape)
-    full = len(query) == 1 and query[0] == out and (key[0] != query[0] or not draft.told.get("rotary_dim"))
-    full = full and not (
-        query == key and reading.roles.get("k", (None, None))[1] is not None and _size(reading, "k") != query[0]
-    )
-    if len(query) > 1 and query[0] > 1:
-        raise UserError(f"{found['q'].theirs}: {list(query)}, a norm of its own for each head: expected one for all")
+        raise UserError(f"{next(iter(found.values())).item.theirs}: a norm of queries or keys only: expected both")
+    query, key = bare(found["q"].item.shape), bare(found["k"].item.shape)
+    if len(query) > 1:
+        raise UserError(
+            f"{found['q'].item.theirs}: {list(query)}, a norm of its own for each head: expected one for all"
+        )
+    full = query[0] == out and key[0] == _kv_size(reading)
     draft.model["qk_norm"] = "full" if full else "head"
     if not full:
-        draft.told["head_dim"] = query[-1]
-    for letter, item in found.items():
-        name = f"h.{{n}}.attn.{letter}_norm.weight"
-        draft.rules[item.theirs] = Rule(item.theirs, (name,), rules_of.axes(item, ""), "sure", "name and shape")
+        draft.told["head_dim"] = query[0]
+    for letter, norm in found.items():
+        name = f"attn.{letter}_norm"
+        for item, kind in ((norm.weight, "weight"), (norm.bias, "bias")):
+            if item is not None:
+                axes = rules_of.axes(item, "")
+                draft.rules[item.theirs] = Rule(
+                    item.theirs, (f"h.{{n}}.{name}.{kind}",), axes, "sure", "name and shape"
+                )
+        if norm.bias is None:
+            draft.bare_qk.append(name)
     return left
+
+
+def _kv_size(reading: Reading) -> int:
+    """n_kv_head head_dim."""
+    if "k" in reading.roles:
+        return _size(reading, "k")
+    return _size(reading, "kv") // 2 if "kv" in reading.roles else (_size(reading, "qkv") - _size(reading, "o")) // 2
 
 
 def _size(reading: Reading, role: str) -> int:
@@ -371,7 +401,12 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
     """The norm behind the blocks, and one right behind the embeddings."""
     wrong = [item for item in rest if bare(item.shape) != (width,)]
     found = tables.norms(tuple(item for item in rest if item not in wrong))
-    early = [norm for norm in found if set(norm.item.said) & (words.EMBED | {"input", "pre", "in", "first"})]
+    early = [
+        norm
+        for norm in found
+        if set(norm.item.said) & (words.EMBED | {"input", "pre", "in", "first"})
+        and not set(norm.item.said) & {"head", "logits", "out", "output", "final"}
+    ]
     if len(found) == 2 and not early:
         early = [min(found, key=lambda norm: norm.item.order)]
     late = [norm for norm in found if norm not in early]
@@ -379,22 +414,24 @@ def _outer_norms(rest: list[Item], width: int, draft: _Draft, token: int) -> Non
         raise UserError(refusals.unexplained(tuple(wrong) or tuple(norm.item for norm in found)))
     draft.model |= {"final_norm": bool(late), "embed_norm": bool(early)}
     for name, norm in [("ln_f", norm) for norm in late] + [("ln_e", norm) for norm in early]:
+        sure, why = ("sure", "name and shape") if set(norm.item.said) & words.NORM else ("likely", "shape")
         for item, kind in ((norm.weight, "weight"), (norm.bias, "bias")):
             if item is not None:
-                draft.rules[item.theirs] = Rule(
-                    item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), "sure", "name and shape"
-                )
+                draft.rules[item.theirs] = Rule(item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), sure, why)
         if norm.weight is None:
             raise UserError(f"{norm.item.theirs}: a bias that no matrix explains")
 
 
 def _norm_fields(state: State, found: list[Norm], draft: _Draft, style: Style, known: Mapping[str, Any]) -> None:
     """Kind, epsilon and placement of norms."""
-    made = [rule for rule in draft.rules.values() if ".ln_" in rule.to[0] or rule.to[0].startswith("ln_")]
+    made = [rule for rule in draft.rules.values() if any(part in rule.to[0] for part in ("ln_", "q_norm", "k_norm"))]
+    if made and not found:
+        raise UserError(f"{made[0].theirs}: a norm with weights, and none in the blocks: expected both or neither")
     bias = any(rule.to[0].endswith(".bias") for rule in made)
     weights = [rule for rule in made if rule.to[0].endswith(".weight")]
     if bias:
         draft.model |= {"norm": "layer", "norm_bias": True}
+        draft.without += draft.bare_qk
         lone = {rule.to[0].rpartition(".")[0] for rule in weights} - {
             rule.to[0].rpartition(".")[0] for rule in made if rule.to[0].endswith(".bias")
         }
@@ -412,6 +449,7 @@ def _norm_fields(state: State, found: list[Norm], draft: _Draft, style: Style, k
     if "norm_eps" in known:
         draft.model["norm_eps"] = known["norm_eps"]
     draft.add(choices.norm_eps(draft.model.get("norm", "layer"), known, style))
+    style = replace(style, behind=tables.behind(found))
     placement, choice = choices.placement(len(found), style, draft.model["final_norm"], known)
     draft.model["placement"] = placement
     draft.add(choice)
@@ -425,21 +463,17 @@ def _style(reading: Reading, block: tuple[Item, ...], top: tuple[Item, ...]) -> 
     return Style(
         llama=(reading.gated and bare_norms) or bool(said & {"rms", "rmsnorm"}),
         lecture=bool(said & {"sa", "ffwd"}) or any(item.heads for item in block),
-        encoder={"linear", "1"} <= said
-        and {"linear", "2"} <= said
-        and not reading.gated
-        and bool(said & {"norm", "ln"}),
+        encoder=not reading.gated and {"linear1", "linear2"} <= {item.module.replace("_", "") for item in block},
         gpt2=bool(said & {"wte", "wpe"}) or {"c", "attn"} <= said,
         flax="kernel" in leaves,
+        meta={"q", "w"} <= said and {"1", "3"} <= said and not said & {"proj", "query"},
     )
 
 
 def _sizes(reading: Reading, known: Mapping[str, Any], draft: _Draft, style: Style, width: int) -> None:
     """Heads, hidden size, context and positions, and the choices that are left."""
     out = _size(reading, "o")
-    kv = _size(reading, "k") if "k" in reading.roles else (
-        _size(reading, "kv") // 2 if "kv" in reading.roles else (_size(reading, "qkv") - out) // 2
-    )  # fmt: skip
+    kv = _kv_size(reading)
     draft.model["n_hidden"] = _size(reading, "proj")
     told = draft.told
     dim = told.get("head_dim", 0) or _head_dim(reading)

@@ -11,8 +11,10 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 # what such projects call it, the likeliest first
 _BESIDE = (
     "meta.pkl", "tokenizer.pkl", "stoi.json", "itos.json", "char_to_idx.json", "chars.json", "characters.json",
-    "vocab.json", "vocabulary.json", "meta.json", "vocab.pkl", "stoi.pkl", "vocab.txt", "tokenizer.bin",
+    "vocab.json", "vocabulary.json", "meta.json", "vocab.pkl", "stoi.pkl", "vocab.txt",
 )  # fmt: skip
+_KINDS = ("tok*.bin", "*.model", "*.tiktoken")
+# rows of the token embeddings -> whose they usually are; nanoGPT rounds GPT-2's up
 _USUAL = {256: "bytes", 50257: "gpt2", 50304: "gpt2", 50281: "p50k_base", 100277: "cl100k_base", 200019: "o200k_base"}
 
 
@@ -34,10 +36,10 @@ def find(
         made = load_tokenizer(given, vocab_size)
         return _fitting(made, given, vocab_size), _told(given, made)
     notes: list[str] = []
-    made = _inside(extras, path, vocab_size, notes) or _beside(path, vocab_size, notes)
+    made = _inside(extras, path, vocab_size, notes) or _beside(extras, path, vocab_size, notes)
     if made is None:
         usual = _USUAL.get(vocab_size)
-        hint = f" ({vocab_size} tokens are as many as --tokenizer {usual} has)" if usual in ("bytes", "gpt2") else ""
+        hint = f" (a vocabulary of {vocab_size} is often that of --tokenizer {usual})" if usual else ""
         notes.append(f"no tokenizer in it; --tokenizer FILE adds one{hint}")
         return None, notes
     return made, notes
@@ -70,11 +72,10 @@ def _inside(extras: Mapping[str, Any], path: Path, rows: int, notes: list[str]) 
     return made
 
 
-def _beside(path: Path, rows: int, notes: list[str]) -> Tokenizer | None:
-    """The tokenizer of the first file of the folder that has one for as many tokens; others are noted."""
+def _beside(extras: Mapping[str, Any], path: Path, rows: int, notes: list[str]) -> Tokenizer | None:
+    """The tokenizer of the first file of the folder that has one for no more tokens; others are noted."""
     folder = path if path.is_dir() else path.parent
-    places = [folder / name for name in _BESIDE if (folder / name).is_file()]
-    for place in [folder] if has_tokenizer(folder) else places:
+    for place in [folder] if has_tokenizer(folder) else _places(extras, folder):
         try:
             made = _fitting(load_tokenizer(place, rows), place, rows)
         except UserError as error:
@@ -83,3 +84,14 @@ def _beside(path: Path, rows: int, notes: list[str]) -> Tokenizer | None:
         notes += _told(place, made)
         return made
     return None
+
+
+def _places(extras: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Files that may hold the tokenizer; nanoGPT's lies with the data, which the checkpoint's config names."""
+    names = [*_BESIDE, *sorted(path.name for kind in _KINDS for path in folder.glob(kind))]
+    found = [folder / name for name in names]
+    config = extras.get("config")
+    dataset = config.get("dataset") if isinstance(config, Mapping) else None
+    if isinstance(dataset, str) and Path(dataset).name == dataset:
+        found.append(folder.parent / "data" / dataset / "meta.pkl")
+    return [path for path in found if path.is_file()]

@@ -114,6 +114,7 @@ class Bench:
         self._tried: set[tuple[Any, ...]] = set()
         self._finishes: dict[tuple[Candidate, View], Candidate] = {}
         self.runs = 0
+        self.refused = ""  # why a candidate did not run, the first time
 
     @property
     def candidates(self) -> int:
@@ -162,10 +163,14 @@ class Bench:
         shapes = {name: param.shape for name, param in table_of(config).items()}
         try:
             weights = self._gather(found)
-        except UserError:
+        except UserError as error:
+            self.refused = self.refused or str(error)
             return None
-        fits = shapes.keys() == weights.keys() and all(weights[name].shape == each for name, each in shapes.items())
-        return weights if fits else None
+        wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
+        wrong += [name for name in weights if name not in shapes]
+        if wrong:
+            self.refused = self.refused or f"{wrong[0]}: no tensor of theirs gives it as this model has it"
+        return None if wrong else weights
 
     def output(self, candidate: Candidate, view: View, noise: float = 0.0) -> np.ndarray | None:
         """What the sample has there, of the candidate; ``noise``: each weight is first changed by as much of itself."""
@@ -226,8 +231,9 @@ class Bench:
             other, fields = list(candidate), dict[str, float]()
             for n, option in zip(last, options, strict=True):
                 other[n] = option
-                fields |= self.choices[n].options[option].model
-            scale, cap = (fields.get(name, getattr(config, name)) for name in ("logit_scale", "final_softcap"))
+                fields |= dict(self.choices[n].options[option].model)
+            scale = fields.get("logit_scale", config.logit_scale)
+            cap = fields.get("final_softcap", config.final_softcap)
             found[tuple(other)] = distance(self.sample.comparable(_finished(raw, scale, cap)), target).rms
         best = min(found, key=lambda each: found[each], default=candidate)
         made = self.made(best)

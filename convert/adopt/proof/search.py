@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert.adopt.evidence import Sample
-from convert.adopt.proof.candidate import NONE, Bench, Candidate, Forward, Gather, Limit, Score, View, distance
+from convert.adopt.proof.candidate import Bench, Candidate, Forward, Gather, Limit, Score, View, distance
 from convert.adopt.proof.fitting import fit, swapped
 from convert.adopt.proof.verdicts import Verdict, judge
 from convert.adopt.rules import Map, Proposal
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
 
 GATE = 1e-5  # of the largest logit
 _CLOSE = 1000  # times the gate: what is farther off is no rounding of a small choice
@@ -76,6 +77,9 @@ def search(
         given: names of choices that the user made: kept, and said to be given.
         tolerance: what logits may be off, of the largest; default: 1e-5, or what the sample's dtype allows.
         limit: of runs and seconds.
+
+    Raises:
+        UserError: no candidate is a model at all.
     """
     bench = Bench(proposal, gather, sample, forward, limit or Limit())
     gate, notes = tolerance or max(GATE, 8 * sample.step if sample.step > 1e-6 else 0.0), list[str]()
@@ -91,6 +95,8 @@ def search(
             failed.append(view)
             if view.name == FIRST:  # its logits are among those of all tokens
                 break
+    if not bench.runs:
+        raise UserError(bench.refused or "no combination of the options is a model")
     view = views(sample)[-1]
     if view in failed and settled and not bench.over:  # a view that fits by chance must not decide
         best, score = fit(bench, best, view, set(), gate)
@@ -98,7 +104,7 @@ def search(
         best = polish(bench, best, view, rounding(bench, best, view))
     score, floor = bench.score(best, view), rounding(bench, best, view)
     allowed = gate if tolerance else max(gate, 4 * floor.worst)
-    fits = score.worst <= allowed
+    fits = score.worst <= allowed < float("inf")
     if fits and allowed > gate >= score.worst:
         allowed = gate
     verdicts, best = judge(bench, best, view, floor, given) if fits else ([], best)
@@ -119,7 +125,7 @@ def search(
 def rounding(bench: Bench, best: Candidate, view: View) -> Score:
     """How far the numbers move when each weight moves by half a unit of float32: what no comparison can tell."""
     plain, moved = bench.output(best, view), bench.output(best, view, noise=2.0**-24)
-    return NONE if plain is None or moved is None else distance(moved, plain)
+    return Score(0.0, 0.0) if plain is None or moved is None else distance(moved, plain)
 
 
 def shown(bench: Bench, best: Candidate, view: View, score: Score, gate: float) -> set[int]:

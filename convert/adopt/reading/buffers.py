@@ -34,16 +34,14 @@ def recognize(
 
     ``width`` is n_embd; ``square``: a matrix (n, n) with n = n_embd may be a weight.
     """
-    said = set(words.words(name))
+    said = set(words.words(".".join(name.split(".")[-2:])))
     size = int(np.prod(shape))
     sides = [side for side in shape if side != 1]
     leaf = set(words.words(name.rpartition(".")[2]))
     square_axes = len(sides) == 2 and sides[0] == sides[1]
-    if (
-        square_axes
-        and (said & _MASK or kind == "bool" or len(shape) > 2)
-        and not (square and sides[0] == width and not said & _MASK)
-    ):
+    masked = bool(leaf & _MASK) or kind == "bool"
+    loose = not (leaf & (words.WEIGHT_KINDS | words.BIAS_KINDS) and len(leaf) == 1)
+    if square_axes and (masked or (len(shape) > 2 and not (square and sides[0] == width))):
         return Buffer("causal mask", {"block_size": sides[0]})
     if kind.startswith(("int", "uint", "bool")):
         return Buffer(
@@ -51,7 +49,7 @@ def recognize(
         )
     if size == 1 and not leaf & _GAINS:
         return Buffer("a constant")
-    if kind.startswith("complex") or (said & _ROPE and not said & {"weight", "bias", "norm"}):
+    if kind.startswith("complex") or (said & _ROPE and loose and not said & words.NORM):
         return _rope(leaf | said, shape, kind, read) if size <= _TABLE else Buffer("table of rope")
     if said & {"alibi", "slope", "slopes"}:
         return _alibi(sides, read)

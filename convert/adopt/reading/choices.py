@@ -22,6 +22,8 @@ class Style:
     gpt2: bool = False
     flax: bool = False  # kernels
     nanochat: bool = False  # no norms at all
+    meta: bool = False  # wq and w1: Meta's names, and the pairs of its rope
+    behind: bool = False  # names of norms say that they come after a branch
 
 
 def pick(name: str, values: Sequence[tuple[str, Mapping[str, Any]]], why: str = "") -> Choice:
@@ -125,6 +127,8 @@ def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, An
         order = ["post_add", "pre", "post", "parallel2"]
     if style.nanochat:
         order = ["pre", "post_add", "post", "parallel2"]
+    elif style.behind:
+        order = ["post", "post_add", "pre", "parallel2"]
     return order[0], pick(
         "placement", [(name, {"placement": name}) for name in order], "where a norm acts has no weights"
     )
@@ -143,6 +147,7 @@ def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[s
         ("none", {"position": "none"}),
         ("alibi", {"position": "alibi"}),
     ]  # fmt: skip
+    options = [(label, {"sinusoid": "pairs", "position_multiplier": 1.0, **fields}) for label, fields in options]
     if style.encoder and not style.llama:
         options = [*options[1:5], options[0], *options[5:]]
     if said:
@@ -154,8 +159,10 @@ def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[s
 def rope(known: Mapping[str, Any], style: Style, pairing: str, head_dim: int, told: bool) -> list[Choice]:
     """Pairing, theta and width of rope. ``told``: a table of the state dict gave theta and width."""
     order = list(ROPES)
-    if style.llama and not style.flax:
-        order = ["halves", "pairs", "pairs reversed", "halves reversed"]
+    if style.meta:
+        order = ["pairs", "halves", "pairs reversed", "halves reversed"]
+    elif style.nanochat:
+        order = ["halves reversed", "halves", "pairs", "pairs reversed"]
     made = [
         Choice("rope", tuple(Option(name, rope=name) for name in order), "how rope pairs dimensions has no weights")
     ]
@@ -169,7 +176,7 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, head_dim: int, to
     if not told and head_dim and not known.get("rotary_dim"):
         dims = dict.fromkeys(dim for dim in (head_dim, head_dim // 2, head_dim // 4) if dim and dim % 2 == 0)
         if len(dims) > 1:
-            values = [(f"{dim} of {head_dim}", {"rotary_dim": dim}) for dim in dims]
+            values = [(f"{dim} of {head_dim}", {"rotary_dim": 0 if dim == head_dim else dim}) for dim in dims]
             made.append(pick("rotary_dim", values, "how much of a head rope turns"))
     return made
 
@@ -186,7 +193,7 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
         scales = [each for i, each in enumerate(scales) if each[1] not in [other[1] for other in scales[:i]]]
         made.append(pick("attn_scale", scales, "a multiplier of scores has no weights"))
     if "embed_scale" not in known:
-        order = [False, True]
+        order = [True, False] if style.encoder else [False, True]
         values: list[tuple[str, dict[str, Any]]] = [
             ("sqrt(n_embd)" if each else "1", {"embed_scale": each}) for each in order
         ]
@@ -195,6 +202,8 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
     made.append(
         pick("final_softcap", [(f"{cap:g}", {"final_softcap": cap}) for cap in caps], "a cap of logits has no weights")
     )
+    values = [("off", {"logit_scale": 0.0}), ("1 / sqrt(n_embd)", {"logit_scale": width**-0.5})]
+    made.append(pick("logit_scale", values, "a multiplier of logits has no weights"))
     made.append(pick("attn_softcap", [(f"{cap:g}", {"attn_softcap": cap}) for cap in (0.0, 50.0)], "a cap of scores"))
     return made
 

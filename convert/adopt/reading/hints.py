@@ -12,20 +12,24 @@ _NAMES = {
     "n_embd": ("n_embd", "d_model", "emb_dim", "embed_dim", "dim", "hidden_size", "embedding_dim", "n_embed",
                "embed_size", "model_dim", "embedding_size", "d_embed", "width"),
     "n_layer": ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "depth", "num_blocks", "n_blocks", "layers"),
-    "block_size": ("block_size", "context_length", "max_seq_len", "seq_len", "sequence_len", "max_position_embeddings", "n_ctx",
-                   "ctx_len", "max_len", "context_size", "max_seq_length", "n_positions", "sequence_length", "seq_length",
+    "block_size": ("block_size", "context_length", "max_seq_len", "seq_len", "sequence_len",
+                   "max_position_embeddings", "n_ctx",
+                   "ctx_len", "max_len", "context_size", "max_seq_length", "n_positions", "sequence_length",
+                   "seq_length",
                    "max_length", "context_window", "max_context", "ctx_size", "maxlen"),
     "vocab_size": ("vocab_size", "n_vocab", "vocabulary_size", "num_tokens", "ntoken", "ntokens", "d_vocab"),
     "norm_eps": ("norm_eps", "layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon", "eps", "layernorm_eps", "ln_eps",
                  "rms_eps", "norm_epsilon"),
     "rope_theta": ("rope_theta", "rope_base", "theta", "rotary_base", "theta_base"),
-    "activation": ("activation", "hidden_act", "act", "activation_function", "act_fn", "hidden_activation", "nonlinearity"),
+    "activation": ("activation", "hidden_act", "act", "activation_function", "act_fn", "hidden_activation",
+                   "nonlinearity"),
     "tied": ("tie_weights", "tied", "tie_word_embeddings", "weight_tying", "tie_embeddings", "shared_embedding"),
     "pre": ("norm_first", "pre_norm", "prenorm"),
 }  # fmt: skip
 _OURS = {name: ours for ours, names in _NAMES.items() for name in names}
 _ACTIVATIONS = {
-    "gelu": "gelu", "gelu_erf": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "swiglu": "silu", "gelu_new": "gelu_tanh",
+    "gelu": "gelu", "gelu_erf": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "swiglu": "silu",
+    "gelu_new": "gelu_tanh",
     "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh", "relu2": "relu2",
     "squared_relu": "relu2", "relu_squared": "relu2", "geglu": "gelu", "reglu": "relu", "newgelu": "gelu_tanh",
 }  # fmt: skip

@@ -208,9 +208,10 @@ def style(item: Item) -> str:
     return leaf if leaf in ("weight", "kernel", "w") else "raw"
 
 
-def _taste(kind: str, turned: bool) -> float:
-    """How usual it is that matrices of a style lie so."""
-    if kind == "weight":
+def _taste(item: Item, turned: bool) -> float:
+    """How usual it is that matrices of a style lie so; three in one are mostly three of nn.Linear's."""
+    kind = style(item)
+    if kind == "weight" or (kind == "raw" and item.shape[0] == 3):
         return -2.5 if turned else 0.0
     if kind in ("kernel", "w"):
         return 0.0 if turned else -2.5
@@ -242,7 +243,7 @@ def _assign(
 ) -> tuple[dict[str, tuple[Item, Lay]], float] | None:
     """The best way to give each role a matrix, if it scores more than ``least``: branch and bound."""
     ways = {
-        role: [(item, lay, scores[item.theirs, role] + _taste(style(item), lay.turned)) for item in items
+        role: [(item, lay, scores[item.theirs, role] + _taste(item, lay.turned)) for item in items
                for lay in lays(item, role, width)]
         for role in roles
     }  # fmt: skip

@@ -56,9 +56,9 @@ def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> N
         for marks, what in _MARKS:
             if marks in text:
                 raise UserError(f"{what}: found {name} {list(shape)}: {_EXPECTED}")
-        if len(shape) >= 4 and 1 < shape[-1] <= 11 and 1 < shape[-2] <= 11 and said & {"conv", "weight", "kernel"}:
-            if "attn" not in said and "qkv" not in said:
-                raise UserError(f"a convolutional network: found {name} {list(shape)}: {_EXPECTED}")
+        small = len(shape) >= 4 and (1 < max(shape[-2:]) <= 11 or 1 < max(shape[:2]) <= 11)
+        if small and not said & words.ATTENTION and (said & {"weight", "kernel", "w"} or "conv" in text):
+            raise UserError(f"a convolutional network: found {name} {list(shape)}: {_EXPECTED}")
     blocks = [name for name in shapes if {"self", "attn"} <= set(words.words(name))]
     cross = next((name for name in shapes if {"multihead", "attn"} <= set(words.words(name))), None)
     if blocks and cross:

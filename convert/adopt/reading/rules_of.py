@@ -14,18 +14,20 @@ _FOUR = ("qkvo", "kqvo", "vkqo", "qvko", "oqkv", "kvqo", "vqko")
 
 
 def axes(item: Item, lay: str) -> str:
-    """``lay`` with the axes of one in front, and of all blocks."""
-    ones = len(item.shape) - len(bare(item.shape))
-    if item.stacked or ones:
-        lay = lay or ("o i" if len(bare(item.shape)) == 2 else "o")
-    return ("n " if item.stacked else "") + "1 " * ones + lay
+    """``lay`` of a tensor without axes of one, with these, and with the one of all blocks."""
+    used = bare(item.shape)
+    if item.stacked or len(used) < len(item.shape):
+        parts = _parts(lay or ("o i" if len(used) == 2 else "o"))
+        ones = len(used) < len(item.shape)
+        lay = " ".join("1" if ones and size == 1 else parts.pop(0) for size in item.shape)
+    return ("n " if item.stacked else "") + lay
 
 
 def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without axes of one in front."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+    """A shape without axes of one, where it has other axes."""
+    if len(shape) < 2 or (kept := tuple(size for size in shape if size != 1)) == shape:
+        return shape
+    return kept or (1,)
 
 
 def bias_axes(bias: Item, role: str, lay: Lay) -> str:
@@ -121,6 +123,8 @@ def fused(role: str, item: Item, lay: Lay, bias: Item | None, grouped: bool) -> 
             forms.append((text.replace("(p o)", "(h d p)"), "dimension by dimension"))
     else:
         forms = [(text, "as its axes say")]
+        if text in ("p o i", "p i o") and item.shape[1] == item.shape[2]:
+            forms = [("p o i", "W @ x"), ("p i o", "x @ W")]
     orders = [first, *(order for order in _ORDERS if order != first)] if role == "qkv" else ["kv", "vk"]
     # order by order what is usual: whole and by head of the first, then the other orders
     ranked = [(form, label, order) for order in orders for form, label in forms]

@@ -106,6 +106,9 @@ def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:
     ordered = sorted(found, key=lambda norm: norm.item.order)
     if len(found) == 1:
         return {"ln_1": ordered[0]}
+    if len(found) == 2 and all(_behind(norm.item) for norm in ordered):
+        ordered.sort(key=lambda norm: -_branch(norm.item, context[norm.item.theirs]))
+        return dict(zip(("ln_1", "ln_2"), ordered, strict=True))
     if len(found) == 2:
         lean = [_lean(norm.item, context[norm.item.theirs]) for norm in ordered]
         return dict(zip(("ln_1", "ln_2") if lean[0] >= lean[1] else ("ln_2", "ln_1"), ordered, strict=True))
@@ -138,6 +141,11 @@ def _branch(item: Item, context: str) -> float:
     return {"attn": 1.0, "mlp": -1.0, "": 0.0}[context] + (
         1.0 if said & {"1", "0"} else -1.0 if said & {"3", "4"} else 0.0
     )
+
+
+def behind(found: list[Norm]) -> bool:
+    """Whether the names of all norms say that they come after a branch."""
+    return bool(found) and all(_behind(norm.item) for norm in found)
 
 
 def _behind(item: Item) -> bool:

@@ -56,10 +56,13 @@ WEIGHT_KINDS = frozenset(
 BIAS_KINDS = frozenset({"bias", "biases", "b", "beta", "shift", "offset"})
 
 _KNOWN = frozenset().union(
-    QUERY, KEY, VALUE, QKV, ATTENTION, MLP, OUT, NORM, UP, DOWN, GATE, TOKEN, EMBED, POSITION, HEAD, FINAL, WEIGHT_KINDS,
+    QUERY, KEY, VALUE, QKV, ATTENTION, MLP, OUT, NORM, UP, DOWN, GATE, TOKEN, EMBED, POSITION, HEAD, FINAL,
+    WEIGHT_KINDS,
     BIAS_KINDS,
-    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "buffer", "rope", "rotary", "freqs", "freq",
-     "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre", "post", "first", "second", "c", "h", "lin",
+    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "buffer", "rope", "rotary", "freqs",
+     "freq",
+     "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre", "post", "first", "second", "c", "h",
+     "lin",
      "linear", "linears", "conv", "bn", "batch", "running", "expert", "experts", "router", "cross", "enc", "model",
      "transformer", "sublayer", "residual", "lora", "ids", "alibi", "slopes", "slope", "masked", "fuse", "fused"},
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.ends import generation_ends, union
-from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_files, read_json
+from mlxgpt.common.tokenizers.protocol import FILES, NAMES, Tokenizer, read_files, read_json
 
 _PAIRS = {
     "vocab.json": "merges.txt",
@@ -79,11 +79,11 @@ def _named(path: Path) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
+    if str(path) not in NAMES:
+        names = ", ".join((*KINDS, *NAMES))
+        raise UserError(f"{path}: no such tokenizer file or folder (or one of: {names})")
     from mlxgpt.common.tokenizers.foreign import files
 
-    if str(path) not in files.NAMES:
-        names = ", ".join((*KINDS, *files.NAMES))
-        raise UserError(f"{path}: no such tokenizer file or folder (or one of: {names})")
     return files.by_name(str(path))
 
 

@@ -9,21 +9,19 @@ from typing import Any
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.foreign import find, llama2c, minbpe, plain, ranks, tables
 from mlxgpt.common.tokenizers.hf import JsonTokenizer, made_of_bytes
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import TIKTOKEN, Tokenizer
 
-BYTES = "bytes"
-NAMES = (BYTES, *ranks.NAMES)
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 _LONGEST = 1 << 28  # bytes of a .json or .txt
 
 
 def by_name(name: str) -> Tokenizer:
-    """``bytes``, where an id is a byte, or one of tiktoken's.
+    """One of ``protocol.NAMES``.
 
     Raises:
         UserError: it cannot be had.
     """
-    return made_of_bytes() if name == BYTES else ranks.named(name)
+    return made_of_bytes() if name == "bytes" else ranks.named(name)
 
 
 def read(path: Path, rows: int | None = None) -> Tokenizer | None:
@@ -73,7 +71,7 @@ def of_values(values: Any, path: Path, rows: int | None) -> Tokenizer:
 
 def _of_encoding(state: Any, path: Path) -> Tokenizer:
     """A pickled tiktoken.Encoding, as nanochat's tokenizer.pkl is: plain values, or a name, under its class's name."""
-    if isinstance(state, str) and state in ranks.NAMES:
+    if isinstance(state, str) and state in TIKTOKEN:
         return ranks.named(state)
     state = state if isinstance(state, dict) else {}
     merged, pattern, special = (state.get(name) for name in ("mergeable_ranks", "pat_str", "special_tokens"))

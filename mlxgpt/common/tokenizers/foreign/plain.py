@@ -23,14 +23,12 @@ _VALUES = frozenset((
     "BINBYTES8", "BYTEARRAY8",
 ))  # fmt: skip
 _LEFT_OUT = ("torch._utils._rebuild_", "torch.Size", "torch.device", "torch.storage.")
-# what makes an object of a class, which is refused by its own name
+_SETS = ("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset")
+# what old protocols make bytes and sets by, and objects of a class, which is refused by its own name
 _HARMLESS = (
-    "collections.OrderedDict",
-    ENCODING,
-    "copyreg.__newobj__",
-    "copyreg._reconstructor",
-    "copy_reg._reconstructor",
-)
+    "collections.OrderedDict", "_codecs.encode", "copyreg.__newobj__", "copyreg._reconstructor",
+    "copy_reg._reconstructor", ENCODING, *_SETS,
+)  # fmt: skip
 _SAY = "expected dicts, lists, texts and numbers: json.dump them into a .json file and give that"
 
 
@@ -228,8 +226,10 @@ class _Machine:
             self._stack.append({})
         elif called.name == ENCODING:
             self._stack.append(Named(ENCODING))
-        elif called.name.startswith("torch."):
+        elif called.name.startswith("torch.") or called.name in _SETS:
             self._stack.append(LeftOut())
+        elif called.name == "_codecs.encode" and len(given) == 2 and isinstance(given[0], str):
+            self._stack.append(given[0].encode("latin-1"))
         else:
             raise self._refused(called.name)
 

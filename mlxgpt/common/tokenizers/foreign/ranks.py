@@ -18,7 +18,6 @@ from mlxgpt.common.tokenizers.fast_bpe import PROBE, bytes_of_characters
 from mlxgpt.common.tokenizers.foreign.tables import roles, shown
 from mlxgpt.common.tokenizers.hf import EOS, JsonTokenizer, made
 
-NAMES = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
 _LONGEST = 1 << 25  # bytes of a file of ranks
 _MOST = 1 << 20  # the largest rank
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -57,7 +56,7 @@ _TRIED = (
 
 
 def named(name: str) -> JsonTokenizer:
-    """One of ``NAMES``, from tiktoken's own cache or download.
+    """One of ``protocol.TIKTOKEN``, from tiktoken's own cache or download.
 
     Raises:
         UserError: it is in neither.

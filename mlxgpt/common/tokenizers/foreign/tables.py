@@ -16,7 +16,7 @@ SPLITS = ("characters", "spaces", "words")
 """How a text becomes entries: each character; at white space; at white space and punctuation, which are entries."""
 
 _MOST = 1 << 22  # entries, and the largest id
-_SPECIAL = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Za-z]+\d*\]|__[A-Za-z]+__|(?i:pad|unk|bos|eos|sos|eot|sep|mask)")
+_SPECIAL = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Za-z]+\d*\]|__[A-Za-z]+__|PAD|UNK|BOS|EOS|SOS")
 _ROLES = {
     "eos_token": ("endoftext", "eos", "/s", "endoftoken", "end", "eot", "stop"),
     "bos_token": ("bos", "sos", "s", "start", "begin", "startoftext"),
