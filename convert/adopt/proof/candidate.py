@@ -253,7 +253,8 @@ class Bench:
 
     def is_last(self, n: int) -> bool:
         """Whether a choice is of what is done to the logits last."""
-        return all(set(option.model) <= _LAST and not option.rules for option in self.choices[n].options)
+        options = self.choices[n].options
+        return all(option.model.keys() <= _LAST and not option.rules and not option.rope for option in options)
 
 
 def raw_head(config: ModelConfig) -> ModelConfig:
