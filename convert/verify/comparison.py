@@ -14,6 +14,8 @@ from convert.verify.processes import JUDGES
 from convert.verify.report import ON_FILES, RUNGS, Checked, Report
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import TensorError, UserError, nearest
+from mlxgpt.common.model import families
+from mlxgpt.common.model.own_config import NOTE
 
 
 def verify(
@@ -101,6 +103,13 @@ def _asked(what: str, given: Sequence[str] | None, able: Sequence[str]) -> list[
     return [name for name in (able if given is None else known) if given is None or name in given]
 
 
+def _judged(side: Side) -> Side:
+    """``side``, whose judge must know its family."""
+    if side.judge in ("transformers", "mlx-lm") and families.family_of(side.opened.config).own:
+        raise UserError(f"{side.judge}:{side.opened.path}: {NOTE}")
+    return side
+
+
 def _side(label: str, given: Path | str, n_head: int, config: Path | str | None, report: Report) -> Side | None:
     """Opens one side; None and a finding where its tensors are not those of its config.
 
@@ -112,11 +121,11 @@ def _side(label: str, given: Path | str, n_head: int, config: Path | str | None,
         judge, rest = "", str(given)
     try:
         try:
-            return Side(label, open_model(rest), judge)
+            return _judged(Side(label, open_model(rest), judge))
         except UserError:
             if not n_head and config is None:
                 raise
-            return Side(label, open_model(rest, n_head, config), judge)
+            return _judged(Side(label, open_model(rest, n_head, config), judge))
     except TensorError as error:
         report.find("tensors", error.name, f"{label}: {error}")
         return None
