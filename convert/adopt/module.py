@@ -70,18 +70,18 @@ class Ran:
     notes: tuple[str, ...]
 
 
-def parse(given: str, kwargs: str | None = None) -> Module:
-    """``FILE.py:Class`` and the JSON of --kwargs.
+def parse(given: str, kwargs: str | None = None, flag: str = "--module ") -> Module:
+    """``FILE.py:Class`` and the JSON of --kwargs; ``flag`` is what stands before it in messages.
 
     Raises:
         UserError: no such file, no class, or no JSON object.
     """
     path, colon, name = given.rpartition(":")
     if not colon or not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"--module {given}: expected FILE.py:CLASS, such as model.py:GPT")
+        raise UserError(f"{flag}{given}: expected FILE.py:CLASS, such as model.py:GPT")
     place = Path(path).expanduser()
     if not place.is_file() or place.suffix not in (".py", ".ipynb"):
-        raise UserError(f"--module {given}: {place}: {'expected a .py file' if place.exists() else 'no such file'}")
+        raise UserError(f"{flag}{given}: {place}: {'expected a .py file' if place.exists() else 'no such file'}")
     try:
         values = json.loads(kwargs) if kwargs else {}
     except ValueError as error:
@@ -130,7 +130,7 @@ def sample(
     Raises:
         UserError: one line: what their code raised and where, or that it does not fit, with the cure.
     """
-    values = {"extras": _plain(extras or {}), "left": list(left), "seed": seed}
+    values = {"extras": dict(extras or {}), "left": list(left), "seed": seed}
     ran = run(module, {"x1": weights}, sizes, values, seconds, say)
     made = evidence.of_arrays(ran.arrays, str(module))
     return Sample(made.ids, made.logits, made.hidden, made.dtype, made.normalized, ran.notes + made.notes, made.where)
@@ -157,11 +157,12 @@ def run(
         work = Path(name)
         places = {scale: str(work / f"{scale}.safetensors") for scale in weights}
         for scale, tensors in weights.items():
-            write_tensors(places[scale], {key: _wide(array) for key, array in tensors.items()})
+            real = {key: array for key, array in tensors.items() if array.dtype.kind != "c"}  # a table for rope
+            write_tensors(places[scale], {key: _wide(array) for key, array in real.items()})
         request = {"path": str(module.path), "name": module.name, "kwargs": dict(module.kwargs), "weights": places}
         request |= {"vocab_size": sizes.vocab_size, "n_layer": sizes.n_layer, "block_size": sizes.block_size}
         request |= {"out": str(work / "sample.npz")} | dict(more)
-        (work / "request.json").write_text(json.dumps(request))
+        (work / "request.json").write_text(json.dumps(request, default=str))
         said = _process(module, PACKAGES[framework], work, seconds)
         with np.load(work / "sample.npz", allow_pickle=False) as arrays:
             return Ran({key: arrays[key] for key in arrays.files}, tuple(said))
@@ -170,17 +171,6 @@ def run(
 def _wide(array: np.ndarray) -> np.ndarray:
     """Floats as float32, in which the model is run."""
     return array if array.dtype.kind in "iub" else array.astype(np.float32)
-
-
-def _plain(values: Any) -> Any:
-    """What JSON can hold of settings."""
-    if isinstance(values, Mapping):
-        made = {str(key): _plain(value) for key, value in values.items()}
-        return {key: value for key, value in made.items() if value is not _plain}
-    if isinstance(values, list | tuple):
-        inner = [_plain(value) for value in values]
-        return inner if all(each is not _plain for each in inner) else _plain
-    return values if isinstance(values, int | float | str | bool | type(None)) else _plain
 
 
 def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
