@@ -149,7 +149,7 @@ def run(
     Raises:
         UserError: see ``sample``.
     """
-    framework = module_import.framework_of(module.path)
+    framework = module_import.framework_of(module.path, module.name)
     if importlib.util.find_spec(framework) is None:
         raise UserError(f"{module.path} imports {framework}, which is not installed here: pip install {framework}")
     say(f"executes {module} in a process of its own, without network, at most {seconds:g} s")
@@ -178,6 +178,7 @@ def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
     made = {key: value for key, value in given.items() if key in _PASSED or key.startswith(_FAMILIES)}
     made |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
     made |= {"NO_PROXY": "*", "no_proxy": "*", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    made |= {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile would take most of the time
     made |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HOME": str(work)}
     user, root = site.getuserbase(), Path(mlxgpt.__file__).parent.parent
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that is run where it lies
@@ -217,8 +218,9 @@ def _process(module: Module, package: str, work: Path, seconds: float) -> list[s
     stage = answer.get("stage", "")
     when = _STAGES[stage]
     if late:
-        cure = "; the file does work when it is imported: put that under if __name__ == '__main__'"
-        raise UserError(f"{module}: ended after {seconds:g} s, {when}{cure if stage == 'import' else ''}")
+        works = "the file does work when it is imported: put that under if __name__ == '__main__'"
+        cure = works if stage == "import" else "make the sample yourself and give it by --like"
+        raise UserError(f"{module}: ended after {seconds:g} s, {when}; {cure}")
     code = process.returncode
     died = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     lines = printed.decode(errors="replace").strip().splitlines()
