@@ -198,7 +198,7 @@ def test_a_model_is_called_as_it_wants_to_be(place: Path, kind: str) -> None:
     source = CORE + textwrap.dedent(CLASSES[kind])
     _, weights = weights_of(source)
     found, said = ran(Torch(), request(place, source, weights))
-    assert found.ids.shape == (2, BLOCK)
+    assert found.ids.shape == (1, BLOCK)
     np.testing.assert_allclose(found.logits, expected(source, weights, found.ids), atol=2e-5)
     assert found.hidden is not None and len(found.hidden) == L + 1
     embedded = weights["wte.weight"][found.ids] + weights["wpe.weight"]
@@ -218,7 +218,7 @@ def test_a_length_beyond_the_usual_is_tried(place: Path) -> None:
     source = CORE + textwrap.dedent(CLASSES["one length"]).replace("(Body):", "(Body):\n    long = True")
     _, weights = weights_of(source, block_size=80)
     found, said = ran(Torch(), request(place, source, weights, block_size=80, kwargs={"block_size": 80}))
-    assert found.ids.shape == (2, 80) and "it takes 80 tokens and no other number" in said
+    assert found.ids.shape == (1, 80) and "it takes 80 tokens and no other number" in said
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -243,7 +243,7 @@ class M(nn.Module):
     with torch.no_grad():
         right = model(torch.from_numpy(found.ids.T).long(), mask).transpose(0, 1).numpy()
     np.testing.assert_allclose(found.logits, right, atol=2e-5)
-    assert found.hidden is not None and found.hidden[0].shape == (2, BLOCK, C) and any("time first" in s for s in said)
+    assert found.hidden is not None and found.hidden[0].shape == (1, BLOCK, C) and any("time first" in s for s in said)
 
 
 CONFIGS = {
