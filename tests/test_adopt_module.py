@@ -307,7 +307,7 @@ CONFIGS = {
     "a function": """
         class Model(Body):
             def forward(self, idx): return self.body(idx)
-        def M(vocab_size, n_layer): return Model(vocab_size, n_layer)""",
+        def M(vocab_size, n_layer): return "tokenizer", Model(vocab_size, n_layer)""",
 }
 
 
@@ -328,7 +328,8 @@ def test_a_constructor_gets_what_it_takes(place: Path, kind: str, given: str) ->
 
 @pytest.mark.parametrize("work", ["for step in range(10): open('trained', 'w')", "train()"])
 def test_a_script_that_trains_below_its_class_is_run_up_to_it(place: Path, work: str) -> None:
-    below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nhelper = [1]\ndef late(x): return x * helper[0]\n"
+    below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nmore = model.n\nhelper = [1]\n"
+    below += "def late(x): return x * helper[0]\n"
     source = CORE + "\nclass M(Body):\n    def forward(self, idx): return late(self.body(idx))\n" + below
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
     _, said = ran(Torch(), request(place, source, weights))
@@ -362,6 +363,18 @@ def test_files_beside_it_and_packages_are_found(place: Path) -> None:
     found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
     assert said == ["not installed here, and stood in for by nothing: wandb_of_nobody, w_nobody"]
+
+
+def test_a_folder_that_no_import_could_name_is_a_package(place: Path) -> None:
+    folder = place / "TinyGPT-v1.2"
+    folder.mkdir()
+    (folder / "core.py").write_text(CORE)
+    (folder / "model.py").write_text(
+        "from .core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
+    )
+    _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
+    found, _ = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
+    np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
 
 
 def test_what_it_imports_by_its_full_name_is_found_above(place: Path) -> None:

@@ -124,6 +124,8 @@ def run(library: Library, request: Request, answer: Answer) -> list[str]:
     else:
         model, more = module_build.build(found, request.name, module, path, request.kwargs, request.extras)
         said += more
+    if isinstance(model, tuple):  # a function that returns what belongs to a model, too
+        model = next((each for each in model if library.is_model(each)), model)
     if isinstance(model, type) or not library.is_model(model):
         raise UserError(f"{path}: {request.name} gives {type(model).__name__}, expected a model")
     answer.begin("load")
