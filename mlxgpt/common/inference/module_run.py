@@ -188,12 +188,17 @@ def judged(
 
 
 def greedy(library: Library, request: Request, caller: Caller, ids: list[int]) -> Arrays:
-    """What follows a prompt, one whole pass a token: a user's model has no cache that we know."""
+    """What follows a prompt as far as it goes: one whole pass a token, for a user's model has no cache that we know."""
     rows, drawn = list[np.ndarray](), list[int]()
     most = request.block_size or len(ids) + request.greedy
     with library.quiet():
         for _ in range(min(request.greedy, most - len(ids) + 1)):
-            logits = library.host(caller.native(np.array([ids + drawn], np.int32)))
+            try:
+                logits = library.host(caller.native(np.array([ids + drawn], np.int32)))
+            except TheirError:
+                if not drawn:
+                    raise
+                break  # a context that is shorter than the folder says
             rows.append(logits[0, -1] if logits.ndim == 3 else logits[0])
             drawn.append(int(rows[-1].argmax()))
     yield "greedy.tokens", np.array(drawn, np.int32)
