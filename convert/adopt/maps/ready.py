@@ -65,7 +65,9 @@ def ahead(proposal: Proposal, known: Proposal) -> Proposal:
     open_ = {field for choice in made for option in choice.options for field in option.model}
     more = [each for each in known.choices if not open_ & {field for option in each.options for field in option.model}]
     fields = {key: value for key, value in known.map.model.items() if key not in open_}
-    firsts = chosen(replace(proposal.map, model=proposal.map.model | fields), tuple(each.options[0] for each in made))
+    firsts = chosen(
+        replace(proposal.map, model={**proposal.map.model, **fields}), tuple(each.options[0] for each in made)
+    )
     return Proposal(firsts, (*made, *more), (known.notes[0], *proposal.notes))
 
 
@@ -103,7 +105,8 @@ def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
     rules = [_with_tied(rule) if tied else rule for rule in rules]
     notes = [f"recognized as {values['ready']['of']}"]
     model |= {name: size for name, size in sizes.items() if name not in ("width", "kv", "head_dim")}
-    model |= {"block_size": max(state.tensors[name].shape[:-1]) for name, why in left.items() if why == _TABLE}
+    for name in (name for name, why in left.items() if why == _TABLE):
+        model["block_size"] = max(state.tensors[name].shape[:-1])
     model |= _flags(rules) | {"tied": tied}
     rope = values["source"]["rope"] if "source" in values else "halves"
     heads, choice = choices.n_head(

@@ -8,6 +8,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 import types
@@ -114,8 +115,8 @@ def _imports(path: Path, seen: set[Path]) -> set[str]:
     found = {name.partition(".")[0] for name in names}
     for name in names:
         parts = Path(*name.split("."))
-        beside = [top / parts.with_suffix(".py") for top in (path.parent, path.parent.parent)]
-        beside += [top / parts / "__init__.py" for top in (path.parent, path.parent.parent)]
+        beside = [top / parts.with_suffix(".py") for top in path.parents[:5]]
+        beside += [top / parts / "__init__.py" for top in path.parents[:5]]
         for other in beside:
             if other.is_file() and other not in seen:
                 found |= _imports(other, seen)
@@ -149,13 +150,13 @@ def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
         module.__file__ = str(path)
         try:
             if package:
-                importlib.import_module(package)
+                _import_package(package, path.parent)
                 module.__package__ = package
             sys.modules[qualified] = module
             exec(compile(tree, str(path), "exec"), module.__dict__)
             break
         except ModuleNotFoundError as error:
-            if not absent.miss(error):
+            if not _found_above(path, error) and not absent.miss(error):
                 raise TheirError(f"{told(error, path)}; install {error.name} for this Python") from None
         except (Exception, SystemExit) as error:
             works = isinstance(error, SystemExit | OSError)
@@ -166,6 +167,17 @@ def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
     return module, said
 
 
+def _found_above(path: Path, error: ModuleNotFoundError) -> bool:
+    """Whether a folder above the file has what it imports by its full name; that folder is put on sys.path."""
+    root = (error.name or "").partition(".")[0]
+    for folder in path.parents[1:6]:
+        there = root and ((folder / root).is_dir() or (folder / f"{root}.py").is_file())
+        if there and str(folder) not in sys.path:
+            sys.path.append(str(folder))
+            return True
+    return False
+
+
 def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:
     """The dotted name of the package that the file is in, '' for none, and the folder above it."""
     level = max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
@@ -174,7 +186,21 @@ def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:
     while (len(parts) < level or (folder / "__init__.py").is_file()) and folder.name:
         parts.insert(0, folder.name)
         folder = folder.parent
-    return (".".join(parts) if level else ""), folder
+    names = [re.sub(r"\W|^(?=\d)", "_", part) for part in parts]  # TinyGPT-v1.2
+    return (".".join(names) if level else ""), folder
+
+
+def _import_package(package: str, folder: Path) -> None:
+    """Imports the package that the file is in; one whose folder no import could name is put there by hand."""
+    names = package.split(".")
+    folders = [folder, *folder.parents][: len(names)][::-1]
+    if [each.name for each in folders] == names:
+        importlib.import_module(package)
+        return
+    for n, each in enumerate(folders):
+        made = types.ModuleType(".".join(names[: n + 1]))
+        made.__path__ = [str(each)]
+        sys.modules[made.__name__] = made
 
 
 def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, list[str]]:
@@ -185,7 +211,11 @@ def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, l
     below = tree.body[at + 1 :]
     if not any(_works(node) for node in below):
         return tree, []
-    kept = [node for node in below if isinstance(node, _KEPT) or _is_plain(node)]
+    kept = [
+        node if isinstance(node, _KEPT) else _tried(node)
+        for node in below
+        if isinstance(node, _KEPT) or _is_plain(node)
+    ]
     said = f"{file} works when it is imported: run up to {name}, and of what follows only definitions"
     return ast.Module([*tree.body[: at + 1], *kept], tree.type_ignores), [said]
 
@@ -207,6 +237,12 @@ def _works(node: ast.stmt) -> bool:
 def _is_plain(node: ast.stmt) -> bool:
     """``n_head = 4``, ``MODELS = {"gpt": GPT}``: an assignment that calls nothing."""
     return isinstance(node, ast.Assign | ast.AnnAssign) and not any(isinstance(e, ast.Call) for e in ast.walk(node))
+
+
+def _tried(node: ast.stmt) -> ast.stmt:
+    """The statement, of which it does not matter whether what it needs was left out."""
+    handler = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
+    return ast.fix_missing_locations(ast.copy_location(ast.Try([node], [handler], [], []), node))
 
 
 def find(module: types.ModuleType, name: str, is_model: Callable[[Any], bool]) -> Any:
