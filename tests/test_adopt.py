@@ -152,7 +152,9 @@ def test_without_evidence_nothing_is_written_unless_asked(
 def test_a_sample_of_another_model_writes_nothing(home: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "other").mkdir()
     _, other = put(tmp_path / "other", Home(seed=5))
-    code, out, error = adopt(capsys, home.checkpoint, "--like", other, "--out", tmp_path / "m")
+    known = ("n_head=8", "activation=relu", "placement=pre", "qkv=q_k_v_head_by_head", "embed_scale=1", "norm_eps=1e-3")
+    sets = [word for item in known for word in ("--set", item)]
+    code, out, error = adopt(capsys, home.checkpoint, "--like", other, "--out", tmp_path / "m", *sets)
     assert code == 1 and "no candidate gives the sample's logits" in error and "nothing was written" in error
     assert not (tmp_path / "m").exists() and "tried" in out
 
@@ -193,7 +195,7 @@ def test_wrong_input_is_one_line_and_nothing_written(
 
 
 def test_a_folder_that_gives_other_logits_is_not_kept(
-    home: Any, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    home: Any, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swapped = adoption.fused
     monkeypatch.setattr(
@@ -201,16 +203,18 @@ def test_a_folder_that_gives_other_logits_is_not_kept(
         "fused",
         lambda *given: {n: a[::-1].copy() if n == "ln_f.weight" else a for n, a in swapped(*given).items()},
     )
-    code, _, error = adopt(capsys, home.checkpoint, "--like", home.sample, "--out", tmp_path / "m")
+    given = ("--like", home.sample, "--map", adopted / "map.toml")
+    code, _, error = adopt(capsys, home.checkpoint, *given, "--out", tmp_path / "m")
     assert code == 1 and "nothing was kept" in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("quick")
 def test_where_transformers_differs_our_own_family_is_written(
-    home: Any, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    home: Any, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adoption, "_transformers", lambda *_: 0.5)
-    code, out, _ = adopt(capsys, home.checkpoint, "--like", home.sample, "--out", tmp_path / "m")
+    given = ("--like", home.sample, "--map", adopted / "map.toml")
+    code, out, _ = adopt(capsys, home.checkpoint, *given, "--out", tmp_path / "m")
     assert code == 0 and "transformers is off by 5.0e-01" in out
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "mlxgpt"
 
