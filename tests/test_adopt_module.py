@@ -19,8 +19,9 @@ from convert.adopt import evidence, module, roles, source
 from convert.adopt.module import Sizes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
-from mlxgpt.common.inference import module_import, module_run
-from mlxgpt.common.inference.module_import import TheirError
+from mlxgpt.common.user_code import imports
+from mlxgpt.common.user_code import run as user_run
+from mlxgpt.common.user_code.imports import TheirError
 from mlxgpt.sample import Library as Mlx
 from torch_ref.sample import Library as Torch
 
@@ -169,19 +170,19 @@ def weights_of(source: str, **kwargs: Any) -> tuple[Any, dict[str, np.ndarray]]:
     return model.eval(), {key: value.numpy().copy() for key, value in model.state_dict().items()}
 
 
-def request(place: Path, source: str, weights: dict[str, np.ndarray], **more: Any) -> module_run.Request:
+def request(place: Path, source: str, weights: dict[str, np.ndarray], **more: Any) -> user_run.Request:
     """A request to run class M of a file model.py."""
     if source:
         (place / "model.py").write_text(source)
     write_tensors(place / "x1.safetensors", weights)
     given = {"path": str(place / "model.py"), "name": "M", "vocab_size": V, "n_layer": L, "block_size": BLOCK}
     given |= {"out": str(place / "sample.npz"), "weights": {"x1": str(place / "x1.safetensors")}}
-    return module_run.Request(**{**given, **more})
+    return user_run.Request(**{**given, **more})
 
 
-def ran(library: Any, asked: module_run.Request) -> tuple[evidence.Sample, list[str]]:
+def ran(library: Any, asked: user_run.Request) -> tuple[evidence.Sample, list[str]]:
     """The sample of a request that is run in this process, and what was said."""
-    said = module_run.run(library, asked, module_run.Answer(Path(asked.out)))
+    said = user_run.run(library, asked, user_run.Answer(Path(asked.out)))
     return evidence.read(asked.out), said
 
 
@@ -383,7 +384,7 @@ def test_what_it_imports_by_its_full_name_is_found_above(place: Path) -> None:
     (folder / "core.py").write_text(CORE)
     text = "from src.nets.core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
     (folder / "model.py").write_text(text)
-    assert module_import.framework_of(folder / "model.py") == "torch"
+    assert imports.framework_of(folder / "model.py") == "torch"
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
     found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
@@ -569,7 +570,7 @@ def test_a_process_that_dies_is_told_of(place: Path, monkeypatch: pytest.MonkeyP
     (place / "model.py").write_text(f"import os\n{source}\n")
     (place / "light").mkdir()
     (place / "light" / "__init__.py").write_text("")
-    runner = "import sys\nfrom mlxgpt.common.inference import module_run\nmodule_run.main(None, sys.argv[1:])\n"
+    runner = "import sys\nfrom mlxgpt.common.user_code import run\nrun.main(None, sys.argv[1:])\n"
     (place / "light" / "sample.py").write_text(runner)  # without a framework, which would take seconds to import
     asked = request(place, "", {})
     (place / "request.json").write_text(json.dumps(vars(asked)))
@@ -616,7 +617,7 @@ def test_what_names_no_module_is_refused(place: Path, given: str, kwargs: str | 
 def test_a_file_with_both_frameworks_is_run_by_that_of_the_class(place: Path) -> None:
     source = "import torch\nimport mlx.core as mx\nimport mlx.nn as nn\nfrom torch import nn as tnn\n"
     (place / "model.py").write_text(source + "class A(nn.Module): pass\nclass B(tnn.Module): pass\nclass C(A): pass\n")
-    found = [module_import.framework_of(place / "model.py", name) for name in "ABC"]
+    found = [imports.framework_of(place / "model.py", name) for name in "ABC"]
     assert found == ["mlx", "torch", "mlx"]
 
 

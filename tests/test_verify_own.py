@@ -19,8 +19,8 @@ from convert.verify.report import Report
 from mlxgpt.cli import main
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference import module_run
 from mlxgpt.common.inference.probe import Request
+from mlxgpt.common.user_code import run as user_run
 from torch_ref.probe import probe
 from torch_ref.sample import Library
 
@@ -93,8 +93,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def process(module: own_module.Module, package: str, work: Path, seconds: float) -> list[str]:
         values = json.loads((work / "request.json").read_text())
         try:
-            return module_run.run(Library(), module_run.Request(**values), module_run.Answer(work / "sample.npz"))
-        except module_run.TheirError as error:
+            return user_run.run(Library(), user_run.Request(**values), user_run.Answer(work / "sample.npz"))
+        except user_run.TheirError as error:
             raise UserError(f"{module}: {error}") from None
 
     monkeypatch.setattr(processes, "run_framework", framework)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.inference.module_absent import Absent
+from mlxgpt.common.user_code.absent import Absent
 
 _PYTHON_CELLS = ("%%time", "%%capture")
 _KEPT = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom)

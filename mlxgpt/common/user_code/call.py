@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference.module_import import TheirError, told
+from mlxgpt.common.user_code.imports import TheirError, told
 
 MASKS = ("mask", "attn_mask", "attention_mask", "src_mask", "tgt_mask", "causal_mask", "x_mask", "has_mask")
 TARGETS = ("targets", "target", "labels", "y", "yb", "tgt", "targ", "target_ids", "next_tokens")
