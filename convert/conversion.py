@@ -31,6 +31,7 @@ from mlxgpt.common.folders import model_folder
 from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers import ends, protocol
+from mlxgpt.common.tokenizers.load import load_tokenizer
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -202,9 +203,7 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
     Raises:
         UserError: it cannot be read, or has more entries than the model's vocabulary.
     """
-    from convert import given_tokenizer  # imports `tokenizers`, which takes longer than copying 100 MB
-
-    tokenizer = given_tokenizer.load(path)
+    tokenizer = load_tokenizer(path, opened.config.vocab_size)
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
         raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
@@ -345,6 +344,7 @@ def _provenance(
             },
             "to": {"format": to, "sha256": results or None},
             "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            **opened.origin,
             "mlxgpt": mlxgpt.__version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },

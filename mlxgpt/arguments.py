@@ -266,7 +266,12 @@ def data_prepare(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     add = parser.add_argument
     add("-o", "--out", required=True, metavar="DIR", help="the folder of shards to write")
-    add("--tokenizer", default="bpe", metavar="T", help="char, bpe, sp-bpe, sp-unigram, or a path; default: bpe")
+    add(
+        "--tokenizer",
+        default="bpe",
+        metavar="T",
+        help="char, bpe, sp-bpe, sp-unigram, bytes, gpt2 ..., or a path; default: bpe",
+    )
     add(
         "--vocab-size",
         type=_positive,
@@ -293,7 +298,9 @@ def tokenizer_train(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a tokenizer.json, a .model, a folder that holds one, or a run")
+    parser.add_argument(
+        "path", metavar="PATH", help="a file or folder of one, a name (bytes, gpt2, cl100k_base ...), or a run"
+    )
     parser.add_argument("--text", metavar="TEXT", help="show the tokens of this text")
     _add_json(parser)
 
@@ -356,7 +363,11 @@ def convert(parser: argparse.ArgumentParser) -> None:
     add("dst", metavar="DST", help="the folder or file to write")
     add("--to", choices=_FORMATS,
         help="default: by the suffix of DST (.gguf .bin .pt .pth .npz), else hf; adapters: both layouts")  # fmt: skip
-    add("--tokenizer", metavar="PATH", help="use this .json, .model or folder instead of the source's tokenizer")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="use this file, folder or name (bytes, gpt2 ...) instead of the source's tokenizer",
+    )
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of the weights; default: unchanged")
     add("--bits", type=int, choices=[4, 8], help="quantize the matrices (mlx-lm; gguf: 4 is q4_0, 8 is q8_0)")
     add(
@@ -383,6 +394,25 @@ def convert(parser: argparse.ArgumentParser) -> None:
     add("--allow-nan", action="store_true", help="convert even if values are not finite, and report how many")
     add("--verify", action="store_true", help="compare the result with the source, and keep it only if they agree")
     add("--force", action="store_true", help="replace DST once the new one is complete")
+    _add_json(parser)
+
+
+def adopt(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a state dict: .pt .pth .bin .safetensors .npz, or the folder of one")
+    add("-o", "--out", metavar="DIR", help="the model folder to write; without it nothing is written")
+    add("--like", metavar="SAMPLE.npz", help="evidence: ids, your model's logits for them, perhaps its hidden states")
+    add("--module", metavar="FILE.py:CLASS", help="evidence: runs your own code, in a process of its own, for a sample")
+    add("--kwargs", metavar="JSON", help="what --module's class is called with")
+    add("--map", metavar="MAP.toml", help="this map in place of what names and shapes say")
+    add("--set", dest="choices", action="append", default=[], metavar="KEY=VALUE",
+        help="a choice that you know, such as n_head=4 or activation=relu; repeatable")  # fmt: skip
+    add("--unproved", action="store_true", help="write without evidence; the folder says so")
+    add("--tolerance", type=_positive_number, metavar="X",
+        help="how far off logits may be, of the largest; default: 1e-5, more for half precision")  # fmt: skip
+    add("--tokenizer", metavar="PATH", help="a tokenizer for the folder, in place of what lies beside FILE")
+    add("--backend", choices=["mlx", "torch"], help="what runs the candidates; default: MLX where it runs, else torch")
+    add("--force", action="store_true", help="replace DIR once the new one is complete")
     _add_json(parser)
 
 

@@ -1,6 +1,7 @@
 """A decoder of any choices on given tokens, in MLX on the CPU: convert/adopt tries hundreds of them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -11,6 +12,7 @@ import numpy as np
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.layers import Array
+from mlxgpt.load import load
 from mlxgpt.model import Model
 from mlxgpt.probe import host, watch
 
@@ -53,3 +55,9 @@ class Trials:
         last, seen = watch(model, mx.array(ids), [f"h.{n}" for n in range(config.n_layer)] if hidden else [])
         states = [seen["h.0"]._given[0], *(each._gave for each in seen.values())] if hidden else []
         return host(model.head(last)), [host(state) for state in states]
+
+
+def answer(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits (B, T, V) of ids (B, T) from a model folder, in float32 on the CPU."""
+    model, _ = load(folder, device="cpu")
+    return host(model(mx.array(ids)))

@@ -195,6 +195,18 @@ VERBS = {
             "convert adapters peft-adapter --to peft",
         ),
     ),
+    "adopt": Verb(
+        "take in a GPT of your own: find out what it is, with proof",
+        "convert.adoption:adopt_command",
+        arguments.adopt,
+        (
+            "adopt ckpt.pt",
+            "adopt ckpt.pt --like sample.npz --out model",
+            "adopt weights.npz --module model.py:GPT --kwargs '{\"n_head\": 4}' --out model",
+            "adopt ckpt.pt --set n_head=4 --set activation=relu --unproved --out model",
+        ),
+        resolves=True,
+    ),
     "fuse": Verb(
         "merge adapters into a model",
         "convert.commands:fuse_command",
@@ -255,6 +267,7 @@ CALLED = {
     "data prepare": "prepare tokenize preprocess shard",
     "data fetch": "fetch download",
     "convert": "export quantize gguf convert_to_litgpt convert_from_litgpt convert_pretrained_checkpoint",
+    "adopt": "import ingest load",
     "fuse": "merge merge_lora",
     "verify": "compare diff check",
     "plan": "estimate memory cost",

@@ -39,7 +39,7 @@ import tokenizers
 from fuzz_damage import damaged, typed
 from tokenizers import decoders, pre_tokenizers, trainers
 
-from convert import Opened, Options, Tensor, format_of, given_tokenizer
+from convert import Opened, Options, Tensor, format_of
 from convert.formats.gguf.file import read_gguf, write_gguf
 from mlxgpt.common.config import AdapterConfig, ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
@@ -217,7 +217,7 @@ def seed_meta(place: Path) -> Path:
 
 
 def read_given_tokenizer(path: Path) -> None:
-    tokenizer = given_tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     try:
         assert tokenizer.decode(tokenizer.encode("ab a")).strip() == "ab a"
     except UserError as error:

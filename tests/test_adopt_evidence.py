@@ -1,9 +1,13 @@
 """A sample of a user's model: what is read, and what is refused or remarked in one line."""
 
+import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from safetensors.numpy import save_file
 from convert.adopt import evidence
 from mlxgpt.common.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 B, T, V, C = 2, 32, 13, 8
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, V, (B, T))
@@ -170,7 +175,22 @@ def test_an_absurd_size_is_refused_before_it_is_read(tmp_path: Path, monkeypatch
         evidence.read(place)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    evidence.write(tmp_path / "s.npz", IDS, LOGITS, tuple(HIDDEN))
-    found = evidence.read(tmp_path / "s.npz")
-    assert np.array_equal(found.logits, LOGITS) and found.hidden is not None and len(found.hidden) == 3
+def test_the_lines_of_the_documentation_make_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fence of docs/adopt.md on a model that is a table, or blocks of linear layers."""
+    monkeypatch.chdir(tmp_path)
+    fences = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adopt.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    table, blocks = torch.nn.Embedding(V, V), torch.nn.Sequential(torch.nn.Linear(V, V), torch.nn.Linear(V, V))
+    hooked = torch.nn.Sequential(OrderedDict(table=table, blocks=blocks))
+    values = mx.array(table.weight.detach().numpy())
+    found = []
+    for fence, model in zip(fences, (table, nn.Embedding(V, V), None, hooked), strict=True):
+        if isinstance(model, nn.Embedding):
+            model.weight = values
+        space = {"np": np, "torch": torch, "mx": mx, "model": model, "vocab_size": V, "params": np.array(values)}
+        exec(fence, space | {"forward": lambda params, ids: params[ids], "ids": torch.from_numpy(IDS)})
+        found.append(evidence.read("sample.npz"))
+    for each in found[:3]:
+        assert np.array_equal(each.logits, np.array(values)[each.ids]) and each.notes == ()
+    states = found[3].hidden
+    assert states and len(states) == 3 and np.array_equal(states[2], found[3].logits)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.adopt import apply
-from convert.adopt.rules import ROPES, Choice, Map, Option, Proposal, Rule, chosen
+from convert.adopt import apply, map_file
+from convert.adopt.maps import buffers
+from convert.adopt.maps.complete import complete
+from convert.adopt.rules import ROPES, Buffer, Choice, Map, Optimizer, Option, Proposal, Rule, chosen, named
+from convert.adopt.source import State
 from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params
@@ -295,3 +300,125 @@ def test_options_replace_rules_fields_and_pairing() -> None:
     made = chosen(proposal.map, options)
     assert made.rules[-1].axes == "(g p d) i" and made.rope == "pairs" and made.model["n_head"] == 4
     assert chosen(FUSED, ()) == FUSED
+
+
+def states(made: Map, buffers: Mapping[str, np.ndarray] | None = None, **changes: Any) -> State:
+    tensors = lazy(apply.scatter(made, ours_of(dict(made.model))) | dict(buffers or {}))
+    return State(Path("x.pt"), "pt", tensors, (), **changes)
+
+
+WHOLE = Map(
+    FUSED.rules,
+    MODEL | dict(no_rope=(0, 1), rope_theta=5e5, attn_scale=0.25),
+    {"m.{n}": 'causal "mask"', "t": "rope"},
+    "pairs reversed",
+    ("a", "model"),
+    "_orig_mod.",
+    "npz",
+    "/",
+    {"": "float32", "ln_f.bias": "bfloat16"},
+    {"m.{n}": Buffer("tril", "bool", (1, 1, 7, 7)), "t": Buffer("kept", "complex64", (3, 2))},
+    ("ln_f.bias", "wpe.weight"),
+    True,
+    {
+        "iter_num": 3,
+        "args": {"n_head": 4, "x": None, "at": [1.5, "b"]},
+        "itos": {0: "\n", 1: "\x7f"},
+        "odd": {"pairs": 1},
+    },
+    Optimizer(("opt", "0"), "linear", ({"lr": 1e-3}, {"lr": 1e-3, "eps": 1e-8}), True, ("iter_num",)),
+)
+
+
+def test_a_map_is_read_as_it_was_written(tmp_path: Path) -> None:
+    table = np.exp(1j * np.arange(6).reshape(3, 2)).astype(np.complex64)
+    for made in (FUSED, WHOLE):
+        map_file.write(tmp_path / "map.toml", made, {"t": table})
+        assert map_file.read(tmp_path / "map.toml") == made
+    assert np.array_equal(map_file.read_kept(tmp_path / "map.toml", WHOLE)["t"], table)
+
+
+@settings(max_examples=20, deadline=None)
+@given(maps())
+def test_any_map_is_read_as_it_was_written(made: Map) -> None:
+    assert map_file.from_toml(tomllib.loads(map_file.to_toml(made))) == made
+
+
+EDITS = {
+    ("[model]", "[models]"): "unknown key models (did you mean 'model'?)",
+    ("n_head = ", "n_heads = "): "unknown key model.n_heads (did you mean 'n_head'?)",
+    ("n_head = 4", 'n_head = "4"'): "model.n_head = '4': expected int",
+    ("kind = ", "knid = "): "unknown key source.knid (did you mean 'kind'?)",
+    ('"pt"', '"onnx"'): "source.kind = 'onnx': expected one of pt, safetensors, npz",
+    ('"halves"', '"quarters"'): "source.rope = 'quarters': expected one of halves, pairs",
+    ("under = []", "under = 3"): "source.under = 3: expected names",
+    ("axes = ", "axis = "): "unknown key tensors.qkv.{n}.axis: expected to and axes",
+    ("(p o) i", "(p o) j"): "unknown letter 'j'",
+    ('"wpe.weight" = "wpe.weight"', '"wpe.weight" = 3'): "tensors.wpe.weight = 3: expected our name",
+    (
+        '= "wpe.weight"',
+        '= "wpq.weight"',
+    ): "wpe.weight: wpq.weight is no tensor of this model (did you mean 'wpe.weight'?)",
+    ('"wpe.weight" = "wpe.weight"\n', ""): "wpe.weight [7, 12]: no rule takes it",
+    ('"ln_f.bias" = ', '"ln_f.weight" = '): "not a TOML file: ",
+    ("n_layer = 2", "n_layer = 3"): "h.{n}.ln_1.weight: no tensor h.2.ln_1.weight",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_that_is_wrong_is_one_line_that_names_the_key(edit: tuple[str, str], tmp_path: Path) -> None:
+    text = map_file.to_toml(FUSED)
+    assert edit[0] in text
+    (tmp_path / "map.toml").write_text(text.replace(*edit))
+    shapes = {name: tensor.shape for name, tensor in states(FUSED).tensors.items()}
+    with pytest.raises(UserError) as error:
+        map_file.read(tmp_path / "map.toml", shapes)
+    assert str(error.value).startswith(f"{tmp_path / 'map.toml'}: ")
+    assert EDITS[edit] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_buffers_are_made_again_or_kept_once(tmp_path: Path) -> None:
+    square = np.ones((7, 7), bool)
+    table = np.cos(np.arange(12, dtype=np.float32)).reshape(6, 2)
+    own = {
+        "mask.{n}": np.tril(square)[None, None].astype(np.float32),
+        "above.{n}": np.triu(square, 1),
+        "inf": np.where(np.triu(square, 1), np.float32(-np.inf), np.float32(0)),
+        "ids": np.arange(7)[None],
+        "low.{n}": np.where(np.triu(square, 1), np.float32(-1e9), np.float32(0)),
+        "table": table.astype(ml_dtypes.bfloat16),
+        "odd.{n}": np.float32(3),
+    }  # fmt: skip
+    theirs = {named(name, n): array for name, array in own.items() for n in range(2)}
+    theirs["odd.1"] = np.float32(4)
+    state = states(FUSED, theirs)
+    whole = complete(dataclasses.replace(FUSED, left={**dict.fromkeys(own, "buffer"), "nothing": "?"}), state)
+    made, kept = whole.map, whole.kept
+    assert [buffer.make for buffer in made.buffers.values()] == [
+        "tril", "triu", "-inf", "arange", "kept", "kept", "kept", "kept"
+    ]  # fmt: skip
+    assert set(kept) == {"low.{n}", "table", "odd.0", "odd.1"}
+    map_file.write(tmp_path / "map.toml", made, kept)
+    read = map_file.read(tmp_path / "map.toml", {name: tensor.shape for name, tensor in state.tensors.items()})
+    again = buffers.again(read, map_file.read_kept(tmp_path / "map.toml", read))
+    assert again.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert again[name].dtype == array.dtype and again[name].tobytes() == np.asarray(array).tobytes(), name
+    (tmp_path / "map.npz").unlink()
+    with pytest.raises(UserError, match=r"map\.npz: No such file or directory: expected the buffers"):
+        map_file.read_kept(tmp_path / "map.toml", read)
+
+
+def test_the_order_of_their_file_is_found_again() -> None:
+    made = with_rules(
+        plain_map(MODEL), Rule("heads.{n}.{h}.k", (f"{K}.weight",)), Rule("heads.{n}.{h}.v", (f"{V}.weight",))
+    )
+    for seed in range(3):
+        state = states(made)
+        names = list(state.tensors)
+        shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))] if seed else names
+        state = dataclasses.replace(state, tensors={name: state.tensors[name] for name in shuffled})
+        whole = complete(made, state).map
+        assert bool(whole.order) == bool(seed)
+        assert list(apply.in_order(whole, dict.fromkeys(names))) == shuffled
+        assert list(apply.scatter(whole, ours_of(MODEL))) == shuffled

@@ -90,6 +90,18 @@ FLAGS = {
     "diagnose": {"--quick", "--json"},
     "report": {"--out", "--export", "--watch", "--port"},
     "convert": {"--to", "--tokenizer", "--dtype", "--bits", "--verify", "--force", "--json"},
+    "adopt": {
+        "--out",
+        "--like",
+        "--module",
+        "--kwargs",
+        "--map",
+        "--set",
+        "--unproved",
+        "--tokenizer",
+        "--json",
+        "--force",
+    },
     "verify": {"--json", "--html", "--weights-only", "--rungs", "--frameworks", "--data"},
     "inspect": {
         "--text",

@@ -213,14 +213,14 @@ def flat(folder: Path, name: str, ids: np.ndarray) -> Path:
 def test_flat_files_are_read_as_they_are(tmp_path: Path, as_folder: bool) -> None:
     train = flat(tmp_path / "d", "train.bin", np.arange(500) % 65)
     flat(tmp_path / "d", "val.bin", np.arange(100) % 60)
-    (tmp_path / "d" / "meta.pkl").write_bytes(b"never read")
+    (tmp_path / "d" / "meta.pkl").write_bytes(b"not read unless named")
     said: list[str] = []
     path = train.parent if as_folder else train
     data, tokenizer = open_data(DataConfig(source=str(path)), 8, TrainConfig(), say=said.append)
     assert tokenizer is None and (data.n_train_tokens, data.n_val_tokens) == (500, 100)
     assert (data.largest, data.vocab_size) == (64, 65)
     assert next(data.validation()).tokens[0].tolist() == list(range(8))
-    assert "meta.pkl is a pickle and is not read" in said[0] and "samples print ids" in said[0]
+    assert "samples print ids unless data.tokenizer=" in said[0] and "meta.pkl is read" in said[0]
     assert set(data.digest) == {"train.bin", "val.bin"}
 
 

@@ -9,7 +9,7 @@ import pytest
 from fuzz_damage import typed
 from fuzz_readers import LLAMA, READERS, TEXT, Fuzzer, files_of, model, written
 
-from convert import given_tokenizer, open_model
+from convert import open_model
 from convert.formats.gguf import model as gguf
 from convert.formats.gguf import names as gguf_names
 from convert.formats.gguf.file import Value, read_gguf, write_gguf
@@ -204,7 +204,7 @@ def test_a_word_level_tokenizer_without_a_word_for_the_unknown(tmp_path: Path) -
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"}  # so that it is none of ours
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert "cannot encode the text" in refused(load_tokenizer(tmp_path).encode, "z")
+    assert "character 'z' (U+007A) at position 0: expected one of" in refused(load_tokenizer(tmp_path).encode, "z")
 
 
 def test_characters_without_whole_numbers_are_none_of_ours(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_sentencepiece_with_a_piece_that_is_no_text(tmp_path: Path) -> None:
 
 def test_a_pickle_that_wants_a_persistent_object(tmp_path: Path) -> None:
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x04Pa\n.")
-    assert "not a meta.pkl of plain values: " in refused(given_tokenizer.load, tmp_path / "meta.pkl")
+    assert "holds the opcode PERSID" in refused(load_tokenizer, tmp_path / "meta.pkl")
 
 
 def test_the_fuzzer_puts_back_what_it_damaged(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ COMMON = (
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,
-    "convert": ("formats", "adopt", "verify", "given_tokenizer", "conversion", "fuse", "adapters", "commands"),
+    "convert": ("formats", "adopt", "verify", "conversion", "adoption", "fuse", "adapters", "commands"),
     "convert.formats": ("opened", "stream", "", "gguf", "torch_files", "adapter", "registry"),
 }
 

@@ -16,9 +16,9 @@ from compare import agree
 import mlxgpt.load
 import torch_ref.load
 from convert import convert, open_model
-from convert.formats import llama2c_tokenizer
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers.foreign import llama2c as llama2c_tokenizer
 
 SIZES = dict(dim=48, hidden=72, layers=2, heads=4, kv_heads=2, vocab=288, length=24)
 IDS = [1, 260, 5, 271, 280, 3, 3, 287, 262, 14]

@@ -1,12 +1,14 @@
 """A decoder of any choices on given tokens, in PyTorch on the CPU: convert/adopt tries hundreds of them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from mlxgpt.common.config import ModelConfig
 from torch_ref.layers import Array
+from torch_ref.load import load
 from torch_ref.model import Model
 from torch_ref.probe import host, watch
 
@@ -47,3 +49,10 @@ class Trials:
         )
         states = [seen["h.0"]._given[0], *(each._gave for each in seen.values())] if hidden else []
         return host(model.head(last)), [host(state) for state in states]
+
+
+@torch.no_grad()
+def answer(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits (B, T, V) of ids (B, T) from a model folder, in float32 on the CPU."""
+    model, _ = load(folder, device="cpu")
+    return host(model(torch.from_numpy(ids).long()))

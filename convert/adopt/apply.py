@@ -6,6 +6,7 @@ tensor lies.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.model import params
 
+_UNFUSED = {"fused_qkv": False, "fused_mlp": False, "qkv_by_head": False}
 _TURNED = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.q_proj.bias", "attn.k_proj.bias", "attn.q_norm.weight",
            "attn.k_norm.weight", "attn.q_norm.bias", "attn.k_norm.bias")  # fmt: skip
 
@@ -37,7 +39,7 @@ def config_of(model: Mapping[str, Any]) -> ModelConfig:
         if key not in model:
             raise UserError(f"model.{key} is missing: expected a number (--set {key}=...)")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
-    return ModelConfig(**{**values, "fused_qkv": False, "fused_mlp": False, "qkv_by_head": False})
+    return ModelConfig(**{**values, **_UNFUSED})
 
 
 def _order(rope: str, rotary: int, head_dim: int) -> np.ndarray:
@@ -246,6 +248,23 @@ def scatter(made: Map, ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         name: Tensor(array.shape, array.dtype, functools.partial(np.asarray, array)) for name, array in ours.items()
     }
     return {name: tensor.read() for name, tensor in back_lazily(made, lazy).items()}
+
+
+def fusion(config: ModelConfig) -> Map:
+    """The map from the tensors of ``config`` to those of the same model whose matrices are not fused."""
+    rules: dict[str, Rule] = {}
+    for name in params.table(config):
+        line = re.sub(r"^h\.\d+\.", "h.{n}.", name)
+        module, _, kind = line.rpartition(".")
+        stem, _, last = module.rpartition(".")
+        to, axes = (line,), ""
+        if last == "c_attn":
+            to = tuple(f"{stem}.{each}_proj.{kind}" for each in "qkv")
+            axes = "(h p d)" if config.qkv_by_head else "(p o)"
+        elif last == "c_gate_fc":
+            to, axes = (f"{stem}.c_gate.{kind}", f"{stem}.c_fc.{kind}"), "(p o)"
+        rules[line] = Rule(line, to, f"{axes} i" if axes and kind == "weight" else axes)
+    return Map(tuple(rules.values()), vars(config) | _UNFUSED)
 
 
 def in_order(made: Map, names: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.adopt import apply
 from convert.adopt.evidence import Sample
 from convert.adopt.rules import Map, Proposal, chosen
 from mlxgpt.common.config import ModelConfig
@@ -25,8 +26,14 @@ Gather = Callable[[Map], Weights]
 Forward = Callable[[ModelConfig, Weights, np.ndarray, bool], tuple[np.ndarray, list[np.ndarray]]]
 """(config, weights, ids (B, T), whether hidden states are wanted) -> logits (B, T, V), hidden states (B, T, C)."""
 
-_UNFUSED = {"fused_qkv": False, "fused_mlp": False, "qkv_by_head": False}
-_SCALED = ("rope_factor", "rope_low", "rope_high", "rope_original")
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(ModelConfig)}
+_SCALING = ("rope_scaling", "rope_factor", "rope_low", "rope_high", "rope_original")
+# a field -> the kinds of positions that read it
+_READERS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (*_SCALING, "rope_local_theta", "rotary_dim", "no_rope"), ("rope",)
+)
+_READERS |= {"rope_theta": ("rope", "sinusoidal"), "sinusoid": ("sinusoidal",)}
+_READERS |= {"position_multiplier": ("sinusoidal", "learned")}
 _LONG_TABLES = ("none", "linear", "llama3")  # scalings that do not look at block_size
 _KEPT = 4  # sets of weights that are kept
 
@@ -58,33 +65,29 @@ class Limit:
     seconds: float = 180.0
 
 
-def config_of(found: Map) -> ModelConfig:
-    """The model that a map describes, its matrices not fused.
+def config_of(model: Mapping[str, Any]) -> ModelConfig:
+    """The model that a map's fields describe, its matrices not fused.
 
     Raises:
-        UserError: its fields contradict each other.
+        UserError: they contradict each other, or name no field.
     """
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{"family": "mlxgpt"} | {k: v for k, v in found.model.items() if k in known} | _UNFUSED)
+    return apply.config_of({"family": "mlxgpt"} | live(model))
+
+
+def live(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a map without those that another kind of positions reads, which ModelConfig refuses."""
+    position = model.get("position", "learned")
+    idle = {name for name, kinds in _READERS.items() if position not in kinds}
+    return {name: value for name, value in model.items() if name not in idle}
 
 
 def plain(config: ModelConfig) -> ModelConfig:
-    """``config`` with the fields that do nothing in it as they are by default: equal models have equal ones."""
-    default, changed = {each.name: each.default for each in dataclasses.fields(ModelConfig)}, dict[str, Any]()
-
-    def reset(*names: str) -> None:
-        changed.update({name: default[name] for name in names if name in default})
-
-    if config.position != "rope":
-        reset("rope_theta", "rope_local_theta", "rope_scaling", *_SCALED, "rotary_dim", "no_rope")
-    elif config.rope_local_theta and (not config.window or config.rope_local_theta == config.rope_theta):
-        reset("rope_local_theta")
-    if config.position != "sinusoidal":
-        reset("sinusoid")
-        if config.position != "learned":
-            reset("position_multiplier")
+    """``config`` with what does nothing in it as it is by default: equal models have equal ones."""
+    changed: dict[str, Any] = {name: _DEFAULTS[name] for name in _READERS if config.position not in _READERS[name]}
+    if config.rope_local_theta and (not config.window or config.rope_local_theta == config.rope_theta):
+        changed["rope_local_theta"] = 0.0
     if abs(config.attn_scale - config.head_dim**-0.5) < 1e-12:
-        reset("attn_scale")
+        changed["attn_scale"] = 0.0
     return dataclasses.replace(config, **changed)
 
 
@@ -123,16 +126,21 @@ class Bench:
         """Whether the limit is reached."""
         return self.runs >= self.limit.runs or self.seconds > self.limit.seconds
 
+    def labels(self, candidate: Candidate) -> tuple[str, ...]:
+        """What its options are called."""
+        return tuple(choice.options[n].label for choice, n in zip(self.choices, candidate, strict=True))
+
     def map(self, candidate: Candidate) -> Map:
         """The map with the candidate's options."""
         options = tuple(choice.options[n] for choice, n in zip(self.choices, candidate, strict=True))
-        return chosen(self._map, options)
+        found = chosen(self._map, options)
+        return dataclasses.replace(found, model=live(found.model))
 
     def made(self, candidate: Candidate) -> tuple[ModelConfig, Map] | None:
         """Its configuration, without what does nothing, and its map; None if its options contradict each other."""
         found = self.map(candidate)
         try:
-            config = plain(config_of(found))
+            config = plain(config_of(found.model))
         except UserError:
             return None
         return config, dataclasses.replace(found, rope=found.rope if config.position == "rope" else "halves")
@@ -153,7 +161,7 @@ class Bench:
         return weights if fits else None
 
     def output(self, candidate: Candidate, view: View, noise: float = 0.0) -> np.ndarray | None:
-        """What the sample has there, of the candidate; ``noise``: after each weight was changed by as much of itself."""
+        """What the sample has there, of the candidate; ``noise``: each weight is first changed by as much of itself."""
         made = self.made(candidate)
         weights = made and self.weights(*made)
         if not made or weights is None:
@@ -211,8 +219,9 @@ class _Laid:
 
     def __init__(self, found: Map, config: ModelConfig):
         self.map = found
-        sizes = (config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim, config.n_hidden)
-        self._key = (found.rules, found.rope, sizes)
+        by_head = found.rope != "halves" or any(set("hdg") & set(rule.axes) for rule in found.rules)
+        heads = (config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim) if by_head else ()
+        self._key = (found.rules, found.rope, heads, tuple(params.table(config)))
 
     def __hash__(self) -> int:
         return hash(self._key)

@@ -135,13 +135,6 @@ def of_arrays(given: Mapping[str, np.ndarray], where: str) -> Sample:
     return Sample(ids, ready, hidden, dtype, normalized, tuple(notes), where)
 
 
-def write(path: Path, ids: np.ndarray, logits: np.ndarray, hidden: tuple[np.ndarray, ...] | None) -> None:
-    """A sample.npz."""
-    states = {f"hidden.{n}": state for n, state in enumerate(hidden or ())}
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, ids=ids, logits=logits, **states)
-
-
 def _named(where: str, given: Mapping[str, np.ndarray], names: tuple[str, ...]) -> tuple[str, np.ndarray]:
     """The first of these names that is there."""
     found = next((name for name in names if name in given), None)

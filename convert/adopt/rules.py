@@ -76,6 +76,22 @@ class Buffer:
     shape: tuple[int, ...]
 
 
+GROUPS = ("one", "matrices", "linear")
+"""How an optimizer groups parameters: all in one; those of two axes or more, then the rest (nanoGPT); the weights of
+linear layers, then the rest, each sorted by name (minGPT)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Where the state of a torch.optim.AdamW lies in their file, and of which parameters it is."""
+
+    at: tuple[str, ...]  # keys
+    groups: str  # of GROUPS
+    settings: tuple[Mapping[str, float], ...]  # of each group: lr, beta1, beta2, eps, weight_decay
+    copies: bool = False  # whether the copy of a tied tensor is a parameter of its own
+    step: tuple[str, ...] = ()  # keys of the number of steps in ``beside``
+
+
 @dataclass(frozen=True)
 class Map:
     """Everything that takes their state dict to a model here, and back."""
@@ -86,12 +102,15 @@ class Map:
     rope: str = "halves"  # of ROPES: rows of q and k, and their norms, are reordered by it
     under: tuple[str, ...] = ()  # keys under which the state dict lies in the file
     prefix: str = ""  # what every name begins with, and the rules leave out
-    # the rest is filled in by apply.complete, and says how to write their file again
+    # the rest is filled in by maps.buffers.complete, and says how to write their file again
     kind: str = "pt"  # pt, safetensors or npz
     separator: str = "."  # between the words of their names
     dtypes: Mapping[str, str] = field(default_factory=dict)  # their name -> its dtype; "" of all others
     buffers: Mapping[str, Buffer] = field(default_factory=dict)  # their name with {n}, as in ``left``
     order: tuple[str, ...] = ()  # their names in the file's order, where that is not the rules'
+    nested: bool = False  # whether tensors lie in dicts and lists, a word of their names each
+    beside: Mapping[str, Any] = field(default_factory=dict)  # plain values of the file beside its tensors
+    optimizer: "Optimizer | None" = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The choices that no weight says, found by evidence: candidates are run until one gives the sample's numbers.
 
-The order makes it short. A token that sees itself alone has an attention weight of 1, so the logits of position 0 depend
-on neither heads, rope, attention's scale nor on q and k: norms, activation, placement and the layout of v are found
-there first, then attention on all tokens. Hidden states, where given, let embeddings and then one block come before.
+The order makes it short. A token that sees itself alone has an attention weight of 1, so the logits of position 0
+depend on neither heads, rope, attention's scale nor on q and k: norms, activation, placement and the layout of v are
+found there first, then attention on all tokens. Hidden states, where given, let embeddings and one block come before.
 At each of these views all combinations of the options that show there are tried, likeliest first, up to a limit; then
 the best few are changed one choice at a time. Small differences (an eps, erf or tanh) come last, in that way.
 """
@@ -23,7 +23,7 @@ _FINE = 0.02  # a choice whose options move the numbers by less waits until the 
 _BEST = 6  # candidates that are improved one choice at a time
 _SHOWS = 1e-7  # a smaller change is no change
 _SAME = 1e-12
-_FIRST = "the first token"
+FIRST = "the first token"
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Found:
     error: float
     gate: float
     floor: float
+    values: tuple[str, ...]  # the option that is taken, of each choice
     verdicts: list[Verdict]
     candidates: int
     runs: int
@@ -53,7 +54,7 @@ def views(sample: Sample) -> list[View]:
         found += [View("block 0 at the first token", 1, 1, 1)] if several else []
         found.append(View("block 0", 1, 1))
     if several and not sample.last:
-        found.append(View(_FIRST, tokens=1))
+        found.append(View(FIRST, tokens=1))
     return [*found, View("all tokens")]
 
 
@@ -81,12 +82,16 @@ def search(
     gate, notes = tolerance or max(GATE, 8 * sample.step if sample.step > 1e-6 else 0.0), list[str]()
     best, settled, failed = (0,) * len(proposal.choices), set[int](), list[View]()
     for view in views(sample):
+        if view.place >= 0 and failed:  # what comes later than a place that differs differs, too
+            continue
         allowed = gate if view.place < 0 else 4 * gate
         best, score = fit(bench, best, view, settled, allowed)
         if score.worst <= allowed:
             settled |= shown(bench, best, view, score, allowed)
         else:
             failed.append(view)
+            if view.name == FIRST:  # its logits are among those of all tokens
+                break
     view = views(sample)[-1]
     if view in failed and settled and not bench.over:  # a view that fits by chance must not decide
         best, score = fit(bench, best, view, set(), gate)
@@ -106,7 +111,7 @@ def search(
         notes.append(f"stopped at the limit of {bench.limit.runs} runs or {bench.limit.seconds:g} s")
     score = bench.score(best, view)
     return Found(
-        bench.map(best), made[0], fits, score.worst, allowed, floor.worst, verdicts,
+        bench.map(best), made[0], fits, score.worst, allowed, floor.worst, bench.labels(best), verdicts,
         bench.candidates, bench.runs, bench.seconds, departs, tuple(notes),
     )  # fmt: skip
 
@@ -174,7 +179,10 @@ def _relevant(
 def _with_heads(bench: Bench, chosen: list[int], free: Sequence[int]) -> list[int]:
     """The number of heads too, where an option lays tensors out by head: it shows with that option alone."""
     by_head = any(
-        set(rule.axes) & set("hg") for n in chosen for option in bench.choices[n].options for rule in option.rules.values()
+        set(rule.axes) & set("hg")
+        for n in chosen
+        for option in bench.choices[n].options
+        for rule in option.rules.values()
     )
     sizes = {"n_head", "n_kv_head", "head_dim"}
     more = [n for n in free if any(sizes & set(option.model) for option in bench.choices[n].options)]

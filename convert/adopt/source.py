@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.adopt.maps import content
 from convert.formats import hf, npz, stream
 from convert.formats.opened import Tensor
 from convert.formats.torch_files import file as torch_file
@@ -32,22 +33,6 @@ _SETTINGS = (
     "model_args.json",
     "generation_config.json",
 )
-# keys under which training programs save a model's tensors; what is taken first, where there are several, comes first
-_WRAPPERS = ("model", "model_state", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
-_WRAPPERS += (
-    "gpt",
-    "parameters",
-    "generator",
-    "state",
-    "checkpoint",
-    "ckpt",
-    "variables",
-    "ema",
-    "model_ema",
-    "ema_model",
-)
-_WRAPPERS += ("ema_state_dict", "best_model", "best_state", "best_model_state")
-_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optimizer_state", "optim", "opt", "opt_state")
 _NPY = {"|b1": "BOOL", "|i1": "I8", "|u1": "U8", **npz.KINDS}
 _NPY |= {"<i2": "I16", "<i4": "I32", "<i8": "I64", "<u2": "U16", "<u4": "U32", "<u8": "U64", "<f8": "F64"}
 _ABSURD = 1 << 26  # bytes that a buffer may have beyond what the file holds of it
@@ -72,6 +57,9 @@ class State:
     optimizer: Mapping[str, Any] | None = None
     tied: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    nested: bool = False  # whether the words of names were dicts and lists in the file
+    beside: Mapping[str, Any] = field(default_factory=dict)  # the plain values of the file alone, as they lie there
+    optimizer_at: tuple[str, ...] = ()
 
 
 def read(path: Path | str) -> State:
@@ -89,13 +77,14 @@ def read(path: Path | str) -> State:
     kind = _kind(place)
     notes: list[str] = []
     extras: dict[str, Any] = {}
-    optimizer, under, tied = None, (), list[tuple[str, ...]]()
+    held, tied = content.Held(), list[tuple[str, ...]]()
     if kind == "pt":
-        content, files = _torch_content(place)
-        extras, optimizer, under, inner = _descend(place, content, notes)
-        flat = dict(_flat(place, inner, extras))
-        tied = _shared(flat)
-        found = {name: _tensor(f"{place}: {name}", tensor, notes) for name, tensor in flat.items()}
+        loaded, files = _torch_content(place)
+        held = content.look(place, loaded)
+        notes += held.notes
+        extras |= held.extras
+        tied = _shared(held.tensors)
+        found = {name: _tensor(f"{place}: {name}", tensor) for name, tensor in held.tensors.items()}
     elif kind == "npz":
         found, files = npz.read_arrays(place, _NPY), (place,)
     else:
@@ -117,7 +106,8 @@ def read(path: Path | str) -> State:
     groups = [tuple(name.removeprefix(prefix) for name in group) for group in tied]
     groups += _copies(tensors, groups)
     return State(
-        place, kind, tensors, files, under, prefix, separator, extras, optimizer, tuple(groups), tuple(notes)
+        place, kind, tensors, files, held.under, prefix, separator, extras, held.optimizer, tuple(groups), tuple(notes),
+        held.nested, held.beside, held.optimizer_at,
     )  # fmt: skip
 
 
@@ -230,148 +220,19 @@ def _load(place: Path) -> Any:
     """
     cure = "--module FILE.py:Class runs your code, which is not done here; or save model.state_dict()"
     try:
-        content = torch_file.load_file(place, settings=True)
+        loaded = torch_file.load_file(place, settings=True)
     except UserError as error:
         raise UserError(
             f"{error}: {cure}" if "expected tensors and plain values" in str(error) else str(error)
         ) from None
-    name = records.module_in(content)
+    name = records.module_in(loaded)
     if name:
         what = f"holds an object of the class {name}, expected tensors and plain values only"
         raise UserError(f"{place}: {what}; nothing was run: {cure}")
-    return content
+    return loaded
 
 
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
-def _is_optimizer(key: Any, value: Any) -> bool:
-    """Whether a value is an optimizer's state, or stands under such a key."""
-    if isinstance(value, Mapping) and "state" in value and "param_groups" in value:
-        return True
-    return isinstance(key, str) and key.lower() in _OPTIMIZERS
-
-
-def _weights_in(value: Any) -> int:
-    """How many tensors of two axes or more are in dicts and lists; those of an optimizer do not count."""
-    if _is_tensor(value):
-        return int(value.dim() >= 2)
-    if isinstance(value, Mapping):
-        return sum(_weights_in(each) for key, each in value.items() if not _is_optimizer(key, each))
-    return sum(map(_weights_in, value)) if isinstance(value, list | tuple) else 0
-
-
-def _descend(
-    place: Path, content: Any, notes: list[str]
-) -> tuple[dict[str, Any], Mapping[str, Any] | None, tuple[str, ...], Any]:
-    """(plain values beside, optimizer's state, keys on the way, dict of tensors): down to where the tensors lie."""
-    extras: dict[str, Any] = {}
-    optimizer: Mapping[str, Any] | None = None
-    under: list[str] = []
-    here = content
-    while isinstance(here, Mapping):
-        inside = {
-            key: each for key, each in here.items() if not _is_optimizer(key, each) and _weights_in(each)
-        }  # fmt: skip
-        key = _next_key(inside)
-        optimizer = optimizer or _optimizer(here)
-        if key is None:
-            break
-        left = []
-        for other, value in here.items():
-            if other == key or _is_optimizer(other, value):
-                continue
-            if other not in inside and (made := _plain(value)) is not None:
-                extras.setdefault(str(other), made)
-            elif value is not None:
-                left.append(str(other))
-        if left:
-            notes.append(f"{place}: left behind beside {key}: {', '.join(left)}")
-        under.append(key)
-        here = here[key]
-    if not isinstance(here, Mapping | list | tuple):
-        found = f"one tensor {list(here.shape)}" if _is_tensor(here) else type(here).__name__
-        raise UserError(f"{place}: {found}, expected tensors by name")
-    return extras, optimizer, tuple(under), here
-
-
-def _next_key(inside: Mapping[Any, Any]) -> str | None:
-    """The key under which the tensors lie, if they do not lie here; ``inside``: what holds tensors."""
-    if any(_is_tensor(each) for each in inside.values()) or not all(isinstance(key, str) for key in inside):
-        return None
-    if len(inside) == 1:
-        key = next(iter(inside))
-        # the one list of a model's blocks, or a dict of them, is no wrapper
-        return key if isinstance(inside[key], Mapping) else None
-    known = [key for key in _WRAPPERS if key in inside]
-    return known[0] if known and len(known) == len(inside) else None
-
-
-def _optimizer(here: Mapping[Any, Any]) -> Mapping[str, Any] | None:
-    """A torch optimizer's state among values; of Lightning's list the first."""
-    for value in here.values():
-        each = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-        if isinstance(each, Mapping) and "state" in each and "param_groups" in each:
-            return each
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """A plain value, JSON's and dicts by numbers; None for what is none, such as the state of a random generator."""
-    if isinstance(value, records.Record):
-        return _plain(records.plain(value))
-    if isinstance(value, type) and issubclass(value, records.Record):
-        return value.name
-    if isinstance(value, bool | int | float | str):
-        return value
-    if _is_tensor(value):
-        return value.item() if value.numel() == 1 and not value.is_complex() else None
-    if isinstance(value, Mapping):
-        made = {key: _plain(each) for key, each in value.items() if isinstance(key, str | int)}
-        return {key: each for key, each in made.items() if each is not None}
-    if isinstance(value, list | tuple | set):
-        listed = [_plain(each) for each in value]
-        return listed if all(each is not None for each in listed) else None
-    return None
-
-
-def _flat(place: Path, value: Any, extras: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of nested dicts and lists; what is no tensor goes to ``extras``.
-
-    Raises:
-        UserError: two ways to one name.
-    """
-    seen: set[str] = set()
-    for name, each in _leaves(value, before):
-        if not _is_tensor(each):
-            if (made := _plain(each)) is not None:
-                extras.setdefault(name, made)
-            continue
-        if name in seen:
-            raise UserError(f"{place}: two tensors are named {name} once dicts are flattened: expected one")
-        seen.add(name)
-        yield name, each
-
-
-def _leaves(value: Any, before: str) -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, each in items:
-        name = f"{before}.{key}" if before else str(key)
-        if isinstance(each, Mapping | list | tuple) and _holds_tensors(each):
-            yield from _leaves(each, name)
-        else:
-            yield name, each
-
-
-def _holds_tensors(value: Any) -> bool:
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return any(_is_tensor(each) or _holds_tensors(each) for each in inside)
-
-
-def _tensor(where: str, tensor: Any, notes: list[str]) -> Tensor:
+def _tensor(where: str, tensor: Any) -> Tensor:
     """A loaded tensor as one of ours.
 
     Raises:

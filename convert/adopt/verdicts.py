@@ -8,16 +8,16 @@ from convert.adopt.candidate import Bench, Candidate, Score, View
 CLEAR = 4.0  # times rounding: a candidate that is off by more is another model
 
 # what would tell options apart that a sample does not
+_LONGER = "a longer sample would tell"
 _TELLS = {
-    "rope": "a longer sample, or one made in float64",
-    "rope_theta": "a longer sample: the slow frequencies have hardly turned by its last token",
-    "rotary_dim": "a longer sample",
-    "window": "a sample longer than the window",
-    "block_size": "nothing that it computes: set it with --set block_size=N",
-    "position": "a longer sample of different tokens",
-    "norm_eps": "nothing in float32 at these sizes of activations: the results are the same",
+    "rope": _LONGER,
+    "rope_theta": f"{_LONGER}: the slow frequencies have hardly turned by its last token",
+    "rotary_dim": _LONGER,
+    "window": "a sample longer than the window would tell",
+    "block_size": "no result depends on it: set it with --set block_size=N",
+    "norm_eps": "float32 cannot tell at these sizes of activations, nor does it matter there",
 }
-_ELSE = "a longer sample of different tokens, or hidden states"
+_ELSE = "a longer sample of different tokens, or hidden states, would tell"
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Verdict:
     """One choice: the option taken, and why.
 
     ``proved``: the nearest candidate with another option is ``margin`` times as far off as rounding. ``undetermined``:
-    ``options`` all give the sample's numbers, and ``tell`` would say which. ``given`` by the user. ``idle``: it does
-    nothing in this model.
+    ``options`` all give the sample's numbers, and ``tell`` says what would not. ``given`` by the user; ``known``, as
+    there is one option; ``idle``, as it does nothing in this model.
     """
 
     name: str
     value: str
     verdict: str
-    margin: float = 0.0
+    margin: float | None = None
     options: tuple[str, ...] = ()
     tell: str = ""
 
@@ -48,17 +48,17 @@ def judge(
         value = choice.options[best[n]].label
         others = [each for each in _others(bench, best, n) if bench.key(each) is not None]
         if choice.name in given or len(choice.options) < 2:
-            made.append(Verdict(choice.name, value, "given" if choice.name in given else "proved", float("inf")))
+            made.append(Verdict(choice.name, value, "given" if choice.name in given else "known"))
         elif all(bench.key(each) == bench.key(best) for each in others):
             made.append(Verdict(choice.name, value, "idle", options=tuple(each.label for each in choice.options)))
         else:
-            made.append(_verdict(bench, best, view, n, [each for each in others if bench.key(each) != bench.key(best)], unit))
+            made.append(
+                _verdict(bench, best, view, n, [each for each in others if bench.key(each) != bench.key(best)], unit)
+            )
     return made, best
 
 
-def _verdict(
-    bench: Bench, best: Candidate, view: View, n: int, others: Sequence[Candidate], unit: float
-) -> Verdict:
+def _verdict(bench: Bench, best: Candidate, view: View, n: int, others: Sequence[Candidate], unit: float) -> Verdict:
     choice = bench.choices[n]
     scores = {each: bench.score(each, view) for each in others}
     alike = {each[n] for each in others if scores[each].rms <= CLEAR * unit}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.formats import llama2c_tokenizer
 from convert.formats.limits import check_expressible, left_behind
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.stream import Output, plain
@@ -24,6 +23,7 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import Entry, read_tensor
 from mlxgpt.common.model import families, params
+from mlxgpt.common.tokenizers.foreign import llama2c as llama2c_tokenizer
 from mlxgpt.common.tokenizers.protocol import FILES
 
 KIND = "file"

@@ -76,6 +76,7 @@ class Opened:
     )  # keys of config.json that do not describe the model: token ids and the like
     moments: Moments | None = None
     notes: list[str] = field(default_factory=list)  # lines to print: what was dropped, rewritten or cannot be expressed
+    origin: dict[str, Any] = field(default_factory=dict)  # what the result's provenance says beside
 
 
 def companion_json(opened: Opened, name: str) -> dict[str, Any]:

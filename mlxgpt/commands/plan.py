@@ -24,7 +24,8 @@ from mlxgpt.common.plan import memory as plan_memory
 from mlxgpt.common.plan import show as plan_show
 from mlxgpt.common.plan.chips import Chip
 from mlxgpt.common.recipes import apply_sets, build, to_toml
-from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer
+from mlxgpt.common.tokenizers.load import KINDS, load_tokenizer
+from mlxgpt.common.tokenizers.protocol import NAMES
 
 _CHAR_VOCABULARY = 128  # assumed for a character tokenizer, since the text is not read
 
@@ -90,10 +91,11 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
         size, notes = _CHAR_VOCABULARY, [f"a vocabulary of {_CHAR_VOCABULARY} characters is assumed"]
     elif tokenizer in KINDS:
         size = recipe.data.vocab_size
-    elif has_tokenizer(Path(tokenizer)):
-        size = load_tokenizer(Path(tokenizer)).n_vocab
+    elif tokenizer in NAMES or Path(tokenizer).exists():
+        size = load_tokenizer(tokenizer).n_vocab
     else:
-        raise UserError(f"data.tokenizer = {tokenizer!r}: expected one of {', '.join(KINDS)}, or the path of one")
+        expected = ", ".join((*KINDS, *NAMES))
+        raise UserError(f"data.tokenizer = {tokenizer!r}: expected one of {expected}, or the path of one")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=size)), notes
 
 

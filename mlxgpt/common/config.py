@@ -245,7 +245,7 @@ class DataConfig:
         "pydocs", "pydocs, or a path: .txt .md .jsonl .parquet, a folder, shards, a flat .bin; or a list of text files"
     )
     text_key: str = _field("text", "key or column with the document in .jsonl and .parquet")
-    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, or the path of a tokenizer")
+    tokenizer: str = _field("bpe", "char, bpe (byte-level), sp-bpe, sp-unigram, bytes, a name of tiktoken's, or a path")
     vocab_size: int = _field(2048, "vocabulary size of a tokenizer trained here; char ignores it")
     val_fraction: float = _field(
         0.1, "share of documents, chosen by hash, used for validation; a single document is split"

@@ -106,8 +106,12 @@ def _is_json(value: Any) -> bool:
     return all(map(_is_json, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
 
 
-def _convert(section: str, field: dataclasses.Field, value: Any) -> Any:
-    """``value`` as the field's type; int passes for float, and nothing else is bent."""
+def typed(section: str, field: dataclasses.Field, value: Any) -> Any:
+    """``value`` as the field's type; int passes for float, and nothing else is bent.
+
+    Raises:
+        UserError: it is of another type.
+    """
     kind = type(default_of(field))
     if kind is dict:
         value = parse_table(value, f"{section}.{field.name}") if isinstance(value, str) else value
@@ -157,7 +161,7 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
             if family not in FAMILIES:
                 known = ", ".join(FAMILIES)
                 raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
-        values = {key: _convert(section, fields[key], value) for key, value in values.items()}
+        values = {key: typed(section, fields[key], value) for key, value in values.items()}
         made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))
     return Recipe(**made)
 
@@ -197,7 +201,7 @@ def apply_sets(sections: dict[str, dict[str, Any]], sets: list[str]) -> dict[str
         listed = isinstance(value, list) and fields[key].type == str | tuple
         wants_text = isinstance(fields[key].default, str) and not listed
         if inside:
-            value = _convert(section, fields[key], result.get(section, {}).get(key, {})) | {entry: value}
+            value = typed(section, fields[key], result.get(section, {}).get(key, {})) | {entry: value}
         result.setdefault(section, {})[key] = text.strip() if wants_text and not isinstance(value, str) else value
     return result
 
@@ -282,13 +286,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a TOML file: {error}") from None
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        pairs = [f"{_toml_value(str(key))} = {_toml_value(each)}" for key, each in value.items()]
+        pairs = [f"{toml_value(str(key))} = {toml_value(each)}" for key, each in value.items()]
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL
@@ -305,7 +310,7 @@ def to_toml(recipe: Recipe) -> str:
             continue
         lines.append(f"[{section}]")
         for field in dataclasses.fields(kind):
-            value = _toml_value(getattr(getattr(recipe, section), field.name))
+            value = toml_value(getattr(getattr(recipe, section), field.name))
             lines.append(f"{field.name} = {value}  # {field.metadata['help']}")
         lines.append("")
     return "\n".join(lines)

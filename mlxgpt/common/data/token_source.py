@@ -321,12 +321,9 @@ def _open_flat(
     if tokenizer is not None and largest >= tokenizer.n_vocab:
         raise UserError(f"{path}: token {largest}: expected ids below the tokenizer's {tokenizer.n_vocab}")
     if tokenizer is None:
-        why = (
-            "meta.pkl is a pickle and is not read"
-            if (files[0].parent / "meta.pkl").exists()
-            else "a .bin has no tokenizer"
-        )
-        say(f"data: {why}: samples print ids unless data.tokenizer names one")
+        meta = files[0].parent / "meta.pkl"
+        cure = f"data.tokenizer={meta} is read" if meta.exists() else "data.tokenizer names one"
+        say(f"data: a .bin has no tokenizer: samples print ids unless {cure}")
     if len(files) == 1:
         say(f"data: {files[0]}: no val.bin beside it: its last {data.val_fraction:.0%} validate")
     if tokenizer is not None:

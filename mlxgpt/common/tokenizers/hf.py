@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import separator
-from mlxgpt.common.tokenizers.fast_bpe import FastBPE
+from mlxgpt.common.tokenizers.fast_bpe import FastBPE, bytes_of_characters
 from mlxgpt.common.tokenizers.folder import pipelines, sp_model, specification
 from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
@@ -162,8 +162,23 @@ class JsonTokenizer:
                 self.backend.encode_special_tokens = plain or self._plain
                 encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # what `tokenizers` raises where a text has no tokens
-            raise UserError(f"this {self.kind} tokenizer cannot encode the text: {error}") from None
+            raise UserError(
+                self._missing(texts) or f"this {self.kind} tokenizer cannot encode the text: {error}"
+            ) from None
         return [np.asarray(item.ids, dtype=np.int32) for item in encoded]
+
+    def _missing(self, texts: Sequence[str]) -> str | None:
+        """The first word or character of ``texts`` that a table of words has no token for."""
+        words = self.backend.pre_tokenizer
+        if self.kind != "WordLevel" or words is None:
+            return None
+        added = {str(token) for token in self.backend.get_added_tokens_decoder().values()}
+        for text in texts:
+            for word, (start, _) in words.pre_tokenize_str(text):
+                if self.id_of(word) is None and not any(word in token for token in added):
+                    what = f"character {word!r} (U+{ord(word):04X})" if len(word) == 1 else f"{word!r}"
+                    return f"{what} at position {start}: expected one of the tokenizer's {self.n_vocab} entries"
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; ids outside the vocabulary are left out."""
@@ -254,6 +269,11 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def made_of_bytes() -> JsonTokenizer:
+    """The tokenizer whose ids are the bytes of the text in UTF-8."""
+    return made(_byte_level(models.BPE(vocab=bytes_of_characters(), merges=[])), {"add_prefix_space": False})
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:

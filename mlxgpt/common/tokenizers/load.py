@@ -10,8 +10,14 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.ends import generation_ends, union
-from mlxgpt.common.tokenizers.protocol import FILES, Tokenizer, read_files, read_json
+from mlxgpt.common.tokenizers.protocol import FILES, NAMES, Tokenizer, read_files, read_json
 
+_PAIRS = {
+    "vocab.json": "merges.txt",
+    "encoder.json": "vocab.bpe",
+    "merges.txt": "vocab.json",
+    "vocab.bpe": "encoder.json",
+}
 KINDS = ("char", "bpe", "sp-bpe", "sp-unigram")
 
 
@@ -27,8 +33,11 @@ def has_files(names: Collection[str]) -> bool:
     return alone or any(first in names and second in names for first, second in pairs)
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Path | str, rows: int | None = None) -> Tokenizer:
     """The tokenizer in a folder, or one file of it: tokenizer.json, a .model, or one of GPT-2's two files.
+
+    Also what home-made projects have: a table of tokens, ranks, or a name such as ``bytes`` (``foreign.files``), for a
+    model whose vocabulary has ``rows``.
 
     Raises:
         UserError: nothing there, a damaged file, or a kind that cannot be read.
@@ -38,9 +47,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         _refuse_unread(path)
         folder, files = path, read_files(path)
     elif path.is_file():
+        foreign = _foreign(path, rows)
+        if foreign is not None:
+            return foreign
         folder, files = path.parent, _files_beside(path)
     else:
-        raise UserError(f"{path}: no such tokenizer file or folder (or one of: {', '.join(KINDS)})")
+        return _named(path)
     if set(files) == {"tokenizer.model"} and path.is_file():
         from mlxgpt.common.tokenizers.sentencepiece import lone_model
 
@@ -49,6 +61,30 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if path.is_dir():
         made.ends = frozenset(generation_ends(path)) - {made.eos_id}
     return made
+
+
+def _foreign(path: Path, rows: int | None) -> Tokenizer | None:
+    """The tokenizer of a file that is no file of Hugging Face's, nor GPT-2's; None for one that is."""
+    pair = _PAIRS.get(path.name)
+    if pair and (path.parent / pair).is_file():
+        return None
+    from mlxgpt.common.tokenizers.foreign import files
+
+    return files.read(path, rows)
+
+
+def _named(path: Path) -> Tokenizer:
+    """The tokenizer that has a name and no file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if str(path) not in NAMES:
+        names = ", ".join((*KINDS, *NAMES))
+        raise UserError(f"{path}: no such tokenizer file or folder (or one of: {names})")
+    from mlxgpt.common.tokenizers.foreign import files
+
+    return files.by_name(str(path))
 
 
 def _refuse_unread(folder: Path) -> None:
@@ -138,10 +174,8 @@ def _files_beside(path: Path) -> dict[str, bytes]:
     settings = {
         name: siblings[name] for name in ("tokenizer_config.json", "special_tokens_map.json") if name in siblings
     }
-    pairs = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-    pairs |= {second: first for first, second in pairs.items()}
-    if path.name in pairs:
-        other = pairs[path.name]
+    if path.name in _PAIRS:
+        other = _PAIRS[path.name]
         if other not in siblings:
             raise UserError(f"{path}: expected {other} beside it")
         return settings | {path.name: siblings[path.name], other: siblings[other]}

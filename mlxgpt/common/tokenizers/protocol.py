@@ -18,6 +18,10 @@ FILES = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates/"  # a folder of further templates, NAME.jinja
 
+TIKTOKEN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
+NAMES = ("bytes", *TIKTOKEN)
+"""Tokenizers that have a name and no file: an id a byte, and tiktoken's."""
+
 
 # What names the end of a text where no tokenizer_config.json does.
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")

@@ -24,7 +24,7 @@ from mlxgpt.common.runs import checkpoint, run_folder
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer, other_class
-from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.tokenizers.protocol import NAMES, Tokenizer
 from mlxgpt.common.train import made, session
 from mlxgpt.common.train.job import Job, Kind, Weights
 
@@ -265,7 +265,7 @@ def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
     absolute = {
         key: str(Path(value).expanduser().resolve())
         for key, value in paths.items()
-        if value not in ("", "pydocs", *KINDS) and Path(value).expanduser().exists()
+        if value not in ("", "pydocs", *KINDS, *NAMES) and Path(value).expanduser().exists()
     }
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
 
@@ -317,7 +317,7 @@ def _check_there(run: Path, source: str | tuple) -> None:
 def _with_own_tokenizer(recipe: Recipe, place: Path | None) -> Recipe:
     """The recipe with the checkpoint's copy of a tokenizer that is gone; the data's checksums judge it."""
     path = recipe.data.tokenizer
-    if place is None or path in KINDS or Path(path).exists() or not has_tokenizer(place):
+    if place is None or path in (*KINDS, *NAMES) or Path(path).exists() or not has_tokenizer(place):
         return recipe
     print(f"data.tokenizer: {path} is gone; {place} has it")
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(place.resolve())))

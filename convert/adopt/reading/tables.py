@@ -1,0 +1,153 @@
+"""What lies outside the blocks: embeddings, positions, the head, norms before and after; and norms inside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from convert.adopt.reading import words
+from convert.adopt.reading.blocks import Item
+from convert.adopt.reading.matrices import contexts
+
+_FIRST = frozenset(
+    {"1", "attn", "attention", "input", "pre", "sa", "mha", "first", "self", "att", "0", "msa", "before", "a"}
+)
+_SECOND = frozenset(
+    {"2", "ffn", "mlp", "ff", "ffwd", "feed", "forward", "second", "feedforward", "ffw", "after", "post"}
+)
+
+
+def embeds(item: Item) -> dict[str, float]:
+    """How well the name of a table outside the blocks fits wte, wpe and lm_head."""
+    said = set(words.words(item.inside))
+    position = 10.0 if said & words.POSITION else 0.0
+    embed = bool(said & words.EMBED) or "wte" in said
+    head = (
+        6.0 if said & {"lm", "head", "unembed", "unembedding", "logits", "logit", "generator", "deembed"} else 0.0
+    ) + (3.0 if said & words.HEAD and not embed else 0.0)
+    token = (5.0 if said & words.TOKEN else 0.0) + (4.0 if embed else 0.0)
+    if "wte" in said:
+        token += 5.0
+    if position:
+        token, head = token - 6.0, head - 6.0
+    return {"wte": token - (6.0 if head > 5 else 0.0), "wpe": position, "lm_head": head}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables outside the blocks, [V, C] as they lie unless ``turned``; None where there is none."""
+
+    roles: Mapping[str, tuple[Item, bool]]
+    left: tuple[Item, ...]
+
+
+def tables(items: tuple[Item, ...], width: int) -> Tables:
+    """Gives the matrices outside the blocks their roles, by name and by which share the size of the vocabulary."""
+    fit: list[tuple[Item, int, bool]] = []
+    for item in items:
+        sides = [side for side in item.shape if side != 1] if len(item.shape) > 2 else list(item.shape)
+        if len(sides) == 2 and width in sides:
+            turned = sides[1] != width
+            fit.append((item, sides[0] if turned is False else sides[1], turned))
+    best: tuple[float, dict[str, tuple[Item, bool]]] | None = None
+    choices = [*range(len(fit)), None]
+    for token in range(len(fit)):
+        for position in choices:
+            for head in choices:
+                used = [i for i in (token, position, head) if i is not None]
+                if len(set(used)) < len(used) or (head is not None and fit[head][1] != fit[token][1]):
+                    continue
+                value = sum(embeds(fit[i][0])[role] + 1.0 for i, role in
+                            ((token, "wte"), (position, "wpe"), (head, "lm_head")) if i is not None)  # fmt: skip
+                if head is not None and len(fit) == 2 and fit[0][1] == fit[1][1]:
+                    value += 2.0
+                if position is not None:
+                    value += 0.5 if fit[position][1] <= fit[token][1] else 0.0
+                    value -= 4.0 if not embeds(fit[position][0])["wpe"] else 0.0
+                value -= 2.0 * (fit[token][2]) + 10.0 * (len(fit) - len(used))
+                value += 0.1 * (head is None or head > token) + 0.1 * (position is None or position > token)
+                if best is None or value > best[0]:
+                    made = {"wte": token, "wpe": position, "lm_head": head}
+                    best = value, {role: (fit[i][0], fit[i][2]) for role, i in made.items() if i is not None}
+    roles = best[1] if best else {}
+    used = [item for item, _ in roles.values()]
+    return Tables(roles, tuple(item for item in items if all(item is not other for other in used)))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm: its weight and bias, where it has them."""
+
+    weight: Item | None
+    bias: Item | None
+
+    @property
+    def item(self) -> Item:
+        """Either of them."""
+        item = self.weight or self.bias
+        assert item is not None
+        return item
+
+
+def key(item: Item) -> tuple[str, ...]:
+    """What pairs a bias with its weight: the module's path, and the words that do not say which it is."""
+    return (item.module, *words.kind(item.leaf)[1])
+
+
+def norms(items: tuple[Item, ...]) -> list[Norm]:
+    """Vectors that belong to no matrix, in pairs of weight and bias, in the order of the file."""
+    pairs: dict[tuple[str, ...], dict[str, Item]] = {}
+    for item in items:
+        pairs.setdefault(key(item), {})[item.kind] = item
+    return [Norm(pair.get("weight"), pair.get("bias")) for pair in pairs.values()]
+
+
+def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:
+    """ln_1, ln_2 and the two behind the branches, of one, two or four norms of a block; None for another number."""
+    context = contexts(block)
+    ordered = sorted(found, key=lambda norm: norm.item.order)
+    if len(found) == 1:
+        return {"ln_1": ordered[0]}
+    if len(found) == 2 and all(_behind(norm.item) for norm in ordered):
+        ordered.sort(key=lambda norm: -_branch(norm.item, context[norm.item.theirs]))
+        return dict(zip(("ln_1", "ln_2"), ordered, strict=True))
+    if len(found) == 2:
+        lean = [_lean(norm.item, context[norm.item.theirs]) for norm in ordered]
+        return dict(zip(("ln_1", "ln_2") if lean[0] >= lean[1] else ("ln_2", "ln_1"), ordered, strict=True))
+    if len(found) != 4:
+        return None
+    branch = sorted(ordered, key=lambda norm: -_branch(norm.item, context[norm.item.theirs]))
+    made: dict[str, Norm] = {}
+    for name, pair in (("ln_1", branch[:2]), ("ln_2", branch[2:])):
+        pair.sort(key=lambda norm: (_behind(norm.item), norm.item.order))
+        made |= {name: pair[0], f"{name}_post": pair[1]}
+    return made
+
+
+def _lean(item: Item, context: str) -> float:
+    """Above 0 for the norm of attention, below for the MLP's."""
+    said = set(item.said)
+    value = {"attn": 1.5, "mlp": -1.5, "": 0.0}[context]
+    if {"post", "attention"} <= said or {"post", "attn"} <= said:
+        return -3.0 if not said & {"ffn", "mlp", "ff"} else value
+    return value + 2.0 * (bool(said & _FIRST)) - 2.0 * bool(said & _SECOND)
+
+
+def _branch(item: Item, context: str) -> float:
+    """Of four norms: above 0 where it is before or behind attention."""
+    said = set(item.said)
+    if said & words.MLP or said & {"ffw", "feedforward"}:
+        return -2.0
+    if said & words.ATTENTION or "input" in said:
+        return 2.0
+    return {"attn": 1.0, "mlp": -1.0, "": 0.0}[context] + (
+        1.0 if said & {"1", "0"} else -1.0 if said & {"3", "4"} else 0.0
+    )
+
+
+def behind(found: list[Norm]) -> bool:
+    """Whether the names of all norms say that they come after a branch."""
+    return bool(found) and all(_behind(norm.item) for norm in found)
+
+
+def _behind(item: Item) -> bool:
+    said = set(item.said)
+    return bool(said & {"post", "after", "out", "behind", "sandwich"})

@@ -1,0 +1,199 @@
+"""A user's own file, imported by its path: its folder first on sys.path, or as part of the package that it belongs to.
+
+A file that works when it is imported (a course's script, which trains below its class) is run only as far as the class,
+and of what follows only definitions.
+"""
+
+import ast
+import importlib
+import json
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlxgpt.common.errors import UserError, nearest
+from mlxgpt.common.inference.module_absent import Absent
+
+_KEPT = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom)
+
+
+class TheirError(Exception):
+    """What the user's code raised: the message is one line, with the last place of theirs."""
+
+
+def told(error: BaseException, path: Path) -> str:
+    """``model.py, line 12, in forward: RuntimeError: ...``: the last frame in the folder of ``path``."""
+    folder, frames = str(path.parent.resolve()), traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if os.path.abspath(frame.filename).startswith(folder + os.sep)]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    if not theirs:
+        return text
+    last = theirs[-1]
+    name = os.path.relpath(os.path.abspath(last.filename), folder)
+    return f"{name}, line {last.lineno}, in {last.name}: {text}"
+
+
+def source_of(path: Path) -> str:
+    """The Python of a file; of a notebook that of its cells.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".ipynb":
+            return text
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not UTF-8, or no notebook: {error}") from None
+    lines = "\n".join(cell if isinstance(cell, str) else "".join(cell) for cell in cells).splitlines()
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines) + "\n"
+
+
+def framework_of(path: Path) -> str:
+    """``torch`` or ``mlx``: which the file imports, or the files beside it that it imports; torch where both.
+
+    Raises:
+        UserError: neither; the message names what it imports in their place.
+    """
+    roots = _imports(path, set())
+    for name in ("torch", "mlx"):
+        if name in roots:
+            return name
+    others = sorted(roots & {"jax", "flax", "tensorflow", "keras", "tinygrad", "numpy"})
+    raise UserError(
+        f"{path}: imports neither torch nor mlx{f' but {others[0]}' if others else ''}:"
+        " make a sample yourself and give it by --like (docs/adopt.md)"
+    )
+
+
+def _imports(path: Path, seen: set[Path]) -> set[str]:
+    """The roots of what a file imports, and what the files beside it import."""
+    seen.add(path)
+    try:
+        tree = ast.parse(source_of(path))
+    except (UserError, SyntaxError, ValueError):
+        return set()
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    found = {name.partition(".")[0] for name in names}
+    for name in names:
+        parts = Path(*name.split("."))
+        beside = [top / parts.with_suffix(".py") for top in (path.parent, path.parent.parent)]
+        beside += [top / parts / "__init__.py" for top in (path.parent, path.parent.parent)]
+        for other in beside:
+            if other.is_file() and other not in seen:
+                found |= _imports(other, seen)
+    return found
+
+
+def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
+    """The module of a file, of which ``name`` is wanted; and what is to be said of how it was run.
+
+    Raises:
+        UserError: the file cannot be read or parsed.
+        TheirError: what it raised.
+    """
+    try:
+        tree = ast.parse(source_of(path), str(path))
+    except SyntaxError as error:
+        raise TheirError(told(error, path)) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    package, top = _package(path, tree)
+    sys.path[:0] = [str(path.parent), str(top)]
+    sys.argv = [str(path)]
+    os.chdir(path.parent)
+    tree, said = _without_work(tree, name.partition(".")[0], path.name)
+    qualified = f"{package}.{path.stem}" if package else path.stem
+    if qualified in sys.modules and not package:
+        qualified = f"module_{qualified}"  # such as a tokenize.py of theirs
+    absent = Absent()
+    while True:
+        module = types.ModuleType(qualified)
+        module.__file__ = str(path)
+        try:
+            if package:
+                importlib.import_module(package)
+                module.__package__ = package
+            sys.modules[qualified] = module
+            exec(compile(tree, str(path), "exec"), module.__dict__)
+            break
+        except ModuleNotFoundError as error:
+            if not absent.miss(error):
+                raise TheirError(f"{told(error, path)}; install {error.name} for this Python") from None
+        except (Exception, SystemExit) as error:
+            works = isinstance(error, SystemExit | OSError)
+            cure = "; the file does work when it is imported: put that under if __name__ == '__main__'"
+            raise TheirError(f"{told(error, path)}{cure if works else ''}") from None
+    if absent.missed:
+        said.append(f"not installed here, and stood in for by nothing: {', '.join(absent.missed)}")
+    return module, said
+
+
+def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:
+    """The dotted name of the package that the file is in, '' for none, and the folder above it."""
+    level = max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
+    parts: list[str] = []
+    folder = path.parent
+    while (len(parts) < level or (folder / "__init__.py").is_file()) and folder.name:
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return (".".join(parts) if level else ""), folder
+
+
+def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, list[str]]:
+    """The file without what works below the class: there only definitions stay, if there is a loop at all."""
+    at = next((n for n, node in enumerate(tree.body) if getattr(node, "name", None) == name), None)
+    if at is None:
+        return tree, []
+    below = tree.body[at + 1 :]
+    if not any(isinstance(node, ast.For | ast.While | ast.With) for node in below):
+        return tree, []
+    kept = [node for node in below if isinstance(node, _KEPT) or _is_constant(node)]
+    said = f"{file} works when it is imported: run up to {name}, and of what follows only definitions"
+    return ast.Module([*tree.body[: at + 1], *kept], tree.type_ignores), [said]
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    """``n_head = 4``."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return False
+    try:
+        ast.literal_eval(node.value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def find(module: types.ModuleType, name: str, is_model: Callable[[Any], bool]) -> Any:
+    """The class, function or model that ``name``, maybe dotted, is in a module.
+
+    Raises:
+        UserError: there is no such; the message lists what there is.
+    """
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [
+                key
+                for key, value in vars(module).items()
+                if isinstance(value, type) and value.__module__ == module.__name__ and is_model(value)
+            ]
+            listed = f": has {', '.join(own)}" if own else ": has no class of a model"
+            raise UserError(f"{module.__file__}: no {name}{nearest(name, own)}{listed}")
+        found = getattr(found, part)
+    return found
