@@ -40,6 +40,9 @@ def _s(family: str, sizes: str, batch: int = 4, train: dict[str, Any] | None = N
     return {"model": model, "train": {"batch_size": batch, **(train or {})}, **more}
 
 
+_OF_2017 = {"activation": "relu", "placement": "post_add", "position": "sinusoidal"}
+_NANOCHAT = {"activation": "relu2", "norm": "rms", "norm_weight": False, "position": "rope", "qk_norm": "head"}
+_NANOCHAT |= {"embed_norm": True, "fused_qkv": False, "tied": False}
 SETTINGS = [
     _s("gpt2", "4 4 4 128 64 65", 12),
     _s("gpt2", "6 6 6 192 256 1000", 4),
@@ -75,6 +78,17 @@ SETTINGS = [
     _s("gpt2", "4 4 4 256 128 2000", 4, adapter={"method": "lora", "rank": 8, "dropout": 0.05}),
     _s("llama", "4 4 2 256 128 3000", 4, adapter={"method": "lora", "bits": 4, "dequantize": "never"}),
     _s("gemma3_text", "4 4 2 256 64 3000", 4, adapter={"method": "full"}),
+    _s(
+        "mlxgpt",
+        "4 4 4 128 128 500",
+        4,
+        model={"activation": "relu", "placement": "post_add", "position": "sinusoidal"},
+    ),
+    _s(
+        "mlxgpt", "4 4 2 128 128 500", 4, model={"activation": "relu2", "norm": "rms", "norm_weight": False} | _NANOCHAT
+    ),
+    _s("mlxgpt", "4 4 4 128 512 500", 1, model={"position": "alibi", "embed_norm": True}),
+    _s("mlxgpt", "4 4 4 128 128 500", 4, model={"position": "alibi", "activation": "relu2", "gated": True}),
 ]
 
 

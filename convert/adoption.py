@@ -20,7 +20,8 @@ from convert.adopt import apply, evidence, map_file, module, roles, sets, show, 
 from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
-from convert.adopt.maps.buffers import complete
+from convert.adopt.maps import moments
+from convert.adopt.maps.complete import complete
 from convert.adopt.rules import Map, Proposal, chosen
 from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
@@ -231,6 +232,7 @@ def _write(
 ) -> None:
     assert made.landing
     config = made.landing.config
+    whole = complete(made.map, made.state)
     arrays = fused(config, apply.gather(made.map, tensors))
     opened = Opened(
         made.state.path,
@@ -238,11 +240,13 @@ def _write(
         config,
         {name: _tensor(arrays[name]) for name in params.table(config)},
         made.state.files,
+        moments=moments.fused(whole.moments, config) if whole.moments else None,
+        notes=list(whole.notes),
         origin={"adopted": _origin(args, made)},
     )
 
     def check(place: Path) -> None:
-        map_file.write(place / MAP, *complete(made.map, made.state))
+        map_file.write(place / MAP, whole.map, whole.kept)
         if sample is not None:
             made.verified = verify_written(place, made, sample, out)
 

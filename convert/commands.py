@@ -21,8 +21,8 @@ def convert_command(args: argparse.Namespace) -> int:
     """Converts and says in the last line what was written.
 
     Args:
-        args: src, dst, to, tokenizer, dtype, bits, gguf_type, group_size, max_shard, version, n_head, config, no_hash,
-            allow_nan, verify, force, json.
+        args: src, dst, to, map, tokenizer, dtype, bits, gguf_type, group_size, max_shard, version, n_head, config,
+            no_hash, allow_nan, verify, force, json.
     """
     if adapters.is_adapter(args.src):
         return _adapter(args)
@@ -38,9 +38,12 @@ def convert_command(args: argparse.Namespace) -> int:
     if args.allow_nan:
         options["allow_nan"] = True
     n_head = args.n_head or 0
+    for name in ("to", "n_head", "config", "tokenizer") if args.map else ():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} and --map: expected one of them")
     report = convert(
         args.src, args.dst, args.to,
-        force=args.force, verify=args.verify, n_head=n_head, config=args.config, **options,
+        force=args.force, verify=args.verify, n_head=n_head, config=args.config, by_map=args.map, **options,
     )  # fmt: skip
     if args.json:
         print(json.dumps(dataclasses.asdict(report), default=str))

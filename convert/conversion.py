@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 import mlxgpt
+from convert.adopt.maps.back import Writer
 from convert.formats import generation, output, stream
 from convert.formats.opened import Opened, Options, Tensor
 from convert.formats.registry import format_of, open_model
@@ -74,13 +74,15 @@ def convert(
     verify: bool = False,
     n_head: int = 0,
     config: Path | str | None = None,
+    by_map: Path | str | None = None,
     **options: Any,
 ) -> Report:
     """Writes the model at ``src`` (see ``open_model``) to ``dst`` as the format ``to``; the source is only read.
 
     ``to`` follows from the suffix of ``dst`` (.gguf, .bin, .pt, .pth, .npz) unless given, else it is hf. ``options``
     are fields of ``Options``. ``force`` replaces what is at ``dst``, once the new one is complete. ``verify`` holds the
-    result against the source and keeps it only if they agree.
+    result against the source and keeps it only if they agree. ``by_map``: a model that ``mlxgpt adopt`` took in as the
+    file of its own code again, by the map.toml of that.
 
         >>> report = convert("ckpt.pt", "small.gguf", dtype="bfloat16")
         >>> report.format, sorted(report.sha256)
@@ -92,6 +94,11 @@ def convert(
         UserError: the source is damaged, the format cannot say the model, there is no room, or ``dst`` is there.
         RunError: ``verify`` found a difference; nothing was kept.
     """
+    if by_map is not None:
+        writer, opened = Writer(Path(by_map).expanduser(), Path(dst)), open_model(src)
+        writer.check(opened)
+        check = functools.partial(writer.verify, opened) if verify else None
+        return convert_opened(opened, src, dst, "map", force=force, verify=check, writer=writer, **options)
     suffix = Path(dst).suffix.lower()
     to = to or _BY_SUFFIX.get(suffix, "hf")
     if format_of(to).KIND == "folder" and suffix in FILES and _BY_SUFFIX.get(suffix) != to:
@@ -109,12 +116,16 @@ def convert_opened(
     *,
     force: bool = False,
     verify: Callable[[Path], None] | None = None,
+    writer: Any = None,
     **options: Any,
 ) -> Report:
-    """``convert`` of an opened model, such as one that no file holds; ``src`` names it in messages."""
+    """``convert`` of an opened model, such as one that no file holds; ``src`` names it in messages.
+
+    ``writer`` is what writes it, as the modules of formats do, unless ``to`` is a format.
+    """
     start = time.perf_counter()
     dst = Path(dst).expanduser()
-    writer, made = format_of(to), _options(to, options)
+    writer, made = writer or format_of(to), _options(to, options)
     if opened.config.labels and to != "hf":
         raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
     _check_places(opened, src, dst, force)
@@ -178,7 +189,7 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
 
 
-def _beside(writer: ModuleType, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
+def _beside(writer: Any, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:
     """Files to write beside a single-file result: its provenance and the format's second file; None: remove it."""
     if writer.KIND == "folder":
         return {}
@@ -235,7 +246,7 @@ def _check_room(dst: Path, opened: Opened, to: str, options: Options) -> None:
         each = options.bits / 8 + 2 * wide / options.group_size if options.bits and matrix else wide
         each = 34 / 32 if options.gguf_type and matrix else each  # the widest, q8_0
         needed += math.ceil(math.prod(tensor.shape) * (4 if to == "llama2c" else each))
-    if opened.moments and to in ("hf", "nanogpt", "gptmodel"):
+    if opened.moments and to in ("hf", "nanogpt", "gptmodel", "map"):
         needed += 8 * params.count(opened.config)
     free = shutil.disk_usage(dst.parent).free
     if free < needed:

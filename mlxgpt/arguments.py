@@ -389,6 +389,11 @@ def convert(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for an adapter: its base model, or the config.json of it; default: the one it names",
     )
+    add(
+        "--map",
+        metavar="MAP.toml",
+        help="write an adopted model as your own code's file again (.pt .pth .safetensors .npz); see mlxgpt adopt",
+    )
     _add_config(parser)
     add("--no-hash", action="store_true", help="do not record sha256 of source and result in the provenance")
     add("--allow-nan", action="store_true", help="convert even if values are not finite, and report how many")

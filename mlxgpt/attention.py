@@ -128,7 +128,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.q_proj(x, drop), self.k_proj(x, drop), self.v_proj(x, drop)
         if self._config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.reshape(B, T, -1)), self.k_norm(k.reshape(B, T, -1))
         q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
         if self._config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -17,6 +17,7 @@ from mlxgpt import noise
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
+from mlxgpt.common.model import rotary
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.layers import Array
 from mlxgpt.losses import cross_entropy
@@ -100,18 +101,38 @@ def decode(
     pads = [width - len(row.prompt) for row in rows]
     pad = mx.array(pads) if any(pads) else None
     cache = cache or make_cache(model, len(rows), width + steps)
-    held = cache[0].offset
+    held, by_length, fed = cache[0].offset, rotary.by_length(model.config), []
     seen = None
     if sample.repetition_penalty != 1:
         seen = mx.array(generation.seen(rows, n_vocab))
 
-    def forward(tokens: Array) -> Array:
+    def forward(tokens: Array, length: int) -> Array:
         positions = None
         if pad is not None:
             positions = mx.arange(cache[0].offset, cache[0].offset + tokens.shape[1])
             positions = mx.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
-        hidden = model.hidden(tokens, positions, pad=pad, cache=cache)  # no id needs a check here
+        lengths = mx.array([[length - each] for each in pads]) if by_length else None
+        hidden = model.hidden(tokens, positions, pad=pad, cache=cache, lengths=lengths)  # no id needs a check here
         return model.head(hidden[:, -1:])[:, -1, :n_vocab]
+
+    def read(tokens: Array, start: int) -> Array:
+        """What follows rows of which the cache holds ``start`` tokens."""
+        width = tokens.shape[1]
+        logits = forward(tokens[:, start : start + PREFILL], width)
+        for at in range(start + PREFILL, width, PREFILL):
+            mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
+            logits = forward(tokens[:, at : at + PREFILL], width)
+        return logits
+
+    def go_on(token: Array, step: int) -> Array:
+        """What follows one more token; keys that were held are read anew where longrope's factors change."""
+        token = mx.maximum(token, 0)[:, None]
+        fed.extend([token] if by_length else [])
+        if not generation.switches(model.config, rows, step):
+            return forward(token, width + step)
+        for layer in cache:
+            layer.offset = 0
+        return read(mx.concatenate([tokens, *fed], axis=1), 0)
 
     def draw(logits: Array, step: int) -> Array:
         nonlocal seen
@@ -121,15 +142,11 @@ def decode(
             seen = seen | (mx.arange(n_vocab)[None, :] == drawn[:, None])
         return drawn
 
-    logits = forward(tokens[:, held : held + PREFILL])
-    for start in range(held + PREFILL, width, PREFILL):
-        mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
-        logits = forward(tokens[:, start : start + PREFILL])
-    token = draw(logits, 0)
+    token = draw(read(tokens, held), 0)
     mx.async_eval(token)
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
-        following = draw(forward(mx.maximum(token, 0)[:, None]), step) if step < steps else token
+        following = draw(go_on(token, step), step) if step < steps else token
         mx.async_eval(following)
         yield np.array(token).tolist()
         token = following
@@ -171,9 +188,10 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
     return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
 
 
-def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
-    hidden, labels = model.hidden(mx.array(tokens)), mx.array(targets)
+    places = None if positions is None else mx.array(positions)
+    hidden, labels = model.hidden(mx.array(tokens), places), mx.array(targets)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):
         piece = slice(start, start + HEAD)
@@ -184,6 +202,6 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
-    hidden = model.hidden(mx.array(tokens))
+    hidden = model.hidden(mx.array(tokens), lengths=mx.array(lengths[:, None]))
     last = hidden[mx.arange(len(tokens)), mx.array(lengths - 1)]
     return np.array(model.head(last))

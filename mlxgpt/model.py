@@ -235,7 +235,7 @@ class Model(nn.Module):
         if segments is None and pad is None and not slides:
             if T == 1:
                 return None
-            if fused and mx.default_device() == mx.Device(mx.gpu):
+            if fused and self._config.position != "alibi" and mx.default_device() == mx.Device(mx.gpu):
                 return "causal"  # the CPU has no causal kernel and is faster with an array
         i, j = mx.arange(S - T, S)[:, None], mx.arange(S)[None, :]
         mask = j <= i
@@ -296,7 +296,7 @@ class Model(nn.Module):
         if positions is None:
             positions = mx.arange(start, start + T)
         config, windows = self._config, set(self._config.window_layers)
-        fused = not (drop and drop.rate) and not config.attn_softcap and config.position != "alibi"
+        fused = not (drop and drop.rate) and not config.attn_softcap
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
             for local in {n in windows for n in range(config.n_layer)}
@@ -327,7 +327,7 @@ class Model(nn.Module):
         if self._config.tied:
             logits = self.wte.head(x)
             if self._config.has_bias("lm_head"):
-                logits = logits + self.at("lm_head").bias.astype(logits.dtype)
+                logits = logits + cast(Bias, self.lm_head).bias.astype(logits.dtype)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         return finish(logits, self._config.logit_scale, self._config.final_softcap)

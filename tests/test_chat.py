@@ -40,9 +40,13 @@ FORGETFUL = (  # as Qwen3: what was answered is written otherwise once more foll
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a ChatML tokenizer."""
-    place = tmp_path_factory.mktemp("chat") / "model"
+    return written(tmp_path_factory.mktemp("chat") / "model")
+
+
+def written(place: Path, **more: Any) -> Path:
     tokenizer = sft_template.with_chatml(train_tokenizer("bpe", [templates.TEXT], 320))
-    config = tiny(family="llama", vocab_size=tokenizer.n_vocab, block_size=256, n_kv_head=2)
+    sizes = dict(family="llama", block_size=256, n_kv_head=2) | more
+    config = tiny(vocab_size=tokenizer.n_vocab, **sizes)
     made = weights(config, scale=8)
     words = [re.fullmatch(" [a-z]+", tokenizer.decode([token])) for token in range(tokenizer.n_vocab)]
     made["wte.weight"] *= np.array([[word is not None] for word in words])  # what it draws is text
@@ -88,6 +92,23 @@ def test_answers_are_those_of_the_whole_prompt(
         expected = generate(loaded, tokenizer, [prompt], turn)[0]
         assert answer.text == streamed == expected.text
         assert answer.read + answer.held == len(prompt)
+
+
+@pytest.mark.parametrize("package", ["mlx", "torch"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_leave_no_keys_of_another_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
+) -> None:
+    more: dict[str, Any] = dict(rope_scaling=kind, rope_original=128)
+    more |= dict(rope_factor=2.0) if kind == "dynamic" else dict(family="phi3", rope_short=[1] * 6, rope_long=[9.0] * 6)
+    talk, _, loaded, tokenizer = start(package, written(tmp_path / "m", **more), monkeypatch)
+    sizes = []
+    for text in ("Hello there", "And again", "What is a list?", "A longer question, of many words and more"):
+        prompt = talk._template.encode([*talk.all(), {"role": "user", "content": text}], generation=True)
+        answer, _ = ask(talk, text)
+        assert answer.text == backends.load(package).generate.generate(loaded, tokenizer, [prompt], GREEDY)[0].text
+        sizes.append((len(prompt), answer.held))
+    assert sizes[0][0] < 128 < sizes[-1][0] and any(held for _, held in sizes) and not sizes[-1][1]
 
 
 @pytest.mark.parametrize("package", ["mlx", "torch"])

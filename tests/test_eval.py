@@ -42,10 +42,10 @@ def scorer(backend: str, config: ModelConfig):
     if backend == "mlx":
         model = MlxModel(config)
         model.load_weights([(name, mx.array(value)) for name, value in arrays.items()])
-        return lambda tokens, targets: mlx_generate.score(model, tokens, targets)
+        return lambda tokens, targets, positions=None: mlx_generate.score(model, tokens, targets)
     model = TorchModel(config)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
-    return lambda tokens, targets: torch_generate.score(model, tokens, targets)
+    return lambda tokens, targets, positions=None: torch_generate.score(model, tokens, targets)
 
 
 # ---- every token once
@@ -105,7 +105,7 @@ def test_scoring_the_head_in_pieces_changes_nothing(backend: str, monkeypatch: p
 
 def uniform(vocab: int):
     """A model that knows nothing: log V nats a token."""
-    return lambda tokens, targets: np.full(tokens.shape, math.log(vocab), dtype=np.float32)
+    return lambda tokens, targets, positions: np.full(tokens.shape, math.log(vocab), dtype=np.float32)
 
 
 def without_eos(tokenizer: Tokenizer) -> Tokenizer:
@@ -213,7 +213,7 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="t: token id 9; expected below 9"):
         evaluate(uniform(9), Text("t", np.array([3, 9]), 1), 9, 4, 4, quiet)
     with pytest.raises(RunError, match="t: the loss is not finite within the first 2 tokens"):
-        evaluate(lambda a, b: np.full(a.shape, np.nan), Text("t", np.arange(3), 1), 9, 4, 4, quiet)
+        evaluate(lambda a, b, c: np.full(a.shape, np.nan), Text("t", np.arange(3), 1), 9, 4, 4, quiet)
 
 
 # ---- the verbs

@@ -47,7 +47,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float, slopes: Array | None = None) -> Array:
+def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float) -> Array:
     """softmax(scale q k^T), (B, K, H / K, T, S): how much each query takes of each value; arguments as in attend."""
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
@@ -55,9 +55,9 @@ def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float, 
     scores = q @ k.reshape(B, K, 1, S, D).swapaxes(-1, -2)  # (B, K, H / K, T, S)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        scores = scores + fast.lean(slopes, T, S, scores.dtype).reshape(K, H // K, T, S)
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask.unflatten(1, (K, H // K))
+    elif mask is not None:
         scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -float("inf"))
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
 
@@ -74,15 +74,11 @@ def attend(
 ) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look.
 
-    ``slopes`` (H,): a head's scores fall with the distance in tokens times its slope (Press et al. 2022, ALiBi).
+    Or a mask (1 or B, H, T, S) of floats, which are added to scores. ``slopes`` (H,) are ALiBi's for a mask of blocks.
     """
     if isinstance(mask, fast.BlockMask):
         return fast.flex(q, k, v, mask, scale, softcap, slopes)
     if not (drop and drop.rate) and not softcap:
-        if slopes is not None:
-            assert not isinstance(mask, str)
-            added = fast.lean(slopes, q.shape[2], k.shape[2], q.dtype)[None]
-            mask = added if mask is None else torch.where(mask, added, -float("inf"))
         causal = isinstance(mask, str)
         q, k, v = fast.arrange(q, k, v)
         return F.scaled_dot_product_attention(
@@ -97,7 +93,7 @@ def attend(
     assert not isinstance(mask, str)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    weights = weigh(q, k, mask, scale, softcap, slopes)
+    weights = weigh(q, k, mask, scale, softcap)
     if drop and drop.rate:
         weights = noise.dropout(weights, drop.rate, drop.keys[0], drop.first_row)
     return (weights @ v.reshape(B, K, 1, S, D)).reshape(B, H, T, D)
@@ -138,7 +134,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.q_proj(x, drop), self.k_proj(x, drop), self.v_proj(x, drop)
         if self._config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.reshape(B, T, -1)), self.k_norm(k.reshape(B, T, -1))
         q, k, v = q.reshape(B, T, H, D), k.reshape(B, T, K, D), v.reshape(B, T, K, D)
         if self._config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -150,7 +146,7 @@ class Attention(nn.Module):
     def weights(self, x: Array, mask: Array | None, rope: tuple[Array, Array] | None) -> Array:
         """Where the tokens of x (B, T, C) look, (B, H, T, T): what the heads compute with, but for dropout."""
         q, k, _ = self.project(x, rope, None)
-        return weigh(q, k, mask, self._scale, self._config.attn_softcap, self._slopes).reshape(*q.shape[:3], -1)
+        return weigh(q, k, mask, self._scale, self._config.attn_softcap).reshape(*q.shape[:3], -1)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ import torch
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
+from mlxgpt.common.model import rotary
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from torch_ref import fast, noise
 from torch_ref.layers import Array
@@ -94,18 +95,37 @@ def decode(
     pads = [width - len(row.prompt) for row in rows]
     pad = torch.tensor(pads, device=device) if any(pads) else None
     cache = cache or make_cache(model, len(rows), width + steps)
-    held = cache[0].offset
+    held, by_length, fed = cache[0].offset, rotary.by_length(model.config), []
     seen = None
     if sample.repetition_penalty != 1:
         seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
 
-    def forward(tokens: Array) -> Array:
+    def forward(tokens: Array, length: int) -> Array:
         positions = None
         if pad is not None:
             positions = torch.arange(cache[0].offset, cache[0].offset + tokens.shape[1], device=device)
             positions = torch.clip(positions[None, :] - pad[:, None], 0, model.config.block_size - 1)
-        hidden = model.hidden(tokens, positions, pad=pad, cache=cache)  # no id needs a check here
+        lengths = torch.tensor([[length - each] for each in pads], device=device) if by_length else None
+        hidden = model.hidden(tokens, positions, pad=pad, cache=cache, lengths=lengths)  # no id needs a check here
         return model.head(hidden[:, -1:])[:, -1, :n_vocab]
+
+    def read(tokens: Array, start: int) -> Array:
+        """What follows rows of which the cache holds ``start`` tokens."""
+        width = tokens.shape[1]
+        logits = forward(tokens[:, start : start + PREFILL], width)
+        for at in range(start + PREFILL, width, PREFILL):
+            logits = forward(tokens[:, at : at + PREFILL], width)
+        return logits
+
+    def go_on(token: Array, step: int) -> Array:
+        """What follows one more token; keys that were held are read anew where longrope's factors change."""
+        token = token.clip(0)[:, None]
+        fed.extend([token] if by_length else [])
+        if not generation.switches(model.config, rows, step):
+            return forward(token, width + step)
+        for layer in cache:
+            layer.offset = 0
+        return read(torch.cat([tokens, *fed], dim=1), 0)
 
     def draw(logits: Array, step: int) -> Array:
         nonlocal seen
@@ -115,13 +135,10 @@ def decode(
             seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
         return drawn
 
-    logits = forward(tokens[:, held : held + PREFILL])
-    for start in range(held + PREFILL, width, PREFILL):
-        logits = forward(tokens[:, start : start + PREFILL])
-    token = draw(logits, 0)
+    token = draw(read(tokens, held), 0)
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
-        following = draw(forward(token.clip(0)[:, None]), step) if step < steps else token
+        following = draw(go_on(token, step), step) if step < steps else token
         yield token.tolist()
         token = following
 
@@ -163,10 +180,11 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
 
 
 @torch.no_grad()
-def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
     device = model.device
-    hidden, labels = model.hidden(torch.tensor(tokens, device=device)), torch.tensor(targets, device=device)
+    places = None if positions is None else torch.tensor(positions, device=device)
+    hidden, labels = model.hidden(torch.tensor(tokens, device=device), places), torch.tensor(targets, device=device)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):
         piece = slice(start, start + HEAD)
@@ -178,6 +196,7 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def classify(model: Model, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """A classifier's logits (B, n) float32 of texts (B, T), padded on the right, by their last token."""
     device = model.device
-    hidden = model.hidden(torch.tensor(tokens, device=device))
+    ends = torch.tensor(lengths[:, None], device=device)
+    hidden = model.hidden(torch.tensor(tokens, device=device), lengths=ends)
     last = hidden[torch.arange(len(tokens), device=device), torch.tensor(lengths - 1, device=device)]
     return model.head(last).cpu().numpy()

@@ -6,7 +6,7 @@ D head_dim, F n_hidden, V vocab_size. Parameters are named and shaped as common/
 
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -142,6 +142,7 @@ class Model(nn.Module):
     checks = True
 
     _places: Array
+    _slopes: Array | None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 1337):
         super().__init__()
@@ -159,6 +160,8 @@ class Model(nn.Module):
                     self.register_buffer(names[-1], torch.from_numpy(table), persistent=False)
         elif config.position == "sinusoidal":
             self.register_buffer("_places", torch.from_numpy(places.sinusoids(config)), persistent=False)
+        slopes = torch.from_numpy(places.slopes(config.n_head)) if config.position == "alibi" else None
+        self.register_buffer("_slopes", slopes, persistent=False)
         if config.embed_norm:
             self.ln_e = Norm(config.n_embd, config, "ln_e")
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -235,13 +238,14 @@ class Model(nn.Module):
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself; blocks of it if
-        it is ``flexible``.
+        it is ``flexible``. With ALiBi what is added to scores, (1 or B, H, T, S): one for all blocks, whose gradients
+        keep it.
         """
-        slides = 0 < window < S
+        slides, slopes = 0 < window < S, self._slopes
         if segments is None and pad is None and not slides:
-            if T == 1:
+            if T == 1 and slopes is None:
                 return None
-            if fused and T == S:
+            if fused and slopes is None and T == S:
                 return "causal"  # torch aligns is_causal to the upper left, which is right only without a cache
         if flexible:
             return fast.block_mask(T, window if slides else 0, segments, self.device)
@@ -253,6 +257,8 @@ class Model(nn.Module):
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         if pad is not None:
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
+        if slopes is not None:
+            return torch.where(mask, fast.lean(slopes, T, S, self._dtype)[None], -float("inf"))
         return mask
 
     def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
@@ -305,7 +311,7 @@ class Model(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
         drops = bool(drop and drop.rate)
-        fused = not drops and not config.attn_softcap and config.position != "alibi"
+        fused = not drops and not config.attn_softcap
         flexible = not drops and pad is None and cache is None and fast.flexes(self.device, config.head_dim)
         # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k
         flexible = flexible and not (recompute and config.attn_softcap)
@@ -339,7 +345,7 @@ class Model(nn.Module):
         if self._config.tied:
             logits = self.wte.head(x)
             if self._config.has_bias("lm_head"):
-                logits = logits + self.at("lm_head").bias.to(logits.dtype)
+                logits = logits + cast(Bias, self.lm_head).bias.to(logits.dtype)
         else:
             logits = (self.score if self._config.labels else self.lm_head)(x, drop)
         return finish(logits, self._config.logit_scale, self._config.final_softcap)

@@ -7,7 +7,7 @@ tensor lies.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,17 @@ def config_of(model: Mapping[str, Any]) -> ModelConfig:
             raise UserError(f"model.{key} is missing: expected a number (--set {key}=...)")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
     return ModelConfig(**{**values, **_UNFUSED})
+
+
+def promote(kinds: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the values of all; float32 for float16 and bfloat16."""
+
+    def both(one: np.dtype, other: np.dtype) -> np.dtype:
+        return (
+            np.dtype(np.float32) if {one.name, other.name} == {"float16", "bfloat16"} else np.promote_types(one, other)
+        )
+
+    return functools.reduce(both, kinds)
 
 
 def _order(rope: str, rotary: int, head_dim: int) -> np.ndarray:
@@ -159,7 +170,7 @@ class Plan:
         for each in ours:
             blocks = [_turn(read(name), name, self._to_theirs) for name in each]
             pieces.append(np.stack(blocks) if lies.stacked else blocks[0])
-        wide = functools.reduce(np.promote_types, (piece.dtype for piece in pieces))
+        wide = promote(piece.dtype for piece in pieces)
         return lies.together([piece.astype(wide, copy=False) for piece in pieces])
 
 
@@ -199,7 +210,7 @@ def lazily(made: Map, tensors: Mapping[str, Tensor], where: str = "", partial: b
 
     def tensor(name: str) -> Tensor:
         kinds = [tensors[each].dtype for each in plan.sources[name][0][1]]
-        kind = functools.reduce(np.promote_types, kinds)
+        kind = promote(kinds)
         kind = np.dtype(np.float32) if kind == np.float64 else kind
         return Tensor(tuple(plan.table[name].shape), kind, lambda: plan.gather(read, name))
 
@@ -232,7 +243,7 @@ def back_lazily(made: Map, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return np.ascontiguousarray(kept[names][h]) if plan.targets[names][0].heads else kept[names]
 
     for names, (lies, pieces) in plan.targets.items():
-        kind = functools.reduce(np.promote_types, [ours[name].dtype for each in pieces for name in each])
+        kind = promote(ours[name].dtype for each in pieces for name in each)
         for h, name in enumerate(names):
             found[name] = Tensor(lies.one, kind, functools.partial(read, names, h))
     return {name: found[name] for name in in_order(made, found)}

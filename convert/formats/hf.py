@@ -23,6 +23,7 @@ NO_MOMENTS = "AdamW's moments are left behind: --to hf, nanogpt and gptmodel hav
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NARROW = ("float16", "bfloat16")
 COMPANIONS = (*FILES, "generation_config.json", "README.md", "LICENSE", "LICENSE.txt")
+_MAP = ("map.toml", "map.npz")  # which convert --map asks for by its path
 # keys that writers set themselves, or that would no longer be true
 _REWRITTEN = ("dtype", "torch_dtype", "mlxgpt", "quantization", "quantization_config", "auto_map")
 
@@ -140,7 +141,7 @@ def stored_tensor(entry: Stored, transposed: bool = False) -> Tensor:
 
 def left_in_folder(path: Path, made: Opened) -> Iterator[str]:
     """A note of the folder's files that are not converted."""
-    names = {"config.json", weight_files.META, weight_files.INDEX, weight_files.PICKLED_INDEX, "training"}
+    names = {"config.json", weight_files.META, weight_files.INDEX, weight_files.PICKLED_INDEX, "training", *_MAP}
     names |= {*(file.partition("/")[0] for file in made.companions), *(file.name for file in made.files)}
     others = sorted(item.name for item in path.iterdir() if item.name not in names and not item.name.startswith("."))
     if others:

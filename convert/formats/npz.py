@@ -127,8 +127,8 @@ def _npy_header(path: Path, name: str, member: Any, kinds: Mapping[str, str]) ->
         raise UserError(f"{path}: {name}: .npy of version {version}, expected 1.0 or 2.0")
     shape, fortran, dtype = reader(member, max_header_size=_MAX_HEADER)
     if dtype.str not in kinds:
-        expected = ", ".join(dict.fromkeys(kinds.values()))
-        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected one of {expected}")
+        expected = "float32, float16 or bfloat16" + ", or a buffer's" * (kinds is not KINDS)
+        raise UserError(f"{path}: {name}: dtype {dtype.str}: expected {expected}")
     return kinds[dtype.str], shape, fortran and len(shape) > 1, member.tell()
 
 
@@ -169,15 +169,19 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     with zipfile.ZipFile(place / _FILE, "w", zipfile.ZIP_STORED) as archive:
         for name, (tensor, dtype) in parts.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                _write_array(member, name, tensor, dtype, options)
+                write_array(member, name, tensor, dtype, options)
     hf.write_companions(opened, place, values)
     output.write_json(place / "config.json", values)
     notes = hf.mlx_lm_warning(config)
     return notes + ([hf.NO_MOMENTS] if opened.moments else [])
 
 
-def _write_array(member: Any, name: str, tensor: Tensor, dtype: np.dtype, options: Options) -> None:
-    """One .npy, a block of rows at a time."""
+def write_array(member: Any, name: str, tensor: Tensor, dtype: np.dtype, options: Options) -> None:
+    """One .npy into the open ``member`` of an archive, a block of rows at a time.
+
+    Raises:
+        UserError: a value is not finite, or does not fit.
+    """
     descr = "<V2" if dtype == DTYPES["BF16"] else dtype.newbyteorder("<").str
     header: Mapping[str, Any] = {"descr": descr, "fortran_order": False, "shape": tensor.shape}
     np.lib.format.write_array_header_1_0(member, dict(header))

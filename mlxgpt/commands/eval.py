@@ -12,6 +12,7 @@ from mlxgpt.common.evaluate import rows as evaluation_rows
 from mlxgpt.common.evaluate.score import evaluate, evaluate_rows
 from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.model import rotary
 from mlxgpt.common.tokenizers import beginning
 
 
@@ -35,8 +36,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
         if live:
             print(f"\r{progress}\033[K", end="", file=sys.stderr, flush=True)
 
-    def score(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return backend.generate.score(model, tokens, targets)
+    def score(tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
+        return backend.generate.score(model, tokens, targets, positions if rotary.by_length(config) else None)
 
     if rows:
         examples = evaluation_rows.examples(

@@ -98,11 +98,3 @@ def again(made: Map, kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         array = kept[line] if buffer.make == "kept" else make(buffer)
         found |= dict.fromkeys(_names(line, plan), array)
     return found
-
-
-def complete(made: Map, state: State) -> tuple[Map, dict[str, np.ndarray]]:
-    """See ``complete.complete``."""
-    from convert.adopt.maps.complete import complete as whole
-
-    found = whole(made, state)
-    return found.map, dict(found.kept)

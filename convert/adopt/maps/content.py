@@ -41,7 +41,14 @@ def look(place: Path, content: Any) -> Held:
     optimizer: tuple[Mapping[str, Any] | None, tuple[str, ...]] = None, ()
     under: list[str] = []
     notes: list[str] = []
-    here, level = content, beside
+    here = content
+
+    def keep(at: tuple[str, ...], value: Any) -> None:
+        level = beside
+        for word in at[:-1]:
+            level = level.setdefault(word, {})
+        level[at[-1]] = value
+
     while isinstance(here, Mapping):
         inside = {key: each for key, each in here.items() if not _is_optimizer(key, each) and _weights_in(each)}
         key = _next_key(inside)
@@ -57,13 +64,13 @@ def look(place: Path, content: Any) -> Held:
             if made is _NOTHING:
                 left.append(str(other))
                 continue
-            level[str(other)] = made
+            keep((*under, str(other)), made)
             if made is not None:
                 extras.setdefault(str(other), made)
         if left:
             notes.append(f"{place}: left behind beside {key}: {', '.join(left)}")
         under.append(key)
-        here, level = here[key], level.setdefault(key, {})
+        here = here[key]
     if not isinstance(here, Mapping | list | tuple):
         shown = f"one tensor {list(here.shape)}" if _is_tensor(here) else type(here).__name__
         raise UserError(f"{place}: {shown}, expected tensors by name")
@@ -73,7 +80,7 @@ def look(place: Path, content: Any) -> Held:
             if (made := plain(each)) is not _NOTHING and made is not None:
                 extras.setdefault(name, made)
                 if isinstance(here, Mapping) and name in here:
-                    level[name] = made
+                    keep((*under, name), made)
             continue
         if name in tensors:
             raise UserError(f"{place}: two tensors are named {name} once dicts are flattened: expected one")

@@ -33,6 +33,11 @@ class Item:
     stacked: bool = False  # the first axis is the block's, and not in ``shape``
 
     @property
+    def used(self) -> tuple[int, ...]:
+        """The shape without axes of one."""
+        return self.shape if self.heads else bare(self.shape)
+
+    @property
     def leaf(self) -> str:
         """What the tensor is called within its module."""
         return self.inside.rpartition(".")[2]
@@ -59,6 +64,13 @@ class _Run:
     base: int
     stride: int
     count: int
+
+
+def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of one, where it has other axes."""
+    if len(shape) < 2 or (kept := tuple(size for size in shape if size != 1)) == shape:
+        return shape
+    return kept or (1,)
 
 
 def structure(shapes: Shapes) -> Structure:
@@ -133,7 +145,7 @@ def _run(members: Mapping[int, Shapes]) -> _Run | None:
 
 
 def _matrices(shapes: Shapes) -> int:
-    return sum(len(shape) > 1 and min(shape) > 1 for shape in shapes.values())
+    return sum(len(bare(shape)) > 1 for shape in shapes.values())
 
 
 def _best(
@@ -148,9 +160,9 @@ def _best(
     best: tuple[float, set[str], _Run] | None = None
     for run, prefixes in groups.items():
         covered = [name for name in shapes if _place(name, prefixes, run) is not None]
-        outside = [name for name in shapes if len(shapes[name]) > 1 and name not in set(covered)]
+        outside = [name for name in shapes if len(bare(shapes[name])) > 1 and name not in set(covered)]
         matrices = _matrices({name: shapes[name] for name in covered}) / (run.count)
-        if matrices < 3 or (run.count == 1 and (not outside or len(covered) < 0.3 * len(shapes))):
+        if matrices < 3 or matrices * run.count < len(outside) or (run.count == 1 and not outside):
             continue
         value = len(covered) * (1.0 if run.count > 1 else 0.5)
         if best is None or value > best[0]:

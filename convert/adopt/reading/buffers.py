@@ -62,7 +62,7 @@ def recognize(
 
 def _is_mask(array: np.ndarray) -> bool:
     """Whether a square array has one value on and below the diagonal, and another above it."""
-    square = np.asarray(array, dtype=np.float64).reshape(array.shape[-2:])
+    square = np.asarray(array, dtype=np.float64).squeeze()
     below, above = square[np.tril_indices(len(square))], square[np.triu_indices(len(square), 1)]
     flat = [float(values[0]) for values in (below, above) if len(values) and bool(np.all(values == values[0]))]
     return len(flat) == 2 and flat[0] != flat[1]

@@ -32,11 +32,12 @@ def pick(name: str, values: Sequence[tuple[str, Mapping[str, Any]]], why: str = 
 
 
 def n_head(
-    width: int, kv: int, head_dim: int, known: Mapping[str, Any], rope: bool
+    width: int, kv: int, head_dim: int, known: Mapping[str, Any], rope: bool, turned: int = 0
 ) -> tuple[dict[str, int], Choice | None]:
     """(fields, None) where sizes or settings say the number of heads; else the choice among divisors.
 
-    ``width`` is n_head head_dim, ``kv`` n_kv_head head_dim; ``head_dim`` 0 where no tensor tells it.
+    ``width`` is n_head head_dim, ``kv`` n_kv_head head_dim; ``head_dim`` 0 where no tensor tells it;
+    ``turned``: how much of a head the table of rope turns, or 0.
     """
 
     def fields(dim: int) -> dict[str, int]:
@@ -51,7 +52,9 @@ def n_head(
         return fields(width // said), None
     if kv < width and (groups := known.get("n_kv_head")) and kv % groups == 0 and kv // groups in dims:
         return fields(kv // groups), None
-    best = 64 if width >= 320 else 32 if width >= 128 else max(width // 4, 1)
+    if turned:
+        dims = [dim for dim in dims if dim >= turned] or dims
+    best = turned if turned else 64 if width >= 320 else 32 if width >= 128 else max(width // 4, 1)
 
     def rank(dim: int) -> tuple[float, int]:
         odd = (0.0 if dim in _DIMS else 0.7) + (0.25 if (width // dim) % 2 and width // dim > 1 else 0.0)
@@ -116,6 +119,9 @@ def norm(bias: bool, said: frozenset[str], near_zero: bool, style: Style) -> Cho
 
 def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, Any]) -> tuple[str, Choice | None]:
     """Where the norms of a block are, by how many it has."""
+    if count == 0:
+        order = ["pre", "post_add", "parallel", "post", "sandwich"]
+        return order[0], pick("placement", [(name, {"placement": name}) for name in order], "no norm has a tensor")
     if count == 4:
         return "sandwich", None
     if count == 1:
@@ -125,9 +131,7 @@ def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, An
         known.get("pre") is None and (style.encoder or not final_norm) and not style.llama
     ):
         order = ["post_add", "pre", "post", "parallel2"]
-    if style.nanochat:
-        order = ["pre", "post_add", "post", "parallel2"]
-    elif style.behind:
+    if style.behind:
         order = ["post", "post_add", "pre", "parallel2"]
     return order[0], pick(
         "placement", [(name, {"placement": name}) for name in order], "where a norm acts has no weights"
@@ -156,28 +160,28 @@ def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[s
     return options[0][1], choices
 
 
-def rope(known: Mapping[str, Any], style: Style, pairing: str, head_dim: int, told: bool) -> list[Choice]:
-    """Pairing, theta and width of rope. ``told``: a table of the state dict gave theta and width."""
-    order = list(ROPES)
+def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[int], told: bool) -> list[Choice]:
+    """Pairing, theta and width of rope.
+
+    ``dims`` are the widths that a head may have, likeliest first. ``told``: a table of the state dict gave theta and
+    how much of a head is turned; ``pairing``: it repeats each angle as this pairing does.
+    """
+    order, why = list(ROPES), "how rope pairs dimensions has no weights"
     if style.meta:
         order = ["pairs", "halves", "pairs reversed", "halves reversed"]
     elif style.nanochat:
         order = ["halves reversed", "halves", "pairs", "pairs reversed"]
-    made = [
-        Choice("rope", tuple(Option(name, rope=name) for name in order), "how rope pairs dimensions has no weights")
-    ]
     if pairing:
         order.sort(key=lambda name: not name.startswith(pairing))
-        made = [
-            Choice("rope", tuple(Option(name, rope=name) for name in order), "the table of rope repeats each angle so")
-        ]
+        why = "the table of rope repeats each angle so"
+    made = [Choice("rope", tuple(Option(name, rope=name) for name in order), why)]
     if not told and not known.get("rope_theta"):
         made.append(pick("rope_theta", [(f"{each:g}", {"rope_theta": each}) for each in THETAS], "no table of rope"))
-    if not told and head_dim and not known.get("rotary_dim"):
-        dims = dict.fromkeys(dim for dim in (head_dim, head_dim // 2, head_dim // 4) if dim and dim % 2 == 0)
-        if len(dims) > 1:
-            values = [(f"{dim} of {head_dim}", {"rotary_dim": 0 if dim == head_dim else dim}) for dim in dims]
-            made.append(pick("rotary_dim", values, "how much of a head rope turns"))
+    if not told and not known.get("rotary_dim"):
+        parts = [part for dim in dims[:4] for part in (dim // 4 * 2, dim // 8 * 2) if part]
+        values = [("all", {"rotary_dim": 0}), *((f"{part}", {"rotary_dim": part}) for part in dict.fromkeys(parts))]
+        if len(values) > 1:
+            made.append(pick("rotary_dim", values, "how many dimensions of a head rope turns"))
     return made
 
 
@@ -208,17 +212,12 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
     return made
 
 
-def bare_norms(has_qk: bool) -> Choice:
-    """Norms without weights, of which there are no tensors: nanochat's and modded-nanogpt's kind, and OLMo's."""
-    base = {"norm_weight": False, "norm_bias": False, "final_norm": True}
-    more = {} if has_qk else {"qk_norm": "head"}
-    values: list[tuple[str, dict[str, Any]]] = [
-        ("rms, of queries and keys too, and after the embedding", {**base, "norm": "rms", "embed_norm": True, **more}),
-        ("rms, of queries and keys too", {**base, "norm": "rms", "embed_norm": False, **more}),
-        ("rms", {**base, "norm": "rms", "embed_norm": False}),
-        ("rms, and after the embedding", {**base, "norm": "rms", "embed_norm": True}),
-        ("layer", {**base, "norm": "layer", "embed_norm": False}),
-    ]  # fmt: skip
+def bare_norms(has_qk: bool, style: Style) -> list[Choice]:
+    """Norms without weights, of which there are no tensors: where nanochat, modded-nanogpt and OLMo have them."""
+    why = "no norm has a tensor"
+    made = [pick("norm", [("rms", {"norm": "rms"}), ("layer", {"norm": "layer"})], why)]
     if not has_qk:
-        values = [(label, {"qk_norm": "none", **fields}) for label, fields in values]
-    return pick("norm", values, "no norm has a tensor")
+        made.append(pick("qk_norm", [("head", {"qk_norm": "head"}), ("none", {"qk_norm": "none"})], why))
+    made.append(pick("embed_norm", [("yes", {"embed_norm": True}), ("no", {"embed_norm": False})], why))
+    made.append(pick("final_norm", [("yes", {"final_norm": True}), ("no", {"final_norm": False})], why))
+    return made

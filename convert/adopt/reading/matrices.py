@@ -18,6 +18,7 @@ OURS = {
 }  # fmt: skip
 _LINE = ("qkv", "q", "k", "v", "kv", "o", "gate", "gate_fc", "fc", "proj")  # the order in which models name them
 _UNEXPLAINED = -40.0
+_DOUBT = 5.0  # how much less the names of another reading may say
 NAMED = 7.0  # a score from which on a name alone says the role
 
 
@@ -49,7 +50,7 @@ class Reading:
 
 def lays(item: Item, role: str, width: int) -> Iterator[Lay]:
     """The ways in which a tensor can be the matrix of a role in a model of n_embd ``width``."""
-    shape, pieces, mine = item.shape, PIECES.get(role, 1), "o" if role in WRITES else "i"
+    shape, pieces, mine = item.used, PIECES.get(role, 1), "o" if role in WRITES else "i"
     if item.heads:
         if len(shape) == 2 and role in OF_ATTENTION:
             d = "(p d)" if pieces > 1 else "d"
@@ -204,22 +205,31 @@ def score(item: Item, role: str, context: str) -> float:
 
 def style(item: Item) -> str:
     """What its leaf is called decides with which other matrices a matrix shares its layout."""
-    leaf = item.leaf
-    return leaf if leaf in ("weight", "kernel", "w") else "raw"
+    leaf = item.leaf if item.leaf in ("weight", "kernel", "w") else "raw"
+    return leaf if len(item.shape) == 2 else f"{leaf}, {len(item.shape)} axes"
 
 
 def _taste(item: Item, turned: bool) -> float:
     """How usual it is that matrices of a style lie so; three in one are mostly three of nn.Linear's."""
-    kind = style(item)
-    if kind == "weight" or (kind == "raw" and item.shape[0] == 3):
+    kind = style(item).partition(",")[0]
+    if kind == "weight" or (kind == "raw" and item.used[0] == 3):
         return -2.5 if turned else 0.0
     if kind in ("kernel", "w"):
         return 0.0 if turned else -2.5
     return 0.0 if turned else -0.5
 
 
-def read(items: tuple[Item, ...], width: int) -> Reading | None:
-    """The likeliest roles of a block's matrices; None where no roles fit their sizes."""
+def read(
+    items: tuple[Item, ...],
+    width: int,
+    biases: Mapping[str, int] | None = None,
+    force: Mapping[str, bool] | None = None,
+) -> Reading | None:
+    """The likeliest roles of a block's matrices; None where no roles fit their sizes.
+
+    ``biases``: matrix -> size of its bias, which is that of its outputs. ``force``: style -> whether its
+    matrices are [in, out]; default: what is likeliest.
+    """
     context = contexts(items)
     scores = {
         (item.theirs, role): score(item, role, context[item.theirs]) for item in items for role in _LINE
@@ -231,22 +241,47 @@ def read(items: tuple[Item, ...], width: int) -> Reading | None:
             if len(roles) > len(items):
                 continue
             least = best.score if best else float("-inf")
-            found = _assign(items, roles, width, scores, least)
+            found = _assign(items, roles, width, scores, least, biases or {}, force or {})
             if found is not None:
                 left = tuple(item for item in items if all(item is not used for used, _ in found[0].values()))
                 best = Reading(found[0], left, found[1], context)
     return best
 
 
+def turned(
+    reading: Reading, items: tuple[Item, ...], width: int, biases: Mapping[str, int]
+) -> Iterator[tuple[str, Reading]]:
+    """(style, reading) where the matrices of a style may as well lie the other way round, for all that names say."""
+    ways = {style(item): lay.turned for item, lay in reading.roles.values() if len(item.used) == 2}
+    for kind, way in ways.items():
+        other = read(items, width, biases, {**ways, kind: not way})
+        if other is None or other.left:
+            continue
+        named = [
+            sum(score(item, role, each.context.get(item.theirs, "")) for role, (item, _) in each.roles.items())
+            for each in (reading, other)
+        ]
+        if named[0] - named[1] < _DOUBT:
+            yield kind, other
+
+
 def _assign(
-    items: tuple[Item, ...], roles: tuple[str, ...], width: int, scores: Mapping[tuple[str, str], float], least: float
+    items: tuple[Item, ...],
+    roles: tuple[str, ...],
+    width: int,
+    scores: Mapping[tuple[str, str], float],
+    least: float,
+    biases: Mapping[str, int],
+    force: Mapping[str, bool],
 ) -> tuple[dict[str, tuple[Item, Lay]], float] | None:
     """The best way to give each role a matrix, if it scores more than ``least``: branch and bound."""
-    ways = {
-        role: [(item, lay, scores[item.theirs, role] + _taste(item, lay.turned)) for item in items
-               for lay in lays(item, role, width)]
-        for role in roles
-    }  # fmt: skip
+    ways: dict[str, list[tuple[Item, Lay, float]]] = {role: [] for role in roles}
+    for role, item in ((role, item) for role in roles for item in items):
+        for lay in lays(item, role, width):
+            outputs = width if role in WRITES else lay.size
+            forced = len(item.used) == 2 and force.get(style(item), lay.turned) != lay.turned
+            if not forced and biases.get(item.theirs, outputs) == outputs:
+                ways[role].append((item, lay, scores[item.theirs, role] + _taste(item, lay.turned)))
     if not all(ways.values()):
         return None
     order = sorted(roles, key=lambda role: len(ways[role]))
@@ -272,9 +307,9 @@ def _assign(
         used = {id(item) for item, _ in chosen.values()}
         for item, lay, worth in ways[role]:
             kind = style(item)
-            if id(item) in used or (len(item.shape) == 2 and turned.get(kind, lay.turned) != lay.turned):
+            if id(item) in used or (len(item.used) == 2 and turned.get(kind, lay.turned) != lay.turned):
                 continue
-            more = {kind: lay.turned} if len(item.shape) == 2 else {}
+            more = {kind: lay.turned} if len(item.used) == 2 else {}
             visit(i + 1, chosen | {role: (item, lay)}, turned | more, value + worth)
 
     visit(0, {}, {}, 0.0)

@@ -56,8 +56,8 @@ def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> N
         for marks, what in _MARKS:
             if marks in text:
                 raise UserError(f"{what}: found {name} {list(shape)}: {_EXPECTED}")
-        small = len(shape) >= 4 and (1 < max(shape[-2:]) <= 11 or 1 < max(shape[:2]) <= 11)
-        if small and not said & words.ATTENTION and (said & {"weight", "kernel", "w"} or "conv" in text):
+        small = len(shape) >= 4 and any(1 < one == two <= 11 for one, two in (shape[-2:], shape[:2]))
+        if small and not said & words.ATTENTION and (len(shape) == 4 or "conv" in text):
             raise UserError(f"a convolutional network: found {name} {list(shape)}: {_EXPECTED}")
     blocks = [name for name in shapes if {"self", "attn"} <= set(words.words(name))]
     cross = next((name for name in shapes if {"multihead", "attn"} <= set(words.words(name))), None)

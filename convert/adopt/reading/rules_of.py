@@ -15,7 +15,7 @@ _FOUR = ("qkvo", "kqvo", "vkqo", "qvko", "oqkv", "kvqo", "vqko")
 
 def axes(item: Item, lay: str) -> str:
     """``lay`` of a tensor without axes of one, with these, and with the one of all blocks."""
-    used = bare(item.shape)
+    used = item.used
     if item.stacked or len(used) < len(item.shape):
         parts = _parts(lay or ("o i" if len(used) == 2 else "o"))
         ones = len(used) < len(item.shape)
@@ -23,19 +23,12 @@ def axes(item: Item, lay: str) -> str:
     return ("n " if item.stacked else "") + lay
 
 
-def bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without axes of one, where it has other axes."""
-    if len(shape) < 2 or (kept := tuple(size for size in shape if size != 1)) == shape:
-        return shape
-    return kept or (1,)
-
-
 def bias_axes(bias: Item, role: str, lay: Lay) -> str:
     """How the bias of a matrix lies: as the outputs of the matrix do, in as many axes as it has."""
     if role in WRITES:
         return "o" if bias.stacked else ""
     outputs = " ".join(part for part in _parts(lay.axes or "o i") if part != "i")
-    if len(bare(bias.shape)) == 1 and len(_parts(outputs)) > 1:
+    if len(bias.used) == 1 and len(_parts(outputs)) > 1:
         outputs = "(" + outputs.replace("(", "").replace(")", "") + ")"
     return "" if outputs == "o" and not bias.stacked else outputs
 
@@ -96,11 +89,7 @@ def certainty(role: str, reading: Reading, items: tuple[Item, ...], width: int) 
     context = reading.context.get(item.theirs, "")
     named = matrices.score(item, role, context)
     unlike = [other for other in items if other is not item and any(matrices.lays(other, role, width))]
-    rivals = [
-        other
-        for other in unlike
-        if bare(other.shape) == bare(item.shape) or sorted(bare(other.shape)) == sorted(bare(item.shape))
-    ]
+    rivals = [other for other in unlike if other.used == item.used or sorted(other.used) == sorted(item.used)]
     if named >= matrices.NAMED:
         return "sure", "name"
     if not [other for other in rivals if reading.context.get(other.theirs, "") in (context, "")]:
@@ -123,7 +112,7 @@ def fused(role: str, item: Item, lay: Lay, bias: Item | None, grouped: bool) -> 
             forms.append((text.replace("(p o)", "(h d p)"), "dimension by dimension"))
     else:
         forms = [(text, "as its axes say")]
-        if text in ("p o i", "p i o") and item.shape[1] == item.shape[2]:
+        if text in ("p o i", "p i o") and item.used[1] == item.used[2]:
             forms = [("p o i", "W @ x"), ("p i o", "x @ W")]
     orders = [first, *(order for order in _ORDERS if order != first)] if role == "qkv" else ["kv", "vk"]
     # order by order what is usual: whole and by head of the first, then the other orders
@@ -147,7 +136,7 @@ def which_of_four(
     if len(roles) < 2:
         return None
     held = sorted((reading.roles[role] for role in roles), key=lambda each: each[0].order)
-    if len({item.shape for item, _ in held}) > 1:
+    if len({item.used for item, _ in held}) > 1:
         return None
     orders = ["".join(order) for order in permutations(roles)]
     usual = ["".join(letter for letter in order if letter in roles) for order in _FOUR]
@@ -166,28 +155,26 @@ def which_of_four(
     return Choice(f"layout of {held[0][0].theirs} and its like", tuple(options), "which matrix is q, k, v or out")
 
 
-def turns(reading: Reading, bias_of: dict[str, Item | None]) -> Iterator[Choice]:
-    """Square matrices that no other matrix of their style tells the layout of: as they lie, or transposed."""
-    styles: dict[str, list[str]] = {}
-    for role, (item, _) in reading.roles.items():
-        if len(item.shape) == 2 and not item.heads:
-            styles.setdefault(matrices.style(item), []).append(role)
-    for style, roles in styles.items():
-        held = [reading.roles[role] for role in roles]
-        if style == "weight" or any(item.shape[0] != item.shape[1] for item, _ in held):
-            continue
+def turns(
+    reading: Reading,
+    items: tuple[Item, ...],
+    bias_of: dict[str, Item | None],
+    width: int,
+    sizes: dict[str, int],
+) -> Iterator[Choice]:
+    """Matrices that may lie either way: as they are read, or transposed, with what reads and what writes exchanged."""
+    for kind, other in matrices.turned(reading, items, width, sizes):
         options = []
-        for turned in (held[0][1].turned, not held[0][1].turned):
+        for each in (reading, other):
             made: dict[str, Rule] = {}
-            for role in roles:
-                item, lay = reading.roles[role]
-                form = Lay(lay.size, "i o" if turned else "", turned)
-                made |= pair(role, item, form, bias_of[item.theirs], "likely", "square")
-            options.append(Option("x @ W" if turned else "W @ x", rules=made))
-        shown = held[0][0].theirs
-        yield Choice(
-            f"layout of {shown} and its like", tuple(options), "square matrices: weights do not say whether transposed"
-        )
+            for role, (item, lay) in each.roles.items():
+                if matrices.style(item) == kind and len(item.used) == 2:
+                    made |= pair(role, item, lay, bias_of[item.theirs], "likely", "shapes allow both ways")
+            way = next(lay.turned for item, lay in each.roles.values() if matrices.style(item) == kind)
+            options.append(Option("x @ W" if way else "W @ x", rules=made))
+        shown = next(item.theirs for item, _ in reading.roles.values() if matrices.style(item) == kind)
+        why = "shapes do not say whether matrices are transposed"
+        yield Choice(f"layout of {shown} and its like", tuple(options), why)
 
 
 def gate_or_up(reading: Reading, bias_of: dict[str, Item | None]) -> Choice | None:

@@ -43,7 +43,7 @@ def tables(items: tuple[Item, ...], width: int) -> Tables:
     """Gives the matrices outside the blocks their roles, by name and by which share the size of the vocabulary."""
     fit: list[tuple[Item, int, bool]] = []
     for item in items:
-        sides = [side for side in item.shape if side != 1] if len(item.shape) > 2 else list(item.shape)
+        sides = list(item.used)
         if len(sides) == 2 and width in sides:
             turned = sides[1] != width
             fit.append((item, sides[0] if turned is False else sides[1], turned))
@@ -60,10 +60,10 @@ def tables(items: tuple[Item, ...], width: int) -> Tables:
                 if head is not None and len(fit) == 2 and fit[0][1] == fit[1][1]:
                     value += 2.0
                 if position is not None:
-                    value += 0.5 if fit[position][1] <= fit[token][1] else 0.0
+                    value += 0.5 if fit[position][1] < fit[token][1] else 0.0
                     value -= 4.0 if not embeds(fit[position][0])["wpe"] else 0.0
                 value -= 2.0 * (fit[token][2]) + 10.0 * (len(fit) - len(used))
-                value += 0.1 * (head is None or head > token) + 0.1 * (position is None or position > token)
+                value += 0.1 * (head is None or head > token) + 1.0 * (position is None or position > token)
                 if best is None or value > best[0]:
                     made = {"wte": token, "wpe": position, "lm_head": head}
                     best = value, {role: (fit[i][0], fit[i][2]) for role, i in made.items() if i is not None}

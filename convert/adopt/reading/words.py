@@ -5,9 +5,9 @@ from functools import cache
 
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
-QUERY = frozenset({"q", "query", "queries", "qry"})
-KEY = frozenset({"k", "key", "keys"})
-VALUE = frozenset({"v", "value", "values", "val", "vals"})
+QUERY = frozenset({"q", "qs", "query", "queries", "qry"})
+KEY = frozenset({"k", "ks", "key", "keys"})
+VALUE = frozenset({"v", "vs", "value", "values", "val", "vals"})
 QKV = frozenset({"qkv", "qvk", "kqv", "kvq", "vqk", "vkq"})
 ATTENTION = frozenset(
     {"attn", "att", "attention", "atten", "sa", "mha", "msa", "mhsa", "csa", "gqa", "mqa", "heads", "self", "mixer"}
@@ -55,24 +55,23 @@ WEIGHT_KINDS = frozenset(
 )
 BIAS_KINDS = frozenset({"bias", "biases", "b", "beta", "shift", "offset"})
 
+_SHORT = {"qn": ("q", "norm"), "kn": ("k", "norm"), "lnf": ("ln", "f"), "nf": ("norm", "f")}
 _KNOWN = frozenset().union(
     QUERY, KEY, VALUE, QKV, ATTENTION, MLP, OUT, NORM, UP, DOWN, GATE, TOKEN, EMBED, POSITION, HEAD, FINAL,
-    WEIGHT_KINDS,
-    BIAS_KINDS,
-    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "buffer", "rope", "rotary", "freqs",
-     "freq",
-     "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre", "post", "first", "second", "c", "h",
-     "lin",
-     "linear", "linears", "conv", "bn", "batch", "running", "expert", "experts", "router", "cross", "enc", "model",
-     "transformer", "sublayer", "residual", "lora", "ids", "alibi", "slopes", "slope", "masked", "fuse", "fused"},
+    WEIGHT_KINDS, BIAS_KINDS, _SHORT,
+    {"layer", "layers", "block", "blocks", "self", "multi", "causal", "mask", "masked", "buffer", "rope",
+     "rotary", "freq", "freqs", "inv", "cis", "cos", "sin", "cached", "cache", "tril", "triu", "kv", "pre",
+     "post", "first", "second", "c", "h", "lin", "linear", "linears", "conv", "bn", "batch", "running",
+     "expert", "experts", "router", "cross", "enc", "model", "transformer", "sublayer", "residual", "lora",
+     "ids", "alibi", "slopes", "slope", "fuse", "fused"},
 )  # fmt: skip
 _SINGLE = frozenset("wbqkvofgue")
-_WHOLE = frozenset({"wte", "wpe", "lm", "in", "bn"})
 
 
 def words(name: str) -> tuple[str, ...]:
     """The words of a name, in small letters, numbers apart: blocks.3.W_qkv -> blocks 3 w qkv."""
-    return tuple(word for part in _PARTS.findall(name) for word in _split(part.lower()))
+    said = (word for part in _PARTS.findall(name) for word in _split(part.lower()))
+    return tuple(each for word in said for each in _SHORT.get(word, (word,)))
 
 
 @cache
@@ -98,6 +97,8 @@ def kind(name: str) -> tuple[str, tuple[str, ...]]:
     """("weight" or "bias", the words without the one that says so); a name that says neither is a weight."""
     said = words(name)
     leaf = len(words(name.rpartition(".")[0]))
+    if len(said) - leaf > 1 and said[leaf] in ("w", "b"):
+        return "bias" if said[leaf] == "b" else "weight", said[:leaf] + said[leaf + 1 :]
     for place in reversed(range(len(said))):
         if place < leaf and len(said) - leaf:
             break

@@ -259,6 +259,16 @@ def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
     return made
 
 
+def as_torch(array: np.ndarray) -> "torch.Tensor":
+    """An array as a tensor of its dtype, bfloat16 too."""
+    import torch
+
+    if array.dtype.kind != "V":
+        return torch.from_numpy(array.copy())
+    whole = torch.from_numpy(array.view(np.dtype(f"i{array.dtype.itemsize}")).copy())
+    return whole.view(getattr(torch, array.dtype.name))
+
+
 def number(value: Any) -> float:
     """A number, or a tensor of one; NaN for anything else."""
     import torch
@@ -322,14 +332,16 @@ class Archive:
 
     def _fill(self, file: BinaryIO, tensor: "torch.Tensor", start: int) -> int:
         """Writes a tensor's values, in blocks; returns their CRC."""
+        import torch
+
         file.seek(start)
         found = bad = 0
-        if id(tensor) not in self._sources:
-            name, blocks = "", iter([tensor.contiguous().numpy()])
-        else:
-            _, name, source, dtype = self._sources[id(tensor)]
-            blocks = stream.blocks(name, source, dtype, False, self._options)
-        for block in blocks:
+        if id(tensor) not in self._sources:  # a mask, say, of which -inf is a value
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            return zlib.crc32(data)
+        _, name, source, dtype = self._sources[id(tensor)]
+        for block in stream.blocks(name, source, dtype, False, self._options):
             bad += stream.count_not_finite(block)
             data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
             found = zlib.crc32(data, found)

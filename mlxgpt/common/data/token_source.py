@@ -184,7 +184,8 @@ def windows(
 
     Windows of ``block_size`` advance by ``stride`` (default: block_size, no overlap). Where they overlap, what an
     earlier window scored has weight 0 and is context. A text begins at each of ``starts``, and no window holds two.
-    Padding has weight 0; batches of one text have the same shape, those of several are as wide as they need.
+    Padding has weight and position 0; batches of one text have the same shape, those of several are as wide as they
+    need.
 
     Raises:
         UserError: fewer than two tokens, or a stride outside 1 to block_size.
@@ -198,14 +199,14 @@ def windows(
     while held := list(itertools.islice(rows, batch_size)):
         width = max(end - start for start, end, _ in held)
         width = block_size if len(starts) == 1 else min(block_size, -(-width // _STEP) * _STEP)
-        arrays = np.zeros((3, batch_size, width), np.int64)
+        arrays = np.zeros((4, batch_size, width), np.int64)
         for row, (start, end, scored) in enumerate(held):
             arrays[0, row, : end - start] = tokens[start:end]
             arrays[1, row, : end - start] = tokens[start + 1 : end + 1]
             arrays[2, row, scored - start : end - start] = 1
-        yield Batch(
-            tokens=arrays[0].astype(np.int32), targets=arrays[1].astype(np.int32), weights=arrays[2].astype(np.float32)
-        )
+            arrays[3, row, : end - start] = np.arange(end - start)
+        ints = arrays.astype(np.int32)
+        yield Batch(ints[0], ints[1], arrays[2].astype(np.float32), positions=ints[3])
 
 
 def _windows(

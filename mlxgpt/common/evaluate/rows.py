@@ -105,4 +105,4 @@ def batches(examples: list[Example], most: int) -> Iterator[Batch]:
     """The examples, each seeing itself alone; ``most``: the context."""
     for start in range(0, len(examples), ROWS):
         part = examples[start : start + ROWS]
-        yield pack.padded_batch(part, [(n,) for n in range(len(part))], most)
+        yield pack.padded_batch(part, [(n,) for n in range(len(part))], most, placed=True)

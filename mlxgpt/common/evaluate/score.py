@@ -11,8 +11,8 @@ from mlxgpt.common.data.token_source import windows
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.evaluate.text import Text
 
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(tokens, targets), both (B, T) -> losses (B, T)."""
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
+"""(tokens, targets, positions), each (B, T) -> losses (B, T)."""
 BATCH = 4096  # tokens that pass through the model at once
 
 
@@ -57,7 +57,7 @@ def evaluate(
         largest = int(max(batch.tokens.max(), batch.targets.max()))
         if largest >= vocab_size:
             raise UserError(f"{text.name}: token id {largest}; expected below {vocab_size}, the model's vocabulary")
-        losses = score(batch.tokens, batch.targets).astype(np.float64)
+        losses = score(batch.tokens, batch.targets, batch.positions).astype(np.float64)
         scored = batch.weights > 0
         loss_sum, count = loss_sum + float(losses[scored].sum()), count + int(scored.sum())
         if not math.isfinite(loss_sum):
@@ -74,7 +74,7 @@ def evaluate_rows(score: Score, batches: Iterator[Batch], name: str, say: Callab
     """
     loss_sum, count = 0.0, 0
     for batch in batches:
-        losses = score(batch.tokens, batch.targets).astype(np.float64)
+        losses = score(batch.tokens, batch.targets, batch.positions).astype(np.float64)
         loss_sum += float((losses * batch.weights).sum())
         count += int(np.count_nonzero(batch.weights))
         if not math.isfinite(loss_sum):

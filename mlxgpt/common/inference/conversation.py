@@ -12,6 +12,7 @@ from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.inference import generation
+from mlxgpt.common.model import rotary
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -91,6 +92,9 @@ class Conversation:
         """Keeps of the cache what ``ids`` begin with; one token at least is read, for its logits."""
         pairs = zip(self._held, ids[:-1], strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(ids) - 1))
+        config = self._model.config
+        if rotary.by_length(config) and max(len(self._held), len(ids) - 1) >= config.rope_original:
+            same = 0  # keys of another length turn at other frequencies
         for layer in self._cache:
             layer.offset = same
         del self._held[same:]

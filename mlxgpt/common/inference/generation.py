@@ -156,6 +156,11 @@ def steps(config: ModelConfig, rows: list[Row], sample: SampleConfig) -> int:
     return min(sample.max_tokens, max((room(config, row) for row in rows), default=0))
 
 
+def switches(config: ModelConfig, rows: list[Row], step: int) -> bool:
+    """Whether a row goes beyond the original context of longrope with its drawn token number ``step``."""
+    return config.rope_scaling == "longrope" and any(len(row.prompt) + step == config.rope_original + 1 for row in rows)
+
+
 def advance(
     config: ModelConfig, rows: list[Row], tokens: list[int], sample: SampleConfig, on_text: OnText | None
 ) -> bool:

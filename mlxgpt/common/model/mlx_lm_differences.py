@@ -26,6 +26,12 @@ def mlx_lm_deviations(config: ModelConfig) -> list[str]:
         found.append(f"mlx-lm sees everything in {family}, this model has a window of {config.window} tokens")
     if config.rope_scaling != "none" and not does.scaling:
         found.append(f"mlx-lm ignores rope scaling in {family}, this model has {config.rope_scaling}")
+    elif config.rope_attention or not config.rope_truncate:
+        what = "attention_factor" if config.rope_attention else "truncate"
+        found.append(f"mlx-lm ignores {what} of {config.rope_scaling}, this model has one")
+    if config.rope_short != config.rope_long:
+        border = config.rope_original
+        found.append(f"mlx-lm takes the long factors of longrope at every length, this model beyond {border} tokens")
     if config.embed_scale and does.rounds_embed_scale:
         scale = config.n_embd**0.5
         rounded = float(ml_dtypes.bfloat16(scale))

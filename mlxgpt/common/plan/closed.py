@@ -15,7 +15,7 @@ from mlxgpt.common.plan.memory import Footprint, Piece
 
 SCORES = 1 << 25  # attention scores that exist at once in training on a GPU, in MLX: mlxgpt/fast.py
 # of what a block keeps, made on the way of its gradient or not yet freed, by activation: MLX computes ahead
-LATE = {"silu": 2.2, "gelu": 1.3, "gelu_tanh": 1.3}
+LATE = {"silu": 2.2, "gelu": 1.3, "gelu_tanh": 1.3, "relu": 1.3, "relu2": 1.3}
 LATER = 1.1  # more of it where blocks are computed again
 SCORES_LATE = 0.6  # the same of attention scores that exist as a whole
 TRAILING = 1.2  # of what a block keeps: not yet freed when the head's gradient is made
@@ -92,7 +92,7 @@ def muon(s: Sizes, name: str, param: Param) -> bool:
 
 
 def held(s: Sizes) -> int:
-    """Weights: in float32, or words, scales and biases of a base that stays quantized; and rope's tables."""
+    """Weights: in float32, or words, scales and biases of a base that stays quantized; and tables of positions."""
     model, adapter, made = s.recipe.model, s.recipe.adapter, 0
     stays = adapter and adapter.bits and (s.gpu or adapter.dequantize == "never")
     for name, param in params.table(model).items():
@@ -103,7 +103,8 @@ def held(s: Sizes) -> int:
         else:
             made += 4 * number
     made += 4 * sum(size(param.shape) for name, param in s.trains.items() if name not in params.table(model))
-    return made + rotary.table_bytes(model)
+    sinusoids = 4 * model.block_size * model.n_embd if model.position == "sinusoidal" else 0
+    return made + rotary.table_bytes(model) + sinusoids
 
 
 def first(s: Sizes) -> int:
@@ -154,11 +155,13 @@ def kept(s: Sizes) -> int:
 def hidden(s: Sizes) -> int:
     """Arrays of the MLP's width that a block keeps besides the input of c_proj."""
     model, fused = s.recipe.model, s.mlx and not s.gpu and s.item == 4
+    if not s.mlx and model.activation in ("relu", "relu2"):  # kept is what it gives: of ReLU alone c_proj's input
+        return (model.activation == "relu2") + (2 if model.gated else 0)
     if not s.mlx:  # one kernel, which keeps its input
         return 3 if model.gated else 1
     if model.activation == "silu":
         return 2 if fused else 4
-    return {"gelu_tanh": 5, "gelu": 3}[model.activation] + (2 if model.gated else 0)
+    return {"gelu_tanh": 5, "gelu": 3, "relu": 1, "relu2": 2}[model.activation] + (2 if model.gated else 0)
 
 
 def attention(s: Sizes) -> int:
@@ -196,8 +199,14 @@ def working(s: Sizes) -> int:
 
 
 def outside(s: Sizes) -> int:
-    """Bytes kept outside of the blocks: the embedding, the last norm's input and output, the mask."""
-    return 3 * s.tokens * s.recipe.model.n_embd * s.item
+    """Bytes kept outside of the blocks: the embedding, the last norm's input and output, a mask with ALiBi."""
+    model = s.recipe.model
+    made = 3 * s.tokens * model.n_embd * s.item
+    if model.embed_norm:
+        made += s.tokens * model.n_embd * s.item
+    if model.position == "alibi" and not s.mlx and not s.gpu:  # in pieces in MLX, by FlexAttention on CUDA
+        made += 2 * model.n_head * s.length * s.length * s.item
+    return made
 
 
 def heads(s: Sizes) -> tuple[int, int, int]:

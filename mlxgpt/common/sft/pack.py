@@ -101,11 +101,15 @@ def bucket(length: int, most: int) -> int:
     return min(size, most)
 
 
-def padded_batch(examples: Sequence[Example], bins: Plan, most: int) -> Batch:
-    """A batch of one example per bin, padded on the right to the bucket of the longest."""
+def padded_batch(examples: Sequence[Example], bins: Plan, most: int, placed: bool = False) -> Batch:
+    """A batch of one example per bin, padded on the right to the bucket of the longest.
+
+    ``placed``: with positions, by which a model sees where an example ends.
+    """
     size = bucket(max(len(examples[row]) for (row,) in bins), most)
     batch = packed_batch(examples, bins, size)
-    return Batch(batch.tokens, batch.targets, batch.weights, row_ids=batch.row_ids)
+    positions = batch.positions if placed else None
+    return Batch(batch.tokens, batch.targets, batch.weights, positions, row_ids=batch.row_ids)
 
 
 def shuffled(plan: list, seed: int, epoch: int) -> list:

@@ -16,6 +16,7 @@ from mlxgpt.common.batch import Batch
 from mlxgpt.common.chat.control import first_spelled
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import rotary
 from mlxgpt.common.rows import duplicates as row_duplicates
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.rows.row import Row, as_messages
@@ -50,6 +51,7 @@ class SftSource:
     digest: dict[str, str]
     added: tuple[str, ...] = ()
     duplicates: list[row_duplicates.Pair] = field(default_factory=list)
+    by_length: bool = False  # the model's frequencies depend on the length of an example, padding not counted
     _plans: dict[int, list[pack.Plan]] = field(default_factory=dict)
     _steps: list[int] = field(default_factory=list)
 
@@ -167,8 +169,10 @@ class SftSource:
         return [bins[start : start + rows] for start in range(0, len(bins), rows)]
 
     def _build(self, split: str, plan: pack.Plan) -> Batch:
-        build = pack.packed_batch if self.packing else pack.padded_batch
-        return build(self.examples[split], plan, self.size)
+        examples = self.examples[split]
+        if self.packing:
+            return pack.packed_batch(examples, plan, self.size)
+        return pack.padded_batch(examples, plan, self.size, self.by_length)
 
 
 def open_source(
@@ -218,6 +222,7 @@ def open_source(
     digest = rows.digest | {"tokenizer": tokenizer.digest}
     duplicates = row_duplicates.near_duplicates(rows.splits["train"], rows.splits["valid"])
     source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
+    source.by_length = rotary.by_length(config)
     source.digest["rows"] = pack.digest(examples["train"])
     source.digest["valid rows"] = pack.digest(examples["valid"])
     source.digest["order"] = pack.digest([], size, source._plan(0))

@@ -155,7 +155,7 @@ ROWS: dict[str, Family] = {
         ignored=OLD_BUFFERS,
         derived_head=True,
         gguf=Gguf(arch="stablelm", biases=("qkv_bias",), head="untied", whole_heads=True),
-        mlx_lm=MlxLm(head="untied", whole_heads=True),
+        mlx_lm=MlxLm(scaling=False, head="untied", whole_heads=True),
     ),
     "olmo": Family(
         architecture="OlmoForCausalLM",
@@ -198,6 +198,6 @@ ROWS: dict[str, Family] = {
             needs=("out_bias", "mlp_bias"),
             whole_heads=True,
         ),
-        mlx_lm=MlxLm(activation="gelu_tanh", windows=False, attention_bias="always", whole_heads=True),
+        mlx_lm=MlxLm(activation="gelu_tanh", windows=False, scaling=False, attention_bias="always", whole_heads=True),
     ),
 }
