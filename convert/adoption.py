@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source
-from convert.adopt.candidate import config_of, distance, live
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
 from convert.adopt.maps import moments
 from convert.adopt.maps.complete import complete
+from convert.adopt.proof.candidate import config_of, distance, live
+from convert.adopt.proof.search import Found, search
 from convert.adopt.rules import Map, Proposal, chosen
-from convert.adopt.search import Found, search
 from convert.conversion import Report, convert_opened, line
 from convert.formats.opened import Opened, Tensor
 from convert.formats.registry import format_of
@@ -110,8 +110,8 @@ def adopt_command(args: argparse.Namespace) -> int:
     else:
         package = importlib.import_module(f"{PACKAGES[resolve(args.backend)]}.trial")
         made.found = search(
-            made.proposal, lambda each: apply.gather(each, tensors), sample, package.Trials().run, made.given,
-            args.tolerance,
+            made.proposal, apply.Pieces(tensors, f"{made.state.path}: ").gather, sample, package.Trials().run,
+            made.given, args.tolerance,
         )  # fmt: skip
         made.notes += [*sample.notes, *made.found.notes]
         if made.found.fits:
@@ -313,9 +313,7 @@ def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
         plan = processes.write_plan(np.append(ids, ids[:1]).astype(np.int32), work, False, False)
         processes.run_judge("transformers", "a", opened, plan, [], work, runs)
         if runs.failed:
-            raise RunError(
-                f"{made.state.path}: transformers does not run the folder: {', '.join(runs.failed.values())}"
-            )
+            raise Unlike(f"transformers does not run the folder ({', '.join(runs.failed.values())})")
         logits = runs.arrays["transformers", "a"]["logits.x1"]
     theirs = sample.comparable(logits[None])
     wanted = sample.logits[:1] if sample.last else sample.logits[:1, -KEPT:]

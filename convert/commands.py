@@ -111,7 +111,7 @@ def verify_command(args: argparse.Namespace) -> int:
     """Prints the report; exit code 0 only if everything agrees.
 
     Args:
-        args: a, b, html, weights_only, rungs, frameworks, data, n_head, config, json.
+        args: a, b, html, weights_only, rungs, frameworks, data, n_head, config, kwargs, json.
     """
     page = Path(args.html).expanduser() if args.html else None
     if page and not page.parent.is_dir():
@@ -125,6 +125,7 @@ def verify_command(args: argparse.Namespace) -> int:
         data=args.data,
         n_head=args.n_head or 0,
         config=args.config,
+        kwargs=args.kwargs,
     )
     if page:
         verify_html.write_page(report, page)

@@ -443,7 +443,8 @@ def verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     for name in ("a", "b"):
         add(name, metavar=name.upper(),
-            help="anything convert reads; transformers:DIR or mlx-lm:DIR: as that library computes it")  # fmt: skip
+            help="anything convert reads; transformers:DIR or mlx-lm:DIR: as that library computes it;"
+            " module:FILE.py:CLASS[@CKPT]: as your own code does, which is executed")  # fmt: skip
     add("--html", metavar="FILE", help="also write the report as one HTML page")
     add("--weights-only", action="store_true", help="compare tensors, config and tokenizer only; run neither model")
     add("--rungs", metavar="LIST",
@@ -457,6 +458,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         help="attention heads, if the file does not record them (mingpt, gptmodel)",
     )
     _add_config(parser)
+    add("--kwargs", metavar="JSON", help="what module:'s class is called with")
     _add_json(parser)
 
 

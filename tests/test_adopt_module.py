@@ -19,7 +19,7 @@ from convert.adopt import evidence, module, roles, source
 from convert.adopt.module import Sizes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
-from mlxgpt.common.inference import module_run
+from mlxgpt.common.inference import module_import, module_run
 from mlxgpt.common.inference.module_import import TheirError
 from mlxgpt.sample import Library as Mlx
 from torch_ref.sample import Library as Torch
@@ -116,11 +116,22 @@ CLASSES = {
             def forward(self, idx):
                 assert idx.shape[1] == self.block_size, 'full windows only'
                 return self.body(idx)""",
+    "targets it insists on": """
+        class M(Body):
+            def forward(self, idx, targets):
+                x = self.body(idx)
+                return (x, F.cross_entropy(x.view(-1, 11), targets.view(-1)))""",
+    "a loss alone with targets": """
+        class M(Body):
+            def forward(self, idx, targets):
+                x = self.body(idx)
+                return x if targets is None else F.cross_entropy(x.view(-1, 11), targets.view(-1))""",
     "classes before tokens": "class M(Body):\n    def forward(self, x): return self.body(x).transpose(1, 2)",
 }
 SAID = {
     "targets for all": "targets: the ids are given as such",
     "flattened with targets": "targets: the ids are given as such",
+    "targets it insists on": "targets: the ids are given as such",
     "the last alone": "called once for every length",
     "one row": "one row of tokens at a time",
     "time first": "time first",
@@ -260,7 +271,15 @@ CONFIGS = {
             def forward(self, idx): return self.body(idx)""",
     "a namespace": """
         class M(Body):
-            def __init__(self, args): super().__init__(args.vocab_size, args.n_layer)
+            def __init__(self, args):
+                assert args.device == "cpu"
+                super().__init__(args.vocab_size, args.n_layer)
+            def forward(self, idx): return self.body(idx)""",
+    "a dict beside a class that is another's": """
+        class TrainConfig:
+            n_layer = 5
+        class M(Body):
+            def __init__(self, config, device): super().__init__(config['vocab_size'], config['n_layer'])
             def forward(self, idx): return self.body(idx)""",
     "a default that is filled": """
         class Node:
@@ -300,8 +319,9 @@ def test_a_constructor_gets_what_it_takes(place: Path, kind: str, given: str) ->
     assert given == "kwargs" or (f"vocab_size={V}" in said[0] and "device" not in said[0])
 
 
-def test_a_script_that_trains_below_its_class_is_run_up_to_it(place: Path) -> None:
-    below = "model = M()\nfor step in range(10): open('trained', 'w').write('x')\nhelper = 3\ndef late(x): return x\n"
+@pytest.mark.parametrize("work", ["for step in range(10): open('trained', 'w')", "train()"])
+def test_a_script_that_trains_below_its_class_is_run_up_to_it(place: Path, work: str) -> None:
+    below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nhelper = [1]\ndef late(x): return x * helper[0]\n"
     source = CORE + "\nclass M(Body):\n    def forward(self, idx): return late(self.body(idx))\n" + below
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
     _, said = ran(Torch(), request(place, source, weights))
@@ -431,6 +451,11 @@ WRONG = {
         "gives other logits each time",
     ),
     "wants something": ("class M(Body):\n    def forward(self, i, f): return self.body(i)", {}, "its forward needs f,"),
+    "is built of what is not installed": (
+        "import nobody_has_this as n\nclass M(n.Module): pass",
+        {},
+        "nobody_has_this is not installed here; install nobody_has_this",
+    ),
     "uses what is not installed": (
         "import nobody_has_this as n\nclass M(Body):\n    def forward(self, i): return n.run(i)",
         {},
@@ -553,6 +578,13 @@ def test_what_names_no_module_is_refused(place: Path, given: str, kwargs: str | 
         (place / name).write_text("")
     with pytest.raises(UserError, match=said):
         module.parse(given, kwargs)
+
+
+def test_a_file_with_both_frameworks_is_run_by_that_of_the_class(place: Path) -> None:
+    source = "import torch\nimport mlx.core as mx\nimport mlx.nn as nn\nfrom torch import nn as tnn\n"
+    (place / "model.py").write_text(source + "class A(nn.Module): pass\nclass B(tnn.Module): pass\nclass C(A): pass\n")
+    found = [module_import.framework_of(place / "model.py", name) for name in "ABC"]
+    assert found == ["mlx", "torch", "mlx"]
 
 
 @pytest.mark.parametrize(

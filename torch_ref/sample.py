@@ -105,8 +105,7 @@ class Library:
         model.zero_grad()
         nn.functional.cross_entropy(call().flatten(0, 1).float(), self.array(targets).flatten().long()).backward()
         for name, value in model.named_parameters():
-            if value.grad is not None:
-                yield name, self.host(value.grad)
+            yield name, self.host(torch.zeros_like(value) if value.grad is None else value.grad)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,54 @@ def gather(made: Map, tensors: Mapping[str, Tensor], where: str = "") -> dict[st
     return {name: tensor.read() for name, tensor in lazily(made, tensors, where).items()}
 
 
+class Pieces:
+    """``gather`` for many maps of the same tensors, in float32: what a rule gives is kept until it lies otherwise."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str = ""):
+        self._read = functools.cache(_reader(tensors, where))
+        self._kept: dict[str, tuple[tuple[Any, ...], dict[str, np.ndarray]]] = {}
+
+    def gather(self, made: Map) -> dict[str, np.ndarray]:
+        """Our tensors, by our unfused names; whether they are all is not looked at.
+
+        Raises:
+            UserError: a rule does not fit, or two of theirs that should be one differ.
+        """
+        config = config_of(made.model)
+        sizes = (config.n_layer, config.n_embd, config.n_hidden, config.vocab_size, config.block_size)
+        heads = (config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim)
+        found: dict[str, np.ndarray] = {}
+        for rule in made.rules:
+            turned = made.rope if any(name.endswith(_TURNED) for name in rule.to) else "halves"
+            by_head = turned != "halves" or set("hdg") & set(rule.axes) or has_number(rule.theirs, "h")
+            key = (rule, sizes, turned, heads if by_head else heads[1:2] if len(rule.to) > 1 else ())
+            if rule.theirs not in self._kept or self._kept[rule.theirs][0] != key:
+                self._kept[rule.theirs] = key, self._one(made, rule, config)
+            for name, array in self._kept[rule.theirs][1].items():
+                if name in found and not np.array_equal(found[name], array):
+                    raise UserError(f"{rule.theirs}: differs from what another tensor gives as {name}")
+                found.setdefault(name, array)
+        return found
+
+    def _one(self, made: Map, rule: Rule, config: ModelConfig) -> dict[str, np.ndarray]:
+        """What one rule gives."""
+        lies = layout(rule, config, params.table(config))
+        plain = made.rope == "halves"
+        order = None if plain else _order(made.rope, config.rotary_dim or config.head_dim, config.head_dim)
+        found: dict[str, np.ndarray] = {}
+        for n in range(config.n_layer) if has_number(rule.theirs, "n") else range(1):
+            names = tuple(named(rule.theirs, n, h) for h in range(lies.heads or 1))
+            theirs = _stacked(self._read, names, lies)
+            if theirs.shape != lies.shape:
+                raise UserError(f"{names[0]}: has shape {list(theirs.shape)}, expected {list(lies.shape)}")
+            for name, part in zip(rule.to, lies.apart(theirs), strict=True):
+                blocks = enumerate(part) if lies.stacked else [(n, part)]
+                for block, array in blocks:
+                    ours = named(name, block)
+                    found[ours] = np.ascontiguousarray(_turn(array, ours, order), np.float32)
+        return found
+
+
 def back_lazily(made: Map, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors out of ours, in the rules' order; each is made when it is asked for.
 

@@ -227,10 +227,15 @@ def _check_telling(where: str, name: str, logits: np.ndarray) -> None:
         )
 
 
+def is_normalized(logits: np.ndarray) -> bool:
+    """Whether rows are log-probabilities."""
+    sums = np.exp(np.minimum(logits, 1.0).astype(np.float64)).sum(axis=-1)
+    return bool(logits.max() <= 1e-3 and np.abs(sums - 1).max() < 5e-3)
+
+
 def _normalized(logits: np.ndarray) -> tuple[np.ndarray, bool, list[str]]:
     """Whether rows are log-probabilities; probabilities become them; and what is to be said of it."""
-    sums = np.exp(np.minimum(logits, 1.0).astype(np.float64)).sum(axis=-1)
-    if logits.max() <= 1e-3 and np.abs(sums - 1).max() < 5e-3:
+    if is_normalized(logits):
         return logits, True, ["the rows are log-probabilities: compared as such"]
     if logits.min() > 0 and np.abs(logits.sum(axis=-1, dtype=np.float64) - 1).max() < 5e-3:
         return np.log(logits), True, ["the rows are probabilities: their logarithms are compared"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.adopt.candidate import plain
+from convert.adopt.proof.candidate import plain
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families

@@ -70,18 +70,18 @@ class Ran:
     notes: tuple[str, ...]
 
 
-def parse(given: str, kwargs: str | None = None) -> Module:
-    """``FILE.py:Class`` and the JSON of --kwargs.
+def parse(given: str, kwargs: str | None = None, flag: str = "--module ") -> Module:
+    """``FILE.py:Class`` and the JSON of --kwargs; ``flag`` is what stands before it in messages.
 
     Raises:
         UserError: no such file, no class, or no JSON object.
     """
     path, colon, name = given.rpartition(":")
     if not colon or not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"--module {given}: expected FILE.py:CLASS, such as model.py:GPT")
+        raise UserError(f"{flag}{given}: expected FILE.py:CLASS, such as model.py:GPT")
     place = Path(path).expanduser()
     if not place.is_file() or place.suffix not in (".py", ".ipynb"):
-        raise UserError(f"--module {given}: {place}: {'expected a .py file' if place.exists() else 'no such file'}")
+        raise UserError(f"{flag}{given}: {place}: {'expected a .py file' if place.exists() else 'no such file'}")
     try:
         values = json.loads(kwargs) if kwargs else {}
     except ValueError as error:
@@ -130,7 +130,7 @@ def sample(
     Raises:
         UserError: one line: what their code raised and where, or that it does not fit, with the cure.
     """
-    values = {"extras": _plain(extras or {}), "left": list(left), "seed": seed}
+    values = {"extras": dict(extras or {}), "left": list(left), "seed": seed}
     ran = run(module, {"x1": weights}, sizes, values, seconds, say)
     made = evidence.of_arrays(ran.arrays, str(module))
     return Sample(made.ids, made.logits, made.hidden, made.dtype, made.normalized, ran.notes + made.notes, made.where)
@@ -149,7 +149,7 @@ def run(
     Raises:
         UserError: see ``sample``.
     """
-    framework = module_import.framework_of(module.path)
+    framework = module_import.framework_of(module.path, module.name)
     if importlib.util.find_spec(framework) is None:
         raise UserError(f"{module.path} imports {framework}, which is not installed here: pip install {framework}")
     say(f"executes {module} in a process of its own, without network, at most {seconds:g} s")
@@ -157,11 +157,12 @@ def run(
         work = Path(name)
         places = {scale: str(work / f"{scale}.safetensors") for scale in weights}
         for scale, tensors in weights.items():
-            write_tensors(places[scale], {key: _wide(array) for key, array in tensors.items()})
+            real = {key: array for key, array in tensors.items() if array.dtype.kind != "c"}  # a table for rope
+            write_tensors(places[scale], {key: _wide(array) for key, array in real.items()})
         request = {"path": str(module.path), "name": module.name, "kwargs": dict(module.kwargs), "weights": places}
         request |= {"vocab_size": sizes.vocab_size, "n_layer": sizes.n_layer, "block_size": sizes.block_size}
         request |= {"out": str(work / "sample.npz")} | dict(more)
-        (work / "request.json").write_text(json.dumps(request))
+        (work / "request.json").write_text(json.dumps(request, default=str))
         said = _process(module, PACKAGES[framework], work, seconds)
         with np.load(work / "sample.npz", allow_pickle=False) as arrays:
             return Ran({key: arrays[key] for key in arrays.files}, tuple(said))
@@ -172,22 +173,12 @@ def _wide(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.kind in "iub" else array.astype(np.float32)
 
 
-def _plain(values: Any) -> Any:
-    """What JSON can hold of settings."""
-    if isinstance(values, Mapping):
-        made = {str(key): _plain(value) for key, value in values.items()}
-        return {key: value for key, value in made.items() if value is not _plain}
-    if isinstance(values, list | tuple):
-        inner = [_plain(value) for value in values]
-        return inner if all(each is not _plain for each in inner) else _plain
-    return values if isinstance(values, int | float | str | bool | type(None)) else _plain
-
-
 def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
     """The variables that the process gets: no tokens, no proxies, no GPU, another home."""
     made = {key: value for key, value in given.items() if key in _PASSED or key.startswith(_FAMILIES)}
     made |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
     made |= {"NO_PROXY": "*", "no_proxy": "*", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    made |= {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile would take most of the time
     made |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HOME": str(work)}
     user, root = site.getuserbase(), Path(mlxgpt.__file__).parent.parent
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that is run where it lies
@@ -227,8 +218,9 @@ def _process(module: Module, package: str, work: Path, seconds: float) -> list[s
     stage = answer.get("stage", "")
     when = _STAGES[stage]
     if late:
-        cure = "; the file does work when it is imported: put that under if __name__ == '__main__'"
-        raise UserError(f"{module}: ended after {seconds:g} s, {when}{cure if stage == 'import' else ''}")
+        works = "the file does work when it is imported: put that under if __name__ == '__main__'"
+        cure = works if stage == "import" else "make the sample yourself and give it by --like"
+        raise UserError(f"{module}: ended after {seconds:g} s, {when}; {cure}")
     code = process.returncode
     died = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     lines = printed.decode(errors="replace").strip().splitlines()

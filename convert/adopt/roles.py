@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.adopt.reading import blocks, buffers, choices, hints, inner, outer, refusals, tables, words
+from convert.adopt.reading import blocks, buffers, choices, hints, inner, outer, refusals, tables, words, zeros
 from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.choices import Style
 from convert.adopt.reading.draft import Draft, State
@@ -26,14 +26,32 @@ def propose(state: State) -> Proposal:
     Raises:
         UserError: no decoder: says what was found.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
-    refusals.check(shapes, {name: tensor.dtype.name for name, tensor in state.tensors.items()})
+    try:
+        return _propose(state, state.tensors)
+    except UserError:
+        real = zeros.numbered(state.tensors)
+        if not real:
+            raise
+        called = {name: new for new, name in real.items()}
+        try:
+            made = _propose(state, {called.get(name, name): tensor for name, tensor in state.tensors.items()})
+        except UserError:
+            made = None
+        if made is None:
+            raise
+    return zeros.restored(made, real)
+
+
+def _propose(state: State, tensors: Mapping[str, Tensor]) -> Proposal:
+    """The proposal for a state's tensors under these names."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    refusals.check(shapes)
     built = blocks.structure(shapes)
     width = _width(built)
     draft = Draft()
     known = hints.read(state.extras)
-    block = _weights(state, built.block, width, draft, True)
-    top = _weights(state, built.top, width, draft, False)
+    block = _weights(tensors, built.block, width, draft, True)
+    top = _weights(tensors, built.top, width, draft, False)
     if not block:
         block, top = outer.apart(top, width)
     vectors = tuple(item for item in block if len(item.used) < 2 or item.kind == "bias")
@@ -48,8 +66,8 @@ def propose(state: State) -> Proposal:
     rest = inner.qk_norms(rest, reading, width, draft)
     found = inner.block_norms(rest, block, width, draft)
     style = replace(style, nanochat=not found and not style.encoder)
-    outer.outside(state, top, width, draft, min(item.order for item in block))
-    _norm_fields(state, found, draft, style, known)
+    outer.outside(tensors, state.tied, top, width, draft, min(item.order for item in block))
+    _norm_fields(tensors, found, draft, style, known)
     draft.model = {
         "family": "mlxgpt", "n_layer": built.n_layer, "n_embd": width, "fused_qkv": False, "fused_mlp": False,
         "qkv_by_head": False, **draft.model,
@@ -104,11 +122,13 @@ def _width(built: blocks.Structure) -> int:
     return max(counts, key=lambda size: (counts[size], size in tops, size))
 
 
-def _weights(state: State, items: tuple[Item, ...], width: int, draft: Draft, inside: bool) -> tuple[Item, ...]:
+def _weights(
+    tensors: Mapping[str, Tensor], items: tuple[Item, ...], width: int, draft: Draft, inside: bool
+) -> tuple[Item, ...]:
     """The items that are weights; buffers go to the draft, with what they tell."""
     kept = []
     for item in items:
-        tensor = state.tensors[item.example]
+        tensor = tensors[item.example]
         read = (lambda tensor=tensor: tensor.read()[0]) if item.stacked else tensor.read
         found = buffers.recognize(item.theirs, item.shape, tensor.dtype.name, read, width, inside)
         if found is None and not inside:
@@ -134,7 +154,9 @@ def _sinusoid(item: Item, tensor: Tensor, width: int) -> buffers.Buffer | None:
     return None if fields is None else buffers.Buffer("table of sinusoids", fields | {"block_size": sides[0]})
 
 
-def _norm_fields(state: State, found: list[Norm], draft: Draft, style: Style, known: Mapping[str, Any]) -> None:
+def _norm_fields(
+    tensors: Mapping[str, Tensor], found: list[Norm], draft: Draft, style: Style, known: Mapping[str, Any]
+) -> None:
     """Kind, epsilon and placement of norms."""
     made = [rule for rule in draft.rules.values() if any(part in rule.to[0] for part in ("ln_", "q_norm", "k_norm"))]
     if made and not found:
@@ -151,7 +173,7 @@ def _norm_fields(state: State, found: list[Norm], draft: Draft, style: Style, kn
     elif weights:
         said = frozenset(word for rule in weights for word in words.words(rule.theirs))
         name = next((rule.theirs for rule in weights if rule.to[0] == "ln_f.weight"), None)
-        values = np.abs(np.asarray(state.tensors[name].read(), dtype=np.float32)) if name else np.ones(1)
+        values = np.abs(np.asarray(tensors[name].read(), dtype=np.float32)) if name else np.ones(1)
         draft.model["norm_bias"] = False
         draft.add(choices.norm(False, said, float(np.median(values)) < _NEAR_ZERO, style))
     else:

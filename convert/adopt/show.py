@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from convert.adopt.landing import Landing
+from convert.adopt.proof.search import Found
+from convert.adopt.proof.verdicts import Verdict
 from convert.adopt.rules import Map, Proposal, matching
-from convert.adopt.search import Found
-from convert.adopt.verdicts import Verdict
 from mlxgpt.common.config import ModelConfig
 
 SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "block_size", "vocab_size")

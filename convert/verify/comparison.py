@@ -7,6 +7,7 @@ from pathlib import Path
 from convert.formats.registry import open_model
 from convert.verify import config as verify_config
 from convert.verify import models as verify_models
+from convert.verify import own as verify_own
 from convert.verify import tensors as verify_tensors
 from convert.verify import tokenizer as verify_tokenizer
 from convert.verify.models import Side
@@ -26,8 +27,11 @@ def verify(
     data: Path | str | None = None,
     n_head: int = 0,
     config: Path | str | None = None,
+    kwargs: str | None = None,
 ) -> Report:
     """Holds ``b`` against ``a``; each is what ``open_model`` reads, or ``transformers:DIR`` or ``mlx-lm:DIR``.
+
+    One of them may be ``module:FILE.py:Class``, which executes the user's own code: see own.py.
 
     A side whose tensors are not those that its config asks for is a finding; one that is damaged is an error.
 
@@ -41,6 +45,7 @@ def verify(
         data: a text for the logits; default: Python's language reference.
         n_head: heads, for files that do not say it.
         config: a config.json, for weights that have none beside them.
+        kwargs: JSON of what the user's class is built with.
 
     Raises:
         UserError: a side cannot be read, or there is no such rung, framework or text.
@@ -50,7 +55,7 @@ def verify(
         raise UserError("--weights-only runs no model: expected no --data, no --frameworks, and rungs of files alone")
     chosen = _asked("framework", frameworks, tuple(PACKAGES))
     report = Report(str(a), str(b), demanded=frozenset(asked if rungs is not None else ()))
-    one, other = _side("A", a, n_head, config, report), _side("B", b, n_head, config, report)
+    one, other = _sides(a, b, n_head, config, kwargs, report)
     if one is None or other is None:
         report.skip(", ".join(asked), f"{'A' if one is None else 'B'} has other tensors than its config asks for", True)
         return report
@@ -99,6 +104,29 @@ def _asked(what: str, given: Sequence[str] | None, able: Sequence[str]) -> list[
     if given is not None and not given:
         raise UserError(f"no {what} given: expected one or more of {', '.join(known)}")
     return [name for name in (able if given is None else known) if given is None or name in given]
+
+
+def _sides(
+    a: Path | str, b: Path | str, n_head: int, config: Path | str | None, kwargs: str | None, report: Report
+) -> tuple[Side | None, Side | None]:
+    """Both sides; a user's class is opened by what the other one has.
+
+    Raises:
+        UserError: see ``_side``; both are classes; or --kwargs without one.
+    """
+    own = [str(each).startswith(f"{verify_own.PREFIX}:") for each in (a, b)]
+    if all(own):
+        raise UserError(f"{a} and {b}: expected a model folder on one side, whose map says how their tensors lie")
+    if kwargs and not any(own):
+        raise UserError("--kwargs: expected module:FILE.py:Class on one side")
+    sides = [None if mine else _side("AB"[n], (a, b)[n], n_head, config, report) for n, mine in enumerate(own)]
+    if any(own):
+        n = own.index(True)
+        there = sides[1 - n]
+        if there is not None:
+            opened, made = verify_own.open_side(str((a, b)[n]), kwargs, there.opened)
+            sides[n] = Side("AB"[n], opened, verify_own.PREFIX, made)
+    return sides[0], sides[1]
 
 
 def _side(label: str, given: Path | str, n_head: int, config: Path | str | None, report: Report) -> Side | None:

@@ -12,9 +12,11 @@ from convert.formats import adapter as adapter_format
 from convert.formats import hf
 from convert.formats.opened import Opened, Options
 from convert.verify import logits as verify_logits
+from convert.verify import own as verify_own
 from convert.verify import processes as verify_runs
 from convert.verify import tensors as verify_tensors
 from convert.verify import tokenizer as verify_tokenizer
+from convert.verify.own import Own
 from convert.verify.processes import JUDGES, Plan, Runs
 from convert.verify.report import Checked, Report
 from mlxgpt.common.inference.probe import SCALES, spell
@@ -24,11 +26,12 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 @dataclass(frozen=True)
 class Side:
-    """A or B: the model as read here, and the library that judges it, or ''."""
+    """A or B: the model as read here, and what judges it: a library, ``module`` for the user's ``own`` class, or ''."""
 
     label: str
     opened: Opened
     judge: str
+    own: Own | None = None
 
 
 Sides = tuple[Side, Side]
@@ -82,7 +85,9 @@ def run(
     if explicit and not folders:
         report.skip(", ".join(chosen), "both sides are judged by libraries", True)
     for side in sides:
-        if side.judge and not verify_runs.installed(JUDGES[side.judge][0]):
+        if side.own:
+            verify_own.run(side.own, side.label, side.opened, plan, report.notes, runs)
+        elif side.judge and not verify_runs.installed(JUDGES[side.judge][0]):
             report.skip(side.judge, f"not installed: pip install {side.judge}", True)
         elif side.judge:
             probes = verify_tokenizer.TEXTS if side.judge == "transformers" else ()
@@ -109,7 +114,7 @@ def judged(sides: Sides, runs: Runs, report: Report) -> tuple[Any, Any]:
     ids: list[Any] = [None, None]
     for number, side in enumerate(sides):
         arrays = runs.arrays.get((side.judge, side.label))
-        if arrays is None:
+        if arrays is None or side.own:
             continue
         said = json.loads(arrays["report"].item())
         for kind, names in said["said"].items():

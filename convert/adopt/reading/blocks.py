@@ -84,17 +84,18 @@ def structure(shapes: Shapes) -> Structure:
     chosen = _best(shapes, lists, runs)
     if chosen is None:
         return _stacked(shapes) or _single(shapes)
-    prefixes, run = chosen
+    count = next(iter(chosen.values())).count
+    chosen = _joined(shapes, lists, chosen, count)
     found: dict[str, dict[int, str]] = {}
     top: list[str] = []
     for name in shapes:
-        place = _place(name, prefixes, run)
+        place = _place(name, chosen)
         if place is None:
             top.append(name)
         else:
             pattern, n = place
             found.setdefault(pattern, {})[n] = name
-    _check_blocks(shapes, lists, prefixes, run, found)
+    _check_blocks(shapes, lists, chosen, count, found)
     order = {name: i for i, name in enumerate(shapes)}
     several = len({pattern.partition("{")[0] for pattern in found}) > 1
     rows = [
@@ -103,7 +104,7 @@ def structure(shapes: Shapes) -> Structure:
         if 0 in names
     ]
     block = _with_heads(rows, order)
-    return Structure(run.count, block, tuple(_item(name, name, name, shapes[name], order[name]) for name in top))
+    return Structure(count, block, tuple(_item(name, name, name, shapes[name], order[name]) for name in top))
 
 
 def _lists(shapes: Shapes) -> dict[str, dict[int, dict[str, tuple[int, ...]]]]:
@@ -111,9 +112,8 @@ def _lists(shapes: Shapes) -> dict[str, dict[int, dict[str, tuple[int, ...]]]]:
     found: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         for number in _NUMBER.finditer(name):
-            if number.end() < len(name) or (number.start() and name[number.start() - 1] in "._"):
-                members = found.setdefault(name[: number.start()], {})
-                members.setdefault(int(number.group()), {})[name[number.end() :]] = shape
+            members = found.setdefault(name[: number.start()], {})
+            members.setdefault(int(number.group()), {})[name[number.end() :]] = shape
     return found
 
 
@@ -150,42 +150,68 @@ def _matrices(shapes: Shapes) -> int:
 
 def _best(
     shapes: Shapes, lists: Mapping[str, Mapping[int, Shapes]], runs: Mapping[str, _Run]
-) -> tuple[set[str], _Run] | None:
-    """The prefixes whose numbers are blocks: of one run, and covering most tensors together."""
-    groups: dict[_Run, set[str]] = {}
+) -> dict[str, _Run] | None:
+    """What stands before the numbers of blocks, with these: of one run, and covering most tensors together."""
+    groups: dict[_Run, dict[str, _Run]] = {}
     for prefix, run in runs.items():
         said = words.words(prefix)
         if not said or said[-1] not in _NO_BLOCKS or prefix.endswith(("layer", "block")):
-            groups.setdefault(run, set()).add(prefix)
-    best: tuple[float, set[str], _Run] | None = None
+            groups.setdefault(run, {})[prefix] = run
+    best: tuple[float, dict[str, _Run]] | None = None
     for run, prefixes in groups.items():
-        covered = [name for name in shapes if _place(name, prefixes, run) is not None]
-        outside = [name for name in shapes if len(bare(shapes[name])) > 1 and name not in set(covered)]
-        matrices = _matrices({name: shapes[name] for name in covered}) / (run.count)
-        if matrices < 3 or matrices * run.count < len(outside) or (run.count == 1 and not outside):
+        covered = {name for name in shapes if _place(name, prefixes) is not None}
+        outside = [name for name in shapes if len(bare(shapes[name])) > 1 and name not in covered]
+        matrices = _matrices({name: shapes[name] for name in covered})
+        if matrices < 2 * run.count or (run.count == 1 and (not outside or matrices < max(3, len(outside)))):
             continue
         value = len(covered) * (1.0 if run.count > 1 else 0.5)
         if best is None or value > best[0]:
-            best = value, prefixes, run
-    return None if best is None else best[1:]
+            best = value, prefixes
+    if best is None:
+        return None
+    joined = _joined(shapes, lists, best[1], next(iter(best[1].values())).count)
+    inside = {name for name in shapes if _place(name, joined) is not None}
+    rest = [name for name in shapes if len(bare(shapes[name])) > 1 and name not in inside]
+    return best[1] if _matrices({name: shapes[name] for name in inside}) >= max(3, len(rest)) else None
 
 
-def _place(name: str, prefixes: set[str], run: _Run) -> tuple[str, int] | None:
+def _joined(
+    shapes: Shapes, lists: Mapping[str, Mapping[int, Shapes]], chosen: Mapping[str, _Run], count: int
+) -> dict[str, _Run]:
+    """Further lists of as many members as there are blocks, or of two, three or four a block (and a last one)."""
+    made = dict(chosen)
+    free = {name for name in shapes if _place(name, made) is None}
+    for prefix, members in lists.items():
+        base = min(members)
+        run = sorted(members) == list(range(base, base + len(members)))
+        stride, rest = divmod(len(members), count)
+        said = words.words(prefix)
+        if not run or count < 2 or not 1 <= stride <= 4 or rest > (stride > 1) or prefix in made:
+            continue
+        if any(f"{prefix}{base}{behind}" not in free for behind in members[base]) or set(said[-1:]) & words.EMBED:
+            continue
+        turns = [[members[base + stride * n + i] for n in range(count)] for i in range(stride)]
+        if all(_alike(turn[0], each) for turn in turns for each in turn):
+            made[prefix] = _Run(base, stride, count)
+    return made
+
+
+def _place(name: str, prefixes: Mapping[str, _Run]) -> tuple[str, int] | None:
     """(pattern, block) of a name, by its first number that counts blocks."""
     for number in _NUMBER.finditer(name):
-        prefix = name[: number.start()]
-        if prefix in prefixes:
+        run = prefixes.get(name[: number.start()])
+        if run is not None:
             n, rest = divmod(int(number.group()) - run.base, run.stride)
             if not 0 <= n < run.count:
                 return None
             more = run.base + rest
-            letter = f"{'2' if run.stride == 2 else ''}n{f'+{more}' if more else ''}"
-            return f"{prefix}{{{letter}}}{name[number.end() :]}", n
+            letter = f"{run.stride if run.stride > 1 else ''}n{f'+{more}' if more else ''}"
+            return f"{name[: number.start()]}{{{letter}}}{name[number.end() :]}", n
     return None
 
 
 def _check_blocks(
-    shapes: Shapes, lists: Mapping[str, Mapping[int, Shapes]], prefixes: set[str], run: _Run,
+    shapes: Shapes, lists: Mapping[str, Mapping[int, Shapes]], chosen: Mapping[str, _Run], count: int,
     found: Mapping[str, Mapping[int, str]],
 ) -> None:  # fmt: skip
     """Refuses blocks that are missing or differ.
@@ -193,17 +219,16 @@ def _check_blocks(
     Raises:
         UserError: names the block and the tensor.
     """
-    for prefix in prefixes:
+    for prefix, run in chosen.items():
         members = lists[prefix]
-        later = [i for i in members if i >= run.base + run.stride * run.count and run.stride == 1]
-        like = [i for i in later if run.base in members and _alike(members[run.base], members[i])]
-        if like:
-            gap = run.base + run.count
-            raise UserError(
-                f"{prefix}{gap} is missing: found {prefix}{run.base} to {prefix}{gap - 1}, and {prefix}{like[0]}"
-            )
+        end = run.base + run.stride * run.count
+        like = [i for i in members if i > end and run.stride == 1 and _alike(members[run.base], members[i])]
+        listed = prefix.endswith(".") and run.base == 1 and 0 not in members
+        if like or listed:
+            there = f"{prefix}{run.base} to {prefix}{end - 1}" + (f", and {prefix}{like[0]}" if like else "")
+            raise UserError(f"{prefix}{0 if listed else end} is missing: found {there}")
     for pattern, names in found.items():
-        missing = [n for n in range(run.count) if n not in names]
+        missing = [n for n in range(count) if n not in names]
         if missing and len(shapes[next(iter(names.values()))]) > 1:
             raise UserError(
                 f"{pattern}: block {missing[0]} has none, others have: blocks that differ are not one decoder"
@@ -236,7 +261,8 @@ def _within(pattern: str, several: bool) -> str:
     """The name within the block; with ``several`` lists of blocks, what the list is called belongs to it."""
     before, _, behind = pattern.partition("}")
     before, _, letter = before.partition("{")
-    turn = "1." if letter == "2n+1" else "0." if letter == "2n" else ""
+    stride, _, more = letter.partition("n")
+    turn = f"{int(more or 0) % int(stride)}." if stride else ""
     called = before.rstrip("._").rpartition(".")[2]
     behind = behind.lstrip("._")
     return turn + (f"{called}.{behind}".rstrip(".") if several or not behind else behind)

@@ -1,14 +1,16 @@
 """Rules for what lies outside the blocks: embeddings, positions, the head, and norms before and behind."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from convert.adopt.reading import matrices, refusals, rules_of, tables, words
 from convert.adopt.reading.blocks import Item
-from convert.adopt.reading.draft import Draft, State
+from convert.adopt.reading.draft import Draft
 from convert.adopt.reading.tables import Norm
 from convert.adopt.rules import Choice, Option, Rule
+from convert.formats.opened import Tensor
 from mlxgpt.common.errors import UserError
 
 
@@ -36,7 +38,14 @@ def _outer(item: Item) -> bool:
     return len(item.used) == 2 and not context and max(worth.values()) >= 3.0
 
 
-def outside(state: State, top: tuple[Item, ...], width: int, draft: Draft, blocks_at: int) -> None:
+def outside(
+    tensors: Mapping[str, Tensor],
+    shared: tuple[tuple[str, ...], ...],
+    top: tuple[Item, ...],
+    width: int,
+    draft: Draft,
+    blocks_at: int,
+) -> None:
     """Embeddings, positions, head and norms outside the blocks.
 
     Raises:
@@ -62,11 +71,18 @@ def outside(state: State, top: tuple[Item, ...], width: int, draft: Draft, block
         draft.model |= {"position": "learned", "block_size": item.used[1 if turned else 0]}
     rest = [item for item in top if item not in matrix]
     head = found.roles.get("lm_head")
-    rest = _head(state, token, head, rest, draft)
+    rest = _head(tensors, shared, token, head, rest, draft)
     _outer_norms(rest, width, draft, token, blocks_at)
 
 
-def _head(state: State, token: Item, head: tuple[Item, bool] | None, rest: list[Item], draft: Draft) -> list[Item]:
+def _head(
+    tensors: Mapping[str, Tensor],
+    shared: tuple[tuple[str, ...], ...],
+    token: Item,
+    head: tuple[Item, bool] | None,
+    rest: list[Item],
+    draft: Draft,
+) -> list[Item]:
     """Tied or not, and the head's bias."""
     vocab = draft.model["vocab_size"]
     bias = next((item for item in rest if item.kind == "bias" and item.used == (vocab,)), None)
@@ -74,9 +90,9 @@ def _head(state: State, token: Item, head: tuple[Item, bool] | None, rest: list[
     tied = head is None
     if head is not None:
         both = {token.theirs, head[0].theirs}
-        tied = any(both <= set(group) for group in state.tied)
+        tied = any(both <= set(group) for group in shared)
         if not tied and not head[1] and token.shape == head[0].shape:
-            one, two = (np.asarray(state.tensors[name].read()) for name in (token.theirs, head[0].theirs))
+            one, two = (np.asarray(tensors[name].read()) for name in (token.theirs, head[0].theirs))
             tied = one.dtype == two.dtype and np.array_equal(one, two)
     if bias is not None:
         if tied:

@@ -43,7 +43,7 @@ _MARKS: tuple[tuple[str, str], ...] = tuple(
 )
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
+def check(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses what is certainly another kind of model.
 
     Raises:

@@ -68,6 +68,7 @@ _KNOWN = frozenset().union(
 _SINGLE = frozenset("wbqkvofgue")
 
 
+@cache
 def words(name: str) -> tuple[str, ...]:
     """The words of a name, in small letters, numbers apart: blocks.3.W_qkv -> blocks 3 w qkv."""
     said = (word for part in _PARTS.findall(name) for word in _split(part.lower()))

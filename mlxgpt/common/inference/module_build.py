@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.inference.module_import import TheirError, told
+from mlxgpt.common.inference.module_import import TheirError, source_of, told
 
 CONFIGS = (
     "config",
@@ -30,7 +30,7 @@ CONFIGS = (
 )
 _CONFIG_CLASS = re.compile(r".*(config|cfg|args|params|settings|hparams|hyperparameters)$", re.IGNORECASE)
 _FIRST = ("model_args", "model_config", "gpt_config", "cfg", "config", "args", "hparams", "hyper_parameters", "params")
-_NEVER = ("device", "dtype", "compile")  # of another machine, or of training
+_NEVER = ("dtype", "compile")  # of another machine, or of training
 _PLAIN = (int, float, str, bool, type(None), list, tuple, dict)
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -55,7 +55,9 @@ class Source:
         self._places = sorted(_dicts(extras, ()), key=lambda each: (_rank(each[0]), len(each[0])))
 
     def get(self, name: str) -> tuple[bool, Any]:
-        """Whether there is such a setting, and its value."""
+        """Whether there is such a setting, and its value; the device is this one."""
+        if name == "device":
+            return True, "cpu"
         for _, values in self._places:
             if name not in _NEVER and name in values and isinstance(values[name], _PLAIN):
                 self.used[name] = values[name]
@@ -65,7 +67,8 @@ class Source:
     def whole(self) -> dict[str, Any]:
         """The first dict that looks like a config."""
         for path, values in self._places:
-            plain = {name: value for name, value in values.items() if isinstance(value, _PLAIN) and name not in _NEVER}
+            plain = {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
+            plain = {name: value for name, value in plain.items() if name not in (*_NEVER, "device")}
             if path and plain:
                 self.used |= plain
                 return plain
@@ -105,8 +108,8 @@ def build(
         inner = arguments.pop(config.name, {key: value for key, value in kwargs.items() if key not in named})
         if not isinstance(inner, dict):
             raise UserError(f"--kwargs: {config.name} = {inner!r}: expected a JSON object")
-        names = names_used(path, config.name)
-        arguments[config.name] = _config(config, found, name, module, path, inner, source, names)
+        names, by_key = names_used(path, config.name)
+        arguments[config.name] = _config(config, found, name, module, path, inner, source, names, by_key)
         names -= inner.keys()
     else:
         arguments = dict(kwargs)
@@ -123,11 +126,17 @@ def build(
     try:
         model = found(*positional, **arguments)
     except (Exception, SystemExit) as error:
-        lacking = isinstance(error, KeyError | AttributeError | TypeError | AssertionError) and names
-        cure = f"give {_example(sorted(names))}" if lacking else "give its arguments by --kwargs"
-        raise TheirError(f"{told(error, path)}; {cure}") from None
+        raise TheirError(f"{told(error, path)}; {_cure(error, sorted(names))}") from None
     said = ", ".join(f"{key}={_short(value)}" for key, value in source.used.items())
     return model, [f"from the checkpoint's own settings: {said}"] if said else []
+
+
+def _cure(error: BaseException, names: list[str]) -> str:
+    """What to do about a constructor that failed; ``names`` are read of its config and not given."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"install {error.name} for this Python"
+    lacking = isinstance(error, KeyError | AttributeError | TypeError | AssertionError) and names
+    return f"give {_example(names)}" if lacking else "give its arguments by --kwargs"
 
 
 def _listed(names: Mapping[str, Any]) -> str:
@@ -169,16 +178,12 @@ def _class_of(parameter: inspect.Parameter, found: Any, module: types.ModuleType
     return given if isinstance(given, type) and parameter.name in CONFIGS else None
 
 
-def names_used(path: Path, parameter: str) -> set[str]:
-    """The names that the file reads of its config: cfg["n_embd"], cfg.n_embd, self.cfg.n_embd."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return set()
-    word = re.escape(parameter)
+def names_used(path: Path, parameter: str) -> tuple[set[str], bool]:
+    """The names that the file reads of its config, cfg["n_embd"] or cfg.n_embd; and whether it is a dict."""
+    text, word = source_of(path), re.escape(parameter)
     items = re.findall(rf"\b{word}\[\s*[\"'](\w+)[\"']\s*\]", text)
     fields = re.findall(rf"\b{word}\.(\w+)\b(?!\s*\()", text)
-    return {*items, *(name for name in fields if not name.startswith("_"))}
+    return {*items, *(name for name in fields if not name.startswith("_"))}, bool(items)
 
 
 def _config(
@@ -190,6 +195,7 @@ def _config(
     values: dict[str, Any],
     source: Source,
     names: set[str],
+    by_key: bool,
 ) -> Any:
     """The config that a constructor takes, with these values and, for the rest, those of the checkpoint.
 
@@ -205,7 +211,7 @@ def _config(
         for key, value in values.items():
             setattr(made, key, value)
         return made
-    kind = _class_of(parameter, found, module) or _likely_class(module, names, values)
+    kind = _class_of(parameter, found, module) or (None if by_key else _likely_class(module, names, values))
     if kind is not None and not issubclass(kind, dict):
         return _instance(kind, name, path, values, source)
     constant = _constant(module, names)

@@ -17,7 +17,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference.module_import import TheirError, told
 
 MASKS = ("mask", "attn_mask", "attention_mask", "src_mask", "tgt_mask", "causal_mask", "x_mask", "has_mask")
-TARGETS = ("targets", "target", "labels", "y", "tgt", "targ")
+TARGETS = ("targets", "target", "labels", "y", "yb", "tgt", "targ", "target_ids", "next_tokens")
 STARTS = ("start_pos", "start", "offset", "past_length", "pos_offset", "start_index")
 PLACES = ("positions", "position_ids", "pos", "input_pos", "position", "cache_position", "pos_ids")
 NOTHING = ("cache", "caches", "past", "past_key_values", "kv_cache", "layer_past", "memory", "mems", "state",
@@ -163,10 +163,14 @@ class Caller:
         """Ways to be called at all, the likeliest first."""
         fixed = length if self.block_size and length > LONGEST else 0
         mask = next((each.name for each in self._rest if each.name in MASKS and each.default is each.empty), "")
-        for kind in ("additive", "hidden", "seen", "seen4", "ones", "none", "true") if mask else ("",):
-            for axes in ("BT", "TB") if mask else ("BT",):
-                yield Way(mask=mask, kind=kind, axes=axes, length=fixed)
-        yield Way(mask=mask, kind="additive" if mask else "", axes="T", length=fixed)
+        targets = next((each.name for each in self._rest if each.name in TARGETS and each.default is each.empty), "")
+        plain = [Way(targets=targets, length=fixed), *([Way(length=fixed)] if targets else [])]
+        for way in plain:
+            for kind in ("additive", "hidden", "seen", "seen4", "ones", "none", "true") if mask else ("",):
+                for axes in ("BT", "TB") if mask else ("BT",):
+                    yield dataclasses.replace(way, mask=mask, kind=kind, axes=axes)
+        for way in plain:
+            yield dataclasses.replace(way, mask=mask, kind="additive" if mask else "", axes="T")
 
     def _settled(self, way: Way, kind: str, ids: np.ndarray) -> np.ndarray:
         """Completes a way that can be called: every position's logits, each of tokens before it only."""
@@ -180,7 +184,7 @@ class Caller:
             raise UserError(
                 f"{self.path}: {self.name} gives other logits each time: dropout that eval() does not switch off?"
             )
-        if not self.last_only and ids.shape[1] > 1:
+        if not self.last_only and not self.way.growing and ids.shape[1] > 1:
             self._look(names, ids)
         return ids
 
@@ -305,7 +309,8 @@ class Caller:
         try:
             answer = self.model(native, *ordered, **given)
         except Exception as error:
-            raise TheirError(told(error, self.path)) from None
+            cure = "; it is run on the CPU: take the device of the ids" if "CUDA" in str(error) else ""
+            raise TheirError(f"{told(error, self.path)}{cure}") from None
         return self._logits(answer, b, t)
 
     def _value(self, parameter: inspect.Parameter, way: Way, ids: Any, rows: int, steps: int) -> Any:
@@ -328,13 +333,11 @@ class Caller:
             )
         if not needed:
             return parameter.empty
-        if name in TARGETS:
-            return ids
         if name in STARTS:
             return 0
         if name in PLACES:
             return self.library.array(np.arange(steps))
-        if name in NOTHING or name in MASKS:
+        if name in NOTHING or name in MASKS or name in TARGETS:
             return None
         raise UserError(
             f"{self.path}: {self.name}: its forward needs {name}, which is not known:"

@@ -18,6 +18,7 @@ from typing import Any
 from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.inference.module_absent import Absent
 
+_PYTHON_CELLS = ("%%time", "%%capture")
 _KEPT = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom)
 
 
@@ -55,25 +56,46 @@ def source_of(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not UTF-8, or no notebook: {error}") from None
-    lines = "\n".join(cell if isinstance(cell, str) else "".join(cell) for cell in cells).splitlines()
+    texts = [cell if isinstance(cell, str) else "".join(cell) for cell in cells]
+    texts = [text for text in texts if not text.startswith("%%") or text.startswith(_PYTHON_CELLS)]
+    lines = "\n".join(texts).splitlines()
     return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines) + "\n"
 
 
-def framework_of(path: Path) -> str:
-    """``torch`` or ``mlx``: which the file imports, or the files beside it that it imports; torch where both.
+def framework_of(path: Path, name: str = "") -> str:
+    """``torch`` or ``mlx``: which the file imports, or the files beside it that it imports; where both, as the class.
 
     Raises:
         UserError: neither; the message names what it imports in their place.
     """
     roots = _imports(path, set())
-    for name in ("torch", "mlx"):
-        if name in roots:
-            return name
+    found = [each for each in ("torch", "mlx") if each in roots]
+    if found:
+        return next((each for each in found if len(found) > 1 and each == _base_of(path, name)), found[0])
     others = sorted(roots & {"jax", "flax", "tensorflow", "keras", "tinygrad", "numpy"})
     raise UserError(
         f"{path}: imports neither torch nor mlx{f' but {others[0]}' if others else ''}:"
         " make a sample yourself and give it by --like (docs/adopt.md)"
     )
+
+
+def _base_of(path: Path, name: str) -> str:
+    """The library of a class's base, as in ``class GPT(nn.Module)``; '' where the file does not say."""
+    body = ast.parse(source_of(path)).body
+    origins: dict[str, str] = {}
+    for node in body:
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            module = getattr(node, "module", None) or alias.name
+            origins[(alias.asname or alias.name).partition(".")[0]] = module.partition(".")[0]
+    bases = {node.name: node.bases[0] for node in body if isinstance(node, ast.ClassDef) and node.bases}
+    seen: set[str] = set()
+    while name in bases and name not in seen:
+        seen.add(name)
+        base = bases[name]
+        while isinstance(base, ast.Attribute):
+            base = base.value
+        name = base.id if isinstance(base, ast.Name) else ""
+    return origins.get(name, "")
 
 
 def _imports(path: Path, seen: set[Path]) -> set[str]:
@@ -156,27 +178,35 @@ def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:
 
 
 def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, list[str]]:
-    """The file without what works below the class: there only definitions stay, if there is a loop at all."""
-    at = next((n for n, node in enumerate(tree.body) if getattr(node, "name", None) == name), None)
+    """The file without what works below the class, or its import: if anything does, only definitions stay there."""
+    at = next((n for n, node in enumerate(tree.body) if name in _names(node)), None)
     if at is None:
         return tree, []
     below = tree.body[at + 1 :]
-    if not any(isinstance(node, ast.For | ast.While | ast.With) for node in below):
+    if not any(_works(node) for node in below):
         return tree, []
-    kept = [node for node in below if isinstance(node, _KEPT) or _is_constant(node)]
+    kept = [node for node in below if isinstance(node, _KEPT) or _is_plain(node)]
     said = f"{file} works when it is imported: run up to {name}, and of what follows only definitions"
     return ast.Module([*tree.body[: at + 1], *kept], tree.type_ignores), [said]
 
 
-def _is_constant(node: ast.stmt) -> bool:
-    """``n_head = 4``."""
-    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-        return False
-    try:
-        ast.literal_eval(node.value)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return True
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement defines or imports."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    return [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+
+
+def _works(node: ast.stmt) -> bool:
+    """Whether a statement is a loop, or a call for what it does."""
+    return isinstance(node, ast.For | ast.While | ast.With) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    )
+
+
+def _is_plain(node: ast.stmt) -> bool:
+    """``n_head = 4``, ``MODELS = {"gpt": GPT}``: an assignment that calls nothing."""
+    return isinstance(node, ast.Assign | ast.AnnAssign) and not any(isinstance(e, ast.Call) for e in ast.walk(node))
 
 
 def find(module: types.ModuleType, name: str, is_model: Callable[[Any], bool]) -> Any:

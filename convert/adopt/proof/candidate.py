@@ -6,6 +6,7 @@ logits, or a hidden state of a model cut off after some blocks, of all tokens or
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ _READERS: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 _READERS |= {"rope_theta": ("rope", "sinusoidal"), "sinusoid": ("sinusoidal",)}
 _READERS |= {"position_multiplier": ("sinusoidal", "learned")}
+_LAST = {"logit_scale", "final_softcap"}
+_FEW = 400_000  # logits that are scaled and capped in all ways at once
 _LONG_TABLES = ("none", "linear", "llama3")  # scalings that do not look at block_size
-_KEPT = 4  # sets of weights that are kept
 
 
 class View(NamedTuple):
@@ -106,10 +108,13 @@ class Bench:
     def __init__(self, proposal: Proposal, gather: Gather, sample: Sample, forward: Forward, limit: Limit):
         self.choices, self._map, self.sample, self.limit = proposal.choices, proposal.map, sample, limit
         self._forward, self._start = forward, time.perf_counter()
-        self._gathered = functools.lru_cache(_KEPT)(functools.partial(_gathered, gather))
+        self._gather = gather
+        self._made: dict[Candidate, tuple[ModelConfig, Map] | None] = {}
         self._seen: dict[tuple[Any, ...], Score] = {}
         self._tried: set[tuple[Any, ...]] = set()
+        self._finishes: dict[tuple[Candidate, View], Candidate] = {}
         self.runs = 0
+        self.refused = ""  # why a candidate did not run, the first time
 
     @property
     def candidates(self) -> int:
@@ -138,12 +143,15 @@ class Bench:
 
     def made(self, candidate: Candidate) -> tuple[ModelConfig, Map] | None:
         """Its configuration, without what does nothing, and its map; None if its options contradict each other."""
-        found = self.map(candidate)
-        try:
-            config = plain(config_of(found.model))
-        except UserError:
-            return None
-        return config, dataclasses.replace(found, rope=found.rope if config.position == "rope" else "halves")
+        if candidate not in self._made:
+            found = self.map(candidate)
+            try:
+                config = plain(config_of(found.model))
+                rope = found.rope if config.position == "rope" else "halves"
+                self._made[candidate] = config, dataclasses.replace(found, rope=rope)
+            except UserError:
+                self._made[candidate] = None
+        return self._made[candidate]
 
     def key(self, candidate: Candidate) -> tuple[Any, ...] | None:
         """Equal for candidates that are one model."""
@@ -152,31 +160,42 @@ class Bench:
 
     def weights(self, config: ModelConfig, found: Map) -> Weights | None:
         """Its weights; None if they are not those of the configuration."""
+        shapes = {name: param.shape for name, param in table_of(config).items()}
         try:
-            weights = self._gathered(_Laid(found, config))
-        except UserError:
+            weights = self._gather(found)
+        except UserError as error:
+            self.refused = self.refused or str(error)
             return None
-        shapes = {name: param.shape for name, param in params.table(config).items()}
-        fits = shapes.keys() == weights.keys() and all(weights[name].shape == each for name, each in shapes.items())
-        return weights if fits else None
+        wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
+        wrong += [name for name in weights if name not in shapes]
+        if wrong:
+            self.refused = self.refused or f"{wrong[0]}: no tensor of theirs gives it as this model has it"
+        return None if wrong else weights
 
     def output(self, candidate: Candidate, view: View, noise: float = 0.0) -> np.ndarray | None:
         """What the sample has there, of the candidate; ``noise``: each weight is first changed by as much of itself."""
         made = self.made(candidate)
-        weights = made and self.weights(*made)
-        if not made or weights is None:
+        raw = made and self._run(made[0], made[1], view, noise)
+        if not made or raw is None:
             return None
-        config, ids = cut(made[0], view.blocks), self.sample.ids[:, : view.tokens or None]
+        return raw if view.place >= 0 else self.sample.comparable(finish(raw, made[0]))
+
+    def _run(self, config: ModelConfig, found: Map, view: View, noise: float) -> np.ndarray | None:
+        """A hidden state, or logits before their scale and cap."""
+        weights = self.weights(config, found)
+        if weights is None:
+            return None
+        config, ids = cut(config, view.blocks), self.sample.ids[:, : view.tokens or None]
         if config.position != "learned" and config.rope_scaling in _LONG_TABLES:
             config = dataclasses.replace(config, block_size=ids.shape[1])
-        weights = {name: weights[name] for name in params.table(config)}
+        weights = {name: weights[name] for name in table_of(config)}
         if noise:
             drawn = np.random.default_rng(0)
             weights = {name: each * _near_one(drawn, each.shape, noise) for name, each in weights.items()}
         self.runs += 1
         with np.errstate(all="ignore"):
-            logits, hidden = self._forward(config, weights, ids, view.place >= 0)
-        return self.sample.comparable(logits) if view.place < 0 else hidden[view.place]
+            logits, hidden = self._forward(raw_head(config), weights, ids, view.place >= 0)
+        return logits if view.place < 0 else hidden[view.place]
 
     def target(self, view: View) -> np.ndarray:
         """What the sample has there."""
@@ -193,12 +212,73 @@ class Bench:
         return self._seen[*key, view]
 
     def look(self, candidate: Candidate, view: View) -> np.ndarray | None:
-        """``output``, of which the distance is remembered."""
-        key, output = self.key(candidate), self.output(candidate, view)
-        if key is not None:
-            self._tried.add(key)
-            self._seen[*key, view] = NONE if output is None else distance(output, self.target(view))
+        """``output``, of which the distance is remembered; and of logits the best scale and cap."""
+        made = self.made(candidate)
+        if not made:
+            return None
+        raw = self._run(made[0], made[1], view, 0.0)
+        output = raw if raw is None or view.place >= 0 else self.sample.comparable(finish(raw, made[0]))
+        self._note(candidate, view, output)
+        if raw is not None and view.place < 0 and raw.size <= _FEW:
+            self._finish_best(candidate, made[0], raw, view)
         return output
+
+    def _finish_best(self, candidate: Candidate, config: ModelConfig, raw: np.ndarray, view: View) -> None:
+        """Remembers which scale and cap of the logits bring a candidate nearest: that takes no run."""
+        target, found = self.target(view), dict[Candidate, float]()
+        last = [n for n in range(len(self.choices)) if self.is_last(n)]
+        for options in itertools.product(*(range(len(self.choices[n].options)) for n in last)):
+            other, fields = list(candidate), dict[str, float]()
+            for n, option in zip(last, options, strict=True):
+                other[n] = option
+                fields |= dict(self.choices[n].options[option].model)
+            scale = fields.get("logit_scale", config.logit_scale)
+            cap = fields.get("final_softcap", config.final_softcap)
+            found[tuple(other)] = distance(self.sample.comparable(_finished(raw, scale, cap)), target).rms
+        best = min(found, key=lambda each: found[each], default=candidate)
+        made = self.made(best)
+        if made and best != candidate:
+            self._note(best, view, self.sample.comparable(finish(raw, made[0])))
+            self._finishes[candidate, view] = best
+
+    def finished(self, candidate: Candidate, view: View) -> Candidate:
+        """The candidate with the scale and cap of logits that bring it nearest, as far as that is known."""
+        return self._finishes.get((candidate, view), candidate)
+
+    def _note(self, candidate: Candidate, view: View, output: np.ndarray | None) -> None:
+        key = self.key(candidate)
+        assert key is not None
+        self._tried.add(key)
+        self._seen[*key, view] = NONE if output is None else distance(output, self.target(view))
+
+    def is_last(self, n: int) -> bool:
+        """Whether a choice is of what is done to the logits last."""
+        options = self.choices[n].options
+        return all(option.model.keys() <= _LAST and not option.rules and not option.rope for option in options)
+
+
+def raw_head(config: ModelConfig) -> ModelConfig:
+    """The same model without scale and cap of its logits."""
+    if not config.logit_scale and not config.final_softcap:
+        return config
+    return dataclasses.replace(config, logit_scale=0.0, final_softcap=0.0)
+
+
+def finish(logits: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Scale and cap of logits, as layers.finish does it."""
+    return _finished(logits, config.logit_scale, config.final_softcap)
+
+
+def _finished(logits: np.ndarray, scale: float, cap: float) -> np.ndarray:
+    if scale:
+        logits = logits * np.float32(scale)
+    return np.float32(cap) * np.tanh(logits / np.float32(cap)) if cap else logits
+
+
+@functools.lru_cache(64)
+def table_of(config: ModelConfig) -> Mapping[str, params.Param]:
+    """params.table, which candidates ask for again and again."""
+    return params.table(config)
 
 
 def _near_one(drawn: np.random.Generator, shape: tuple[int, ...], noise: float) -> np.ndarray:
@@ -212,23 +292,3 @@ def distance(output: np.ndarray, target: np.ndarray) -> Score:
         rms = float(np.sqrt(np.mean(difference**2) / max(np.mean(target.astype(np.float64) ** 2), 1e-60)))
         worst = float(np.abs(difference).max() / max(np.abs(target).max(), 1e-30))
     return Score(rms, worst) if np.isfinite(rms) and np.isfinite(worst) else NONE
-
-
-class _Laid:
-    """A map as far as it says how tensors lie: what its weights depend on."""
-
-    def __init__(self, found: Map, config: ModelConfig):
-        self.map = found
-        by_head = found.rope != "halves" or any(set("hdg") & set(rule.axes) for rule in found.rules)
-        heads = (config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim) if by_head else ()
-        self._key = (found.rules, found.rope, heads, tuple(params.table(config)))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Laid) and self._key == other._key
-
-
-def _gathered(gather: Gather, laid: _Laid) -> Weights:
-    return {name: np.asarray(array, np.float32) for name, array in gather(laid.map).items()}

@@ -8,21 +8,21 @@ the best few are changed one choice at a time. Small differences (an eps, erf or
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convert.adopt.candidate import NONE, Bench, Candidate, Forward, Gather, Limit, Score, View, distance
 from convert.adopt.evidence import Sample
+from convert.adopt.proof.candidate import Bench, Candidate, Forward, Gather, Limit, Score, View, distance
+from convert.adopt.proof.fitting import fit, swapped
+from convert.adopt.proof.verdicts import Verdict, judge
 from convert.adopt.rules import Map, Proposal
-from convert.adopt.verdicts import Verdict, judge
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.errors import UserError
 
 GATE = 1e-5  # of the largest logit
-_COMBINATIONS = 2500  # of coarse options at one view
-_FINE = 0.02  # a choice whose options move the numbers by less waits until the others are found
-_BEST = 6  # candidates that are improved one choice at a time
-_SHOWS = 1e-7  # a smaller change is no change
-_SAME = 1e-12
+_CLOSE = 1000  # times the gate: what is farther off is no rounding of a small choice
+_SMALL = 0.03  # a choice that moves the numbers by less may hide behind another
+_PAIRS = 24
 FIRST = "the first token"
 
 
@@ -77,6 +77,9 @@ def search(
         given: names of choices that the user made: kept, and said to be given.
         tolerance: what logits may be off, of the largest; default: 1e-5, or what the sample's dtype allows.
         limit: of runs and seconds.
+
+    Raises:
+        UserError: no candidate is a model at all.
     """
     bench = Bench(proposal, gather, sample, forward, limit or Limit())
     gate, notes = tolerance or max(GATE, 8 * sample.step if sample.step > 1e-6 else 0.0), list[str]()
@@ -92,13 +95,16 @@ def search(
             failed.append(view)
             if view.name == FIRST:  # its logits are among those of all tokens
                 break
+    if not bench.runs:
+        raise UserError(bench.refused or "no combination of the options is a model")
     view = views(sample)[-1]
     if view in failed and settled and not bench.over:  # a view that fits by chance must not decide
         best, score = fit(bench, best, view, set(), gate)
-    best = polish(bench, best, view)
+    if bench.score(best, view).worst <= _CLOSE * gate:
+        best = polish(bench, best, view, rounding(bench, best, view))
     score, floor = bench.score(best, view), rounding(bench, best, view)
     allowed = gate if tolerance else max(gate, 4 * floor.worst)
-    fits = score.worst <= allowed
+    fits = score.worst <= allowed < float("inf")
     if fits and allowed > gate >= score.worst:
         allowed = gate
     verdicts, best = judge(bench, best, view, floor, given) if fits else ([], best)
@@ -119,136 +125,41 @@ def search(
 def rounding(bench: Bench, best: Candidate, view: View) -> Score:
     """How far the numbers move when each weight moves by half a unit of float32: what no comparison can tell."""
     plain, moved = bench.output(best, view), bench.output(best, view, noise=2.0**-24)
-    return NONE if plain is None or moved is None else distance(moved, plain)
-
-
-def fit(bench: Bench, start: Candidate, view: View, settled: set[int], gate: float) -> tuple[Candidate, Score]:
-    """The first candidate that agrees at a view, else the best of those that were tried; ``settled`` choices stay."""
-    tried = {start: bench.score(start, view)}
-    if tried[start].worst <= gate:
-        return start, tried[start]
-    free = [n for n in range(len(bench.choices)) if n not in settled and len(bench.choices[n].options) > 1]
-
-    def take(candidate: Candidate) -> bool:
-        """Whether to stop: it agrees, or there is no time."""
-        tried[candidate] = bench.score(candidate, view)
-        return tried[candidate].worst <= gate or bench.over
-
-    def best() -> Candidate:
-        return min(tried, key=lambda each: (tried[each].rms, sum(each)))
-
-    base = start
-    for _ in range(3):  # an option may make another choice matter
-        coarse, fine = _relevant(bench, base, view, free, tried)
-        if any(take(each) for each in combinations(bench, base, coarse, _COMBINATIONS)):
-            break
-        ranked = sorted(tried, key=lambda each: (tried[each].rms, sum(each)))[:_BEST]
-        if any(take(each) for one in ranked[:2] for each in combinations(bench, one, fine, 200)):
-            break
-        if any(_descend(bench, one, free, take, tried) for one in ranked):
-            break
-        if best() == base:
-            break
-        base = best()
-    return best(), tried[best()]
-
-
-def _relevant(
-    bench: Bench, base: Candidate, view: View, free: Sequence[int], tried: dict[Candidate, Score]
-) -> tuple[list[int], list[int]]:
-    """The choices that show at a view, from ``base``: those that move it much, and those that move it little."""
-    plain, coarse, fine = bench.look(base, view), list[int](), list[int]()
-    if plain is None:
-        return list(free), []
-    for n in free:
-        change = 0.0
-        for option in range(len(bench.choices[n].options)):
-            other = _with(base, n, option)
-            if other == base:
-                continue
-            output = bench.look(other, view) if bench.key(other) != bench.key(base) else plain
-            tried[other] = bench.score(other, view)
-            change = max(change, distance(output, plain).rms if output is not None else 0.0)
-        if change > _FINE:
-            coarse.append(n)
-        elif change > _SHOWS:
-            fine.append(n)
-    return _with_heads(bench, coarse, free), fine
-
-
-def _with_heads(bench: Bench, chosen: list[int], free: Sequence[int]) -> list[int]:
-    """The number of heads too, where an option lays tensors out by head: it shows with that option alone."""
-    by_head = any(
-        set(rule.axes) & set("hg")
-        for n in chosen
-        for option in bench.choices[n].options
-        for rule in option.rules.values()
-    )
-    sizes = {"n_head", "n_kv_head", "head_dim"}
-    more = [n for n in free if any(sizes & set(option.model) for option in bench.choices[n].options)]
-    return chosen + [n for n in more if n not in chosen] if by_head else chosen
-
-
-def _with(candidate: Candidate, n: int, option: int) -> Candidate:
-    return (*candidate[:n], option, *candidate[n + 1 :])
-
-
-def combinations(bench: Bench, base: Candidate, chosen: Sequence[int], limit: int) -> Iterator[Candidate]:
-    """All combinations of the options of some choices, the likeliest first, the others as in ``base``."""
-    sizes = [len(bench.choices[n].options) for n in chosen]
-
-    def of_sum(total: int, rest: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        if not rest:
-            yield from [()] if total == 0 else []
-            return
-        for first in range(min(total, rest[0] - 1) + 1):
-            yield from ((first, *more) for more in of_sum(total - first, rest[1:]))
-
-    levels = (of_sum(total, sizes) for total in range(sum(sizes) - len(sizes) + 1))
-    for options in itertools.islice(itertools.chain.from_iterable(levels), limit):
-        made = list(base)
-        for n, option in zip(chosen, options, strict=True):
-            made[n] = option
-        yield tuple(made)
-
-
-def _descend(bench: Bench, start: Candidate, free: Sequence[int], take, tried: dict[Candidate, Score]) -> bool:
-    """Improves a candidate one choice at a time, then two at once; whether ``take`` said to stop."""
-    now = start
-    for _ in range(4):
-        before = now
-        for n in free:
-            others = [_with(now, n, option) for option in range(len(bench.choices[n].options))]
-            if any(take(each) for each in others if each not in tried):
-                return True
-            now = min([now, *others], key=lambda each: tried.get(each, NONE).rms)
-        if now == before:
-            break
-    return False
+    return Score(0.0, 0.0) if plain is None or moved is None else distance(moved, plain)
 
 
 def shown(bench: Bench, best: Candidate, view: View, score: Score, gate: float) -> set[int]:
     """The choices of which no other option agrees at a view."""
     made = set()
     for n, choice in enumerate(bench.choices):
-        others = [_with(best, n, option) for option in range(len(choice.options)) if option != best[n]]
+        others = [swapped(best, n, option) for option in range(len(choice.options)) if option != best[n]]
         far = max(gate, 4 * score.worst)
         if others and all(bench.score(each, view).worst > far for each in others):
             made.add(n)
     return made
 
 
-def polish(bench: Bench, best: Candidate, view: View) -> Candidate:
-    """Takes what is clearly better though ``best`` agrees already: an eps or a kind of GELU, within the gate."""
-    for _ in range(3):
-        before = best
+def polish(bench: Bench, best: Candidate, view: View, floor: Score) -> Candidate:
+    """Takes what is clearly better though ``best`` agrees already: an eps or a kind of GELU, within the gate.
+
+    Where ``best`` is still off by more than rounding, two choices at once: one small error may hide another.
+    """
+    for _ in range(4):
+        near = {best: bench.score(best, view)}
         for n, choice in enumerate(bench.choices):
             for option in range(len(choice.options)):
-                other = _with(best, n, option)
-                if bench.score(other, view).rms < 0.7 * bench.score(best, view).rms:
-                    best = other
-        if best == before:
+                other = swapped(best, n, option)
+                near[other] = bench.score(other, view)
+        if near[best].rms > 2 * floor.rms:
+            small = [each for each in near if near[each].rms < _SMALL][:_PAIRS]
+            for one, two in itertools.combinations(small, 2):
+                other = tuple(b if a == best[n] else a for n, (a, b) in enumerate(zip(one, two, strict=True)))
+                if not bench.over:
+                    near[other] = bench.score(other, view)
+        found = min(near, key=lambda each: near[each].rms)
+        if near[found].rms >= 0.7 * near[best].rms:
             break
+        best = found
     return best
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convert.adopt.candidate import Bench, Candidate, Score, View
+from convert.adopt.proof.candidate import Bench, Candidate, Score, View
 
+_NEAR = 0.1  # a candidate that is farther off than this is not brought near by another choice
 CLEAR = 4.0  # times rounding: a candidate that is off by more is another model
 
 # what would tell options apart that a sample does not
@@ -63,7 +64,7 @@ def _verdict(bench: Bench, best: Candidate, view: View, n: int, others: Sequence
     scores = {each: bench.score(each, view) for each in others}
     alike = {each[n] for each in others if scores[each].rms <= CLEAR * unit}
     nearest = min(scores, key=lambda each: scores[each].rms)
-    if not alike and not bench.over:
+    if not alike and scores[nearest].rms < _NEAR and not bench.over:
         nearest = _adapted(bench, nearest, view, n, scores)
         if scores[nearest].rms <= CLEAR * unit:
             alike.add(nearest[n])

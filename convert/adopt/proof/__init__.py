@@ -1,0 +1,1 @@
+"""Which candidate gives a sample's numbers, and how sure each of its choices is."""
