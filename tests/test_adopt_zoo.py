@@ -26,7 +26,8 @@ def test_a_stranger_is_refused_with_what_was_found(name: str, tmp_path: Path) ->
     (tmp_path / "in").mkdir()
     path = stranger.make(tmp_path / "in")
     like = ["--like", tmp_path / "in" / "sample.npz"] if stranger.sample else []
-    code, out, err = verb("adopt", path, *like, "--out", tmp_path / "model", "--backend", "torch", "--unproved", "--json")
+    flags = [*like, *(flag for each in stranger.known for flag in ("--set", each)), "--backend", "torch", "--unproved"]
+    code, _, err = verb("adopt", path, *flags, "--out", tmp_path / "model")
     lines = [line for line in err.splitlines() if line.startswith("mlxgpt: error")]
     assert code == stranger.code, err[-500:]
     assert len(lines) == 1 and all(word in lines[0] for word in stranger.said), lines

@@ -30,7 +30,9 @@ class Adopted:
     said: str  # on stderr
     report: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict)  # framework -> of the written folder, on four times the tokens
+    errors: dict[str, float] = field(
+        default_factory=dict
+    )  # framework -> of the written folder, on four times the tokens
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -72,9 +74,10 @@ def adopt(animal: Animal, folder: Path, backend: str = "torch") -> Adopted:
 
 def facts(config: ModelConfig) -> dict[str, Any]:
     """What a model is, however its fields say it; the fields that do nothing in it are left out."""
-    same = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden", "vocab_size", "norm", "norm_eps",
-            "norm_weight", "placement", "final_norm", "activation", "gated", "position", "tied", "embed_norm", "qk_norm",
-            "logit_scale", "final_softcap", "attn_softcap", "window", "residual_multiplier")  # fmt: skip
+    same = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden", "vocab_size", "norm",
+            "norm_eps", "norm_weight", "placement", "final_norm", "activation", "gated", "position", "tied",
+            "embed_norm", "qk_norm", "logit_scale", "final_softcap", "attn_softcap", "window",
+            "residual_multiplier")  # fmt: skip
     made = {name: getattr(config, name) for name in same}
     made["attn_scale"] = config.attn_scale or config.head_dim**-0.5
     made["embed_scale"] = config.n_embd**0.5 if config.embed_scale else config.embed_multiplier
@@ -129,12 +132,16 @@ def way_back(animal: Animal, folder: Path) -> list[str]:
         if other is None:
             continue
         if other.dtype != array.dtype or other.shape != array.shape:
-            faults.append(f"way back: {name} is {other.dtype} {tuple(other.shape)}, was {array.dtype} {tuple(array.shape)}")
+            faults.append(
+                f"way back: {name} is {other.dtype} {tuple(other.shape)}, was {array.dtype} {tuple(array.shape)}"
+            )
         elif not torch.equal(other.contiguous().view(torch.uint8), array.contiguous().view(torch.uint8)):
             faults.append(f"way back: {name} has other bits")
     if not faults:
         given = ids(animal.spec)
-        prefix = next((each for each in ("_orig_mod.", "module.") if all(name.startswith(each) for name in weights)), "")
+        prefix = next(
+            (each for each in ("_orig_mod.", "module.") if all(name.startswith(each) for name in weights)), ""
+        )
         state = {name.removeprefix(prefix): _array(found[name]) for name in weights}
         if not (animal.run(state, given)[0] == animal.run(animal.state, given)[0]).all():
             faults.append("way back: their own code gives other logits")

@@ -18,12 +18,16 @@ SPEC = Spec(seed=901, style="snake", file="safetensors", position="halves", bias
 
 @dataclass(frozen=True)
 class Stranger:
-    """``said``: words of which the refusal has each; ``code``: of the exit; ``sample``: whether one is given."""
+    """``said``: words of which the refusal has each; ``code``: of the exit; ``sample``: whether one is given.
+
+    ``known``: of ``--set``, what is not searched, so that a refusal takes no minute.
+    """
 
     make: Callable[[Path], Path]
     said: tuple[str, ...]
     code: int = 2
     sample: bool = True
+    known: tuple[str, ...] = ()
 
 
 def _tensors(*named: tuple[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -106,7 +110,11 @@ def latent(folder: Path) -> Path:
         at = f"trf_blocks.{n}"
         named += [(f"{at}.att.W_query.weight", (32, 32)), (f"{at}.att.W_DKV.weight", (8, 32))]
         named += [(f"{at}.att.W_UK.weight", (32, 8)), (f"{at}.att.W_UV.weight", (32, 8))]
-        named += [(f"{at}.att.out_proj.weight", (32, 32)), (f"{at}.ff.0.weight", (128, 32)), (f"{at}.ff.2.weight", (32, 128))]
+        named += [
+            (f"{at}.att.out_proj.weight", (32, 32)),
+            (f"{at}.ff.0.weight", (128, 32)),
+            (f"{at}.ff.2.weight", (32, 128)),
+        ]
         named += [(f"{at}.norm{k}.weight", (32,)) for k in (1, 2)]
     return _saved(folder, _tensors(*named, ("final_norm.weight", (32,)), ("out_head.weight", (50, 32))))
 
@@ -148,10 +156,22 @@ def heads_swapped(folder: Path) -> Path:
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = tensors["transformer_blocks.1.attention.query_proj.weight"]
         D = SPEC.D
-        tensors["transformer_blocks.1.attention.query_proj.weight"] = torch.cat([weight[D : 2 * D], weight[:D], weight[2 * D :]])
+        tensors["transformer_blocks.1.attention.query_proj.weight"] = torch.cat(
+            [weight[D : 2 * D], weight[:D], weight[2 * D :]]
+        )
         return tensors
 
     return _changed(folder, change)
+
+
+def swapped_seen(folder: Path) -> Path:
+    """The same, with hidden states in the sample."""
+    path = heads_swapped(folder)
+    animal = make(SPEC, folder / "whole")
+    given = ids(SPEC)
+    logits, stream = animal.run(animal.state, given)
+    np.savez(folder / "sample.npz", ids=given, logits=logits, hidden=stream)
+    return path
 
 
 def other_seed(folder: Path) -> Path:
@@ -226,6 +246,9 @@ def odd_one_out(folder: Path) -> Path:
     return _changed(folder, change)
 
 
+KNOWN = ("n_head=4", "placement=pre", "position=rope", "attn_scale=0", "embed_scale=1", "rope_theta=10000",
+         "final_softcap=0", "logit_scale=off", "attn_softcap=0")  # fmt: skip
+
 STRANGERS: dict[str, Stranger] = {
     "cnn": Stranger(cnn, ("convolution",), sample=False),
     "lstm": Stranger(lstm, ("rnn",), sample=False),
@@ -243,9 +266,10 @@ STRANGERS: dict[str, Stranger] = {
     "nothing": Stranger(nothing, ("no tensors",), sample=False),
     "odd one out": Stranger(odd_one_out, ("skip_gate",)),
     "ids beyond": Stranger(beyond, ("50",)),
-    "another seed": Stranger(other_seed, ("depart",), code=1),
-    "layer missing": Stranger(layer_missing, ("depart",), code=1),
-    "heads swapped": Stranger(heads_swapped, ("depart",), code=1),
+    "another seed": Stranger(other_seed, ("first token's logits already depart",), code=1, known=KNOWN),
+    "layer missing": Stranger(layer_missing, ("first token's logits already depart",), code=1, known=KNOWN),
+    "heads swapped": Stranger(heads_swapped, ("first token's logits agree",), code=1, known=KNOWN),
+    "heads swapped, with hidden states": Stranger(swapped_seen, ("block 1 is the first",), code=1, known=KNOWN),
 }
 """What it is called -> how it is made and refused."""
 
