@@ -1,5 +1,6 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
+import sys
 from pathlib import Path
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
@@ -50,6 +51,8 @@ def load(
     where = devices.use(device)
     place, found = base_and_adapters.find_base(path, adapter)
     base = model_folder.read_config(place)
+    for note in model_folder.notes(place):
+        print(note, file=sys.stderr)
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(mx, dtype), seed=None)

@@ -212,9 +212,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 # refused by these words
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "google/gemma-3-4b-it": (
-        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": {}},
-        "model_type 'gemma3' is not supported"),
     "mistralai/Mixtral-8x7B-v0.1": (published(model_type="mixtral"), "model_type 'mixtral' is not supported"),
     "HuggingFaceTB/SmolLM2-135M, quantized with bitsandbytes": (
         published(**_LLAMA, quantization_config=dict(load_in_4bit=True, quant_method="bitsandbytes")),

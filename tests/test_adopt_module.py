@@ -296,6 +296,13 @@ CONFIGS = {
         class M(Body):
             def __init__(self, config): super().__init__(config.vocab_size, config.n_layer)
             def forward(self, idx): return self.body(idx)""",
+    "a class with a constructor": """
+        class ModelConfig:
+            def __init__(self, vocab_size=999, n_layer=12, n_head=2):
+                self.vocab_size, self.n_layer, self.n_head = vocab_size, n_layer, n_head
+        class M(Body):
+            def __init__(self, config): super().__init__(config.vocab_size, config.n_layer, config.n_head)
+            def forward(self, idx): return self.body(idx)""",
     "keywords": "class M(Body):\n    def forward(self, idx): return self.body(idx)",
     "a function": """
         class Model(Body):
@@ -355,6 +362,19 @@ def test_files_beside_it_and_packages_are_found(place: Path) -> None:
     found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
     assert said == ["not installed here, and stood in for by nothing: wandb_of_nobody, w_nobody"]
+
+
+def test_what_it_imports_by_its_full_name_is_found_above(place: Path) -> None:
+    folder = place / "src" / "nets"
+    folder.mkdir(parents=True)
+    (folder / "core.py").write_text(CORE)
+    text = "from src.nets.core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
+    (folder / "model.py").write_text(text)
+    assert module_import.framework_of(folder / "model.py") == "torch"
+    _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
+    found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
+    np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
+    assert said == []
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "model.", "net.transformer."])

@@ -1,5 +1,6 @@
 """A folder on disk as a model that runs: ``model, tokenizer = load(folder)``."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ def load(
     where = devices.use(device)
     place, found = base_and_adapters.find_base(path, adapter)
     base = model_folder.read_config(place)
+    for note in model_folder.notes(place):
+        print(note, file=sys.stderr)
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(torch, dtype), seed=None)

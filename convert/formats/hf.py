@@ -14,7 +14,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import model_folder, quantized, weight_files
 from mlxgpt.common.folders.tensors import DTYPES, Entry, Stored, read_header, read_tensor
-from mlxgpt.common.model import families, params
+from mlxgpt.common.model import families, params, text_part
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers.protocol import FILES, TEMPLATES, write_files
 
@@ -39,7 +39,7 @@ def read(path: Path) -> Opened:
     Raises:
         UserError: see ``model_folder.read_config`` and ``model_folder.locate``.
     """
-    values = read_json(path / "config.json")
+    values = model_folder.read_values(path)
     config, extra = read_values(quantized.plain_values(path, values), str(path / "config.json"))
     return open_folder(path, "hf", values, config, model_folder.read_entries(path, values, config), extra)
 
@@ -100,7 +100,7 @@ def open_folder(
         if ours not in wanted and entry.read().any():
             raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
     places = {ours: (located[ours][1], located[ours][2]) for ours in wanted}
-    notes = []
+    notes = [f"{path}: {values.note}"] if isinstance(values, text_part.TextPart) else []
     if "auto_map" in values:
         notes.append(f"{path / 'config.json'}: auto_map is left out: the model is of a class that needs none")
     fp8 = sum(isinstance(entry, quantized.Fp8) for entry, _ in places.values())

@@ -73,8 +73,9 @@ def n_head(
 
 def activation(style: Style, gated: bool, known: Mapping[str, Any]) -> Choice | None:
     """Of the MLP."""
-    if known.get("activation"):
-        return None
+    if known.get("activation"):  # who says gelu may mean either
+        order = ["gelu", "gelu_tanh"] if known["activation"] == "gelu" else [known["activation"]]
+        return pick("activation", [(name, {"activation": name}) for name in order], "what settings say")
     order = ["gelu", "gelu_tanh", "relu", "silu", "relu2"]
     if gated:
         order = ["silu", "gelu_tanh", "gelu", "relu", "relu2"]
@@ -173,7 +174,7 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
         order = ["halves reversed", "halves", "pairs", "pairs reversed"]
     if pairing:
         order.sort(key=lambda name: not name.startswith(pairing))
-        why = "the table of rope repeats each angle so"
+        why = "as the table of rope has its angles"
     made = [Choice("rope", tuple(Option(name, rope=name) for name in order), why)]
     if not told and not known.get("rope_theta"):
         made.append(pick("rope_theta", [(f"{each:g}", {"rope_theta": each}) for each in THETAS], "no table of rope"))
@@ -185,8 +186,10 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
     return made
 
 
-def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[int]) -> list[Choice]:
-    """Scales and caps."""
+def others(
+    known: Mapping[str, Any], style: Style, width: int, dims: Sequence[int], scale: float | None = None
+) -> list[Choice]:
+    """Scales and caps; ``scale``: a constant in the state dict."""
     made: list[Choice] = []
     if "attn_scale" not in known:
         scales: list[tuple[str, dict[str, Any]]] = [("1 / sqrt(head_dim)", {"attn_scale": 0.0})]
@@ -194,6 +197,8 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
         scales.append(("1", {"attn_scale": 1.0}))
         scales += [(f"1 / head_dim = 1 / {dim}", {"attn_scale": 1.0 / dim}) for dim in dims[:3]]
         scales += [(f"8 / head_dim = 8 / {dim}", {"attn_scale": 8.0 / dim}) for dim in dims[:3] if dim > 8]
+        if scale is not None:
+            scales.insert(0, (f"{scale:.6g}, a constant of the file", {"attn_scale": scale}))
         scales = [each for i, each in enumerate(scales) if each[1] not in [other[1] for other in scales[:i]]]
         made.append(pick("attn_scale", scales, "a multiplier of scores has no weights"))
     if "embed_scale" not in known:

@@ -5,13 +5,13 @@ from typing import Any
 
 _NAMES = {
     "n_head": ("n_head", "n_heads", "num_heads", "nhead", "heads", "num_attention_heads", "num_head", "n_attn_heads",
-               "nheads", "attention_heads", "head_count", "head_num", "heads_num", "number_of_heads", "h"),
+               "nheads", "attention_heads", "head_count", "head_num", "heads_num", "number_of_heads"),
     "n_kv_head": ("n_kv_head", "n_kv_heads", "num_kv_heads", "num_key_value_heads", "kv_heads", "n_query_groups",
                   "num_kv_groups", "n_kv_groups", "num_query_groups"),
     "head_dim": ("head_dim", "head_size", "d_head", "dim_head", "d_k", "head_dimension"),
     "n_embd": ("n_embd", "d_model", "emb_dim", "embed_dim", "dim", "hidden_size", "embedding_dim", "n_embed",
                "embed_size", "model_dim", "embedding_size", "d_embed", "width"),
-    "n_layer": ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "depth", "num_blocks", "n_blocks", "layers"),
+    "n_layer": ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "nlayers", "num_blocks", "n_blocks"),
     "block_size": ("block_size", "context_length", "max_seq_len", "seq_len", "sequence_len",
                    "max_position_embeddings", "n_ctx",
                    "ctx_len", "max_len", "context_size", "max_seq_length", "n_positions", "sequence_length",

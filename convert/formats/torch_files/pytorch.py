@@ -6,6 +6,7 @@ come from config.json, or Meta's params.json, beside it or given.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import quantized, weight_files
 from mlxgpt.common.folders.tensors import Stored, read_header
-from mlxgpt.common.model import module_names
+from mlxgpt.common.model import module_names, text_part
 from mlxgpt.common.tokenizers.protocol import FILES
 
 # keys under which training programs save a model's tensors, and what is tried first comes first
@@ -93,6 +94,8 @@ def read(path: Path, config: Path | None = None) -> Opened:
         UserError: nothing says the sizes, several files may be meant, the file is damaged or holds more than tensors
             and plain values, or see ``hf.open_folder``.
     """
+    if path.is_file() and (experts := text_part.experts_among(sorted(_names(path)))):
+        raise UserError(f"{path}: {experts}")
     where = _sizes(path, config)
     place, left = path, list[str]()
     if path.is_dir():
@@ -107,7 +110,8 @@ def read(path: Path, config: Path | None = None) -> Opened:
         entries: dict[str, Stored] = dict(weight_files.read_shards(path, place.name, lambda file: _read(file, left)))
     else:
         entries = dict(_read(place, left))
-    values = read_json(where)
+    values = text_part.of(read_json(where))
+    entries = text_part.kept(values, entries)
     peeled = {module_names.peel(name): entry for name, entry in entries.items()}
     if meta.has_names(peeled) and len(peeled) == len(entries):
         values, notes = meta.config_json(where, values, peeled) if "model_type" not in values else (values, [])
@@ -149,7 +153,7 @@ def _sizes(path: Path, given: Path | None) -> Path:
         where = f"in {folder}" if given or path.is_dir() else "beside it"
         raise UserError(
             f"{path}: tensors by name, which do not say the model's sizes: expected its config.json {where}, or "
-            "--config FILE"
+            f"--config FILE; a GPT of your own: mlxgpt adopt {shlex.quote(str(path))} --out DIR"
         )
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import TensorError
 from mlxgpt.common.folders import mlx_lm_names
-from mlxgpt.common.model import families, module_names
+from mlxgpt.common.model import families, module_names, text_part
 
 
 def is_tied(
@@ -59,6 +59,8 @@ def _reason(there: Collection[str], config: ModelConfig) -> str:
     lora = next((each for each in there if ".lora_A." in each or each.endswith(".lora_a")), None)
     if lora:
         return f"{lora} is an adapter's, beside its base's tensors: expected a base, or both merged"
+    if experts := text_part.experts_among(there):
+        return experts
     expected = {*families.from_foreign(config), *mlx_lm_names.names(config)}
     strangers = module_names.strangers(there, expected)
     return strangers and f"{strangers}: expected names such as {next(iter(families.from_foreign(config)))}"

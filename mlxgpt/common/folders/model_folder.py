@@ -18,7 +18,7 @@ from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import head, mlx_lm_folder, quantized
 from mlxgpt.common.folders.tensors import FLOATS, Stored, read_tensors, same_bytes, write_tensors
 from mlxgpt.common.folders.weight_files import INDEX, SINGLE, find_tensors
-from mlxgpt.common.model import families, params
+from mlxgpt.common.model import families, params, text_part
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.tokenizers.ends import as_list, as_value, union
 from mlxgpt.common.tokenizers.padding import own_padding, with_padding
@@ -44,9 +44,20 @@ def read_config(folder: Path | str) -> ModelConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected a model folder")
-    values = read_json(folder / "config.json")
+    values = read_values(folder)
     config = families.config_from_hf(quantized.plain_values(folder, values), str(folder / "config.json"))
     return settle(folder, values, config, read_entries(folder, values, config))
+
+
+def read_values(folder: Path) -> Mapping[str, Any]:
+    """config.json of a folder, or what it says of the text part of a model of several."""
+    return text_part.of(read_json(folder / "config.json"))
+
+
+def notes(folder: Path) -> list[str]:
+    """A line on what of a folder is no part of its model."""
+    values = read_values(folder)
+    return [f"{folder}: {values.note}"] if isinstance(values, text_part.TextPart) else []
 
 
 def read_entries(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Stored]:
@@ -55,7 +66,7 @@ def read_entries(folder: Path, values: Mapping[str, Any], config: ModelConfig) -
     Raises:
         UserError: see ``find_tensors`` and ``quantized.resolve``.
     """
-    entries: dict[str, Stored] = dict(find_tensors(folder))
+    entries: dict[str, Stored] = text_part.kept(values, find_tensors(folder))
     return entries if mlx_lm_folder.is_own(config, values, entries) else quantized.resolve(folder, values, entries)
 
 
@@ -148,7 +159,7 @@ def read_stored(
 ) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantized]:
     """``read_params``, but what mlx-lm quantized in affine mode stays as it is."""
     folder = Path(folder)
-    values = read_json(folder / "config.json")
+    values = read_values(folder)
     entries = read_entries(folder, values, config)
     if mlx_lm_folder.is_own(config, values, entries):
         return _read_mlx_lm(folder, config, values, entries, dtype)

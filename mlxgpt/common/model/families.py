@@ -14,7 +14,7 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import module_names, own_config, params, quantization_methods
+from mlxgpt.common.model import module_names, own_config, params, quantization_methods, text_part
 from mlxgpt.common.model.family.row import BIASES, Family
 from mlxgpt.common.model.family.table import FAMILIES
 from mlxgpt.common.model.family_config import read_layers, read_rope, typed, write_layers, write_rope
@@ -238,10 +238,12 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     """
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
+        found = text_part.unread(values)
         part = values.get("text_config")
         text = part.get("model_type") if isinstance(part, dict) else None
         alone = f"; its text_config is a {text}, which is read as a model of its own" * (text in FAMILIES)
-        raise UserError(f"{where}: model_type {name!r} is not supported: expected one of {', '.join(FAMILIES)}{alone}")
+        expected = f"{found}: " * bool(found) + f"expected one of {', '.join(FAMILIES)}{alone}"
+        raise UserError(f"{where}: model_type {name!r} is not supported: {expected}")
     family = FAMILIES[name]
     architectures = values.get("architectures") or [family.architecture]
     if architectures not in ([family.architecture], [family.classifier]):
@@ -257,6 +259,8 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         )
     if family.own:
         return _read_own(values, family, architectures, where)
+    if found := text_part.experts_of(values):
+        raise UserError(f"{where}: {found}: expected a {name} without them")
     for key, value in family.must.items():
         found = values.get(key, value)
         if found != value and not (found is None and value is False):

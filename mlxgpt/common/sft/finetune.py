@@ -74,8 +74,8 @@ class Finetuning(Kind[SftSource]):
         adapters.targets(
             self.recipe.model, self.recipe.adapter
         )  # what matches nothing is refused before examples are read
-        for note in chosen.notes:
-            print(f"{chosen.where}: {note}")
+        for line in [*model_folder.notes(self._base), *(f"{chosen.where}: {note}" for note in chosen.notes)]:
+            print(line)
 
     def open_source(self) -> None:
         """The examples; steps, labels and new tokens follow from them."""
