@@ -19,7 +19,7 @@ import numpy as np
 from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
-from convert.adopt.maps import moments
+from convert.adopt.maps import moments, ready
 from convert.adopt.maps.complete import complete
 from convert.adopt.proof.candidate import config_of, distance, live
 from convert.adopt.proof.search import Found, search
@@ -138,9 +138,23 @@ def recognize(args: argparse.Namespace) -> Adoption:
         shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
         proposal = Proposal(map_file.read(Path(args.map).expanduser(), shapes), ())
     else:
-        proposal = roles.propose(state)
+        proposal = _proposal(state, bool(args.like or args.module))
     proposal, given = sets.settle(proposal, args.choices)
     return Adoption(state, proposal, given, bool(args.map), notes=[*state.notes, *proposal.notes])
+
+
+def _proposal(state: source.State, evidence: bool) -> Proposal:
+    """What a ready map says, or names and shapes; where there is evidence, all that it can prove is open."""
+    known = ready.propose(state)
+    if known and not evidence:
+        return known
+    try:
+        found = roles.propose(state)
+    except UserError:
+        if known is None:
+            raise
+        return known
+    return ready.ahead(found, known) if known else found
 
 
 def _kept(state: source.State) -> Mapping[str, Tensor]:

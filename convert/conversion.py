@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import mlxgpt
+from convert.adopt.maps import opening
 from convert.adopt.maps.back import Writer
 from convert.formats import generation, output, stream
 from convert.formats.opened import Opened, Options, Tensor
@@ -105,7 +106,16 @@ def convert(
         raise UserError(f"{dst}: {to} is a folder: expected a name without {suffix}, or --to of a format in one file")
     _options(to, options)
     again = functools.partial(_verify, src, n_head=n_head, config=config) if verify else None
-    return convert_opened(open_model(src, n_head, config), src, dst, to, force=force, verify=again, **options)
+    try:
+        opened = open_model(src, n_head, config)
+    except UserError:
+        found = None if n_head or config or verify else opening.known(Path(src).expanduser())
+        if found is None:
+            raise
+        made = functools.partial(opening.write_map, whole=found[1])
+        report = convert_opened(found[0], src, dst, to, force=force, verify=made, **options)
+        return dataclasses.replace(report, verified=False)
+    return convert_opened(opened, src, dst, to, force=force, verify=again, **options)
 
 
 def convert_opened(

@@ -17,7 +17,8 @@ PLAIN = verify_runs.run_framework, verify_runs.run_judge
 def request(plan: Plan, exact: bool = False) -> probing.Request:
     greedy = GREEDY if plan.greedy and not exact else 0
     ids = probing.read_ids(plan.tokens)
-    return probing.Request(ids, plan.prompt, greedy, gradients=plan.gradients, exact=exact)
+    scales = {"scales": (1.0,)} if plan.adapted else {}
+    return probing.Request(ids, plan.prompt, greedy, gradients=plan.gradients, exact=exact, **scales)
 
 
 def run_framework(name: str, folders: dict[str, Path], plan: Plan, work: Path, runs: Runs) -> None:

@@ -198,7 +198,7 @@ def test_a_model_is_called_as_it_wants_to_be(place: Path, kind: str) -> None:
     source = CORE + textwrap.dedent(CLASSES[kind])
     _, weights = weights_of(source)
     found, said = ran(Torch(), request(place, source, weights))
-    assert found.ids.shape == (2, BLOCK)
+    assert found.ids.shape == (1, BLOCK)
     np.testing.assert_allclose(found.logits, expected(source, weights, found.ids), atol=2e-5)
     assert found.hidden is not None and len(found.hidden) == L + 1
     embedded = weights["wte.weight"][found.ids] + weights["wpe.weight"]
@@ -218,7 +218,7 @@ def test_a_length_beyond_the_usual_is_tried(place: Path) -> None:
     source = CORE + textwrap.dedent(CLASSES["one length"]).replace("(Body):", "(Body):\n    long = True")
     _, weights = weights_of(source, block_size=80)
     found, said = ran(Torch(), request(place, source, weights, block_size=80, kwargs={"block_size": 80}))
-    assert found.ids.shape == (2, 80) and "it takes 80 tokens and no other number" in said
+    assert found.ids.shape == (1, 80) and "it takes 80 tokens and no other number" in said
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -243,7 +243,7 @@ class M(nn.Module):
     with torch.no_grad():
         right = model(torch.from_numpy(found.ids.T).long(), mask).transpose(0, 1).numpy()
     np.testing.assert_allclose(found.logits, right, atol=2e-5)
-    assert found.hidden is not None and found.hidden[0].shape == (2, BLOCK, C) and any("time first" in s for s in said)
+    assert found.hidden is not None and found.hidden[0].shape == (1, BLOCK, C) and any("time first" in s for s in said)
 
 
 CONFIGS = {
@@ -295,6 +295,13 @@ CONFIGS = {
             n_layer = 12
         class M(Body):
             def __init__(self, config): super().__init__(config.vocab_size, config.n_layer)
+            def forward(self, idx): return self.body(idx)""",
+    "a class with a constructor": """
+        class ModelConfig:
+            def __init__(self, vocab_size=999, n_layer=12, n_head=2):
+                self.vocab_size, self.n_layer, self.n_head = vocab_size, n_layer, n_head
+        class M(Body):
+            def __init__(self, config): super().__init__(config.vocab_size, config.n_layer, config.n_head)
             def forward(self, idx): return self.body(idx)""",
     "keywords": "class M(Body):\n    def forward(self, idx): return self.body(idx)",
     "a function": """
@@ -355,6 +362,19 @@ def test_files_beside_it_and_packages_are_found(place: Path) -> None:
     found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
     assert said == ["not installed here, and stood in for by nothing: wandb_of_nobody, w_nobody"]
+
+
+def test_what_it_imports_by_its_full_name_is_found_above(place: Path) -> None:
+    folder = place / "src" / "nets"
+    folder.mkdir(parents=True)
+    (folder / "core.py").write_text(CORE)
+    text = "from src.nets.core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
+    (folder / "model.py").write_text(text)
+    assert module_import.framework_of(folder / "model.py") == "torch"
+    _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
+    found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
+    np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
+    assert said == []
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "model.", "net.transformer."])

@@ -109,7 +109,8 @@ def test_meta_pkl_where_nanogpt_has_it(tmp_path: Path) -> None:
     (data / "meta.pkl").write_bytes(pickle.dumps({"itos": ITOS}))
     tokenizer, _ = find({"config": {"dataset": "shakespeare_char"}}, N, tmp_path / "out")
     assert tokenizer.encode("yes") == [STOI[c] for c in "yes"]
-    assert tokens.find({"config": {"dataset": "../data"}}, tmp_path / "out" / "x.pt", None, N)[0] is None
+    outside = {"config": {"dataset": "../data/shakespeare_char"}}
+    assert tokens.find(outside, tmp_path / "out" / "x.pt", None, N)[0] is None
 
 
 def test_marks_gaps_and_the_unknown(tmp_path: Path) -> None:
@@ -117,11 +118,11 @@ def test_marks_gaps_and_the_unknown(tmp_path: Path) -> None:
     tokenizer, notes = find({"stoi": table}, 64)
     assert tokenizer.encode(TEXT) == [table[c] for c in TEXT]
     assert tokenizer.encode("<bos>yZ<eos>") == [1, table["y"], 3, 2]
-    assert (tokenizer.eos_id, tokenizer.special) == (2, {0, 1, 2, 3})
+    assert (tokenizer.eos_id, tokenizer.special, tokenizer.decode([4, 5])) == (2, {0, 1, 2, 3, 4}, f"<|4|>{CHARS[0]}")
     assert tokenizer.named == {
         "eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>",
     }  # fmt: skip
-    assert "ids without text: 4" in notes and "what the table lacks becomes <unk>" in notes
+    assert "ids without text: 4; here <|4|> and so on" in notes and "what the table lacks becomes <unk>" in notes
     again = saved(tokenizer, tmp_path / "t", [TEXT, "<bos>yZ<eos>"])
     assert again.digest == tokenizer.digest
 
@@ -149,6 +150,7 @@ def test_a_character_that_no_table_has_is_named() -> None:
         ({"itos": ["a", "b", "a"]}, "'a' has the ids 0 and 2: expected one id an entry"),
         ({"stoi": {"a": 0, "b": 64}}, "'b' has the id 64, but the model has a vocabulary of 64"),
         ({"stoi": {"a": 0, "b": -1}}, "'b' has the id -1: expected 0 to"),
+        ({"stoi": {"a": 0, "b": 5000}}, "2 entries with ids up to 5000: expected fewer gaps than entries"),
         ({"stoi": {"a": 10**9}}, "'a' has the id 1000000000: expected 0 to"),
         ({"stoi": {"a": 1 << 40000}}, "'a' has the id of 40001 bits: expected 0 to"),
         ({"itos": {0: "a", 1: "\ud800"}}, "half of a surrogate pair"),
@@ -156,7 +158,7 @@ def test_a_character_that_no_table_has_is_named() -> None:
     ],
 )
 def test_tables_that_contradict_themselves_or_the_model(extras: Any, says: str) -> None:
-    assert says in refused(tokens.find, extras, Path("x.pt"), None, 64)
+    assert says in refused(tokens.find, extras, Path("x.pt"), None, 64 if "up to" not in says else 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,21 @@ def test_a_file_beside_that_cannot_be_it_is_said(tmp_path: Path) -> None:
     written(tmp_path / "vocab.json", '{"a": 0, "b": 1, "a": 2}')
     found, notes = tokens.find({}, tmp_path / "x.pt", None, N)
     assert found is None and "'a' is there twice: expected each entry once" in notes[1]
+
+
+@pytest.mark.parametrize("table", [dict(enumerate("nop")), {3: "<eos>", 0: "n", 2: "p"}, dict(enumerate("ab ,"))])
+def test_mlx_lm_reads_tables(table: dict[int, str], tmp_path: Path) -> None:
+    from mlx_lm.tokenizer_utils import load
+
+    tokenizer, _ = find({"itos": table}, 4)
+    tokenizer.save(tmp_path)
+    theirs, text = load(tmp_path), "".join(text for _, text in sorted(table.items()))
+    ids = theirs.encode(text, add_special_tokens=False)
+    streamed = theirs.detokenizer
+    for i in ids:
+        streamed.add_token(i)
+    streamed.finalize()
+    assert ids == tokenizer.encode(text) == sorted(table) and streamed.text == text
 
 
 # tables of words

@@ -48,7 +48,7 @@ def _propose(state: State, tensors: Mapping[str, Tensor]) -> Proposal:
     refusals.check(shapes)
     built = blocks.structure(shapes)
     width = _width(built)
-    draft = Draft()
+    draft = Draft(model={"n_embd": width})
     known = hints.read(state.extras)
     block = _weights(tensors, built.block, width, draft, True)
     top = _weights(tensors, built.top, width, draft, False)
@@ -69,7 +69,7 @@ def _propose(state: State, tensors: Mapping[str, Tensor]) -> Proposal:
     outer.outside(tensors, state.tied, top, width, draft, min(item.order for item in block))
     _norm_fields(tensors, found, draft, style, known)
     draft.model = {
-        "family": "mlxgpt", "n_layer": built.n_layer, "n_embd": width, "fused_qkv": False, "fused_mlp": False,
+        "family": "mlxgpt", "n_layer": built.n_layer, "fused_qkv": False, "fused_mlp": False,
         "qkv_by_head": False, **draft.model,
     }  # fmt: skip
     _sizes(reading, known, draft, style, width)
@@ -175,7 +175,7 @@ def _norm_fields(
         name = next((rule.theirs for rule in weights if rule.to[0] == "ln_f.weight"), None)
         values = np.abs(np.asarray(tensors[name].read(), dtype=np.float32)) if name else np.ones(1)
         draft.model["norm_bias"] = False
-        draft.add(choices.norm(False, said, float(np.median(values)) < _NEAR_ZERO, style))
+        draft.add(choices.norm(said, float(np.median(values)) < _NEAR_ZERO, style, known))
     else:
         draft.model |= {"norm_weight": False, "norm_bias": False, "final_norm": True, "embed_norm": False}
         draft.notes.append("no norm has weights: they are norms without weights, or there are none")
@@ -224,10 +224,8 @@ def _sizes(reading: Reading, known: Mapping[str, Any], draft: Draft, style: Styl
         draft.model["block_size"] = 1024
         draft.notes.append("block_size = 1024: nothing tells the longest context; --set block_size=N where you know it")
     _positions(known, draft, style, width, dims)
-    if known.get("activation"):
-        draft.model["activation"] = known["activation"]
     draft.add(choices.activation(style, reading.gated, known))
-    for choice in choices.others(known, style, width, dims):
+    for choice in choices.others(known, style, width, dims, told.get("attn_scale")):
         draft.add(choice)
 
 
@@ -245,7 +243,7 @@ def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int,
     if told.get("position") in ("sinusoidal", "alibi"):
         draft.model |= {key: told[key] for key in ("position", "sinusoid", "position_multiplier") if key in told}
         return
-    fields, made = choices.position({"position": told.get("position")}, style, width)
+    fields, made = choices.position(told.get("position") or known.get("position"), style, width)
     draft.model |= fields
     for choice in made:
         draft.add(choice)
@@ -262,7 +260,14 @@ def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int,
 
 
 def _said(known: Mapping[str, Any], draft: Draft) -> None:
-    """Notes on settings that shapes contradict."""
+    """Notes on settings that shapes contradict.
+
+    Raises:
+        UserError: there are fewer blocks than settings say.
+    """
+    if known.get("n_layer", 0) > draft.model["n_layer"]:
+        found = f"settings beside the weights say n_layer = {known['n_layer']}"
+        raise UserError(f"{found}, and {draft.model['n_layer']} blocks are there: expected all of them")
     for name in ("n_head", "n_kv_head", "head_dim", "n_embd", "n_layer", "vocab_size"):
         value, mine = known.get(name), draft.model.get(name)
         if (

@@ -86,7 +86,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
     """
     config, values = opened.config, families.config_to_hf(opened.config)
     if families.family_of(config).own:
-        raise UserError(f"family {config.family} cannot be written as mlx-lm: {own_config.NOTE}: expected --to hf")
+        raise UserError(f"cannot be written as mlx-lm: {own_config.NOTE}: expected --to hf or npz")
     notes = hf.mlx_lm_warning(config)
     if options.keep_bits:
         return notes + _write_as_packed(opened, place, options, values)

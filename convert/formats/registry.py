@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -55,7 +56,8 @@ def open_model(path: Path | str, n_head: int = 0, config: Path | str | None = No
             return adapter_format.read(place, open_model(adapter_folder.base_of(place)))
         reader = _reader(place)
     if reader is None:
-        raise UserError(f"{place}: not recognized as one of {', '.join(FORMATS)}")
+        cure = f"; a GPT of your own: mlxgpt adopt {shlex.quote(str(path))} --out DIR"
+        raise UserError(f"{place}: not recognized as one of {', '.join(FORMATS)}{cure}")
     if not n_head:
         return reader.read(place)
     if "n_head" not in inspect.signature(reader.read).parameters:

@@ -15,6 +15,8 @@ from convert.verify.processes import JUDGES
 from convert.verify.report import ON_FILES, RUNGS, Checked, Report
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import TensorError, UserError, nearest
+from mlxgpt.common.model import families
+from mlxgpt.common.model.own_config import NOTE
 
 
 def verify(
@@ -106,6 +108,13 @@ def _asked(what: str, given: Sequence[str] | None, able: Sequence[str]) -> list[
     return [name for name in (able if given is None else known) if given is None or name in given]
 
 
+def _judged(side: Side) -> Side:
+    """``side``, whose judge must know its family."""
+    if side.judge in ("transformers", "mlx-lm") and families.family_of(side.opened.config).own:
+        raise UserError(f"{side.judge}:{side.opened.path}: {NOTE}")
+    return side
+
+
 def _sides(
     a: Path | str, b: Path | str, n_head: int, config: Path | str | None, kwargs: str | None, report: Report
 ) -> tuple[Side | None, Side | None]:
@@ -140,11 +149,11 @@ def _side(label: str, given: Path | str, n_head: int, config: Path | str | None,
         judge, rest = "", str(given)
     try:
         try:
-            return Side(label, open_model(rest), judge)
+            return _judged(Side(label, open_model(rest), judge))
         except UserError:
             if not n_head and config is None:
                 raise
-            return Side(label, open_model(rest, n_head, config), judge)
+            return _judged(Side(label, open_model(rest, n_head, config), judge))
     except TensorError as error:
         report.find("tensors", error.name, f"{label}: {error}")
         return None

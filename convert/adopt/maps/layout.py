@@ -93,7 +93,7 @@ def layout(rule: Rule, config: ModelConfig, table: Mapping[str, params.Param]) -
     if len({len(shape) for shape in shapes}) != 1:
         raise UserError(f"{rule.theirs}: {' and '.join(rule.to)} are not alike: expected all matrices or all vectors")
     by_head = has_number(rule.theirs, "h")
-    groups = _parse(rule, len(shapes[0]), by_head)
+    groups = parse(rule, len(shapes[0]), by_head)
     letters = [letter for group in groups for letter in group]
     stacked = "n" in letters
     if stacked == has_number(rule.theirs, "n") and any(has_number(name, "n") for name in rule.to):
@@ -129,7 +129,7 @@ def _group(letters: Sequence[str]) -> str:
     return f"({' '.join(letters)})" if len(letters) > 1 else letters[0] if letters else "1"
 
 
-def _parse(rule: Rule, ndim: int, by_head: bool) -> list[list[str]]:
+def parse(rule: Rule, ndim: int, by_head: bool) -> list[list[str]]:
     """The letters of each axis; that of tensors a head stands before them."""
     several = len(rule.to) > 1
     if rule.axes:

@@ -221,12 +221,15 @@ def _check_blocks(
     """
     for prefix, run in chosen.items():
         members = lists[prefix]
-        end = run.base + run.stride * run.count
-        like = [i for i in members if i > end and run.stride == 1 and _alike(members[run.base], members[i])]
-        listed = prefix.endswith(".") and run.base == 1 and 0 not in members
-        if like or listed:
-            there = f"{prefix}{run.base} to {prefix}{end - 1}" + (f", and {prefix}{like[0]}" if like else "")
-            raise UserError(f"{prefix}{0 if listed else end} is missing: found {there}")
+        if run.stride > 1:
+            continue
+        like = [i for i in sorted(members) if _alike(members[run.base], members[i])]
+        listed = prefix.endswith(".") and 0 not in members
+        missing = [i for i in range(0 if listed else like[0], like[-1]) if i not in like]
+        if missing:
+            there = [f"{prefix}{i}" for i in like]
+            shown = ", ".join(there if len(there) < 4 else [*there[:2], "...", there[-1]])
+            raise UserError(f"{prefix}{missing[0]} is missing: found {shown}")
     for pattern, names in found.items():
         missing = [n for n in range(count) if n not in names]
         if missing and len(shapes[next(iter(names.values()))]) > 1:

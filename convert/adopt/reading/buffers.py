@@ -47,8 +47,8 @@ def recognize(
         return Buffer(
             "integers, not weights", {"block_size": sides[0]} if said & words.POSITION and len(sides) == 1 else {}
         )
-    if size == 1 and not leaf & _GAINS:
-        return Buffer("a constant")
+    if size == 1:
+        return _constant(leaf, read)
     if kind.startswith("complex") or (said & _ROPE and loose and not said & words.NORM):
         return _rope(leaf | said, shape, kind, read) if size <= _TABLE else Buffer("table of rope")
     if said & {"alibi", "slope", "slopes"}:
@@ -57,6 +57,24 @@ def recognize(
         return Buffer("causal mask", {"block_size": sides[0]})
     if square_axes and not (square and sides[0] == width) and 16 < size <= _TABLE and _is_mask(read()):
         return Buffer("causal mask", {"block_size": sides[0]})
+    if (
+        len(sides) == 1
+        and 2 <= size <= 128
+        and size != width
+        and np.allclose(np.ravel(read()), slopes(size), rtol=1e-3)
+    ):
+        return Buffer("slopes of ALiBi", {"position": "alibi", "n_head": size})
+    return None
+
+
+def _constant(leaf: set[str], read: Callable[[], np.ndarray]) -> Buffer | None:
+    """A single number; None for a learned gain. sqrt(d) or 1 / sqrt(d) of a whole d multiplies scores."""
+    value = abs(float(np.asarray(read()).reshape(-1)[0].real))
+    if not leaf & _GAINS:
+        return Buffer("a constant")
+    square = value**2 if value > 1 else 1 / value**2 if value else 0.0
+    if square > 1 and abs(square - round(square)) < 1e-4 * square and leaf & {"scale", "temperature", "factor"}:
+        return Buffer("a constant: the scale of scores", {"attn_scale": float(round(square)) ** -0.5})
     return None
 
 
@@ -96,12 +114,17 @@ def _rope(said: set[str], shape: tuple[int, ...], kind: str, read: Callable[[], 
     else:
         return Buffer(why, {"block_size": length})
     half = len(angles) // 2
-    pairing = ""
+    pairing = "pairs" if np.iscomplexobj(table) or "freqs" in said else ""
     if len(angles) > 2 and np.allclose(angles[:half], angles[half:], atol=_CLOSE):
         angles, pairing = angles[:half], "halves"
     elif len(angles) > 2 and np.allclose(angles[0::2], angles[1::2], atol=_CLOSE):
         angles, pairing = angles[0::2], "pairs"
     return Buffer(why, _rates(angles, length), pairing)
+
+
+def slopes(heads: int) -> np.ndarray:
+    """ALiBi's, of a power of two of heads."""
+    return 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
 
 
 def _rates(steps: np.ndarray, length: int) -> dict[str, Any]:

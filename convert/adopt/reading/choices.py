@@ -73,8 +73,9 @@ def n_head(
 
 def activation(style: Style, gated: bool, known: Mapping[str, Any]) -> Choice | None:
     """Of the MLP."""
-    if known.get("activation"):
-        return None
+    if known.get("activation"):  # who says gelu may mean either
+        order = ["gelu", "gelu_tanh"] if known["activation"] == "gelu" else [known["activation"]]
+        return pick("activation", [(name, {"activation": name}) for name in order], "what settings say")
     order = ["gelu", "gelu_tanh", "relu", "silu", "relu2"]
     if gated:
         order = ["silu", "gelu_tanh", "gelu", "relu", "relu2"]
@@ -101,12 +102,12 @@ def norm_eps(norm: str, known: Mapping[str, Any], style: Style) -> Choice | None
     return pick("norm_eps", [(f"{eps:g}", {"norm_eps": eps}) for eps in order], "epsilon is not among the weights")
 
 
-def norm(bias: bool, said: frozenset[str], near_zero: bool, style: Style) -> Choice | None:
+def norm(said: frozenset[str], near_zero: bool, style: Style, known: Mapping[str, Any]) -> Choice:
     """LayerNorm or RMSNorm, where no bias tells."""
-    if bias:
-        return None
-    order = ["rms", "layer"]
-    if "rms" in said or "rmsnorm" in said:
+    order = ["rms", "layer", "rms1"]
+    if known.get("norm"):
+        order = [known["norm"]] if known["norm"] == "layer" else ["rms1", "rms"] if near_zero else ["rms", "rms1"]
+    elif "rms" in said or "rmsnorm" in said:
         order = ["rms", "rms1", "layer"] if not near_zero else ["rms1", "rms", "layer"]
     elif near_zero:
         order = ["rms1", "rms", "layer"]
@@ -131,16 +132,17 @@ def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, An
         known.get("pre") is None and (style.encoder or not final_norm) and not style.llama
     ):
         order = ["post_add", "pre", "post", "parallel2"]
-    if style.behind:
+    if known.get("parallel"):
+        order.sort(key=lambda name: name != "parallel2")
+    elif style.behind:
         order = ["post", "post_add", "pre", "parallel2"]
     return order[0], pick(
         "placement", [(name, {"placement": name}) for name in order], "where a norm acts has no weights"
     )
 
 
-def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[str, Any], list[Choice]]:
+def position(said: str | None, style: Style, width: int) -> tuple[dict[str, Any], list[Choice]]:
     """What tells positions where no tensor does; and how rope turns, if it is rope."""
-    said = known.get("position")
     options: list[tuple[str, dict[str, Any]]] = [
         ("rope", {"position": "rope"}),
         ("sinusoidal, pairs", {"position": "sinusoidal", "sinusoid": "pairs"}),
@@ -173,11 +175,14 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
         order = ["halves reversed", "halves", "pairs", "pairs reversed"]
     if pairing:
         order.sort(key=lambda name: not name.startswith(pairing))
-        why = "the table of rope repeats each angle so"
+        why = "as the table of rope has its angles"
     made = [Choice("rope", tuple(Option(name, rope=name) for name in order), why)]
     if not told and not known.get("rope_theta"):
         made.append(pick("rope_theta", [(f"{each:g}", {"rope_theta": each}) for each in THETAS], "no table of rope"))
-    if not told and not known.get("rotary_dim"):
+    if not told and known.get("rotary_part", 1.0) < 1.0:
+        part = int(dims[0] * known["rotary_part"]) // 2 * 2
+        made.append(pick("rotary_dim", [(f"{part}", {"rotary_dim": part})], "what settings say"))
+    elif not told:
         parts = [part for dim in dims[:4] for part in (dim // 4 * 2, dim // 8 * 2) if part]
         values = [("all", {"rotary_dim": 0}), *((f"{part}", {"rotary_dim": part}) for part in dict.fromkeys(parts))]
         if len(values) > 1:
@@ -185,8 +190,10 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
     return made
 
 
-def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[int]) -> list[Choice]:
-    """Scales and caps."""
+def others(
+    known: Mapping[str, Any], style: Style, width: int, dims: Sequence[int], scale: float | None = None
+) -> list[Choice]:
+    """Scales and caps; ``scale``: a constant in the state dict."""
     made: list[Choice] = []
     if "attn_scale" not in known:
         scales: list[tuple[str, dict[str, Any]]] = [("1 / sqrt(head_dim)", {"attn_scale": 0.0})]
@@ -194,6 +201,8 @@ def others(known: Mapping[str, Any], style: Style, width: int, dims: Sequence[in
         scales.append(("1", {"attn_scale": 1.0}))
         scales += [(f"1 / head_dim = 1 / {dim}", {"attn_scale": 1.0 / dim}) for dim in dims[:3]]
         scales += [(f"8 / head_dim = 8 / {dim}", {"attn_scale": 8.0 / dim}) for dim in dims[:3] if dim > 8]
+        if scale is not None:
+            scales.insert(0, (f"{scale:.6g}, a constant of the file", {"attn_scale": scale}))
         scales = [each for i, each in enumerate(scales) if each[1] not in [other[1] for other in scales[:i]]]
         made.append(pick("attn_scale", scales, "a multiplier of scores has no weights"))
     if "embed_scale" not in known:

@@ -8,7 +8,7 @@ from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.draft import Draft
 from convert.adopt.reading.matrices import Reading
 from convert.adopt.reading.tables import Norm
-from convert.adopt.rules import Rule
+from convert.adopt.rules import Choice, Option, Rule
 from mlxgpt.common.errors import UserError
 
 
@@ -35,17 +35,18 @@ def matrix_rules(reading: Reading, vectors: tuple[Item, ...], width: int, draft:
     named, sizes = biases(items, vectors), bias_sizes(items, vectors)
     bias_of: dict[str, Item | None] = {}
     fixed: set[str] = set()
+    turned = {kind for kind, _ in matrices.turned(reading, items, width, sizes)}
     for role, (item, lay) in reading.roles.items():
         fits = sizes.get(item.theirs) == (width if role in matrices.WRITES else lay.size)
         bias_of[item.theirs] = named[item.theirs] if fits else None
-        sure, why = rules_of.certainty(role, reading, items, width)
+        sure, why = rules_of.certainty(role, reading, items, width, sizes, turned)
         if sure != "guess":
             fixed.add(role)
         draft.rules |= rules_of.pair(role, item, lay, bias_of[item.theirs], sure, why)
     _bias_fields(reading, bias_of, draft)
-    turned = list(rules_of.turns(reading, items, bias_of, width, sizes))
-    four = rules_of.which_of_four(reading, bias_of, fixed, bool(turned))
-    for choice in [] if four is not None else turned:
+    either = list(rules_of.turns(reading, items, bias_of, width, sizes))
+    four = rules_of.which_of_four(reading, bias_of, fixed, bool(either))
+    for choice in [] if four is not None else either:
         draft.add(choice)
     draft.add(four)
     out = reading.roles["o"][1].size
@@ -118,6 +119,7 @@ def qk_norms(rest: list[Item], reading: Reading, width: int, draft: Draft) -> li
 
 
 def size(reading: Reading, role: str) -> int:
+    """Of a matrix, the side that is not n_embd."""
     return reading.roles[role][1].size
 
 
@@ -138,6 +140,8 @@ def block_norms(rest: list[Item], block: tuple[Item, ...], width: int, draft: Dr
     if placed is None:
         shown = ", ".join(norm.item.theirs for norm in found[:5])
         raise UserError(f"{len(found)} norms in a block ({shown}): expected none, one, two or four")
+    if tables.unsaid(found, block):
+        draft.choices.append(_swap(placed))
     if len(found) == 1:
         draft.notes.append(f"one norm in a block, {found[0].item.theirs}: taken for both branches")
     for name, norm in placed.items():
@@ -157,3 +161,21 @@ def block_norms(rest: list[Item], block: tuple[Item, ...], width: int, draft: Dr
         if norm.weight is None:
             raise UserError(f"{norm.item.theirs}: a norm with a bias and no weight: expected a weight")
     return found
+
+
+def _swap(placed: Mapping[str, Norm]) -> Choice:
+    """Two norms of which names do not say which is before attention: in the order of the file, or the other."""
+    options = []
+    for names in (("ln_1", "ln_2"), ("ln_2", "ln_1")):
+        rules: dict[str, Rule] = {}
+        for name, norm in zip(names, (placed["ln_1"], placed["ln_2"]), strict=True):
+            for item, kind in ((norm.weight, "weight"), (norm.bias, "bias")):
+                if item is not None:
+                    axes = rules_of.axes(item, "")
+                    rules[item.theirs] = Rule(
+                        item.theirs, (f"h.{{n}}.{name}.{kind}",), axes, "likely", "shape, and place"
+                    )
+        options.append(Option(f"{placed['ln_1'].item.theirs} is {names[0]}", rules=rules))
+    return Choice(
+        f"place of {placed['ln_1'].item.theirs}", tuple(options), "which norm is the attention's, which the MLP's"
+    )

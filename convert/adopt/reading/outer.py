@@ -58,21 +58,35 @@ def outside(
         raise UserError(f"no embedding of tokens (V, {width}) outside the blocks: found {shown}")
     if found.left:
         raise UserError(refusals.unexplained(found.left))
-    token, token_turned = found.roles["wte"]
-    draft.model["vocab_size"] = token.used[1 if token_turned else 0]
-    for role, (item, turned) in found.roles.items():
-        sure = "sure" if tables.embeds(item)[role] >= 3 else "likely"
-        axes = rules_of.axes(item, "i o" if turned else "")
-        draft.rules[item.theirs] = Rule(
-            item.theirs, (f"{role}.weight",), axes, sure, "name and shape" if sure == "sure" else "shape"
-        )
-    if "wpe" in found.roles:
-        item, turned = found.roles["wpe"]
-        draft.model |= {"position": "learned", "block_size": item.used[1 if turned else 0]}
+    draft.add(_named_tables(found))
     rest = [item for item in top if item not in matrix]
+    token = found.roles["wte"][0]
     head = found.roles.get("lm_head")
     rest = _head(tensors, shared, token, head, rest, draft)
     _outer_norms(rest, width, draft, token, blocks_at)
+
+
+def _named_tables(found: tables.Tables) -> Choice:
+    """The tables' rules and sizes; a choice where neither names nor a head say which of two is the tokens'."""
+
+    def option(roles: Mapping[str, tuple[Item, bool]]) -> Option:
+        rules, fields = {}, {}
+        for role, (item, turned) in roles.items():
+            sure, why = ("sure", "name and shape") if tables.embeds(item)[role] >= 3 else ("likely", "shape")
+            axes = rules_of.axes(item, "i o" if turned else "")
+            rules[item.theirs] = Rule(item.theirs, (f"{role}.weight",), axes, sure, why)
+            rows = item.used[1 if turned else 0]
+            fields |= {"wte": {"vocab_size": rows}, "wpe": {"position": "learned", "block_size": rows}}.get(role, {})
+        return Option(", ".join(f"{item.theirs} is {role}" for role, (item, _) in roles.items()), fields, rules)
+
+    roles = found.roles
+    options = [option(roles)]
+    if "wpe" in roles and "lm_head" not in roles:
+        told = [tables.embeds(item) for item, _ in roles.values()]
+        if not any(each["wpe"] or each["wte"] > 3 for each in told):
+            options.append(option({"wte": roles["wpe"], "wpe": roles["wte"]}))
+    token = roles["wte"][0]
+    return Choice(f"place of {token.theirs}", tuple(options), "which table is of tokens, and which of positions")
 
 
 def _head(
@@ -84,9 +98,10 @@ def _head(
     draft: Draft,
 ) -> list[Item]:
     """Tied or not, and the head's bias."""
-    vocab = draft.model["vocab_size"]
-    bias = next((item for item in rest if item.kind == "bias" and item.used == (vocab,)), None)
-    bias = bias or next((item for item in rest if item.used == (vocab,) != (draft.told.get("width"),)), None)
+    vocab = (draft.model["vocab_size"],)
+    fits = [item for item in rest if item.used == vocab and (vocab[0] != draft.model["n_embd"] or item.kind == "bias")]
+    own = [item for item in fits if head is not None and tables.key(item) == tables.key(head[0])]
+    bias = next(iter(own or fits[: vocab[0] != draft.model["n_embd"]]), None)
     tied = head is None
     if head is not None:
         both = {token.theirs, head[0].theirs}
@@ -95,15 +110,6 @@ def _head(
             one, two = (np.asarray(tensors[name].read()) for name in (token.theirs, head[0].theirs))
             tied = one.dtype == two.dtype and np.array_equal(one, two)
     if bias is not None:
-        if tied:
-            draft.notes.append(
-                f"{bias.theirs}: a bias on a head that is the embedding: the head gets a matrix of its own"
-            )
-            if head is None:
-                draft.rules[token.theirs] = replace(
-                    draft.rules[token.theirs], to=("wte.weight", "lm_head.weight"), axes="o i"
-                )
-        tied = False
         draft.rules[bias.theirs] = Rule(bias.theirs, ("lm_head.bias",), "", "sure", "size of the vocabulary")
         draft.model["head_bias"] = True
     if tied and head is not None:

@@ -8,7 +8,7 @@ from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.matrices import contexts
 
 _FIRST = frozenset(
-    {"1", "attn", "attention", "input", "pre", "sa", "mha", "first", "self", "att", "0", "msa", "before", "a"}
+    {"1", "attn", "attention", "input", "pre", "sa", "mha", "first", "self", "att", "0", "msa", "before"}
 )
 _SECOND = frozenset(
     {"2", "ffn", "mlp", "ff", "ffwd", "feed", "forward", "second", "feedforward", "ffw", "after", "post"}
@@ -120,6 +120,16 @@ def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:
         pair.sort(key=lambda norm: (_behind(norm.item), norm.item.order))
         made |= {name: pair[0], f"{name}_post": pair[1]}
     return made
+
+
+def unsaid(found: list[Norm], block: tuple[Item, ...]) -> bool:
+    """Whether a block has two norms of which no name says which is which: neither words, nor numbers, nor modules."""
+    if len(found) != 2 or behind(found):
+        return False
+    context = contexts(block)
+    one, two = (_lean(norm.item, context[norm.item.theirs]) for norm in found)
+    numbers = [[word for word in norm.item.said if word.isdigit()] for norm in found]
+    return one == two and not all(numbers)
 
 
 def _lean(item: Item, context: str) -> float:

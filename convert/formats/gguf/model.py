@@ -153,6 +153,7 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         UserError: settings that GGUF does not have, or a weight that is not finite or does not fit its type.
     """
     config = opened.config
+    gguf_names.arch_of(config)  # there is one
     quantized = _quantized_type(options)
     if options.dtype is not None and options.dtype not in NAMED:
         raise UserError(f"dtype {options.dtype!r}: expected one of {', '.join(NAMED)}")

@@ -6,6 +6,7 @@ come from config.json, or Meta's params.json, beside it or given.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def _sizes(path: Path, given: Path | None) -> Path:
         where = f"in {folder}" if given or path.is_dir() else "beside it"
         raise UserError(
             f"{path}: tensors by name, which do not say the model's sizes: expected its config.json {where}, or "
-            "--config FILE"
+            f"--config FILE; a GPT of your own: mlxgpt adopt {shlex.quote(str(path))} --out DIR"
         )
     return found
 

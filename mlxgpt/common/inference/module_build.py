@@ -93,10 +93,7 @@ def build(
         UserError: an argument that it does not take, or that is missing; with the cure.
         TheirError: what its constructor raised.
     """
-    try:
-        parameters = dict(inspect.signature(found).parameters)
-    except (TypeError, ValueError):
-        parameters = {}
+    parameters = _parameters(found)
     named = {key: each for key, each in parameters.items() if each.kind in _NAMED}
     any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     source = Source(extras)
@@ -129,6 +126,14 @@ def build(
         raise TheirError(f"{told(error, path)}; {_cure(error, sorted(names))}") from None
     said = ", ".join(f"{key}={_short(value)}" for key, value in source.used.items())
     return model, [f"from the checkpoint's own settings: {said}"] if said else []
+
+
+def _parameters(found: Any) -> dict[str, inspect.Parameter]:
+    """What a class or function takes, as far as it says."""
+    try:
+        return dict(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return {}
 
 
 def _cure(error: BaseException, names: list[str]) -> str:
@@ -239,7 +244,7 @@ def _likely_class(module: types.ModuleType, names: set[str], values: Mapping[str
         if not isinstance(kind, type) or not _is_config_class(kind) or kind.__module__.startswith(("torch", "mlx")):
             continue
         fields = set(getattr(kind, "__dataclass_fields__", {})) | set(getattr(kind, "__annotations__", {}))
-        fields |= {key for key in vars(kind) if not key.startswith("_")}
+        fields |= {key for key in vars(kind) if not key.startswith("_")} | set(_parameters(kind))
         score = len(fields & (names | set(values)))
         if score and (best is None or score > best[0]):
             best = score, kind
@@ -254,10 +259,7 @@ def _constant(module: types.ModuleType, names: set[str]) -> dict[str, Any]:
 
 def _instance(kind: type, name: str, path: Path, values: dict[str, Any], source: Source) -> Any:
     """An instance of a config class: by its constructor, or by setting what a plain class has."""
-    try:
-        parameters = dict(inspect.signature(kind).parameters)
-    except (TypeError, ValueError):
-        parameters = {}
+    parameters = _parameters(kind)
     named = {key: each for key, each in parameters.items() if each.kind in _NAMED}
     any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     plain = not named and not any_name  # class Config: n_layer = 4

@@ -114,8 +114,8 @@ def _imports(path: Path, seen: set[Path]) -> set[str]:
     found = {name.partition(".")[0] for name in names}
     for name in names:
         parts = Path(*name.split("."))
-        beside = [top / parts.with_suffix(".py") for top in (path.parent, path.parent.parent)]
-        beside += [top / parts / "__init__.py" for top in (path.parent, path.parent.parent)]
+        beside = [top / parts.with_suffix(".py") for top in path.parents[:5]]
+        beside += [top / parts / "__init__.py" for top in path.parents[:5]]
         for other in beside:
             if other.is_file() and other not in seen:
                 found |= _imports(other, seen)
@@ -155,7 +155,7 @@ def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
             exec(compile(tree, str(path), "exec"), module.__dict__)
             break
         except ModuleNotFoundError as error:
-            if not absent.miss(error):
+            if not _found_above(path, error) and not absent.miss(error):
                 raise TheirError(f"{told(error, path)}; install {error.name} for this Python") from None
         except (Exception, SystemExit) as error:
             works = isinstance(error, SystemExit | OSError)
@@ -164,6 +164,17 @@ def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
     if absent.missed:
         said.append(f"not installed here, and stood in for by nothing: {', '.join(absent.missed)}")
     return module, said
+
+
+def _found_above(path: Path, error: ModuleNotFoundError) -> bool:
+    """Whether a folder above the file has what it imports by its full name; that folder is put on sys.path."""
+    root = (error.name or "").partition(".")[0]
+    for folder in path.parents[1:6]:
+        there = root and ((folder / root).is_dir() or (folder / f"{root}.py").is_file())
+        if there and str(folder) not in sys.path:
+            sys.path.append(str(folder))
+            return True
+    return False
 
 
 def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:

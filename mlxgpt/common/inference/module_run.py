@@ -21,7 +21,7 @@ from mlxgpt.common.inference.module_call import Caller
 from mlxgpt.common.inference.module_import import TheirError
 from mlxgpt.common.model import module_names
 
-ROWS = 2
+ROWS, TOKENS = 2, 64
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
@@ -144,13 +144,15 @@ def run(library: Library, request: Request, answer: Answer) -> list[str]:
 
 
 def draw(seed: int, length: int, vocab_size: int) -> np.ndarray:
-    """Random ids (B, T), with B other than T."""
-    rows = ROWS if length > ROWS else ROWS + length
+    """Random ids (B, T), with B other than T; the shorter they are, the more rows."""
+    rows = max(ROWS, TOKENS // length)
+    rows += rows == length
     return np.random.default_rng(seed).integers(0, vocab_size, (rows, length)).astype(np.int32)
 
 
 def sampled(library: Library, caller: Caller, ids: np.ndarray) -> Arrays:
-    """The arrays of a sample.npz."""
+    """The arrays of a sample.npz: of long ones one row, for every candidate is run on it; two told axes apart."""
+    ids = ids[:1] if ids.shape[1] >= TOKENS // ROWS else ids
     with library.quiet():
         logits, states = caller.both(ids)
     yield "ids", ids

@@ -11,8 +11,8 @@ from mlxgpt.common.model.family.row import Family
 
 FAMILY = "mlxgpt"
 NOTE = (
-    "mlxgpt, in MLX and PyTorch, loads this folder. transformers, mlx-lm and llama.cpp do not: no architecture that "
-    "they know has these choices together"
+    "family mlxgpt is this project's own: mlxgpt loads it, in MLX and in PyTorch; transformers, mlx-lm and llama.cpp "
+    "do not know it"
 )
 _FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig) if field.name != "family"}
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

@@ -33,7 +33,10 @@ from mlxgpt.common.model.affine import Quantized
 
 @dataclass(frozen=True)
 class Param:
-    """One tensor. ``std`` > 0: drawn from N(0, std^2); else the constant ``fill``. ``lr`` multiplies its rate."""
+    """One tensor. ``std`` > 0: drawn from N(0, std^2); else the constant ``fill``. ``lr`` multiplies its rate.
+
+    ``idle``: no logit depends on it. What all keys of a head share, softmax does not see; rope would turn it.
+    """
 
     shape: tuple[int, ...]
     std: float = 0.0
@@ -42,6 +45,7 @@ class Param:
     adaptable: bool = False
     zero_grad_at_init: bool = False
     lr: float = 1.0
+    idle: bool = False
 
 
 def table(config: ModelConfig) -> dict[str, Param]:
@@ -53,10 +57,13 @@ def table(config: ModelConfig) -> dict[str, Param]:
     c, width, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     residual = 0.02 / (2 * config.n_layer) ** 0.5
     params: dict[str, Param] = {}
+    still = config.no_rope if config.position == "rope" else range(config.n_layer)
+    last = "k_proj" if config.qk_norm == "none" else "k_norm"
+    shared = set() if config.attn_softcap else {f"h.{n}.attn.{last}" for n in still}
 
     def bias(block: str, module: str, size: int) -> None:
         if config.has_bias(module):
-            params[f"{block}{module}.bias"] = Param((size,))
+            params[f"{block}{module}.bias"] = Param((size,), idle=f"{block}{module}" in shared)
 
     def linear(block: str, module: str, n_out: int, n_in: int, std: float = 0.02) -> None:
         params[f"{block}{module}.weight"] = Param((n_out, n_in), std=std, decay=True, adaptable=True)

@@ -1,8 +1,9 @@
 """One token a character: a table lookup in numpy each way."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,19 @@ from mlxgpt.common.tokenizers.folder.specification import chat_templates
 from mlxgpt.common.tokenizers.protocol import read_json, sha256_of, write_files
 
 _SPLIT = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+
+
+def decoder(entries: Collection[str], unknown: bool = False) -> dict[str, Any]:
+    """How tokens are joined: as they are.
+
+    mlx-lm encodes "a ,b" to see how other decoders treat spaces, which fails where one of them is missing (and there
+    is no token for the ``unknown``); SentencePiece's decoder it knows.
+    """
+    odd = any(entry.startswith("<0x") or "\u2581" in entry for entry in entries)
+    if unknown or odd or set("a ,b") <= set(entries):
+        return {"type": "Fuse"}
+    space = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
 
 
 def _tokenizer_json(characters: str) -> bytes:
@@ -23,7 +37,7 @@ def _tokenizer_json(characters: str) -> bytes:
         "normalizer": None,
         "pre_tokenizer": _SPLIT,
         "post_processor": None,
-        "decoder": {"type": "Fuse"},
+        "decoder": decoder(characters),
         "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unk>"},
     }
     return json.dumps(content, ensure_ascii=True, indent=1).encode()

@@ -57,11 +57,13 @@ class Finite:
 class FirstUpdates:
     """Watches the first two updates of a run: every trainable tensor must get a gradient and change.
 
-    A tensor whose gradient is zero by design at the start (zero_grad_at_init) may have none in the first one.
+    A tensor whose gradient is zero by design at the start (zero_grad_at_init) may have none in the first one, an idle
+    one never.
     """
 
     def __init__(self, engine: Engine, table: dict[str, Param]):
         self._engine, self._table = engine, table
+        self._idle = {name for name, param in table.items() if param.idle}
         self._before = self._digests() if engine.t == 0 else {}
 
     def _digests(self) -> dict[str, bytes]:
@@ -77,13 +79,15 @@ class FirstUpdates:
         update = self._engine.t
         if update > 2:
             return
-        zero = [n for n in stats.zero_grads if update > 1 or not self._table[n].zero_grad_at_init]
+        zero = [n for n in stats.zero_grads if n not in self._idle]
+        zero = [n for n in zero if update > 1 or not self._table[n].zero_grad_at_init]
         if zero:
             raise RunError(f"{_some(zero)}: the gradient of update {update} is exactly zero: it would never train")
         if update == 2 and self._before:
             after = self._engine.snapshot()
             weights, moments = after["params"], after["m"]
-            same = [name for name, digest in self._before.items() if _digest(weights[name]) == digest]
+            watched = {name: digest for name, digest in self._before.items() if name not in self._idle}
+            same = [name for name, digest in watched.items() if _digest(weights[name]) == digest]
             same = [name for name in same if _would_show(weights[name], moments[name], rate)]
             if same:
                 raise RunError(f"{_some(same)}: no bit has changed after two updates: it does not train")

@@ -205,7 +205,8 @@ class Pretraining(Kind[TokenSource]):
         elif self._origin and (self._origin / checkpoint.OPTIMIZER).is_file():
             print(f"{self._origin}: its optimizer's moments are left out; --moments takes them along")
         if differences := families.mlx_lm_deviations(self.recipe.model):
-            print(f"the checkpoints in mlx-lm: {'; '.join(differences)}")
+            own = families.family_of(self.recipe.model).own
+            print(f"the checkpoints{'' if own else ' in mlx-lm'}: {'; '.join(differences)}")
 
     def describe_source(self) -> dict[str, Any]:
         """Tokens of each split."""

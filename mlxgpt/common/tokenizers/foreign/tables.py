@@ -1,5 +1,6 @@
 """Tables of tokens, such as a notebook's stoi and itos: what they say, and the tokenizer that has the same ids."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.tokenizers import char
 from mlxgpt.common.tokenizers.char import CharTokenizer
 from mlxgpt.common.tokenizers.hf import EOS, JsonTokenizer, made
 
@@ -130,12 +132,22 @@ def tokenizer(table: Table, rows: int | None = None) -> CharTokenizer | JsonToke
             texts[0] = EOS
             notes.append(f"id 0 has no character: here {EOS}, as it begins and ends a name in makemore")
         elif gaps:
-            notes.append(f"ids without text: {_listed(gaps)}")
+            _fill(texts, gaps, table.where)
+            notes.append(f"ids without text: {_listed(gaps)}; here <|{gaps[0]}|> and so on")
         result = _of_words(texts, split, notes)
     if rows is not None and result.n_vocab < rows:
         notes.append(f"the model has a vocabulary of {rows}: ids from {result.n_vocab} on have no text")
     result.notes = [*result.notes, *notes]
     return result
+
+
+def _fill(texts: dict[int, str], gaps: list[int], where: str) -> None:
+    """Gives ids without text a mark each: mlx-lm counts through all ids, and what is decoded is seen."""
+    if len(gaps) > max(len(texts), 1024):
+        raise UserError(f"{where}: {len(texts)} entries with ids up to {max(texts)}: expected fewer gaps than entries")
+    taken = set(texts.values())
+    for i in gaps:
+        texts[i] = f"<|{i}|>" if f"<|{i}|>" not in taken else f"<||{i}||>"
 
 
 def is_special(text: str) -> bool:
@@ -164,12 +176,12 @@ def _of_words(texts: Mapping[int, str], split: str, notes: list[str]) -> JsonTok
     marks = [text for text in texts.values() if is_special(text)]
     named = roles(marks)
     unknown = named.get("unk_token")
-    ids = {text: i for i, text in texts.items()}
+    ids = {text: i for i, text in sorted(texts.items())}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab=ids, unk_token=unknown or "<unk>"))
     space = pre_tokenizers.Split(Regex(_SPACES), "removed")
     if split == "characters":
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        backend.decoder = decoders.Fuse()
+        backend.decoder = _built(char.decoder(ids, bool(unknown)))
     elif split == "spaces":
         backend.pre_tokenizer = space
         backend.decoder = _spaced()
@@ -180,7 +192,15 @@ def _of_words(texts: Mapping[int, str], split: str, notes: list[str]) -> JsonTok
     backend.add_special_tokens(marks)
     if unknown:
         notes.append(f"what the table lacks becomes {unknown}")
+    elif split != "characters" and not {"a", ",", "b"} <= set(ids):
+        notes.append("mlx-lm loads no table of words without a token for the unknown, such as <unk>")
     return made(backend, named)
+
+
+def _built(part: dict[str, Any]) -> Any:
+    """A decoder of `tokenizers` from what tokenizer.json says."""
+    plain = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
+    return tokenizers.Tokenizer.from_str(json.dumps(plain | {"decoder": part})).decoder
 
 
 def _spaced() -> Any:
