@@ -259,7 +259,7 @@ def _nested_layers(where: str, windows: Windows, values: Mapping[str, Any], n_la
     found, kinds = values.get("attention_types"), list[str]()
     for item in [[["global", "local"], 12]] if found is None else found if isinstance(found, list) else [found]:
         fits = isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and type(item[1]) is int
-        if not fits or not 0 <= item[1] <= n_layer or not all(kind in ("global", "local") for kind in item[0]):
+        if not fits or not 0 <= item[1] <= 10_000 or not all(kind in ("global", "local") for kind in item[0]):
             expected = "lists of kinds, global or local, and how many times they come"
             raise UserError(f"{where}: attention_types = {found!r}: expected {expected}")
         kinds += item[0] * item[1]
