@@ -1,4 +1,4 @@
-"""A user's own model in MLX, run for its numbers; see common/inference/module_run.py."""
+"""A user's own model in MLX, run for its numbers; see common/user_code/run.py."""
 
 import contextlib
 import sys
@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt.common.inference import module_run
-from mlxgpt.common.inference.module_run import Arrays
+from mlxgpt.common.user_code import run
+from mlxgpt.common.user_code.run import Arrays
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -122,4 +122,4 @@ class Library:
 
 
 if __name__ == "__main__":
-    sys.exit(module_run.main(Library(), sys.argv[1:]))
+    sys.exit(run.main(Library(), sys.argv[1:]))

@@ -64,7 +64,7 @@ def test_an_import_inside_a_function_is_seen() -> None:
 COMMON = (
     "errors", "files", "units", "failures", "rng", "config", "keys", "batch", "scores", "model", "recipes", "tf32",
     "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "train", "chat", "sft", "inference",
-    "evaluate", "doctor",
+    "user_code", "evaluate", "doctor",
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,

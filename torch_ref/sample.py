@@ -1,4 +1,4 @@
-"""A user's own model in PyTorch, run for its numbers; see common/inference/module_run.py."""
+"""A user's own model in PyTorch, run for its numbers; see common/user_code/run.py."""
 
 import contextlib
 import sys
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from mlxgpt.common.inference import module_run
-from mlxgpt.common.inference.module_run import Arrays
+from mlxgpt.common.user_code import run
+from mlxgpt.common.user_code.run import Arrays
 
 
 def flat(model: Any) -> dict[str, Any]:
@@ -109,4 +109,4 @@ class Library:
 
 
 if __name__ == "__main__":
-    sys.exit(module_run.main(Library(), sys.argv[1:]))
+    sys.exit(run.main(Library(), sys.argv[1:]))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference.module_import import TheirError, told
+from mlxgpt.common.user_code.imports import TheirError, told
 
 MASKS = ("mask", "attn_mask", "attention_mask", "src_mask", "tgt_mask", "causal_mask", "x_mask", "has_mask")
 TARGETS = ("targets", "target", "labels", "y", "yb", "tgt", "targ", "target_ids", "next_tokens")
@@ -26,7 +26,7 @@ NOTHING = ("cache", "caches", "past", "past_key_values", "kv_cache", "layer_past
 OFF = ("training", "train", "is_training", "use_cache", "return_dict", "return_attention", "output_attentions")
 ON = ("deterministic", "inference", "is_causal", "causal")
 LOGITS = ("logits", "lm_logits", "prediction_logits", "output", "out", "scores")
-LONGEST = 64
+LONGEST = 48  # tokens of a sample; angles of positions in float32 cost more with each
 _CAUSAL = 1e-5  # logits that move by less than this share of the largest do not depend on a token
 
 
