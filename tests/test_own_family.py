@@ -17,6 +17,7 @@ from models import tiny, weights
 
 from convert.conversion import convert
 from convert.fuse import fuse
+from convert.verify import config as verify_config
 from convert.verify import processes, verify
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
@@ -168,6 +169,12 @@ def test_no_library_judges_it(judge: str, place: Path) -> None:
     with pytest.raises(UserError) as caught:
         verify(place / "base", f"{judge}:{place / 'base'}")
     assert str(caught.value) == f"{judge}:{place / 'base'}: {own_config.NOTE}"
+
+
+def test_what_other_positions_read_is_no_difference_to_verify() -> None:
+    for position, differs in (("alibi", False), ("none", False), ("sinusoidal", True)):
+        one, other = (tiny(family="mlxgpt", position=position, rope_theta=theta) for theta in (1e4, 500.0))
+        assert (verify_config.meaning(one) != verify_config.meaning(other)) == differs
 
 
 def run(*words: Any) -> None:
