@@ -18,6 +18,8 @@ def mlx_lm_deviations(config: ModelConfig) -> list[str]:
     found = []
     if FAMILIES[family].own:
         return [own_config.NOTE]
+    if not does.knows:
+        return [f"mlx-lm cannot load {family}: it has no such model"]
     if not does.loads:
         return [f"mlx-lm cannot load {family} from a folder of transformers: it reads another layout under this name"]
     if config.activation != does.activation:
