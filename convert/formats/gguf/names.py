@@ -17,8 +17,8 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import parse_json
 from mlxgpt.common.model import families
+from mlxgpt.common.model.family.own_config import FAMILY, NOTE
 from mlxgpt.common.model.family.row import Family, Gguf
-from mlxgpt.common.model.own_config import FAMILY, NOTE
 
 # architecture -> the families that run with it; the first is what a file of it is read as, if it fits
 ARCHS: dict[str, list[str]] = {}
