@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ladder
@@ -332,6 +333,18 @@ def test_both_frameworks_train_alike(case: str) -> None:
     found, expected = (ladder.curve(ladder.trained(package, recipe)) for package in PACKAGES)
     assert expected[-1] < expected[0] - 0.5
     for figure in ladder.same_curve(case, found, expected):
+        assert figure.agrees, figure
+
+
+def test_what_one_framework_saved_the_other_continues(tmp_path: Path) -> None:
+    recipe = build(
+        {
+            "model": dict(family="mlxgpt", n_layer=2, n_head=4, n_embd=48, block_size=48, vocab_size=128)
+            | TRAINED["bloom"][0],
+            "train": {"steps": 8, "batch_size": 4},
+        }
+    )
+    for figure in ladder.crossing("bloom", recipe, tmp_path)[1]:
         assert figure.agrees, figure
 
 

@@ -83,7 +83,8 @@ def search(
     """
     bench = Bench(proposal, gather, sample, forward, limit or Limit())
     gate, notes = tolerance or max(GATE, 8 * sample.step if sample.step > 1e-6 else 0.0), list[str]()
-    best, settled, failed = (0,) * len(proposal.choices), set[int](), list[View]()
+    best = seen = (0,) * len(proposal.choices)  # ``seen`` gives the hidden states that were looked at
+    settled, failed = set[int](), list[View]()
     for view in views(sample):
         if view.place >= 0 and failed:  # what comes later than a place that differs differs, too
             continue
@@ -91,6 +92,7 @@ def search(
         best, score = fit(bench, best, view, settled, allowed)
         if score.worst <= allowed:
             settled |= shown(bench, best, view, score, allowed)
+            seen = best if view.place >= 0 else seen
         else:
             failed.append(view)
             if view.name == FIRST:  # its logits are among those of all tokens
@@ -98,8 +100,11 @@ def search(
     if not bench.runs:
         raise UserError(bench.refused or "no combination of the options is a model")
     view = views(sample)[-1]
-    if view in failed and settled and not bench.over:  # a view that fits by chance must not decide
+    deep = bool(sample.hidden) and failed == [view]  # a whole block agrees: what departs is further up
+    if view in failed and settled and not deep and not bench.over:  # a view that fits by chance must not decide
         best, score = fit(bench, best, view, set(), gate)
+    elif deep:
+        best = seen
     if bench.score(best, view).worst <= _CLOSE * gate:
         best = polish(bench, best, view, rounding(bench, best, view))
     score, floor = bench.score(best, view), rounding(bench, best, view)
@@ -108,6 +113,8 @@ def search(
     if fits and allowed > gate >= score.worst:
         allowed = gate
     verdicts, best = judge(bench, best, view, floor, given) if fits else ([], best)
+    if not fits and sample.hidden:  # logits that are nearer by chance say nothing of where it departs
+        best = max(best, seen, key=lambda each: departing(bench, each, gate)[0])
     made = bench.made(best)
     assert made, "the best candidate is one that ran"
     departs = "" if fits else departure(bench, best, failed, gate)
@@ -172,9 +179,18 @@ def departure(bench: Bench, best: Candidate, failed: Sequence[View], gate: float
             return what if sample.ids.shape[1] > 1 and not sample.last else ""
         what = "the first token's logits already depart, which neither heads nor rope nor q and k change"
         return f"{what}; hidden states by layer would tell the first layer that departs"
-    places = ["the embeddings", *(f"block {n}" for n in range(len(sample.hidden) - 1))]
-    for place, name in enumerate(places):
-        score = bench.score(best, View(name, place))
+    place, score = departing(bench, best, gate)
+    if place == len(sample.hidden):
+        return "every hidden state agrees: the last norm or the head is another"
+    name = f"block {place - 1}" if place else "the embeddings"
+    return f"{name} is the first that departs: off by {score.worst:.1e} of its largest number"
+
+
+def departing(bench: Bench, candidate: Candidate, gate: float) -> tuple[int, Score]:
+    """(the first hidden state that is off, by how much); their number where all agree."""
+    hidden, score = bench.sample.hidden or (), Score(0.0, 0.0)
+    for place in range(len(hidden)):
+        score = bench.score(candidate, View("a hidden state", place))
         if score.worst > 4 * gate:
-            return f"{name} is the first that departs: off by {score.worst:.1e} of its largest number"
-    return "every hidden state agrees: the last norm or the head is another"
+            return place, score
+    return len(hidden), score

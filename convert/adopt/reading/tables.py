@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from convert.adopt.reading import words
 from convert.adopt.reading.blocks import Item
 from convert.adopt.reading.matrices import contexts
+from mlxgpt.common.errors import UserError
 
 _FIRST = frozenset(
     {"1", "attn", "attention", "input", "pre", "sa", "mha", "first", "self", "att", "0", "msa", "before"}
@@ -13,6 +14,8 @@ _FIRST = frozenset(
 _SECOND = frozenset(
     {"2", "ffn", "mlp", "ff", "ffwd", "feed", "forward", "second", "feedforward", "ffw", "after", "post"}
 )
+
+_NAMED = 9.0  # what ``embeds`` gives for a word for tokens beside one for an embedding
 
 
 def embeds(item: Item) -> dict[str, float]:
@@ -40,7 +43,11 @@ class Tables:
 
 
 def tables(items: tuple[Item, ...], width: int) -> Tables:
-    """Gives the matrices outside the blocks their roles, by name and by which share the size of the vocabulary."""
+    """Gives the matrices outside the blocks their roles, by name and by which share the size of the vocabulary.
+
+    Raises:
+        UserError: two tables are named as the embedding of tokens.
+    """
     fit: list[tuple[Item, int, bool]] = []
     for item in items:
         sides = list(item.used)
@@ -68,6 +75,12 @@ def tables(items: tuple[Item, ...], width: int) -> Tables:
                     made = {"wte": token, "wpe": position, "lm_head": head}
                     best = value, {role: (fit[i][0], fit[i][2]) for role, i in made.items() if i is not None}
     roles = best[1] if best else {}
+    both = [roles[role][0] for role in ("wte", "wpe") if role in roles]
+    if len(both) == 2 and all(embeds(item)["wte"] >= _NAMED for item in both):
+        raise UserError(
+            f"{both[0].theirs} and {both[1].theirs} are both named as the embedding of tokens: expected one; name"
+            " the other with --map"
+        )
     used = [item for item, _ in roles.values()]
     return Tables(roles, tuple(item for item in items if all(item is not other for other in used)))
 
@@ -97,7 +110,23 @@ def norms(items: tuple[Item, ...]) -> list[Norm]:
     pairs: dict[tuple[str, ...], dict[str, Item]] = {}
     for item in items:
         pairs.setdefault(key(item), {})[item.kind] = item
-    return [Norm(pair.get("weight"), pair.get("bias")) for pair in pairs.values()]
+    made = [Norm(pair.get("weight"), pair.get("bias")) for pair in pairs.values()]
+    for lone in [norm for norm in made if norm.weight is None]:
+        near = [norm for norm in made if norm.bias is None and _one_word_apart(norm.item, lone.item)]
+        if len(near) == 1:  # whatever the project calls its gain
+            made[made.index(near[0])] = Norm(near[0].weight, lone.bias)
+            made.remove(lone)
+    return made
+
+
+def _one_word_apart(one: Item, other: Item) -> bool:
+    """Whether two tensors of a module differ in one word of their names."""
+    said = words.words(one.leaf), words.words(other.leaf)
+    return (
+        one.module == other.module
+        and len(said[0]) == len(said[1]) > 1
+        and sum(a != b for a, b in zip(*said, strict=True)) == 1
+    )
 
 
 def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:
