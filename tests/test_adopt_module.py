@@ -207,6 +207,28 @@ def test_a_model_is_called_as_it_wants_to_be(place: Path, kind: str) -> None:
     assert SAID.get(kind, "") in " ".join(said) and bool(said) == (kind in SAID)
 
 
+def test_a_list_of_parts_of_blocks_gives_no_hidden_states(place: Path) -> None:
+    """What leaves an MLP is not what enters the next one."""
+    source = (
+        CORE
+        + """
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.mlps = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+    def forward(self, i):
+        x = self.wte(i)
+        for mlp in self.mlps:
+            x = x + mlp(x)
+        return self.head(x)
+"""
+    )
+    _, weights = weights_of(source)
+    found, _ = ran(Torch(), request(place, source, weights))
+    assert found.hidden is None
+
+
 def test_log_probabilities_are_known_as_such(place: Path) -> None:
     source = CORE + "\nclass M(Body):\n    def forward(self, x): return F.log_softmax(self.body(x), -1)\n"
     _, weights = weights_of(source)

@@ -338,7 +338,8 @@ REFUSED += [
     ("gpt_neo", {"attention_types": None},
      "c.json: attention_types, as they are where nothing says it, has 24 blocks: expected 2"),
     ("gpt_neo", {"attention_types": [["local", 2]]},
-     "c.json: attention_types = [['local', 2]]: expected lists of kinds, global or local, and how many times they come"),
+     "c.json: attention_types = [['local', 2]]: expected lists of kinds, global or local, "
+     "and how many times they come"),
     ("gpt_neo", {"window_size": 0}, "c.json: window_size = 0: expected a positive number"),
     ("phi", {"qk_layernorm": True}, "c.json: qk_layernorm = True is not supported: expected False"),
     ("phi", {"tie_word_embeddings": True},

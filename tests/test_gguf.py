@@ -107,7 +107,7 @@ def test_there_and_back_is_the_same_bits(case: str, dtype: str, tmp_path: Path) 
 @pytest.mark.parametrize("case", models.VARIANTS)
 def test_every_variant_comes_back(case: str, tmp_path: Path) -> None:
     model = opened(models.VARIANTS[case])
-    unknown = {"gpt_neo": "family gpt_neo cannot be written", "dynamic": "rope_scaling = dynamic cannot be written"}
+    unknown = {"gpt_neo": "llama.cpp has no family gpt_neo", "dynamic": "rope_scaling = dynamic cannot be written"}
     for what in (model.config.family, model.config.rope_scaling):
         if what in unknown:
             with pytest.raises(UserError, match=unknown[what]):

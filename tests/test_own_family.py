@@ -22,7 +22,8 @@ from convert.verify import processes, verify
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
-from mlxgpt.common.model import families, own_config, params
+from mlxgpt.common.model import families, params
+from mlxgpt.common.model.family import own_config
 from mlxgpt.common.tokenizers.load import train_tokenizer
 
 PAIRS = own.pairwise()

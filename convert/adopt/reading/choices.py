@@ -216,6 +216,8 @@ def others(
         pick("final_softcap", [(f"{cap:g}", {"final_softcap": cap}) for cap in caps], "a cap of logits has no weights")
     )
     values = [("off", {"logit_scale": 0.0}), ("1 / sqrt(n_embd)", {"logit_scale": width**-0.5})]
+    if abs(width**-0.5 - 1 / 16) > 1e-9:
+        values.append(("1 / 16", {"logit_scale": 1 / 16}))  # Cohere's
     made.append(pick("logit_scale", values, "a multiplier of logits has no weights"))
     made.append(pick("attn_softcap", [(f"{cap:g}", {"attn_softcap": cap}) for cap in (0.0, 50.0)], "a cap of scores"))
     return made

@@ -129,13 +129,15 @@ def fused(role: str, item: Item, lay: Lay, bias: Item | None, grouped: bool) -> 
     # order by order what is usual: whole and by head of the first, then the other orders
     ranked = [(form, label, order) for order in orders for form, label in forms]
     ranked.sort(key=lambda each: 3 * orders.index(each[2]) + 2 * [form for form, _ in forms].index(each[0]))
+    named = matrices.score(item, role, "attn") >= matrices.NAMED
+    why = "name and shape" if named else "the only matrix of its shape"
     sure = "sure" if item.leaf == "in_proj_weight" else "likely"
     if sure == "sure":  # nn.MultiheadAttention has one order
         ranked = ranked[:1]
     for form, label, order in ranked:
         spelled = ", ".join(order)
         options.append(
-            Option(f"{spelled}, {label}", rules=pair(role, item, lay, bias, sure, "name and shape", order, form))
+            Option(f"{spelled}, {label}", rules=pair(role, item, lay, bias, sure, why, order, form))
         )  # fmt: skip
     return Choice(
         f"layout of {item.theirs}", tuple(options), "q, k and v in one matrix: weights do not say in which order"

@@ -17,8 +17,8 @@ from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import parse_json
 from mlxgpt.common.model import families
+from mlxgpt.common.model.family.own_config import FAMILY, NOTE
 from mlxgpt.common.model.family.row import Family, Gguf
-from mlxgpt.common.model.own_config import NOTE
 
 # architecture -> the families that run with it; the first is what a file of it is read as, if it fits
 ARCHS: dict[str, list[str]] = {}
@@ -80,7 +80,8 @@ def arch_of(config: ModelConfig) -> str:
     """
     arch = families.family_of(config).gguf.arch
     if not arch:
-        raise UserError(f"cannot be written as GGUF: {NOTE}: expected --to hf or npz")
+        reason = NOTE if config.family == FAMILY else f"llama.cpp has no family {config.family}"
+        raise UserError(f"cannot be written as GGUF: {reason}: expected --to hf or npz")
     return arch
 
 
