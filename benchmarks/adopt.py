@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-HEAD = ("animal", "what it is", "lands in", "candidates", "seconds", "proved", "undetermined", "error MLX", "error torch",
-        "wrong")  # fmt: skip
+HEAD = ("animal", "what it is", "lands in", "candidates", "seconds", "proved", "undetermined", "error MLX",
+        "error torch", "wrong")  # fmt: skip
 
 
 def described(spec: Any) -> str:
