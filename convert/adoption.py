@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source
+from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source, tokens
 from convert.adopt.evidence import Sample
 from convert.adopt.landing import OWN, Landing, fused, land, own
 from convert.adopt.maps import moments, ready
@@ -24,7 +24,7 @@ from convert.adopt.maps.complete import complete
 from convert.adopt.proof.candidate import config_of, distance, live
 from convert.adopt.proof.search import Found, search
 from convert.adopt.rules import Map, Proposal, chosen
-from convert.conversion import Report, convert_opened, line
+from convert.conversion import Report, convert_opened, line, put_tokenizer
 from convert.formats.opened import Opened, Tensor
 from convert.formats.registry import format_of
 from convert.verify import processes
@@ -126,6 +126,8 @@ def adopt_command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(made.to_json()))
     elif made.report:
+        for note in made.report.notes:
+            print(f"note: {note}")
         print(line(made.report))
         print("\n".join(_next(made.report.path, made.state.path)))
     return 0
@@ -259,14 +261,18 @@ def _write(
         origin={"adopted": _origin(args, made)},
     )
 
+    tokenizer, said = tokens.find(made.state.extras, made.state.path, args.tokenizer, config.vocab_size)
+    opened.notes += said
+    if tokenizer:
+        put_tokenizer(opened, tokenizer)
+
     def check(place: Path) -> None:
         map_file.write(place / MAP, whole.map, whole.kept)
         if sample is not None:
             made.verified = verify_written(place, made, sample, out)
 
-    options = {"tokenizer": Path(args.tokenizer).expanduser()} if args.tokenizer else {}
-    made.report = convert_opened(opened, args.file, args.out, "hf", force=args.force, verify=check, **options)
-    made.report.verified = False
+    made.report = convert_opened(opened, args.file, args.out, "hf", force=args.force, verify=check)
+    made.report.verified = bool(made.verified)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -33,6 +33,7 @@ from mlxgpt.common.model import families, params
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.tokenizers import ends, protocol
 from mlxgpt.common.tokenizers.load import load_tokenizer
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 SIDECAR = ".provenance.json"  # appended to a file's name, for formats without a field for provenance
 _BY_SUFFIX = {".gguf": "gguf", ".bin": "llama2c", ".pt": "nanogpt", ".pth": "gptmodel", ".npz": "npz"}
@@ -145,7 +146,7 @@ def convert_opened(
         output.check_free(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
         _take_tokenizer(opened, made.tokenizer)
-    elif opened.path.is_file() and not any(map(protocol.is_file_of, opened.companions)):
+    elif opened.format != "adopt" and opened.path.is_file() and not any(map(protocol.is_file_of, opened.companions)):
         opened.notes.append(f"{opened.path}: no tokenizer in it; --tokenizer FILE adds one")
     before = _stamps(opened)
     _check_room(dst, opened, to, made)
@@ -228,6 +229,13 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
     if tokenizer.n_vocab > opened.config.vocab_size:
         found = f"{tokenizer.n_vocab} tokens"
         raise UserError(f"{path}: {found}, but the model has a vocabulary of {opened.config.vocab_size}")
+    dropped = put_tokenizer(opened, tokenizer)
+    if dropped:
+        opened.notes.append(f"{path}: in place of the source's {', '.join(dropped)}")
+
+
+def put_tokenizer(opened: Opened, tokenizer: Tokenizer) -> list[str]:
+    """Gives an opened model a tokenizer; returns the files that it had of another one."""
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
         files = protocol.read_files(Path(place))
@@ -239,8 +247,7 @@ def _take_tokenizer(opened: Opened, path: Path) -> None:
         opened.extra["eos_token_id"] = tokenizer.eos_id
         if ends.FILE in opened.companions:
             generation.set_ends(opened, ends.union([tokenizer.eos_id], sorted(tokenizer.ends)))
-    if dropped:
-        opened.notes.append(f"{path}: in place of the source's {', '.join(dropped)}")
+    return dropped
 
 
 def _stamps(opened: Opened) -> list[tuple[int, int]]:

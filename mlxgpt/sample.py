@@ -1,4 +1,4 @@
-"""A user's own model in MLX, run for its numbers; see common/inference/module_run.py."""
+"""A user's own model in MLX, run for its numbers; see common/user_code/run.py."""
 
 import contextlib
 import sys
@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt.common.inference import module_run
-from mlxgpt.common.inference.module_run import Arrays
+from mlxgpt.common.user_code import run
+from mlxgpt.common.user_code.run import Arrays
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -81,12 +81,14 @@ class Library:
 
     @contextlib.contextmanager
     def watch(self, model: Any, n_layer: int) -> Iterator[Callable[[], list[Any]]]:
-        """What gives, after a call, what entered the first block and what each gave; [] where that was not seen."""
+        """What gives, after a call, what entered and left each block in turn; [] where that was not seen."""
         seen: list[Any] = []
         blocks = self.blocks(model, n_layer)
 
-        def before(given: tuple[Any, ...]) -> None:
-            seen[:] = [each for each in given if self.is_array(each) and each.ndim > 1][:1]
+        def before(first: bool, given: tuple[Any, ...]) -> None:
+            if first:
+                seen.clear()
+            seen.append(next(each for each in given if self.is_array(each) and each.ndim > 1))
 
         def after(gave: Any) -> None:
             seen.append(gave if self.is_array(gave) else next(each for each in gave if self.is_array(each)))
@@ -94,8 +96,7 @@ class Library:
         def watching(kind: Any, first: bool) -> Any:
             class Watching(kind):
                 def __call__(self, *given: Any, **named: Any) -> Any:
-                    if first:
-                        before((*given, *named.values()))
+                    before(first, (*given, *named.values()))
                     gave = super().__call__(*given, **named)
                     after(gave)
                     return gave
@@ -106,7 +107,7 @@ class Library:
         try:
             for each, kind in zip(blocks, kinds, strict=True):
                 each.__class__ = watching(kind, each is blocks[0])
-            yield lambda: seen if blocks and len(seen) == len(blocks) + 1 else []
+            yield lambda: seen if len(seen) == 2 * len(blocks) else []
         finally:
             for each, kind in zip(blocks, kinds, strict=True):
                 each.__class__ = kind
@@ -122,4 +123,4 @@ class Library:
 
 
 if __name__ == "__main__":
-    sys.exit(module_run.main(Library(), sys.argv[1:]))
+    sys.exit(run.main(Library(), sys.argv[1:]))

@@ -171,6 +171,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_attention_heads=2, initializer_range=0.02, layer_norm_eps=1e-5, model_type="gpt_neox",
         rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, torch_dtype="float16",
         transformers_version="4.24.0", use_parallel_residual=True),
+    "roneneldan/TinyStories-33M": dict(
+        activation_function="gelu_new", architectures=["GPTNeoForCausalLM"], attention_dropout=0,
+        attention_layers=["global", "local", "global", "local"], attention_types=[[["global", "local"], 2]],
+        bos_token_id=79, embed_dropout=0, eos_token_id=79, gradient_checkpointing=False, hidden_size=48,
+        initializer_range=0.02, intermediate_size=None, layer_norm_epsilon=1e-5, max_position_embeddings=72,
+        model_type="gpt_neo", num_heads=4, num_layers=4, resid_dropout=0, summary_activation=None,
+        summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True,
+        tokenizer_class="GPT2Tokenizer", torch_dtype="float32", use_cache=True, vocab_size=80, window_size=9),
     "microsoft/phi-1_5": published(
         **_PHI, _name_or_path="microsoft/phi-1_5", bos_token_id=None, eos_token_id=None, num_key_value_heads=None,
         partial_rotary_factor=0.5, hidden_size=64, transformers_version="4.37.0"),

@@ -73,6 +73,11 @@ VARIANTS: dict[str, ModelConfig] = {
         family="gemma3_text", n_embd=64, n_layer=3, window_layers=[0, 1], attn_scale=20**-0.5, **WINDOW, **LINEAR
     ),
     "gemma3_text-softcap": tiny(family="gemma3_text", final_softcap=2.0, window=0),
+    "gpt_neo": tiny(family="gpt_neo", **WINDOW),
+    "gpt_neo-untied": tiny(
+        family="gpt_neo", tied=False, n_hidden=80, activation="gelu", n_layer=3, window_layers=[0, 1], **WINDOW
+    ),
+    "gpt_neo-global": tiny(family="gpt_neo", window=0, **LONG),
     "gpt_neox-serial": tiny(family="gpt_neox", placement="pre", rotary_dim=12, activation="gelu_tanh", **LONG),
     "gpt_neox-nobias": tiny(family="gpt_neox", qkv_bias=False, out_bias=False, tied=True, n_hidden=80, **LONG),
     "phi-linear": tiny(family="phi", n_kv_head=2, head_dim=16, rotary_dim=10, **LONG, **LINEAR),

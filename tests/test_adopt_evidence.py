@@ -80,6 +80,8 @@ def test_other_files_hold_the_same(tmp_path: Path) -> None:
     content = {"ids": torch.from_numpy(IDS), "logits": torch.from_numpy(LOGITS), "hidden": states, "by": "me"}
     torch.save(content, tmp_path / "sample.pt")
     save_file({"ids": IDS, "logits": LOGITS, "hidden": HIDDEN}, tmp_path / "sample.safetensors")
+    torch.save(content | {"ids": IDS[0].tolist(), "logits": content["logits"][0], "hidden": None}, tmp_path / "list.pt")
+    assert np.array_equal(evidence.read(tmp_path / "list.pt").ids, IDS[:1])
     for name in ("sample.pt", "sample.safetensors"):
         found = evidence.read(tmp_path / name)
         assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.logits, expected.logits)

@@ -19,8 +19,9 @@ from convert.adopt import evidence, module, roles, source
 from convert.adopt.module import Sizes
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
-from mlxgpt.common.inference import module_import, module_run
-from mlxgpt.common.inference.module_import import TheirError
+from mlxgpt.common.user_code import imports
+from mlxgpt.common.user_code import run as user_run
+from mlxgpt.common.user_code.imports import TheirError
 from mlxgpt.sample import Library as Mlx
 from torch_ref.sample import Library as Torch
 
@@ -169,19 +170,19 @@ def weights_of(source: str, **kwargs: Any) -> tuple[Any, dict[str, np.ndarray]]:
     return model.eval(), {key: value.numpy().copy() for key, value in model.state_dict().items()}
 
 
-def request(place: Path, source: str, weights: dict[str, np.ndarray], **more: Any) -> module_run.Request:
+def request(place: Path, source: str, weights: dict[str, np.ndarray], **more: Any) -> user_run.Request:
     """A request to run class M of a file model.py."""
     if source:
         (place / "model.py").write_text(source)
     write_tensors(place / "x1.safetensors", weights)
     given = {"path": str(place / "model.py"), "name": "M", "vocab_size": V, "n_layer": L, "block_size": BLOCK}
     given |= {"out": str(place / "sample.npz"), "weights": {"x1": str(place / "x1.safetensors")}}
-    return module_run.Request(**{**given, **more})
+    return user_run.Request(**{**given, **more})
 
 
-def ran(library: Any, asked: module_run.Request) -> tuple[evidence.Sample, list[str]]:
+def ran(library: Any, asked: user_run.Request) -> tuple[evidence.Sample, list[str]]:
     """The sample of a request that is run in this process, and what was said."""
-    said = module_run.run(library, asked, module_run.Answer(Path(asked.out)))
+    said = user_run.run(library, asked, user_run.Answer(Path(asked.out)))
     return evidence.read(asked.out), said
 
 
@@ -198,12 +199,34 @@ def test_a_model_is_called_as_it_wants_to_be(place: Path, kind: str) -> None:
     source = CORE + textwrap.dedent(CLASSES[kind])
     _, weights = weights_of(source)
     found, said = ran(Torch(), request(place, source, weights))
-    assert found.ids.shape == (2, BLOCK)
+    assert found.ids.shape == (1, BLOCK)
     np.testing.assert_allclose(found.logits, expected(source, weights, found.ids), atol=2e-5)
     assert found.hidden is not None and len(found.hidden) == L + 1
     embedded = weights["wte.weight"][found.ids] + weights["wpe.weight"]
     np.testing.assert_allclose(found.hidden[0], embedded, atol=1e-6)
     assert SAID.get(kind, "") in " ".join(said) and bool(said) == (kind in SAID)
+
+
+def test_a_list_of_parts_of_blocks_gives_no_hidden_states(place: Path) -> None:
+    """What leaves an MLP is not what enters the next one."""
+    source = (
+        CORE
+        + """
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.mlps = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+    def forward(self, i):
+        x = self.wte(i)
+        for mlp in self.mlps:
+            x = x + mlp(x)
+        return self.head(x)
+"""
+    )
+    _, weights = weights_of(source)
+    found, _ = ran(Torch(), request(place, source, weights))
+    assert found.hidden is None
 
 
 def test_log_probabilities_are_known_as_such(place: Path) -> None:
@@ -218,7 +241,7 @@ def test_a_length_beyond_the_usual_is_tried(place: Path) -> None:
     source = CORE + textwrap.dedent(CLASSES["one length"]).replace("(Body):", "(Body):\n    long = True")
     _, weights = weights_of(source, block_size=80)
     found, said = ran(Torch(), request(place, source, weights, block_size=80, kwargs={"block_size": 80}))
-    assert found.ids.shape == (2, 80) and "it takes 80 tokens and no other number" in said
+    assert found.ids.shape == (1, 80) and "it takes 80 tokens and no other number" in said
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -243,7 +266,7 @@ class M(nn.Module):
     with torch.no_grad():
         right = model(torch.from_numpy(found.ids.T).long(), mask).transpose(0, 1).numpy()
     np.testing.assert_allclose(found.logits, right, atol=2e-5)
-    assert found.hidden is not None and found.hidden[0].shape == (2, BLOCK, C) and any("time first" in s for s in said)
+    assert found.hidden is not None and found.hidden[0].shape == (1, BLOCK, C) and any("time first" in s for s in said)
 
 
 CONFIGS = {
@@ -307,7 +330,7 @@ CONFIGS = {
     "a function": """
         class Model(Body):
             def forward(self, idx): return self.body(idx)
-        def M(vocab_size, n_layer): return Model(vocab_size, n_layer)""",
+        def M(vocab_size, n_layer): return "tokenizer", Model(vocab_size, n_layer)""",
 }
 
 
@@ -328,7 +351,8 @@ def test_a_constructor_gets_what_it_takes(place: Path, kind: str, given: str) ->
 
 @pytest.mark.parametrize("work", ["for step in range(10): open('trained', 'w')", "train()"])
 def test_a_script_that_trains_below_its_class_is_run_up_to_it(place: Path, work: str) -> None:
-    below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nhelper = [1]\ndef late(x): return x * helper[0]\n"
+    below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nmore = model.n\nhelper = [1]\n"
+    below += "def late(x): return x * helper[0]\n"
     source = CORE + "\nclass M(Body):\n    def forward(self, idx): return late(self.body(idx))\n" + below
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
     _, said = ran(Torch(), request(place, source, weights))
@@ -364,13 +388,25 @@ def test_files_beside_it_and_packages_are_found(place: Path) -> None:
     assert said == ["not installed here, and stood in for by nothing: wandb_of_nobody, w_nobody"]
 
 
+def test_a_folder_that_no_import_could_name_is_a_package(place: Path) -> None:
+    folder = place / "TinyGPT-v1.2"
+    folder.mkdir()
+    (folder / "core.py").write_text(CORE)
+    (folder / "model.py").write_text(
+        "from .core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
+    )
+    _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
+    found, _ = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
+    np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
+
+
 def test_what_it_imports_by_its_full_name_is_found_above(place: Path) -> None:
     folder = place / "src" / "nets"
     folder.mkdir(parents=True)
     (folder / "core.py").write_text(CORE)
     text = "from src.nets.core import Body\nclass M(Body):\n    def forward(self, i): return self.body(i)\n"
     (folder / "model.py").write_text(text)
-    assert module_import.framework_of(folder / "model.py") == "torch"
+    assert imports.framework_of(folder / "model.py") == "torch"
     _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
     found, said = ran(Torch(), request(place, "", weights, path=str(folder / "model.py")))
     np.testing.assert_allclose(found.logits, expected("", weights, found.ids), atol=2e-5)
@@ -556,7 +592,7 @@ def test_a_process_that_dies_is_told_of(place: Path, monkeypatch: pytest.MonkeyP
     (place / "model.py").write_text(f"import os\n{source}\n")
     (place / "light").mkdir()
     (place / "light" / "__init__.py").write_text("")
-    runner = "import sys\nfrom mlxgpt.common.inference import module_run\nmodule_run.main(None, sys.argv[1:])\n"
+    runner = "import sys\nfrom mlxgpt.common.user_code import run\nrun.main(None, sys.argv[1:])\n"
     (place / "light" / "sample.py").write_text(runner)  # without a framework, which would take seconds to import
     asked = request(place, "", {})
     (place / "request.json").write_text(json.dumps(vars(asked)))
@@ -603,7 +639,7 @@ def test_what_names_no_module_is_refused(place: Path, given: str, kwargs: str | 
 def test_a_file_with_both_frameworks_is_run_by_that_of_the_class(place: Path) -> None:
     source = "import torch\nimport mlx.core as mx\nimport mlx.nn as nn\nfrom torch import nn as tnn\n"
     (place / "model.py").write_text(source + "class A(nn.Module): pass\nclass B(tnn.Module): pass\nclass C(A): pass\n")
-    found = [module_import.framework_of(place / "model.py", name) for name in "ABC"]
+    found = [imports.framework_of(place / "model.py", name) for name in "ABC"]
     assert found == ["mlx", "torch", "mlx"]
 
 

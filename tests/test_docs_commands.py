@@ -18,6 +18,7 @@ from mlxgpt.verbs import VERBS
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("**/*.md"))]
 STARTS = re.compile(r"(?:\.venv/bin/)?mlxgpt(?= )|python -m torch_ref(?= )")
 KEYS = {f"{section}.{field.name}" for section, kind in recipes.SECTIONS.items() for field in dataclasses.fields(kind)}
+LAYOUTS = ("qkv", "gate_fc", "rope")  # what `adopt --set` takes beside the fields of [model]
 OPEN = ("tune.chat_template_kwargs.",)  # keys with names of the user's below them
 
 
@@ -58,6 +59,8 @@ def problem(command: str) -> str:
         return str(error)
     for flag, value in pairwise(rest):
         key = value.partition("=")[0]
+        if verb is VERBS["adopt"] and (f"model.{key}" in KEYS or key in LAYOUTS):
+            continue
         if flag == "--set" and not key.isupper() and key not in KEYS and not key.startswith(OPEN):
             return f"no key {key}"
     recipe = next(iter(rest), "")

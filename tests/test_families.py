@@ -334,6 +334,13 @@ REFUSED += [
     ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
                                "long_mscale": 1.2}},
      "c.json: rope_scaling.long_mscale = 1.2 is not supported: transformers does not read it and takes 1.0"),
+    ("gpt_neo", {"attention_types": [[["global"], 3]]}, "c.json: attention_types has 3 blocks: expected 2"),
+    ("gpt_neo", {"attention_types": None},
+     "c.json: attention_types, as they are where nothing says it, has 24 blocks: expected 2"),
+    ("gpt_neo", {"attention_types": [["local", 2]]},
+     "c.json: attention_types = [['local', 2]]: expected lists of kinds, global or local, "
+     "and how many times they come"),
+    ("gpt_neo", {"window_size": 0}, "c.json: window_size = 0: expected a positive number"),
     ("phi", {"qk_layernorm": True}, "c.json: qk_layernorm = True is not supported: expected False"),
     ("phi", {"tie_word_embeddings": True},
      "c.json: a tied head is not supported with model_type 'phi'"),
@@ -413,6 +420,9 @@ def test_a_size_that_is_missing_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("family", "name", "expected"),
     [
+        ("gpt_neo", "transformer.h.0.attn.attention.bias", None),
+        ("gpt_neo", "transformer.h.1.attn.attention.masked_bias", None),
+        ("gpt_neo", "h.1.attn.attention.out_proj.bias", "transformer.h.1.attn.attention.out_proj.bias"),
         ("gpt_neox", "gpt_neox.layers.0.attention.bias", None),
         ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias", None),
         ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", None),

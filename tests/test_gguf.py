@@ -24,7 +24,7 @@ from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
-from mlxgpt.common.model import params
+from mlxgpt.common.model import params, rotary
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -107,8 +107,49 @@ def test_there_and_back_is_the_same_bits(case: str, dtype: str, tmp_path: Path) 
 @pytest.mark.parametrize("case", models.VARIANTS)
 def test_every_variant_comes_back(case: str, tmp_path: Path) -> None:
     model = opened(models.VARIANTS[case])
+    unknown = {"gpt_neo": "llama.cpp has no family gpt_neo", "dynamic": "rope_scaling = dynamic cannot be written"}
+    for what in (model.config.family, model.config.rope_scaling):
+        if what in unknown:
+            with pytest.raises(UserError, match=unknown[what]):
+                gguf.write(model, tmp_path / "a.gguf", Options())
+            assert not (tmp_path / "a.gguf").exists()
+            return
     gguf.write(model, tmp_path / "a.gguf", Options())
     assert_same(gguf.read(tmp_path / "a.gguf"), model)
+
+
+SCALED = ["llama-yarn", "gpt_neox-yarn", "phi3-longrope", "phi3-longrope-window"]
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_yarn_and_longrope_are_said_as_llama_cpp_reads_them(case: str, tmp_path: Path) -> None:
+    model = opened(models.VARIANTS[case])
+    config = model.config
+    notes = gguf.write(model, tmp_path / "ours.gguf", Options())
+    values, stored = read_gguf(tmp_path / "ours.gguf")
+    scaling = {key.partition(".rope.scaling.")[2]: value for key, value in values.items() if ".rope.scaling." in key}
+    assert scaling["original_context_length"] == config.rope_original
+    if config.rope_scaling == "yarn":
+        assert (scaling["type"], scaling["factor"]) == ("yarn", 4.0)
+    else:
+        assert scaling["attn_factor"] == np.float32(rotary.attention(config))
+        for name, expected in (("long", config.rope_long), ("short", config.rope_short)):
+            array = read_stored(stored[f"rope_factors_{name}.weight"])
+            assert array.tolist() == np.array(expected, np.float32).tolist()
+        assert any("chooses longrope's factors by its context" in note for note in notes)
+    assert any("beta_fast 32" in note for note in notes) == (case == "gpt_neox-yarn")
+    found = gguf.read(rewritten(tmp_path / "ours.gguf", tmp_path / "other.gguf", without_ours))
+    said = [field for field in found.config.__dataclass_fields__ if field.startswith(("rope", "rotary"))]
+    assert [getattr(found.config, name) for name in said] == [getattr(config, name) for name in said]
+
+
+def test_a_factor_of_yarn_goes_through_llama_cpps_own(tmp_path: Path) -> None:
+    config = models.tiny(family="llama", rope_attention=1.3, **models.LONG, **models.YARN)
+    gguf.write(opened(config), tmp_path / "a.gguf", Options())
+    values, _ = read_gguf(tmp_path / "a.gguf")
+    assert values["llama.rope.scaling.attn_factor"] * (0.1 * np.log(4) + 1) == pytest.approx(1.3)
+    found = gguf.read(rewritten(tmp_path / "a.gguf", tmp_path / "other.gguf", without_ours)).config
+    assert found.rope_attention == pytest.approx(1.3, rel=1e-6)
 
 
 # what the standard keys do not say, and is something else without our key
@@ -391,7 +432,7 @@ def test_a_file_that_contradicts_itself_is_refused(case: str, change: Any, says:
         ("llama", lambda v, t: v.pop("llama.block_count"), "metadata key llama.block_count is missing"),
         ("llama", lambda v, t: v.update({"llama.block_count": 1 << 31}), "llama.block_count = 2147483648"),
         ("llama", lambda v, t: v.update({"llama.expert_count": 8}), "llama.expert_count = 8 is not supported"),
-        ("llama", lambda v, t: v.update({"llama.rope.scaling.type": "yarn"}), "rope.scaling.type = 'yarn'"),
+        ("llama", lambda v, t: v.update({"llama.rope.scaling.type": "longrope"}), "rope.scaling.type = 'longrope'"),
         ("llama", lambda v, t: v.update({"llama.rope.dimension_count": 6}), "rope.dimension_count = 6"),
         ("llama", lambda v, t: v.update({"llama.context_length": "long"}), "context_length = 'long': expected int"),
         ("llama-llama3", lambda v, t: t["rope_freqs.weight"].__setitem__(0, 3), "no llama3 scaling"),

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ladder
@@ -18,7 +19,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 import mlxgpt.model
 import torch_ref.fast
 import torch_ref.model
-from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
+from mlxgpt import blas, fast  # noqa: F401  (a BLAS must be loaded before MLX)
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params, positions
 from mlxgpt.common.recipes import build
@@ -273,6 +274,36 @@ def test_a_cache_padding_and_packing_change_nothing(package: str, case: str) -> 
     agree("packed, the second", found[:, 9:], alone[:, :15], 2e-6)
 
 
+@pytest.mark.parametrize("where", ["CPU", "Metal"])
+@pytest.mark.parametrize("more", [{}, {"attn_softcap": 1.5, "window": 6, "window_layers": [0]}])
+def test_alibi_in_tiles_is_alibi_whole(where: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of MLX: on a CPU, and on a GPU that is one by name alone; a kernel that knows no slopes is never asked."""
+    config = tiny(**SIZES, position="alibi", n_kv_head=2, **more)
+    made, used = weights(config, scale=4.0), []
+    exact = ladder.torch_probe(config, made, torch.float64)
+    if where == "CPU":
+        monkeypatch.setattr(fast, "MANY", 1)
+        monkeypatch.setattr(fast, "TILE", 7)
+        plain = fast.attention
+        monkeypatch.setattr(fast, "attention", lambda *given: used.append(1) or plain(*given))
+    else:
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        monkeypatch.setattr(fast, "tile", lambda *_: used.append(1) or 7)
+        monkeypatch.setattr(fast, "FUSED", {6})
+    found = ladder.mlx_probe(config, made)
+    agree("logits", found.logits, exact.logits, 2e-6)
+    assert worst_gradient("gradients", found.gradients, exact.gradients) < 4e-5
+    assert bool(used) == (where == "Metal" or not more)
+    used.clear()
+    model = of("mlxgpt", config, made)
+    model.eval()
+    tokens = ladder.batch(config)[0]
+    cache = mlxgpt.model.make_cache(model, len(tokens), 24)
+    parts = [run(model, tokens[:, a:b], cache=cache) for a, b in ((0, 11), (11, 23), (23, 24))]
+    agree("without a gradient", np.concatenate(parts, axis=1), exact.logits, 2e-6)
+    assert bool(used) == (where == "Metal" or not more)
+
+
 # training
 
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -302,6 +333,18 @@ def test_both_frameworks_train_alike(case: str) -> None:
     found, expected = (ladder.curve(ladder.trained(package, recipe)) for package in PACKAGES)
     assert expected[-1] < expected[0] - 0.5
     for figure in ladder.same_curve(case, found, expected):
+        assert figure.agrees, figure
+
+
+def test_what_one_framework_saved_the_other_continues(tmp_path: Path) -> None:
+    recipe = build(
+        {
+            "model": dict(family="mlxgpt", n_layer=2, n_head=4, n_embd=48, block_size=48, vocab_size=128)
+            | TRAINED["bloom"][0],
+            "train": {"steps": 8, "batch_size": 4},
+        }
+    )
+    for figure in ladder.crossing("bloom", recipe, tmp_path)[1]:
         assert figure.agrees, figure
 
 

@@ -11,15 +11,19 @@ import own
 import pytest
 import templates
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import tiny, weights
 
 from convert.conversion import convert
 from convert.fuse import fuse
+from convert.verify import config as verify_config
 from convert.verify import processes, verify
 from mlxgpt import cli
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder
-from mlxgpt.common.model import families, own_config, params
+from mlxgpt.common.model import families, params
+from mlxgpt.common.model.family import own_config
 from mlxgpt.common.tokenizers.load import train_tokenizer
 
 PAIRS = own.pairwise()
@@ -99,6 +103,23 @@ def test_what_a_config_cannot_mean_is_refused_in_one_line(change: dict[str, Any]
     assert str(caught.value) == f"c.json: {message}"
 
 
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 99), st.floats(), st.text(max_size=3), st.just("alibi"),
+    st.lists(st.one_of(st.integers(-1, 3), st.just("ln_1")), max_size=2), st.dictionaries(st.just("a"), st.integers()),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(sorted(families.config_to_hf(tiny(family="mlxgpt")))), JUNK, max_size=3))
+@settings(max_examples=300, deadline=None, database=None)
+def test_junk_in_a_config_is_refused_or_read_but_breaks_nothing(change: dict[str, Any]) -> None:
+    try:
+        config = families.config_from_hf(families.config_to_hf(tiny(family="mlxgpt")) | change)
+    except UserError as error:
+        assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    else:
+        assert families.config_from_hf(families.config_to_hf(config)) == config
+
+
 def test_a_size_that_is_missing_is_named_and_another_field_has_its_default() -> None:
     values = families.config_to_hf(tiny(family="mlxgpt"))
     sparse = {key: values[key] for key in ("model_type", *own_config._SIZES)}
@@ -149,6 +170,12 @@ def test_no_library_judges_it(judge: str, place: Path) -> None:
     with pytest.raises(UserError) as caught:
         verify(place / "base", f"{judge}:{place / 'base'}")
     assert str(caught.value) == f"{judge}:{place / 'base'}: {own_config.NOTE}"
+
+
+def test_what_other_positions_read_is_no_difference_to_verify() -> None:
+    for position, differs in (("alibi", False), ("none", False), ("sinusoidal", True)):
+        one, other = (tiny(family="mlxgpt", position=position, rope_theta=theta) for theta in (1e4, 500.0))
+        assert (verify_config.meaning(one) != verify_config.meaning(other)) == differs
 
 
 def run(*words: Any) -> None:

@@ -23,7 +23,7 @@ import torch_ref.probe
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, OptimConfig, Recipe, SampleConfig, TrainConfig, TuneConfig
 from mlxgpt.common.inference.probe import Request
-from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model import adapters, params, positions
 from mlxgpt.common.model.params import Param
 from torch_ref import fast, fused, optim
 from torch_ref.attention import attend
@@ -190,6 +190,22 @@ def test_flex_attention_is_attention_under_the_dense_mask(
         agree(what, flexible.detach().numpy(), plain.detach().numpy(), 2e-6)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_flex_attention_leans_as_a_mask_of_floats_does(softcap: float, cuda: Gpu) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(2, n, 40, 16, requires_grad=True) for n in (6, 2, 2))
+    segments = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
+    i, slopes = torch.arange(40), torch.from_numpy(positions.slopes(6))
+    dense = (i[None, :] <= i[:, None]) & (segments[:, None, :, None] == segments[:, None, None, :])
+    dense = torch.where(dense, fast.lean(slopes, 40, 40, torch.float32), -float("inf"))
+    found = []
+    for mask in (fast.block_mask(40, 0, segments, CPU), dense):
+        y = attend(q, k, v, mask, None, 0.3, softcap, slopes)
+        found.append([y, *torch.autograd.grad((y * torch.linspace(0, 1, 16)).sum(), (q, k, v))])
+    for what, flexible, plain in zip(("output", "dq", "dk", "dv"), *found, strict=True):
+        agree(what, flexible.detach().numpy(), plain.detach().numpy(), 2e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "of", "train", "blocks"),
     [
@@ -201,13 +217,16 @@ def test_flex_attention_is_attention_under_the_dense_mask(
         ("mistral", batch, {"checkpoint_activations": True}, True),
         ("gpt2", packed, {"dropout": 0.1}, False),  # of attention weights, which our own hash drops
         ("llama", packed, {}, False),  # heads of 12
+        ("alibi", batch, {}, True),
+        ("alibi", batch, {"checkpoint_activations": True}, False),
     ],
 )
 def test_cuda_has_blocks_where_a_mask_would_be_dense(
     name: str, of: Callable[[Recipe, int], Batch], train: dict[str, Any], blocks: bool, cuda: Gpu,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    model = CASES[name] if name != "gpt2" else tiny(family="gpt2", n_embd=64)
+    others = {"gpt2": tiny(family="gpt2", n_embd=64), "alibi": tiny(family="mlxgpt", n_embd=64, position="alibi")}
+    model = (CASES | others)[name]
     config = dataclasses.replace(recipe(compile="off", **train), model=model)
     seen: list[str] = []
     monkeypatch.setattr(fast, "flex", lambda q, k, v, *_: (seen.append("flex"), q * k.sum() * v.sum())[1])

@@ -14,11 +14,13 @@ import torch
 from convert.adopt import module as own_module
 from convert.formats.registry import open_model
 from convert.verify import own, processes, verify
+from convert.verify.logits import Floors, Pair
 from convert.verify.report import Report
 from mlxgpt.cli import main
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference import module_run
 from mlxgpt.common.inference.probe import Request
+from mlxgpt.common.user_code import run as user_run
 from torch_ref.probe import probe
 from torch_ref.sample import Library
 
@@ -91,8 +93,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def process(module: own_module.Module, package: str, work: Path, seconds: float) -> list[str]:
         values = json.loads((work / "request.json").read_text())
         try:
-            return module_run.run(Library(), module_run.Request(**values), module_run.Answer(work / "sample.npz"))
-        except module_run.TheirError as error:
+            return user_run.run(Library(), user_run.Request(**values), user_run.Answer(work / "sample.npz"))
+        except user_run.TheirError as error:
             raise UserError(f"{module}: {error}") from None
 
     monkeypatch.setattr(processes, "run_framework", framework)
@@ -143,6 +145,33 @@ def test_log_probabilities_are_compared_as_such(place: Path) -> None:
     report = judged(place, source)
     assert report.agrees, report.findings
     assert any("log-probabilities" in note for note in report.notes)
+
+
+def test_a_context_that_ends_before_greedy_does_is_said(place: Path) -> None:
+    source = MODEL.replace(
+        "    def forward(self, i):", "    def forward(self, i):\n        assert i.shape[1] in (*range(20), 40)"
+    )
+    report = judged(place, source)
+    assert report.agrees, report.findings
+    assert any(note.endswith("takes no more than 19 tokens: greedy stops there") for note in report.notes)
+
+
+@pytest.mark.parametrize(("off", "gate"), [(3e-6, 3e-5), (1e-9, 1e-5), (1e-3, 1e-5)])
+def test_sinusoids_in_float32_widen_the_gate_by_what_they_cost(off: float, gate: float) -> None:
+    right = np.ones((40, 16), np.float32)
+    floors = Floors(processes.Runs(), "A")
+    for position, wanted in (("sinusoidal", gate), ("learned", 1e-5)):
+        pair = Pair("", {"hidden.x1.embed": right}, {"hidden.x1.embed": right.astype(np.float64) * (1 + off)})
+        floors.angles = own.angles(pair, ModelConfig(position=position, vocab_size=V))
+        assert floors.gate("logits.x1", 0.0) == pytest.approx(wanted, rel=1e-3)
+        assert floors.gate("logits.x8", 0.0) == 1e-5
+
+
+def test_only_the_larger_weights_have_a_wide_gate() -> None:
+    floors = Floors(processes.Runs(), "A")
+    floors.wide = 4.0
+    assert floors.gate("logits.x1", 1e-5) == pytest.approx(4e-5)
+    assert floors.gate("gradient.x8.wte.weight", 1e-5) == pytest.approx(16e-5)
 
 
 def test_a_checkpoint_of_theirs_is_held_against_the_folder(place: Path) -> None:

@@ -104,11 +104,16 @@ def flex(
 
     cap = torch.full((), softcap, device=q.device)
 
-    def changed(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
-        if softcap:
-            score = cap * torch.tanh(score / cap)
-        return score if slopes is None else score + slopes[h] * (j - i)
+    def capped(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
+        return cap * torch.tanh(score / cap)
 
-    grouped = q.shape[1] != k.shape[1]
-    score_mod = changed if softcap or slopes is not None else None
+    def leaning(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
+        assert slopes is not None
+        return score + slopes[h] * (j - i)
+
+    def both(score: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
+        return leaning(capped(score, b, h, i, j), b, h, i, j)
+
+    grouped, leans = q.shape[1] != k.shape[1], slopes is not None
+    score_mod = (both if leans else capped) if softcap else leaning if leans else None
     return call(flex_attention, q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -313,8 +313,8 @@ class Model(nn.Module):
         drops = bool(drop and drop.rate)
         fused = not drops and not config.attn_softcap
         flexible = not drops and pad is None and cache is None and fast.flexes(self.device, config.head_dim)
-        # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k
-        flexible = flexible and not (recompute and config.attn_softcap)
+        # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k; ALiBi was not measured
+        flexible = flexible and not (recompute and (config.attn_softcap or config.position == "alibi"))
         masks = {
             local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible)
             for local in {n in windows for n in range(config.n_layer)}

@@ -1,4 +1,4 @@
-"""A user's own model in PyTorch, run for its numbers; see common/inference/module_run.py."""
+"""A user's own model in PyTorch, run for its numbers; see common/user_code/run.py."""
 
 import contextlib
 import sys
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from mlxgpt.common.inference import module_run
-from mlxgpt.common.inference.module_run import Arrays
+from mlxgpt.common.user_code import run
+from mlxgpt.common.user_code.run import Arrays
 
 
 def flat(model: Any) -> dict[str, Any]:
@@ -79,23 +79,27 @@ class Library:
 
     @contextlib.contextmanager
     def watch(self, model: Any, n_layer: int) -> Iterator[Callable[[], list[Any]]]:
-        """What gives, after a call, what entered the first block and what each gave; [] where that was not seen."""
+        """What gives, after a call, what entered and left each block in turn; [] where that was not seen."""
         seen: list[Any] = []
         blocks = self.blocks(model, n_layer)
 
-        def before(given: tuple[Any, ...]) -> None:
-            seen[:] = [each for each in given if self.is_array(each) and each.ndim > 1][:1]
+        def before(first: bool, given: tuple[Any, ...]) -> None:
+            if first:
+                seen.clear()
+            seen.append(next(each for each in given if self.is_array(each) and each.ndim > 1))
 
         def after(gave: Any) -> None:
             seen.append(gave if self.is_array(gave) else next(each for each in gave if self.is_array(each)))
 
         hooks = [each.register_forward_hook(lambda _, given, gave: after(gave)) for each in blocks]
         hooks += [
-            each.register_forward_pre_hook(lambda _, given, named: before((*given, *named.values())), with_kwargs=True)
-            for each in blocks[:1]
+            each.register_forward_pre_hook(
+                lambda module, given, named: before(module is blocks[0], (*given, *named.values())), with_kwargs=True
+            )
+            for each in blocks
         ]
         try:
-            yield lambda: seen if blocks and len(seen) == len(blocks) + 1 else []
+            yield lambda: seen if len(seen) == 2 * len(blocks) else []
         finally:
             for hook in hooks:
                 hook.remove()
@@ -109,4 +113,4 @@ class Library:
 
 
 if __name__ == "__main__":
-    sys.exit(module_run.main(Library(), sys.argv[1:]))
+    sys.exit(run.main(Library(), sys.argv[1:]))

@@ -26,7 +26,7 @@ class Trials:
     def array(self, name: str, given: np.ndarray) -> Array:
         """A weight of a candidate."""
         if name not in self._held or self._held[name][0] is not given:
-            self._held[name] = given, torch.from_numpy(np.ascontiguousarray(given)).to(self._dtype)
+            self._held[name] = given, torch.tensor(given, dtype=self._dtype)
         return self._held[name][1]
 
     def model(self, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model:

@@ -340,6 +340,9 @@ def _of_torch(place: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{place}: {type(content).__name__}, expected a dict of ids, logits and, optionally, hidden")
     made, total = {}, 0
     for key, value in content.items():
+        if isinstance(value, list) and value and all(type(one) is int for one in value):
+            made[str(key)] = np.array(value)
+            continue
         several = isinstance(value, list | tuple)
         for name, tensor in [(f"{key}.{n}", one) for n, one in enumerate(value)] if several else [(str(key), value)]:
             if not hasattr(tensor, "untyped_storage"):

@@ -29,7 +29,7 @@ from convert.adopt.source import State
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.tensors import write_tensors
-from mlxgpt.common.inference import module_import
+from mlxgpt.common.user_code import imports
 
 SECONDS = 120.0
 _TAIL = 1 << 14  # bytes of what it prints that are kept, for the case that it dies without a word
@@ -144,12 +144,12 @@ def run(
     seconds: float = SECONDS,
     say: Callable[[str], None] = lambda text: None,
 ) -> Ran:
-    """Runs the user's code on ``weights``, by scale and name; ``more`` are further fields of module_run.Request.
+    """Runs the user's code on ``weights``, by scale and name; ``more`` are more fields of user_code/run.py's Request.
 
     Raises:
         UserError: see ``sample``.
     """
-    framework = module_import.framework_of(module.path, module.name)
+    framework = imports.framework_of(module.path, module.name)
     if importlib.util.find_spec(framework) is None:
         raise UserError(f"{module.path} imports {framework}, which is not installed here: pip install {framework}")
     say(f"executes {module} in a process of its own, without network, at most {seconds:g} s")
@@ -192,7 +192,7 @@ def _process(module: Module, package: str, work: Path, seconds: float) -> list[s
     Raises:
         UserError: it raised, died, or took too long.
     """
-    command = [sys.executable, "-m", "mlxgpt.common.inference.module_guard", f"{package}.sample"]
+    command = [sys.executable, "-m", "mlxgpt.common.user_code.guard", f"{package}.sample"]
     process = subprocess.Popen(
         [*command, str(work / "request.json")],
         stdin=subprocess.DEVNULL,

@@ -175,7 +175,7 @@ def _norm_fields(
         name = next((rule.theirs for rule in weights if rule.to[0] == "ln_f.weight"), None)
         values = np.abs(np.asarray(tensors[name].read(), dtype=np.float32)) if name else np.ones(1)
         draft.model["norm_bias"] = False
-        draft.add(choices.norm(False, said, float(np.median(values)) < _NEAR_ZERO, style))
+        draft.add(choices.norm(said, float(np.median(values)) < _NEAR_ZERO, style, known))
     else:
         draft.model |= {"norm_weight": False, "norm_bias": False, "final_norm": True, "embed_norm": False}
         draft.notes.append("no norm has weights: they are norms without weights, or there are none")
@@ -243,7 +243,7 @@ def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int,
     if told.get("position") in ("sinusoidal", "alibi"):
         draft.model |= {key: told[key] for key in ("position", "sinusoid", "position_multiplier") if key in told}
         return
-    fields, made = choices.position({"position": told.get("position")}, style, width)
+    fields, made = choices.position(told.get("position") or known.get("position"), style, width)
     draft.model |= fields
     for choice in made:
         draft.add(choice)

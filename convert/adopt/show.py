@@ -70,7 +70,7 @@ def table(rows: Sequence[Mapping[str, Any]], left: Mapping[str, str], out: TextI
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("theirs", "ours", "shape", "how", "sure"):
-        made.add_column(head, overflow="fold")
+        made.add_column(head, overflow="fold", no_wrap=head in ("shape", "sure"))
     biases = {row["theirs"]: row for row in rows if all(name.endswith(".bias") for name in row["ours"])}
     weights = {tuple(row["ours"]): row for row in rows if row["theirs"] not in biases}
     shown = set()
@@ -86,11 +86,18 @@ def table(rows: Sequence[Mapping[str, Any]], left: Mapping[str, str], out: TextI
             theirs = theirs.rpartition(".")[0] or theirs
         elif bias:
             theirs = f"{theirs}, {leaves[1]}"
-        made.add_row(theirs, "\n".join(map(_short, row["ours"])), _shape(row), how(row), _sure(row))
+        made.add_row(theirs, "\n".join(map(_short, row["ours"])), _shape(row), how(row), row["sure"])
         shown.add(row["theirs"])
+    console = Console(file=out, highlight=False, markup=False, width=None if out.isatty() else WIDTH)
+    console.print(made)
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row["sure"] != "sure" and row["theirs"] in shown:
+            said.setdefault(f"{row['sure']}: {row['why'] or 'by its place'}", []).append(row["theirs"])
     for name, why in left.items():
-        made.add_row(name, "left out", "", "", why)
-    Console(file=out, highlight=False, markup=False, width=None if out.isatty() else WIDTH).print(made)
+        said.setdefault(f"left out: {why}", []).append(name)
+    for why, names in said.items():
+        console.print(f"{why}: {', '.join(names)}", soft_wrap=False)
 
 
 def _beside(weight: Mapping[str, Any], bias: Mapping[str, Any]) -> bool:
@@ -108,24 +115,21 @@ def _shape(row: Mapping[str, Any]) -> str:
     return "x".join(map(str, row["shape"])) or "()"
 
 
-def _sure(row: Mapping[str, Any]) -> str:
-    return f"{row['sure']}: {row['why']}" if row["why"] else row["sure"]
-
-
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The choices, a line each, and below what is not proved its options."""
-    wide = max((len(row["name"]) for row in rows), default=0)
-    value = max((len(row["value"]) for row in rows), default=0)
+    wide = min(max((len(row["name"]) for row in rows), default=0), 24)
     made = []
     for row in rows:
         said = row["verdict"]
         if said == "proved":
-            said = f"proved: the nearest other is off {row['margin']:,.0f} times rounding"
-        made.append(f"  {row['name']:<{wide}}  {row['value']:<{value}}  {said}")
+            said = f"proved ({row['margin']:,.0f})"
+        made.append(f"  {row['name']:<{wide}}  {row['value']}: {said}")
         if row["verdict"] in ("open", "tried"):
             made.append(f"    of {' | '.join(row['options'])}")
         if row["verdict"] == "undetermined":
             made.append(f"    {' | '.join(row['options'])} give the same numbers here; {row['tell']}")
+    if any(row["verdict"] == "proved" for row in rows):
+        made.append("  (how many times rounding the nearest candidate with another option is off)")
     return made
 
 

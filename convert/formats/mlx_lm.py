@@ -15,8 +15,9 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders import mlx_lm_folder, mlx_lm_names, model_folder, quantized
 from mlxgpt.common.folders.tensors import DTYPES, Entry, read_header
-from mlxgpt.common.model import affine, families, own_config, params
+from mlxgpt.common.model import affine, families, params
 from mlxgpt.common.model.affine import Quantized
+from mlxgpt.common.model.family import own_config
 
 KIND = "folder"
 _METADATA = {"format": "mlx"}

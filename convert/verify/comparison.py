@@ -16,7 +16,7 @@ from convert.verify.report import ON_FILES, RUNGS, Checked, Report
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.errors import TensorError, UserError, nearest
 from mlxgpt.common.model import families
-from mlxgpt.common.model.own_config import NOTE
+from mlxgpt.common.model.family.own_config import NOTE
 
 
 def verify(

@@ -38,9 +38,10 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     del values["family"]
     values["attn_scale"] = config.attn_scale or config.head_dim**-0.5
-    if config.position == "learned":
+    if config.position != "rope":
         for name in _ROPE:
-            values.pop(name)
+            if name != "rope_theta" or config.position != "sinusoidal":
+                values.pop(name)
     elif not config.window:
         values.pop("rope_local_theta")
     else:

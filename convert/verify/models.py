@@ -169,6 +169,9 @@ def compare(
     for pair in found:
         if outcome.steps:
             continue
+        if any(side.own for side in sides):
+            floors.angles = verify_own.angles(pair, sides[0].opened.config)
+            floors.wide = 4.0 if sides[0].opened.config.position == "rope" else 1.0
         if "logits" in running:
             verify_logits.compare_logits(pair, floors, report)
         if "activations" in running:

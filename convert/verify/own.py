@@ -7,7 +7,7 @@ the way back too. ``module:FILE.py:Class@CKPT`` loads a checkpoint of theirs in 
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,10 @@ from convert.adopt.maps import buffers
 from convert.adopt.module import Module, Sizes
 from convert.adopt.rules import Map, matching
 from convert.formats.opened import Opened, Tensor
+from convert.verify.logits import Pair
 from convert.verify.processes import GREEDY, Plan, Runs
+from convert.verify.report import worst
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference.probe import SCALES, growth, spell
 
@@ -120,11 +123,25 @@ def run(own: Own, key: str, opened: Opened, plan: Plan, notes: list[str], runs: 
         return
     notes += [f"{own.module}: {note}" for note in (*ran.notes, *said)]
     runs.arrays[PREFIX, key] = arrays
+    count = len(arrays.get("greedy.tokens", range(GREEDY)))
+    if any(len(each["greedy.tokens"]) > count for each in runs.arrays.values() if "greedy.tokens" in each):
+        notes.append(f"{own.module} takes no more than {plan.prompt + count - 1} tokens: greedy stops there")
+        _change(runs, lambda name, array: array[:count] if name.startswith("greedy.") else array)
     if is_normalized(arrays["logits.x1"]):
         notes.append(f"{own.module} gives log-probabilities: the others' logits are compared as such")
-        for by, side in list(runs.arrays):
-            runs.arrays[by, side] = _normalized(runs.arrays[by, side])
-        runs.exact = runs.exact and _normalized(runs.exact)
+        _change(
+            runs, lambda name, array: log_softmax(array).astype(np.float32) if name.startswith("logits.") else array
+        )
+
+
+def _change(runs: Runs, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
+    """Changes every array of every program."""
+
+    def changed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: change(name, arrays[name]) for name in arrays}
+
+    runs.arrays = {key: changed(arrays) for key, arrays in runs.arrays.items()}
+    runs.exact = runs.exact and changed(runs.exact)
 
 
 def _ours(own: Own, opened: Opened, given: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -148,9 +165,14 @@ def _ours(own: Own, opened: Opened, given: Mapping[str, np.ndarray]) -> tuple[di
     return made, []
 
 
-def _normalized(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with log-probabilities in the place of logits."""
-    return {
-        name: log_softmax(arrays[name]).astype(np.float32) if name.startswith("logits.") else arrays[name]
-        for name in arrays
-    }
+def angles(pair: Pair, config: ModelConfig) -> dict[str, float]:
+    """How far off their embeddings are, by scale, where only the rounding of angles can be why.
+
+    MLX's sinusoids and most people's are computed in float32, ours in float64: token t's are off by about t * 2**-24.
+    """
+    if config.position != "sinusoidal":
+        return {}
+    names = {spell(scale): f"hidden.{spell(scale)}.embed" for scale in SCALES}
+    there = {scale: name for scale, name in names.items() if name in pair.a and name in pair.b}
+    off = {scale: worst(pair.b[name], pair.a[name])[0] for scale, name in there.items()}
+    return {scale: value for scale, value in off.items() if value <= len(pair.a[there[scale]]) * 2.0**-22}

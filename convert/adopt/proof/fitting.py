@@ -14,6 +14,7 @@ _FIRST, _ALL = 400, 3000  # combinations before and after single changes are tri
 _ALIKE = 0.02  # options of which the numbers differ by less are one at first
 _SHOWS = 1e-7  # a smaller change is no change
 _STARTS = 24
+_RUNS = 2500  # at one view
 
 
 class Fit:
@@ -24,14 +25,19 @@ class Fit:
         self.free = [n for n in range(len(bench.choices)) if n not in settled and len(bench.choices[n].options) > 1]
         self.tried: dict[Candidate, Score] = {}
         self.done = False
+        self.until = bench.runs + _RUNS
 
     def take(self, candidate: Candidate) -> bool:
         """Tries a candidate, also with the best scale and cap of logits; whether to stop: it agrees, or time is up."""
         self.tried[candidate] = self.bench.score(candidate, self.view)
         for each in {candidate, self.bench.finished(candidate, self.view)}:
             self.tried[each] = self.bench.score(each, self.view)
-            self.done = self.done or self.tried[each].worst <= self.gate or self.bench.over
+            self.done = self.done or self.tried[each].worst <= self.gate or self._over
         return self.done
+
+    @property
+    def _over(self) -> bool:
+        return self.bench.over or self.bench.runs > self.until
 
     def ranked(self) -> list[Candidate]:
         """What was tried, the nearest first, of equal ones the likeliest."""

@@ -83,8 +83,8 @@ def search(
     """
     bench = Bench(proposal, gather, sample, forward, limit or Limit())
     gate, notes = tolerance or max(GATE, 8 * sample.step if sample.step > 1e-6 else 0.0), list[str]()
-    best, settled, failed = (0,) * len(proposal.choices), set[int](), list[View]()
-    seen = best  # what gives the hidden states that were looked at
+    best = seen = (0,) * len(proposal.choices)  # ``seen`` gives the hidden states that were looked at
+    settled, failed = set[int](), list[View]()
     for view in views(sample):
         if view.place >= 0 and failed:  # what comes later than a place that differs differs, too
             continue
@@ -100,8 +100,11 @@ def search(
     if not bench.runs:
         raise UserError(bench.refused or "no combination of the options is a model")
     view = views(sample)[-1]
-    if view in failed and settled and not bench.over:  # a view that fits by chance must not decide
+    deep = bool(sample.hidden) and failed == [view]  # a whole block agrees: what departs is further up
+    if view in failed and settled and not deep and not bench.over:  # a view that fits by chance must not decide
         best, score = fit(bench, best, view, set(), gate)
+    elif deep:
+        best = seen
     if bench.score(best, view).worst <= _CLOSE * gate:
         best = polish(bench, best, view, rounding(bench, best, view))
     score, floor = bench.score(best, view), rounding(bench, best, view)

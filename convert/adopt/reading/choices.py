@@ -102,12 +102,12 @@ def norm_eps(norm: str, known: Mapping[str, Any], style: Style) -> Choice | None
     return pick("norm_eps", [(f"{eps:g}", {"norm_eps": eps}) for eps in order], "epsilon is not among the weights")
 
 
-def norm(bias: bool, said: frozenset[str], near_zero: bool, style: Style) -> Choice | None:
+def norm(said: frozenset[str], near_zero: bool, style: Style, known: Mapping[str, Any]) -> Choice:
     """LayerNorm or RMSNorm, where no bias tells."""
-    if bias:
-        return None
-    order = ["rms", "layer"]
-    if "rms" in said or "rmsnorm" in said:
+    order = ["rms", "layer", "rms1"]
+    if known.get("norm"):
+        order = [known["norm"]] if known["norm"] == "layer" else ["rms1", "rms"] if near_zero else ["rms", "rms1"]
+    elif "rms" in said or "rmsnorm" in said:
         order = ["rms", "rms1", "layer"] if not near_zero else ["rms1", "rms", "layer"]
     elif near_zero:
         order = ["rms1", "rms", "layer"]
@@ -132,16 +132,17 @@ def placement(count: int, style: Style, final_norm: bool, known: Mapping[str, An
         known.get("pre") is None and (style.encoder or not final_norm) and not style.llama
     ):
         order = ["post_add", "pre", "post", "parallel2"]
-    if style.behind:
+    if known.get("parallel"):
+        order.sort(key=lambda name: name != "parallel2")
+    elif style.behind:
         order = ["post", "post_add", "pre", "parallel2"]
     return order[0], pick(
         "placement", [(name, {"placement": name}) for name in order], "where a norm acts has no weights"
     )
 
 
-def position(known: Mapping[str, Any], style: Style, width: int) -> tuple[dict[str, Any], list[Choice]]:
+def position(said: str | None, style: Style, width: int) -> tuple[dict[str, Any], list[Choice]]:
     """What tells positions where no tensor does; and how rope turns, if it is rope."""
-    said = known.get("position")
     options: list[tuple[str, dict[str, Any]]] = [
         ("rope", {"position": "rope"}),
         ("sinusoidal, pairs", {"position": "sinusoidal", "sinusoid": "pairs"}),
@@ -178,7 +179,10 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
     made = [Choice("rope", tuple(Option(name, rope=name) for name in order), why)]
     if not told and not known.get("rope_theta"):
         made.append(pick("rope_theta", [(f"{each:g}", {"rope_theta": each}) for each in THETAS], "no table of rope"))
-    if not told and not known.get("rotary_dim"):
+    if not told and known.get("rotary_part", 1.0) < 1.0:
+        part = int(dims[0] * known["rotary_part"]) // 2 * 2
+        made.append(pick("rotary_dim", [(f"{part}", {"rotary_dim": part})], "what settings say"))
+    elif not told:
         parts = [part for dim in dims[:4] for part in (dim // 4 * 2, dim // 8 * 2) if part]
         values = [("all", {"rotary_dim": 0}), *((f"{part}", {"rotary_dim": part}) for part in dict.fromkeys(parts))]
         if len(values) > 1:
@@ -212,6 +216,8 @@ def others(
         pick("final_softcap", [(f"{cap:g}", {"final_softcap": cap}) for cap in caps], "a cap of logits has no weights")
     )
     values = [("off", {"logit_scale": 0.0}), ("1 / sqrt(n_embd)", {"logit_scale": width**-0.5})]
+    if abs(width**-0.5 - 1 / 16) > 1e-9:
+        values.append(("1 / 16", {"logit_scale": 1 / 16}))  # Cohere's
     made.append(pick("logit_scale", values, "a multiplier of logits has no weights"))
     made.append(pick("attn_softcap", [(f"{cap:g}", {"attn_softcap": cap}) for cap in (0.0, 50.0)], "a cap of scores"))
     return made

@@ -25,6 +25,11 @@ _NAMES = {
                    "nonlinearity"),
     "tied": ("tie_weights", "tied", "tie_word_embeddings", "weight_tying", "tie_embeddings", "shared_embedding"),
     "pre": ("norm_first", "pre_norm", "prenorm"),
+    "parallel": ("use_parallel_residual", "parallel_attn", "parallel_residual", "parallel"),
+    "alibi": ("alibi", "use_alibi"),
+    "position": ("position_embedding_type", "positional_encoding", "pos_encoding", "pos_emb_type", "position_encoding"),
+    "norm": ("norm_type", "norm", "normalization", "norm_class"),
+    "rotary_part": ("rotary_pct", "partial_rotary_factor", "rotary_percentage", "rope_percentage"),
 }  # fmt: skip
 _OURS = {name: ours for ours, names in _NAMES.items() for name in names}
 _ACTIVATIONS = {
@@ -33,6 +38,18 @@ _ACTIVATIONS = {
     "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approx": "gelu_tanh", "relu2": "relu2",
     "squared_relu": "relu2", "relu_squared": "relu2", "geglu": "gelu", "reglu": "relu", "newgelu": "gelu_tanh",
 }  # fmt: skip
+
+
+_POSITIONS = {"rope": "rope", "rotary": "rope", "alibi": "alibi", "sinusoidal": "sinusoidal", "none": "none"}
+_NORMS = {
+    "rmsnorm": "rms",
+    "rms": "rms",
+    "rms_norm": "rms",
+    "layernorm": "layer",
+    "layer": "layer",
+    "layer_norm": "layer",
+}
+_WORDS = {"activation": _ACTIVATIONS, "position": _POSITIONS, "norm": _NORMS}
 
 
 def _walk(value: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -52,17 +69,18 @@ def read(extras: Mapping[str, Any]) -> dict[str, Any]:
         ours = _OURS.get(name)
         if ours is None or ours in known:
             continue
-        if ours == "activation":
-            if isinstance(value, str) and (
-                found := _ACTIVATIONS.get(value.lower().removeprefix("nn.").replace("()", ""))
-            ):
-                known[ours] = found
-        elif ours in ("tied", "pre"):
+        if ours in _WORDS:
+            said = value.lower().removeprefix("nn.").replace("()", "") if isinstance(value, str) else ""
+            if said in _WORDS[ours]:
+                known[ours] = _WORDS[ours][said]
+        elif ours in ("tied", "pre", "parallel", "alibi"):
             if isinstance(value, bool):
                 known[ours] = value
         elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            if ours in ("norm_eps", "rope_theta"):
+            if ours in ("norm_eps", "rope_theta", "rotary_part"):
                 known[ours] = float(value)
             elif float(value).is_integer():
                 known[ours] = int(value)
+    if known.pop("alibi", False):
+        known["position"] = "alibi"
     return known

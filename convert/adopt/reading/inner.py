@@ -35,17 +35,18 @@ def matrix_rules(reading: Reading, vectors: tuple[Item, ...], width: int, draft:
     named, sizes = biases(items, vectors), bias_sizes(items, vectors)
     bias_of: dict[str, Item | None] = {}
     fixed: set[str] = set()
+    turned = {kind for kind, _ in matrices.turned(reading, items, width, sizes)}
     for role, (item, lay) in reading.roles.items():
         fits = sizes.get(item.theirs) == (width if role in matrices.WRITES else lay.size)
         bias_of[item.theirs] = named[item.theirs] if fits else None
-        sure, why = rules_of.certainty(role, reading, items, width)
+        sure, why = rules_of.certainty(role, reading, items, width, sizes, turned)
         if sure != "guess":
             fixed.add(role)
         draft.rules |= rules_of.pair(role, item, lay, bias_of[item.theirs], sure, why)
     _bias_fields(reading, bias_of, draft)
-    turned = list(rules_of.turns(reading, items, bias_of, width, sizes))
-    four = rules_of.which_of_four(reading, bias_of, fixed, bool(turned))
-    for choice in [] if four is not None else turned:
+    either = list(rules_of.turns(reading, items, bias_of, width, sizes))
+    four = rules_of.which_of_four(reading, bias_of, fixed, bool(either))
+    for choice in [] if four is not None else either:
         draft.add(choice)
     draft.add(four)
     out = reading.roles["o"][1].size

@@ -1,6 +1,6 @@
 """Rules for a block's matrices and their biases, and the other ways in which they may lie."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import permutations
 
 from convert.adopt.reading import matrices, words
@@ -83,16 +83,25 @@ def pair(
     return made
 
 
-def certainty(role: str, reading: Reading, items: tuple[Item, ...], width: int) -> tuple[str, str]:
-    """(sure, why) of a role."""
-    item, _ = reading.roles[role]
+def certainty(
+    role: str, reading: Reading, items: tuple[Item, ...], width: int, sizes: Mapping[str, int], turned: Collection[str]
+) -> tuple[str, str]:
+    """(sure, why) of a role; ``turned``: styles whose matrices may lie either way."""
+    item, lay = reading.roles[role]
     context = reading.context.get(item.theirs, "")
     named = matrices.score(item, role, context)
-    unlike = [other for other in items if other is not item and any(matrices.lays(other, role, width))]
-    rivals = [other for other in unlike if other.used == item.used or sorted(other.used) == sorted(item.used)]
     if named >= matrices.NAMED:
         return "sure", "name"
-    if not [other for other in rivals if reading.context.get(other.theirs, "") in (context, "")]:
+
+    def rivals(other: Item) -> bool:
+        """Whether another matrix could be this role as well."""
+        free = matrices.style(other) in turned
+        ways = [way for way in matrices.lays(other, role, width) if free or way.turned == lay.turned]
+        outputs = {width if role in WRITES else way.size for way in ways}
+        fits = lay.size in {way.size for way in ways} and sizes.get(other.theirs, next(iter(outputs), 0)) in outputs
+        return fits and reading.context.get(other.theirs, "") in (context, "")
+
+    if not any(rivals(other) for other in items if other is not item):
         return ("sure", "name of its module, and shape") if context else ("likely", "the only matrix of its shape")
     if context and named >= 4:
         return "likely", "name of its module, and place"
@@ -108,6 +117,8 @@ def fused(role: str, item: Item, lay: Lay, bias: Item | None, grouped: bool) -> 
     if "(p o)" in text:
         forms = [(text, "one after the other"), (text.replace("(p o)", "(g p d)" if grouped else "(h p d)"),
                                                  "group by group" if grouped else "head by head")]  # fmt: skip
+        if {"query", "key", "value"} <= set(item.said):  # Megatron's name, and its layout
+            forms.reverse()
         if not grouped:
             forms.append((text.replace("(p o)", "(h d p)"), "dimension by dimension"))
     else:
@@ -118,10 +129,15 @@ def fused(role: str, item: Item, lay: Lay, bias: Item | None, grouped: bool) -> 
     # order by order what is usual: whole and by head of the first, then the other orders
     ranked = [(form, label, order) for order in orders for form, label in forms]
     ranked.sort(key=lambda each: 3 * orders.index(each[2]) + 2 * [form for form, _ in forms].index(each[0]))
+    named = matrices.score(item, role, "attn") >= matrices.NAMED
+    why = "name and shape" if named else "the only matrix of its shape"
+    sure = "sure" if item.leaf == "in_proj_weight" else "likely"
+    if sure == "sure":  # nn.MultiheadAttention has one order
+        ranked = ranked[:1]
     for form, label, order in ranked:
         spelled = ", ".join(order)
         options.append(
-            Option(f"{spelled}, {label}", rules=pair(role, item, lay, bias, "likely", "fused", order, form))
+            Option(f"{spelled}, {label}", rules=pair(role, item, lay, bias, sure, why, order, form))
         )  # fmt: skip
     return Choice(
         f"layout of {item.theirs}", tuple(options), "q, k and v in one matrix: weights do not say in which order"

@@ -110,7 +110,23 @@ def norms(items: tuple[Item, ...]) -> list[Norm]:
     pairs: dict[tuple[str, ...], dict[str, Item]] = {}
     for item in items:
         pairs.setdefault(key(item), {})[item.kind] = item
-    return [Norm(pair.get("weight"), pair.get("bias")) for pair in pairs.values()]
+    made = [Norm(pair.get("weight"), pair.get("bias")) for pair in pairs.values()]
+    for lone in [norm for norm in made if norm.weight is None]:
+        near = [norm for norm in made if norm.bias is None and _one_word_apart(norm.item, lone.item)]
+        if len(near) == 1:  # whatever the project calls its gain
+            made[made.index(near[0])] = Norm(near[0].weight, lone.bias)
+            made.remove(lone)
+    return made
+
+
+def _one_word_apart(one: Item, other: Item) -> bool:
+    """Whether two tensors of a module differ in one word of their names."""
+    said = words.words(one.leaf), words.words(other.leaf)
+    return (
+        one.module == other.module
+        and len(said[0]) == len(said[1]) > 1
+        and sum(a != b for a, b in zip(*said, strict=True)) == 1
+    )
 
 
 def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:

@@ -51,7 +51,7 @@ HEAD = frozenset(
 FINAL = frozenset({"final", "f", "last", "out", "output", "head", "post", "end", "decoder", "top"})
 
 WEIGHT_KINDS = frozenset(
-    {"weight", "weights", "kernel", "w", "scale", "gamma", "g", "a", "matrix", "embedding", "embeddings"}
+    {"weight", "weights", "kernel", "w", "scale", "gamma", "gain", "g", "a", "matrix", "mat", "embedding", "embeddings"}
 )
 BIAS_KINDS = frozenset({"bias", "biases", "b", "beta", "shift", "offset"})
 
@@ -100,9 +100,8 @@ def kind(name: str) -> tuple[str, tuple[str, ...]]:
     leaf = len(words(name.rpartition(".")[0]))
     if len(said) - leaf > 1 and said[leaf] in ("w", "b"):
         return "bias" if said[leaf] == "b" else "weight", said[:leaf] + said[leaf + 1 :]
-    for place in reversed(range(len(said))):
-        if place < leaf and len(said) - leaf:
-            break
+    places = [place for place in reversed(range(len(said))) if place >= leaf or len(said) == leaf]
+    for place in sorted(places, key=lambda place: len(said[place]) == 1):  # bias_a is a bias, and ln_b as well
         word = said[place]
         if word in ("embedding", "embeddings") and len(said) - leaf > 1:
             continue

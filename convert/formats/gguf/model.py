@@ -14,10 +14,10 @@ import numpy as np
 from convert.formats.gguf import blocks
 from convert.formats.gguf import names as gguf_names
 from convert.formats.gguf import restore as gguf_restore
+from convert.formats.gguf import rope as gguf_rope
 from convert.formats.gguf import tokenizer as gguf_tokenizer
 from convert.formats.gguf.blocks import BLOCK
 from convert.formats.gguf.file import DTYPES, PIECE, Stored, Value, is_gguf, read_stored, write_gguf
-from convert.formats.gguf.names import ROPE_FACTORS
 from convert.formats.gguf.split import read_parts
 from convert.formats.opened import Opened, Options, Tensor
 from mlxgpt.common.config import ModelConfig
@@ -47,7 +47,7 @@ def read(path: Path) -> Opened:
     path = Path(path)
     where = str(path)
     values, stored, parts = read_parts(path)
-    factors = stored.get(ROPE_FACTORS)
+    turned = {name: read_stored(stored[name]) for name in gguf_rope.TENSORS if name in stored}
     extra: dict[str, Any] = {}
     if _OWN in values:
         config, extra = gguf_names.own_config(where, values[_OWN], values.get("general.architecture"), len(stored))
@@ -56,17 +56,15 @@ def read(path: Path) -> Opened:
         wanted = params.table(families.on_disk(config))
     else:
         config, notes = gguf_names.config_from(where, values, stored)
-        if factors:
-            config = gguf_names.with_factors(where, config, read_stored(factors))
         wanted = params.table(config)
         extra = _ids(values)
-    _check_factors(where, config, factors)
+    gguf_rope.check_tensors(where, config, turned)
     names = {gguf_names.name_of(config, name): name for name in wanted}
     for name in names:
         if name not in stored:
             raise TensorError(name, f"{where}: tensor {name} is missing")
     for name, one in stored.items():
-        if name not in names and name != ROPE_FACTORS:
+        if name not in names and name not in gguf_rope.TENSORS:
             raise TensorError(name, f"{where}: unexpected tensor {name} {list(one.shape)}")
         if name in names and one.shape != wanted[names[name]].shape:
             expected = list(wanted[names[name]].shape)
@@ -92,17 +90,6 @@ def _ids(values: Mapping[str, Any]) -> dict[str, Any]:
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     found = {ours: values.get(f"tokenizer.ggml.{key}") for ours, key in keys.items()}
     return {ours: value for ours, value in found.items() if type(value) is int}
-
-
-def _check_factors(where: str, config: ModelConfig, factors: Stored | None) -> None:
-    expected = gguf_names.rope_factors(config)
-    if (expected is None) != (factors is None):
-        found = "missing" if factors is None else "there"
-        raise UserError(f"{where}: tensor {ROPE_FACTORS} is {found}, but rope scaling is {config.rope_scaling}")
-    if factors is None or expected is None:
-        return
-    if factors.shape != expected.shape or not np.allclose(read_stored(factors), expected, rtol=1e-4):
-        raise UserError(f"{where}: {ROPE_FACTORS} differs from what its llama3 scaling gives")
 
 
 def _widened(where: str, values: Mapping[str, Any]) -> dict[str, str]:
@@ -183,16 +170,14 @@ def write(opened: Opened, place: Path, options: Options) -> list[str]:
         )
     if opened.moments:
         notes.append("GGUF has no place for AdamW's moments: they are left behind")
-    factors = gguf_names.rope_factors(config)
-    if factors is not None:
-        tensors[ROPE_FACTORS] = "F32", factors.shape
+    turned = gguf_rope.tensors(config)
+    tensors |= {name: ("F32", array.shape) for name, array in turned.items()}
     metadata, left = _metadata(opened, options, tensors, names)
 
     def pieces(name: str) -> Iterator[np.ndarray]:
         kind, shape = tensors[name]
-        if name == ROPE_FACTORS:
-            assert factors is not None
-            yield factors.view(np.uint8)
+        if name in turned:
+            yield turned[name].view(np.uint8)
         elif names[name] not in opened.tensors:
             yield np.zeros(int(np.prod(shape)) * DTYPES[kind].itemsize, np.uint8)
         else:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.gguf.file import Stored, Value
+from convert.formats.gguf import rope
+from convert.formats.gguf.file import Stored, Value, read_stored
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import parse_json
-from mlxgpt.common.model import families, rotary
+from mlxgpt.common.model import families
+from mlxgpt.common.model.family.own_config import FAMILY, NOTE
 from mlxgpt.common.model.family.row import Family, Gguf
-from mlxgpt.common.model.own_config import NOTE
 
 # architecture -> the families that run with it; the first is what a file of it is read as, if it fits
 ARCHS: dict[str, list[str]] = {}
@@ -46,7 +47,6 @@ _MODULES = {
     "ln_f": "output_norm",
     "lm_head": "output",
 }
-ROPE_FACTORS = "rope_freqs.weight"
 
 # keys behind the architecture's name -> our field; there in every file that llama.cpp loads
 _SIZES = {
@@ -80,7 +80,8 @@ def arch_of(config: ModelConfig) -> str:
     """
     arch = families.family_of(config).gguf.arch
     if not arch:
-        raise UserError(f"cannot be written as GGUF: {NOTE}: expected --to hf or npz")
+        reason = NOTE if config.family == FAMILY else f"llama.cpp has no family {config.family}"
+        raise UserError(f"cannot be written as GGUF: {reason}: expected --to hf or npz")
     return arch
 
 
@@ -116,14 +117,6 @@ def rearranged(array: np.ndarray, heads: tuple[int, ...] | None, back: bool = Fa
     return array.reshape(*shape, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """What llama.cpp divides each rotary frequency by, float32 (rotary_dim / 2,); None without llama3 scaling."""
-    if config.rope_scaling != "llama3":
-        return None
-    plain = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
-    return (plain / rotary.frequencies(config)).astype(np.float32)
-
-
 def metadata(config: ModelConfig) -> dict[str, Value]:
     """The architecture's own keys."""
     row = families.family_of(config)
@@ -132,14 +125,7 @@ def metadata(config: ModelConfig) -> dict[str, Value]:
     made["attention.head_count_kv"] = Value("u32", config.n_kv_head)
     made["attention.key_length"] = made["attention.value_length"] = Value("u32", config.head_dim)
     made[_eps_key(config.norm != "layer")] = Value("f32", config.norm_eps)
-    if config.position == "rope":
-        made["rope.dimension_count"] = Value("u32", config.rotary_dim)
-        made["rope.freq_base"] = Value("f32", config.rope_theta)
-    if config.rope_local_theta:
-        made["rope.freq_base_swa"] = Value("f32", config.rope_local_theta)
-    if config.rope_scaling == "linear":
-        made["rope.scaling.type"] = Value("str", "linear")
-        made["rope.scaling.factor"] = Value("f32", config.rope_factor)
+    made |= rope.metadata(config)
     if row.parallel_key:
         made["use_parallel_residual"] = Value("bool", config.placement == "parallel2")
     made |= {key: Value("f32", getattr(config, ours)) for key, ours in _SOFTCAPS.items() if getattr(config, ours)}
@@ -168,8 +154,7 @@ def deviations(config: ModelConfig) -> list[str]:
         found.append(f"llama.cpp computes {does.activation} in {arch}, this model has {config.activation}")
     if config.window and config.window < config.block_size and does.windows != "keys":
         found.append(f"llama.cpp sees everything in {arch}, this model has a window of {config.window} tokens")
-    if config.rope_scaling == "llama3" and not does.factors:
-        found.append(f"llama.cpp ignores {ROPE_FACTORS} in {arch}, this model has llama3 rope scaling")
+    found += rope.deviations(config, does)
     scaled = config.attn_scale and "attention.scale" not in does.multipliers
     if scaled and config.attn_scale != _default_scale(does, config.n_layer, config.n_embd, config.n_head):
         found.append(f"llama.cpp knows no other scale of attention scores in {arch}, this model has one")
@@ -238,6 +223,8 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
     for key, neutral in _NEUTRAL.items():
         if key in row.gguf.multipliers or (key == "logit_scale" and row.divisor_key):
             continue
+        if key == "rope.scaling.attn_factor" and rope.scales(keys, tensors):
+            continue
         found = values.get(f"{arch}.{key}", neutral)
         if isinstance(found, np.ndarray) or found != neutral:
             raise UserError(f"{where}: {arch}.{key} = {_shown(found)} is not supported: expected {neutral}")
@@ -258,7 +245,7 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         notes.append(f"{where}: GGUF does not say which GELU: taken as erf, as GPT-NeoX has it (llama.cpp: tanh)")
     if row.parallel_key:
         made["placement"] = "parallel2" if keys.get("use_parallel_residual", bool, True) else "pre"
-    made |= _biases(tensors) | _rope(keys, row, sizes) | _attention(keys, row, sizes)
+    made |= _biases(tensors) | rope.read(keys, row, sizes) | _attention(keys, row, sizes)
     for key, ours in row.gguf.multipliers.items():
         made[ours] = keys.get(key, float, 0.0 if ours == "attn_scale" else 1.0)
     if row.divisor_key:
@@ -273,10 +260,8 @@ def config_from(where: str, values: Mapping[str, Any], tensors: Mapping[str, Sto
         families.check(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    factors = tensors.get(ROPE_FACTORS)
-    if factors is not None and (len(factors.shape) != 1 or factors.shape[0] * 2 != config.rotary_dim):
-        found = list(factors.shape)
-        raise UserError(f"{where}: {ROPE_FACTORS} has shape {found}, expected [{config.rotary_dim // 2}]")
+    found = {name: read_stored(tensors[name]) for name in rope.TENSORS if name in tensors}
+    config = rope.with_tensors(keys, config, found)
     return config, notes
 
 
@@ -297,31 +282,6 @@ def _biases(tensors: Mapping[str, Stored]) -> dict[str, bool]:
         "norm_bias": "output_norm.bias" in tensors,
         "head_bias": "output.bias" in tensors,
     }
-
-
-def _rope(keys: Keys, row: Family, sizes: Mapping[str, int]) -> dict[str, Any]:
-    head_dim = keys.get("attention.key_length", int, 0)
-    turned = keys.get("rope.dimension_count", int, 0)
-    if not head_dim:  # llama.cpp takes it so, whatever rope turns
-        head_dim = max(sizes["n_embd"] // sizes["n_head"], 1)
-    if keys.get("attention.value_length", int, head_dim) != head_dim:
-        raise UserError(f"{keys.where}: {keys.arch}.attention.value_length differs from the key's: not supported")
-    made: dict[str, Any] = {"head_dim": head_dim}
-    if row.rope is None:
-        return made
-    if row.rope.part is None and turned not in (0, head_dim):
-        raise UserError(f"{keys.where}: {keys.arch}.rope.dimension_count = {turned}: expected {head_dim}, a whole head")
-    made["rotary_dim"] = turned or head_dim
-    made["rope_theta"] = keys.get("rope.freq_base", float, 10000.0)
-    if row.rope.local:
-        made["rope_local_theta"] = keys.get("rope.freq_base_swa", float, row.rope.local)
-    kind = keys.get("rope.scaling.type", str, "none")
-    factor = keys.get("rope.scaling.factor", float, keys.get("rope.scale_linear", float, 1.0))
-    if kind not in ("none", "linear"):
-        raise UserError(f"{keys.where}: {keys.arch}.rope.scaling.type = {_shown(kind)}: expected none or linear")
-    if kind == "linear" or (factor not in (0.0, 1.0) and f"{keys.arch}.rope.scaling.type" not in keys.values):
-        made |= {"rope_scaling": "linear", "rope_factor": factor}
-    return made
 
 
 def _attention(keys: Keys, row: Family, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -349,41 +309,6 @@ def _attention(keys: Keys, row: Family, sizes: Mapping[str, int]) -> dict[str, A
         )
     layers = tuple(n for n, flag in enumerate(flags) if flag)
     return {**made, "window": window if layers else 0, "window_layers": layers}
-
-
-def with_factors(where: str, config: ModelConfig, factors: np.ndarray) -> ModelConfig:
-    """``config`` with llama3's settings, which give exactly these factors; GGUF has the factors alone.
-
-    low_freq_factor 1 and high_freq_factor 4 are what all of Llama 3 has; the rest follows from the factors.
-
-    Raises:
-        UserError: no setting gives them.
-    """
-    largest = float(factors.max()) if np.isfinite(factors).all() and factors.size else 0.0
-    inverse = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
-    candidates = [8192]
-    mixed = (factors > 1) & (factors < largest)
-    if largest > 1 and mixed.any():
-        kept = (1 / factors[mixed].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
-        candidates += {round(float(one)) for one in 2 * np.pi / inverse[mixed] * (kept * 3 + 1)}
-    elif largest > 1:
-        candidates += [1 << n for n in range(4, 21)]
-    for original in candidates:
-        if largest <= 1 or original < 1:
-            continue
-        made = {"rope_scaling": "llama3", "rope_factor": float(str(np.float32(largest)))}
-        made |= {"rope_low": 1.0, "rope_high": 4.0, "rope_original": original}
-        scaled = ModelConfig(**_fields(config) | made)
-        expected = rope_factors(scaled)
-        if expected is not None and np.allclose(expected, factors, rtol=1e-4):
-            return scaled
-    raise UserError(
-        f"{where}: {ROPE_FACTORS}: no llama3 scaling with low_freq_factor 1, high_freq_factor 4 gives these"
-    )
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def check_keys(where: str, config: ModelConfig, values: Mapping[str, Any]) -> None:

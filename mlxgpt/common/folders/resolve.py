@@ -74,7 +74,8 @@ def resolve_model(path: str | Path) -> Path:
             raise UserError(f"{place}: this run has no checkpoint yet")
         return found
     if place.exists():
-        cure = f": mlxgpt convert {place} NEW makes a folder of it" * (place.suffix in _WEIGHTS)
+        cure = f": mlxgpt convert {place} NEW makes a folder of it, of a GPT of your own mlxgpt adopt {place} --out NEW"
+        cure *= place.suffix in _WEIGHTS
         raise UserError(f"{place}: a file; expected a model folder, a run or a hub id{cure}")
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such folder")

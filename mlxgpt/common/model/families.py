@@ -14,11 +14,12 @@ from typing import Any
 
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import module_names, own_config, params, quantization_methods, text_part
+from mlxgpt.common.model import module_names, params, quantization_methods, text_part
+from mlxgpt.common.model.family import own_config
+from mlxgpt.common.model.family.config_json import read_layers, read_rope, typed, write_layers, write_rope
+from mlxgpt.common.model.family.mlx_lm_differences import mlx_lm_deviations
 from mlxgpt.common.model.family.row import BIASES, Family
 from mlxgpt.common.model.family.table import FAMILIES
-from mlxgpt.common.model.family_config import read_layers, read_rope, typed, write_layers, write_rope
-from mlxgpt.common.model.mlx_lm_differences import mlx_lm_deviations
 
 __all__ = [
     "ACTIVATIONS",

@@ -204,7 +204,8 @@ def outside(s: Sizes) -> int:
     made = 3 * s.tokens * model.n_embd * s.item
     if model.embed_norm:
         made += s.tokens * model.n_embd * s.item
-    if model.position == "alibi" and not s.mlx and not s.gpu:  # in pieces in MLX, by FlexAttention on CUDA
+    flex = s.gpu and not s.recipe.train.checkpoint_activations
+    if model.position == "alibi" and not s.mlx and not flex:  # in pieces in MLX
         made += 2 * model.n_head * s.length * s.length * s.item
     return made
 

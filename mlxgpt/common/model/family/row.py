@@ -32,6 +32,8 @@ class Windows:
     switch: bool = False  # nothing counts unless use_sliding_window is true
     every: int = 0  # without layer_types every n-th block sees everything
     every_key: str = ""  # older key for that n
+    key: str = "sliding_window"  # tokens of the window
+    nested: bool = False  # attention_types says which blocks have it, global and local in turns where nothing does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class MlxLm:
 
     activation: str = "silu"
     loads: bool = True  # False: it reads another layout under this name
+    knows: bool = True  # False: it has no model of this name
     windows: bool = True  # False: it sees everything
     scaling: bool = True  # False: it ignores rope scaling
     caps_logits: bool = True  # False: it ignores final_softcap
@@ -128,6 +131,8 @@ class Family:
     def implied_by(self, n_layer: int, n_head: int, size: int, window: int) -> dict[str, Any]:
         """What it implies beside that for these sizes; ``size`` is head_dim, ``window`` the tokens of the window."""
         made: dict[str, Any] = {}
+        if self.windows and self.windows.nested and window:
+            made["window_layers"] = tuple(range(1, n_layer, 2))
         if self.windows and self.windows.every and window:
             made["window_layers"] = tuple(n for n in range(n_layer) if (n + 1) % self.windows.every)
         if self.no_rope_every:

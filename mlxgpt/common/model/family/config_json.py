@@ -231,6 +231,8 @@ def read_layers(where: str, family: Family, values: Mapping[str, Any], n_layer: 
             if kind not in able:
                 expected = " or ".join(repr(name) for name in able)
                 raise UserError(f"{where}: layer_types: {kind!r} is not supported: expected {expected} in every layer")
+    if family.windows and family.windows.nested:
+        return made | _nested_layers(where, family.windows, values, n_layer)
     if family.windows is None:
         if types is None and values.get("use_sliding_window"):
             raise UserError(f"{where}: use_sliding_window = true is not supported without layer_types: expected false")
@@ -250,6 +252,25 @@ def read_layers(where: str, family: Family, values: Mapping[str, Any], n_layer: 
     if layers and window is None:
         raise UserError(f"{where}: layer_types has {SLIDING!r}, but sliding_window is null")
     return made | {"window": window if layers else 0, "window_layers": layers}
+
+
+def _nested_layers(where: str, windows: Windows, values: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    """GPT-Neo's attention_types: [[kinds of blocks, how many times], ...], kinds global and local."""
+    found, kinds = values.get("attention_types"), list[str]()
+    for item in [[["global", "local"], 12]] if found is None else found if isinstance(found, list) else [found]:
+        fits = isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and type(item[1]) is int
+        if not fits or not 0 <= item[1] <= 10_000 or not all(kind in ("global", "local") for kind in item[0]):
+            expected = "lists of kinds, global or local, and how many times they come"
+            raise UserError(f"{where}: attention_types = {found!r}: expected {expected}")
+        kinds += item[0] * item[1]
+    if len(kinds) != n_layer:
+        said = "" if found is not None else ", as they are where nothing says it,"
+        raise UserError(f"{where}: attention_types{said} has {len(kinds)} blocks: expected {n_layer}")
+    window = values.get(windows.key, windows.absent)
+    if type(window) is not int or window < 1:
+        raise UserError(f"{where}: {windows.key} = {window!r}: expected a positive number")
+    layers = tuple(n for n, kind in enumerate(kinds) if kind == "local")
+    return {"window": window if layers else 0, "window_layers": layers}
 
 
 def _no_rope(where: str, values: Mapping[str, Any], n_layer: int, absent: int) -> tuple[int, ...]:
@@ -298,6 +319,11 @@ def write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
     windows = family.windows
     if windows is None:
         return made
+    if windows.nested:
+        kinds = ["local" if n in config.window_layers else "global" for n in range(config.n_layer)]
+        turns = kinds == ["global", "local"] * (config.n_layer // 2)
+        types = [[["global", "local"], config.n_layer // 2]] if turns else [[kinds, 1]]
+        return {windows.key: config.window or windows.absent, "attention_types": types, "attention_layers": kinds}
     # transformers builds the mask of a window also where no block looks through it
     made["sliding_window"] = config.window or (windows.absent if windows.every else None)
     if windows.switch:

@@ -1,6 +1,6 @@
 """Runs a module in this process without a network, as far as the system lets a user do that; nothing is loaded before.
 
-``python -m mlxgpt.common.inference.module_guard torch_ref.sample REQUEST.json``. It keeps honest code from the network;
+``python -m mlxgpt.common.user_code.guard torch_ref.sample REQUEST.json``. It keeps honest code from the network;
 it is no cage for code that means harm.
 """
 

@@ -7,9 +7,9 @@ is what a folder means.
 import ml_dtypes
 
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.model import own_config
+from mlxgpt.common.model.family import own_config
+from mlxgpt.common.model.family.config_json import full_every
 from mlxgpt.common.model.family.table import FAMILIES
-from mlxgpt.common.model.family_config import full_every
 
 
 def mlx_lm_deviations(config: ModelConfig) -> list[str]:
@@ -18,6 +18,8 @@ def mlx_lm_deviations(config: ModelConfig) -> list[str]:
     found = []
     if FAMILIES[family].own:
         return [own_config.NOTE]
+    if not does.knows:
+        return [f"mlx-lm cannot load {family}: it has no such model"]
     if not does.loads:
         return [f"mlx-lm cannot load {family} from a folder of transformers: it reads another layout under this name"]
     if config.activation != does.activation:

@@ -16,12 +16,13 @@ import numpy as np
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.files import read_json
 from mlxgpt.common.folders.tensors import read_tensors
-from mlxgpt.common.inference import module_build, module_call, module_import, probe
-from mlxgpt.common.inference.module_call import Caller
-from mlxgpt.common.inference.module_import import TheirError
+from mlxgpt.common.inference import probe
 from mlxgpt.common.model import module_names
+from mlxgpt.common.user_code import build, call, imports
+from mlxgpt.common.user_code.call import Caller
+from mlxgpt.common.user_code.imports import TheirError
 
-ROWS = 2
+ROWS, TOKENS = 2, 64
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
@@ -47,7 +48,7 @@ class Request:
     gradients: bool = False
 
 
-class Library(module_call.Library, Protocol):
+class Library(call.Library, Protocol):
     """Further, what is done with a model before it is called."""
 
     def is_model(self, thing: Any) -> bool:
@@ -116,14 +117,16 @@ def run(library: Library, request: Request, answer: Answer) -> list[str]:
     """
     path = Path(request.path)
     answer.begin("import")
-    module, said = module_import.load(path, request.name)
+    module, said = imports.load(path, request.name)
     answer.begin("build")
-    found = module_import.find(module, request.name, library.is_model)
+    found = imports.find(module, request.name, library.is_model)
     if not isinstance(found, type) and library.is_model(found):
         model = found
     else:
-        model, more = module_build.build(found, request.name, module, path, request.kwargs, request.extras)
+        model, more = build.build(found, request.name, module, path, request.kwargs, request.extras)
         said += more
+    if isinstance(model, tuple):  # a function that returns what belongs to a model, too
+        model = next((each for each in model if library.is_model(each)), model)
     if isinstance(model, type) or not library.is_model(model):
         raise UserError(f"{path}: {request.name} gives {type(model).__name__}, expected a model")
     answer.begin("load")
@@ -144,13 +147,15 @@ def run(library: Library, request: Request, answer: Answer) -> list[str]:
 
 
 def draw(seed: int, length: int, vocab_size: int) -> np.ndarray:
-    """Random ids (B, T), with B other than T."""
-    rows = ROWS if length > ROWS else ROWS + length
+    """Random ids (B, T), with B other than T; the shorter they are, the more rows."""
+    rows = max(ROWS, TOKENS // length)
+    rows += rows == length
     return np.random.default_rng(seed).integers(0, vocab_size, (rows, length)).astype(np.int32)
 
 
 def sampled(library: Library, caller: Caller, ids: np.ndarray) -> Arrays:
-    """The arrays of a sample.npz."""
+    """The arrays of a sample.npz: of long ones one row, for every candidate is run on it; two told axes apart."""
+    ids = ids[:1] if ids.shape[1] >= TOKENS // ROWS else ids
     with library.quiet():
         logits, states = caller.both(ids)
     yield "ids", ids
@@ -177,8 +182,8 @@ def judged(
         for n, state in enumerate(states):
             yield f"hidden.{scale}.{f'h.{n - 1}' if n else 'embed'}", state[0, -probe.KEPT :]
         if request.gradients and not caller.last_only:
-            call = lambda: caller.native(tokens)  # noqa: E731
-            for name, array in library.gradients(caller.model, call, targets):
+            forward = lambda: caller.native(tokens)  # noqa: E731
+            for name, array in library.gradients(caller.model, forward, targets):
                 yield f"gradient.{scale}.{loader.given(name)}", array
     if request.greedy:
         loader.put(weights["x1"])
@@ -186,12 +191,17 @@ def judged(
 
 
 def greedy(library: Library, request: Request, caller: Caller, ids: list[int]) -> Arrays:
-    """What follows a prompt, one whole pass a token: a user's model has no cache that we know."""
+    """What follows a prompt as far as it goes: one whole pass a token, for a user's model has no cache that we know."""
     rows, drawn = list[np.ndarray](), list[int]()
     most = request.block_size or len(ids) + request.greedy
     with library.quiet():
         for _ in range(min(request.greedy, most - len(ids) + 1)):
-            logits = library.host(caller.native(np.array([ids + drawn], np.int32)))
+            try:
+                logits = library.host(caller.native(np.array([ids + drawn], np.int32)))
+            except TheirError:
+                if not drawn:
+                    raise
+                break  # a context that is shorter than the folder says
             rows.append(logits[0, -1] if logits.ndim == 3 else logits[0])
             drawn.append(int(rows[-1].argmax()))
     yield "greedy.tokens", np.array(drawn, np.int32)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.inference.module_import import TheirError, source_of, told
+from mlxgpt.common.user_code.imports import TheirError, source_of, told
 
 CONFIGS = (
     "config",

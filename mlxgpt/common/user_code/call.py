@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.inference.module_import import TheirError, told
+from mlxgpt.common.user_code.imports import TheirError, told
 
 MASKS = ("mask", "attn_mask", "attention_mask", "src_mask", "tgt_mask", "causal_mask", "x_mask", "has_mask")
 TARGETS = ("targets", "target", "labels", "y", "yb", "tgt", "targ", "target_ids", "next_tokens")
@@ -26,7 +26,7 @@ NOTHING = ("cache", "caches", "past", "past_key_values", "kv_cache", "layer_past
 OFF = ("training", "train", "is_training", "use_cache", "return_dict", "return_attention", "output_attentions")
 ON = ("deterministic", "inference", "is_causal", "causal")
 LOGITS = ("logits", "lm_logits", "prediction_logits", "output", "out", "scores")
-LONGEST = 64
+LONGEST = 48  # tokens of a sample; angles of positions in float32 cost more with each
 _CAUSAL = 1e-5  # logits that move by less than this share of the largest do not depend on a token
 
 
@@ -54,7 +54,7 @@ class Library(Protocol):
         ...
 
     def watch(self, model: Any, n_layer: int) -> contextlib.AbstractContextManager[Callable[[], list[Any]]]:
-        """What gives, after a call, what entered the first block and what each gave; [] where that was not seen."""
+        """What gives, after a call, what entered and left each block in turn; [] where that was not seen."""
         ...
 
 
@@ -266,6 +266,7 @@ class Caller:
         return logits, states
 
     def _states(self, ids: np.ndarray) -> list[np.ndarray]:
+        """What enters the first block, and what each gives; [] if that is not what enters the next."""
         b, t = ids.shape
         longest, once = max(t, self.way.length), dataclasses.replace(self.way, growing=False)
         padded = np.pad(ids, ((0, 0), (0, longest - t)))
@@ -274,9 +275,12 @@ class Caller:
             for part in [row[None] for row in padded] if self.way.axes == "T" else [padded]:
                 self._call(once, part)
                 rows.append([_batch_first(self.library.host(state), len(part), longest) for state in seen()])
-        states = [np.concatenate(several)[:, :t] for several in zip(*rows, strict=True)]
+        found = [np.concatenate(several)[:, :t] for several in zip(*rows, strict=True)]
+        entered, gave = found[0::2], found[1::2]
+        chained = all(np.array_equal(one, other) for one, other in zip(entered[1:], gave[:-1], strict=True))
+        states = [*entered[:1], *gave]
         fits = all(state.shape == states[0].shape and state.shape[:2] == (b, t) and state.ndim == 3 for state in states)
-        return states if fits else []
+        return states if fits and chained and len(gave) > 1 else []
 
     def _kind(self, way: Way, ids: np.ndarray) -> str:
         return self._call(way, ids)[1]

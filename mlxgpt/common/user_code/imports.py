@@ -8,6 +8,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 import types
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.inference.module_absent import Absent
+from mlxgpt.common.user_code.absent import Absent
 
 _PYTHON_CELLS = ("%%time", "%%capture")
 _KEPT = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom)
@@ -149,7 +150,7 @@ def load(path: Path, name: str) -> tuple[types.ModuleType, list[str]]:
         module.__file__ = str(path)
         try:
             if package:
-                importlib.import_module(package)
+                _import_package(package, path.parent)
                 module.__package__ = package
             sys.modules[qualified] = module
             exec(compile(tree, str(path), "exec"), module.__dict__)
@@ -185,7 +186,21 @@ def _package(path: Path, tree: ast.Module) -> tuple[str, Path]:
     while (len(parts) < level or (folder / "__init__.py").is_file()) and folder.name:
         parts.insert(0, folder.name)
         folder = folder.parent
-    return (".".join(parts) if level else ""), folder
+    names = [re.sub(r"\W|^(?=\d)", "_", part) for part in parts]  # TinyGPT-v1.2
+    return (".".join(names) if level else ""), folder
+
+
+def _import_package(package: str, folder: Path) -> None:
+    """Imports the package that the file is in; one whose folder no import could name is put there by hand."""
+    names = package.split(".")
+    folders = [folder, *folder.parents][: len(names)][::-1]
+    if [each.name for each in folders] == names:
+        importlib.import_module(package)
+        return
+    for n, each in enumerate(folders):
+        made = types.ModuleType(".".join(names[: n + 1]))
+        made.__path__ = [str(each)]
+        sys.modules[made.__name__] = made
 
 
 def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, list[str]]:
@@ -196,7 +211,11 @@ def _without_work(tree: ast.Module, name: str, file: str) -> tuple[ast.Module, l
     below = tree.body[at + 1 :]
     if not any(_works(node) for node in below):
         return tree, []
-    kept = [node for node in below if isinstance(node, _KEPT) or _is_plain(node)]
+    kept = [
+        node if isinstance(node, _KEPT) else _tried(node)
+        for node in below
+        if isinstance(node, _KEPT) or _is_plain(node)
+    ]
     said = f"{file} works when it is imported: run up to {name}, and of what follows only definitions"
     return ast.Module([*tree.body[: at + 1], *kept], tree.type_ignores), [said]
 
@@ -218,6 +237,12 @@ def _works(node: ast.stmt) -> bool:
 def _is_plain(node: ast.stmt) -> bool:
     """``n_head = 4``, ``MODELS = {"gpt": GPT}``: an assignment that calls nothing."""
     return isinstance(node, ast.Assign | ast.AnnAssign) and not any(isinstance(e, ast.Call) for e in ast.walk(node))
+
+
+def _tried(node: ast.stmt) -> ast.stmt:
+    """The statement, of which it does not matter whether what it needs was left out."""
+    handler = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
+    return ast.fix_missing_locations(ast.copy_location(ast.Try([node], [handler], [], []), node))
 
 
 def find(module: types.ModuleType, name: str, is_model: Callable[[Any], bool]) -> Any:
