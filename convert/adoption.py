@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -74,7 +75,7 @@ class Adoption:
             "model": dict(self.map.model),
             "choices": show.choices(self.proposal, found, self.given),
             "proved": bool(found and found.fits),
-            "error": found.error if found else None,
+            "error": found.error if found and math.isfinite(found.error) else None,
             "gate": found.gate if found else None,
             "departs": found.departs if found else "",
             "candidates": found.candidates if found else 0,
@@ -343,9 +344,10 @@ def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
 def _next(folder: Path, theirs: Path) -> list[str]:
     """What can be done now."""
     place = shlex.quote(str(folder))
+    prompt = tokens.prompt(folder)
     return [
         "next:",
-        f"  mlxgpt generate -m {place} -p 'Once'",
+        *([f"  mlxgpt generate -m {place} -p {shlex.quote(prompt)}"] if prompt else []),
         f"  mlxgpt train --init-from {place} --data books/",
         f"  mlxgpt finetune --model {place} --data rows.jsonl",
         f"  mlxgpt convert {place} back{theirs.suffix or '.pt'} --map {shlex.quote(str(folder / MAP))}",
