@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -74,7 +75,7 @@ class Adoption:
             "model": dict(self.map.model),
             "choices": show.choices(self.proposal, found, self.given),
             "proved": bool(found and found.fits),
-            "error": found.error if found else None,
+            "error": found.error if found and math.isfinite(found.error) else None,
             "gate": found.gate if found else None,
             "departs": found.departs if found else "",
             "candidates": found.candidates if found else 0,

@@ -25,6 +25,8 @@ from mlxgpt.common.errors import UserError
 
 NAMES = ["emb.weight", "blocks.0.weight", "blocks.0.bias", "blocks.1.weight", "blocks.1.bias", "head.weight"]
 
+OPTIMIZER: dict[str, Any] = {"state": {}, "param_groups": [{"lr": 1e-3, "params": []}]}
+
 
 @dataclasses.dataclass
 class GPTConfig:
@@ -172,7 +174,6 @@ def test_float_kinds_stay_and_buffers_are_kept(tmp_path: Path) -> None:
 def test_settings_beside_are_plain_values(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model = Model()
     model.head.weight = model.emb.weight
-    optimizer = torch.optim.AdamW(model.parameters())
     content = {
         "config": GPTConfig(),
         "args": argparse.Namespace(n_head=2, out=pathlib.Path("/x/y")),
@@ -182,7 +183,7 @@ def test_settings_beside_are_plain_values(state: dict[str, torch.Tensor], tmp_pa
         "rng": torch.get_rng_state(),
         "numpy": np.random.default_rng(0).normal(size=3),
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": OPTIMIZER,
     }
     for legacy in (False, True):
         torch.save({"checkpoint": content}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
@@ -201,11 +202,10 @@ def test_settings_beside_are_plain_values(state: dict[str, torch.Tensor], tmp_pa
 
 
 def test_lightning_s_optimizer_and_settings(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    optimizer = torch.optim.AdamW(Model().parameters()).state_dict()
     content = {
         "state_dict": wrapped("model.", state),
         "hyper_parameters": {"n_head": 4},
-        "optimizer_states": [optimizer],
+        "optimizer_states": [OPTIMIZER],
     }
     torch.save(content | {"global_step": 5, "callbacks": {"best": {"score": torch.tensor(1.0)}}}, tmp_path / "x.ckpt")
     read = check(tmp_path / "x.ckpt", state, optimizer_at=("optimizer_states", "0"), prefix="model.")
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a module inside": (lambda p: torch.save({"model": Model()}, p), "an object of the class .*Model"),
     "a command": (lambda p: torch.save(WEIGHTS | {"x": Runs(os.system)}, p), "holds posix.system, .* --module FILE.py"),
     "a process": (lambda p: torch.save(WEIGHTS | {"x": Runs(subprocess.Popen)}, p), "holds subprocess.Popen"),
-    "code": (lambda p: torch.save(WEIGHTS | {"x": Runs(eval)}, p), r"holds builtins\.eval"),
+    "code": (lambda p: torch.save(WEIGHTS | {"x": Runs(eval)}, p), "holds builtins.eval"),
     "no tensors": (lambda p: torch.save({"epoch": 3, "args": {}}, p), "holds no tensors: found args, epoch"),
     "one tensor": (lambda p: torch.save(torch.eye(3), p), r"one tensor \[3, 3\], expected tensors by name"),
     "a number": (lambda p: torch.save(3, p), "int, expected tensors by name"),
@@ -273,8 +273,8 @@ def _liar(path: Path, size: int) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.filterwarnings("ignore:(torch.quantize_per_tensor|TypedStorage)")  # which PyTorch will give up
 def test_what_is_no_state_dict_is_refused_in_one_line(case: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     make, expected = REFUSED[case]

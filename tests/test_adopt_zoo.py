@@ -9,7 +9,7 @@ from zoo.choices import Spec, animals
 from zoo.strangers import STRANGERS, Stranger
 
 ZOO = animals()
-QUICK = (0, 1, 2, 12, 20, 35, 44, 60)
+QUICK = (20, 34, 40, 71)
 """Animals of the default suite: every framework, stacked and not, found fast."""
 
 

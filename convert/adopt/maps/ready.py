@@ -80,7 +80,7 @@ def _says(option: Option, made: Map, rules: Mapping[str, Rule]) -> bool:
 
 def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
     optional = values["ready"].get("optional", [])
-    all_rules = [_rule(theirs.removeprefix(state.prefix), value) for theirs, value in values["tensors"].items()]
+    all_rules = [rule_of(theirs.removeprefix(state.prefix), value) for theirs, value in values["tensors"].items()]
     counts = {rule.theirs: _count(rule.theirs, state) for rule in all_rules}
     n_layer = max((found[0] for theirs, found in counts.items() if has_number(theirs, "n")), default=0)
     rules = [rule for rule in all_rules if counts[rule.theirs][0]]
@@ -107,7 +107,7 @@ def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
     model |= {name: size for name, size in sizes.items() if name not in ("width", "kv", "head_dim")}
     for name in (name for name, why in left.items() if why == _TABLE):
         model["block_size"] = max(state.tensors[name].shape[:-1])
-    model |= _flags(rules) | {"tied": tied}
+    model |= flags(rules) | {"tied": tied}
     rope = values["source"]["rope"] if "source" in values else "halves"
     heads, choice = choices.n_head(
         sizes["width"], sizes.get("kv", sizes["width"]), sizes.get("head_dim", 0), settings, model["position"] == "rope"
@@ -118,7 +118,7 @@ def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
         if "block_size" not in settings:
             notes.append(f"block_size = {_LENGTH}: nothing tells the longest context; --set block_size=N does")
     model |= {name: settings[name] for name in ("norm_eps", "rope_theta") if name in settings}
-    model = {name: _derived(value, model) for name, value in model.items()}
+    model = {name: derived(value, model) for name, value in model.items()}
     open_ = [choice] if choice else []
     open_ += [
         _choice(name, options, model) for name, options in values.get("choices", {}).items() if name not in settings
@@ -129,7 +129,8 @@ def _propose(state: State, values: Mapping[str, Any]) -> Proposal | None:
     return Proposal(made, tuple(open_), tuple(notes))
 
 
-def _rule(theirs: str, value: Any) -> Rule:
+def rule_of(theirs: str, value: Any) -> Rule:
+    """A line of [tensors]."""
     if isinstance(value, str):
         return Rule(theirs, (value,))
     to = value["to"]
@@ -196,7 +197,7 @@ def _with_tied(rule: Rule) -> Rule:
     return Rule(rule.theirs, ("wte.weight",)) if rule.to == ("lm_head.weight",) else rule
 
 
-def _flags(rules: list[Rule]) -> dict[str, bool]:
+def flags(rules: list[Rule]) -> dict[str, bool]:
     """Which biases there are."""
     given = {name for rule in rules for name in rule.to}
     return {
@@ -209,13 +210,14 @@ def _flags(rules: list[Rule]) -> dict[str, bool]:
     }
 
 
-def _derived(value: Any, model: Mapping[str, Any]) -> Any:
+def derived(value: Any, model: Mapping[str, Any]) -> Any:
+    """A value that follows from sizes, where the map says so in words."""
     return _DERIVED[value](model) if isinstance(value, str) and value in _DERIVED else value
 
 
 def _choice(name: str, options: list[dict[str, Any]], model: Mapping[str, Any]) -> Choice:
     made = []
     for each in options:
-        fields = {key: _derived(value, model) for key, value in each.items() if key != "label"}
+        fields = {key: derived(value, model) for key, value in each.items() if key != "label"}
         made.append(Option(each.get("label", str(next(iter(fields.values())))), fields))
     return Choice(name, tuple(made), "versions of the project differ")

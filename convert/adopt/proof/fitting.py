@@ -14,7 +14,8 @@ _FIRST, _ALL = 400, 3000  # combinations before and after single changes are tri
 _ALIKE = 0.02  # options of which the numbers differ by less are one at first
 _SHOWS = 1e-7  # a smaller change is no change
 _STARTS = 24
-_RUNS = 2500  # at one view
+_RUNS = 3000  # at one view
+_LAST_RUNS = 1000  # of these, for what is small and for pairs
 
 
 class Fit:
@@ -62,12 +63,26 @@ class Fit:
             return True
         if any(self.descend(each) for each in self.starts(coarse)):
             return True
-        if any(self.take(each) for each in itertools.islice(every, _ALL - _FIRST)):
-            return True
+        for each in itertools.islice(every, _ALL - _FIRST):
+            if self.take(each):
+                return True
+            if self.bench.runs > self.until - _LAST_RUNS:
+                break
         near = self.ranked()[:2]
-        if any(self.take(each) for one in near for each in itertools.islice(combinations(one, fine), 200)):
+        if any(self.take(each) for one in near for each in itertools.islice(combinations(one, fine), 100)):
             return True
-        return any(self.descend(each) for each in self.ranked()[:4])
+        if any(self.descend(each) for each in self.ranked()[:2]):
+            return True
+        return self.pairs(self.ranked()[0], sorted({*coarse, *fine})) or self.descend(self.ranked()[0])
+
+    def pairs(self, start: Candidate, chosen: Sequence[int]) -> bool:
+        """Changes two choices at once, which one at a time may not come by; whether to stop."""
+        for m, n in itertools.combinations(chosen, 2):
+            sizes = (range(len(self.bench.choices[each].options)) for each in (m, n))
+            for a, b in itertools.product(*sizes):
+                if start[m] != a and start[n] != b and self.take(swapped(swapped(start, m, a), n, b)):
+                    return True
+        return False
 
     def moving(self, base: Candidate) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """The options that move the numbers much from ``base``, one of those that are alike; and all that move them."""
