@@ -360,9 +360,10 @@ def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
 def _next(folder: Path, theirs: Path) -> list[str]:
     """What can be done now."""
     place = shlex.quote(str(folder))
+    prompt = tokens.prompt(folder)
     return [
         "next:",
-        f"  mlxgpt generate -m {place} -p 'Once'",
+        *([f"  mlxgpt generate -m {place} -p {shlex.quote(prompt)}"] if prompt else []),
         f"  mlxgpt train --init-from {place} --data books/",
         f"  mlxgpt finetune --model {place} --data rows.jsonl",
         f"  mlxgpt convert {place} back{theirs.suffix or '.pt'} --map {shlex.quote(str(folder / MAP))}",

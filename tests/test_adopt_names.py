@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from convert.adopt import apply, roles
+from convert.adopt.reading import words
 from convert.adopt.rules import Proposal, chosen
 from convert.formats.opened import Tensor
 from mlxgpt.common import rng
@@ -325,6 +326,22 @@ def test_names_that_say_nothing_leave_the_orders_open() -> None:
 def test_square_matrices_may_lie_either_way() -> None:
     made = roles.propose(state(STYLES["a list for each kind of matrix"].replace("F", "C")))
     assert [choice for choice in made.choices if [o.label for o in choice.options] == ["x @ W", "W @ x"]]
+
+
+def test_square_kernels_of_flax_are_inputs_first() -> None:
+    text = STYLES["a list for each kind of matrix"].replace("F", "C")
+    text = text.replace("{n} C,C", "{n}.kernel C,C").replace("{n} C ", "{n}.bias C ")
+    made = roles.propose(state(text.replace("b1 ", "w1 ").replace("b2 ", "w2 ")))
+    assert {rule.axes for rule in made.map.rules if rule.theirs.endswith("kernel")} == {"i o"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("Wg1", "weight"), ("bg1", "bias"), ("b_2", "bias"), ("a_2", "weight"), ("bias_a", "bias"), ("ln_b", "bias"),
+     ("in_proj_bias", "bias"), ("rms_att_weight", "weight"), ("to_q", "weight"), ("LayerNorm_0.offset", "bias")],
+)  # fmt: skip
+def test_words_say_what_is_a_bias(name: str, kind: str) -> None:
+    assert words.kind(name)[0] == kind
 
 
 def test_a_matrix_whose_bias_tells_its_outputs_lies_one_way() -> None:

@@ -58,7 +58,7 @@ def n_head(
 
     def rank(dim: int) -> tuple[float, int]:
         odd = (0.0 if dim in _DIMS else 0.7) + (0.25 if (width // dim) % 2 and width // dim > 1 else 0.0)
-        return abs(math.log2(dim / best)) + odd + (1.5 if width // dim == 1 else 0.0), dim
+        return abs(math.log2(dim / best)) + odd, dim
 
     dims.sort(key=rank)
     if len(dims) == 1:
