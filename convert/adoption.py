@@ -201,7 +201,10 @@ def _sample(args: argparse.Namespace, made: Adoption, out: Any) -> Sample | None
         )
     else:
         sample = evidence.read(args.like)
-    sample.check(sizes.vocab_size, sizes.n_layer, sizes.n_embd, sizes.block_size if "wpe" in str(made.map.rules) else 0)
+    tables = [option.model for choice in made.proposal.choices for option in choice.options]
+    if not any({"vocab_size", "block_size"} & set(model) for model in tables):  # else the sample tells which is which
+        learned = any("wpe.weight" in rule.to for rule in made.map.rules)
+        sample.check(sizes.vocab_size, sizes.n_layer, sizes.n_embd, sizes.block_size if learned else 0)
     return sample
 
 

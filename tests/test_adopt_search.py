@@ -181,3 +181,19 @@ def test_the_search_ends_at_its_limit_and_says_so(true: Any) -> None:
     config, weights = true
     found = run(weights, sample_of(config, weights), limit=Limit(runs=30))
     assert found.runs < 80 and any("stopped at the limit of 30 runs" in note for note in found.notes)
+
+
+def test_the_table_of_tokens_is_told_from_that_of_positions(true: Any) -> None:
+    """Two tables of one width, of 61 and of 64 rows: an option takes the other one for the embeddings."""
+    config = made({"position": "learned", "block_size": 64, "tied": True})
+    weights = weights_of(config)
+    swapped = weights | {"wte.weight": weights["wpe.weight"], "wpe.weight": weights["wte.weight"]}
+    sizes = ({"vocab_size": 64, "block_size": 61}, {"vocab_size": 61, "block_size": 64})
+    tables = Choice("embeddings", tuple(Option(str(n), each) for n, each in enumerate(sizes)))
+    base = {**BASE, "position": "learned", "tied": True}
+    found = search(
+        Proposal(Map((), base), (tables,)),
+        lambda each: weights if each.model["vocab_size"] == 61 else swapped,
+        sample_of(config, weights), trials().run,
+    )  # fmt: skip
+    assert found.fits and found.values == ("1",)

@@ -186,6 +186,9 @@ class Bench:
         if weights is None:
             return None
         config, ids = cut(config, view.blocks), self.sample.ids[:, : view.tokens or None]
+        short = config.position == "learned" and config.block_size < ids.shape[1]
+        if short or config.vocab_size != self.sample.vocab_size or ids.max() >= config.vocab_size:
+            return None  # an option takes another table for the embeddings
         if config.position != "learned" and config.rope_scaling in _LONG_TABLES:
             config = dataclasses.replace(config, block_size=ids.shape[1])
         weights = {name: weights[name] for name in table_of(config)}
