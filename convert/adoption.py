@@ -26,6 +26,7 @@ from convert.adopt.proof.candidate import config_of, distance, live
 from convert.adopt.proof.search import Found, search
 from convert.adopt.rules import Map, Proposal, chosen
 from convert.conversion import Report, convert_opened, line, put_tokenizer
+from convert.formats import output
 from convert.formats.opened import Opened, Tensor
 from convert.formats.registry import format_of
 from convert.verify import processes
@@ -101,6 +102,7 @@ def adopt_command(args: argparse.Namespace) -> int:
         RunError: no candidate fits, or the written folder does not give the sample's logits.
     """
     out = sys.stderr if args.json else sys.stdout
+    _check_out(args)
     made = recognize(args)
     tensors = _kept(made.state)
     sample = _sample(args, made, out)
@@ -134,6 +136,16 @@ def adopt_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuses a place that cannot be written, before any work."""
+    if not args.out:
+        return
+    place = Path(args.out).expanduser()
+    if not place.absolute().parent.is_dir():
+        raise UserError(f"{place.parent}: no such folder")
+    output.check_free(place, args.force)
+
+
 def recognize(args: argparse.Namespace) -> Adoption:
     """The state dict and what it is, by a map or by its names and shapes; with the choices that were given."""
     state = source.read(args.file)
@@ -141,7 +153,11 @@ def recognize(args: argparse.Namespace) -> Adoption:
         shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
         proposal = Proposal(map_file.read(Path(args.map).expanduser(), shapes), ())
     else:
-        proposal = _proposal(state, bool(args.like or args.module))
+        try:
+            proposal = _proposal(state, bool(args.like or args.module))
+        except UserError as error:
+            said = str(error)
+            raise UserError(said if said.startswith(str(state.path)) else f"{state.path}: {said}") from None
     proposal, given = sets.settle(proposal, args.choices)
     return Adoption(state, proposal, given, bool(args.map), notes=[*state.notes, *proposal.notes])
 
@@ -250,7 +266,7 @@ def _write(
     assert made.landing
     config = made.landing.config
     whole = complete(made.map, made.state)
-    arrays = fused(config, apply.gather(made.map, tensors))
+    arrays = fused(config, apply.gather(made.map, tensors, f"{made.state.path}: "))
     opened = Opened(
         made.state.path,
         "adopt",
@@ -344,9 +360,10 @@ def _transformers(place: Path, made: Adoption, sample: Sample) -> float:
 def _next(folder: Path, theirs: Path) -> list[str]:
     """What can be done now."""
     place = shlex.quote(str(folder))
+    prompt = tokens.prompt(folder)
     return [
         "next:",
-        f"  mlxgpt generate -m {place} -p 'Once'",
+        *([f"  mlxgpt generate -m {place} -p {shlex.quote(prompt)}"] if prompt else []),
         f"  mlxgpt train --init-from {place} --data books/",
         f"  mlxgpt finetune --model {place} --data rows.jsonl",
         f"  mlxgpt convert {place} back{theirs.suffix or '.pt'} --map {shlex.quote(str(folder / MAP))}",

@@ -194,6 +194,22 @@ def test_wrong_input_is_one_line_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_is_taken_is_refused_before_the_search(
+    home: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = (home.checkpoint, "--like", home.sample)
+    code, out, error = adopt(capsys, *given, "--out", tmp_path)
+    assert code == 2 and "--force" in error and not out
+    code, out, error = adopt(capsys, *given, "--out", tmp_path / "no" / "m")
+    assert code == 2 and "no such folder" in error and not out
+
+
+def test_no_decoder_is_refused_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 10)).state_dict(), tmp_path / "cnn.pt")
+    code, _, error = adopt(capsys, tmp_path / "cnn.pt")
+    assert code == 2 and "cnn.pt: a convolutional network" in error
+
+
 def test_a_folder_that_gives_other_logits_is_not_kept(
     home: Any, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

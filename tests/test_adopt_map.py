@@ -89,6 +89,8 @@ def test_groups_hold_their_queries_their_key_and_their_value() -> None:
     q, k, v = (ours[f"h.0.attn.{each}_proj.weight"] for each in "qkv")
     groups = [np.concatenate([q[g * 12 : g * 12 + 12], k[g * 6 : g * 6 + 6], v[g * 6 : g * 6 + 6]]) for g in range(2)]
     assert np.array_equal(theirs["w.0"], np.concatenate(groups))
+    by_head = change(made, "w.{n}", axes="(g p h d) i")
+    assert np.array_equal(there_and_back(by_head)["w.0"], theirs["w.0"])
 
 
 def test_kernels_of_einsum_have_an_axis_of_heads() -> None:

@@ -183,6 +183,14 @@ def test_a_file_beside_that_cannot_be_it_is_said(tmp_path: Path) -> None:
     assert found is None and "'a' is there twice: expected each entry once" in notes[1]
 
 
+def test_the_prompt_that_is_suggested_can_be_encoded(tmp_path: Path) -> None:
+    assert tokens.prompt(tmp_path) == ""
+    find({"itos": dict(enumerate(".<n"))}, 3)[0].save(tmp_path)
+    assert tokens.prompt(tmp_path) == "n"
+    load_tokenizer("bytes").save(tmp_path)
+    assert tokens.prompt(tmp_path) == "Once"
+
+
 @pytest.mark.parametrize("table", [dict(enumerate("nop")), {3: "<eos>", 0: "n", 2: "p"}, dict(enumerate("ab ,"))])
 def test_mlx_lm_reads_tables(table: dict[int, str], tmp_path: Path) -> None:
     from mlx_lm.tokenizer_utils import load

@@ -1,5 +1,6 @@
 """The tokenizer of a home-made model: named by the user, in the checkpoint, or in a file beside it."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def _fitting(tokenizer: Tokenizer, where: object, rows: int) -> Tokenizer:
     if tokenizer.n_vocab > rows:
         raise UserError(f"{where}: {tokenizer.n_vocab} tokens, but the model has a vocabulary of {rows}")
     return tokenizer
+
+
+def prompt(folder: Path) -> str:
+    """A first text that the tokenizer of a folder can encode, "" where there is none."""
+    if not has_tokenizer(folder):
+        return ""
+    tokenizer = load_tokenizer(folder)
+    texts = (tokenizer.decode([i]) for i in range(tokenizer.n_vocab) if i not in tokenizer.special)
+    for text in ("Once", *itertools.islice((text for text in texts if text.isalpha()), 3)):
+        try:
+            tokenizer.encode(text)
+        except UserError:
+            continue
+        return text
+    return ""
 
 
 def _inside(extras: Mapping[str, Any], path: Path, rows: int, notes: list[str]) -> Tokenizer | None:

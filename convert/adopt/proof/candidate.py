@@ -286,7 +286,9 @@ def _near_one(drawn: np.random.Generator, shape: tuple[int, ...], noise: float) 
 
 
 def distance(output: np.ndarray, target: np.ndarray) -> Score:
-    """How far numbers are from the sample's; NaN is infinitely far."""
+    """How far numbers are from the sample's; NaN, and those of another vocabulary, are infinitely far."""
+    if output.shape != target.shape:
+        return NONE
     with np.errstate(all="ignore"):
         difference = output.astype(np.float64) - target
         rms = float(np.sqrt(np.mean(difference**2) / max(np.mean(target.astype(np.float64) ** 2), 1e-60)))

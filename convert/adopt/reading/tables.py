@@ -145,10 +145,17 @@ def place(found: list[Norm], block: tuple[Item, ...]) -> dict[str, Norm] | None:
         return None
     branch = sorted(ordered, key=lambda norm: -_branch(norm.item, context[norm.item.theirs]))
     made: dict[str, Norm] = {}
-    for name, pair in (("ln_1", branch[:2]), ("ln_2", branch[2:])):
-        pair.sort(key=lambda norm: (_behind(norm.item), norm.item.order))
+    for name, both in (("ln_1", branch[:2]), ("ln_2", branch[2:])):
+        pair = sorted(both, key=lambda norm: (_behind(norm.item), _extended(norm, both), norm.item.order))
         made |= {name: pair[0], f"{name}_post": pair[1]}
     return made
+
+
+def _extended(norm: Norm, pair: list[Norm]) -> bool:
+    """Whether its module is called as the other's, and something more: n1b of n1 and n1b, the later one."""
+    said, module = set(norm.item.said), norm.item.module
+    shorter = any(each is not norm and module.startswith(each.item.module) for each in pair)
+    return shorter and not said & {"pre", "before", "in", "input"}
 
 
 def unsaid(found: list[Norm], block: tuple[Item, ...]) -> bool:
