@@ -214,8 +214,6 @@ def _taste(item: Item, turned: bool) -> float:
     kind = style(item).partition(",")[0]
     if kind == "weight" or (kind == "raw" and item.used[0] == 3):
         return -2.5 if turned else 0.0
-    if kind in ("kernel", "w"):
-        return 0.0 if turned else -2.5
     return 0.0 if turned else -0.5
 
 
