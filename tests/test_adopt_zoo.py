@@ -50,3 +50,9 @@ def test_of_two_norms_the_one_called_as_the_other_and_more_is_behind(n: int, tmp
 
 def test_logits_of_another_vocabulary_are_infinitely_far() -> None:
     assert distance(np.zeros((1, 1, 150)), np.ones((1, 1, 61))).worst == float("inf")
+
+
+def test_of_two_norms_outside_the_blocks_the_final_one_is_behind_them(tmp_path: Path) -> None:
+    animal = make(ZOO[100], tmp_path)  # n0 and nf, in any order in the file
+    ours = {rule.theirs: rule.to[0] for rule in roles.propose(source.read(animal.file)).map.rules}
+    assert (ours["n0.g"], ours["nf.g"]) == ("ln_e.weight", "ln_f.weight")

@@ -129,7 +129,9 @@ def _outer_norms(rest: list[Item], width: int, draft: Draft, token: Item, blocks
         bool(each & (words.EMBED | {"input", "pre", "in", "first"})) and not behind
         for each, behind in zip(said, late, strict=True)
     ]
-    if len(found) == 2 and sum(early) != 1:
+    if len(found) == 2 and sum(early) != 1 and sum(late) == 1:
+        early = [not behind for behind in late]
+    elif len(found) == 2 and sum(early) != 1:
         early = [True, False] if found[0].item.order < found[1].item.order else [False, True]
     if wrong or len(found) > 2 or any(norm.weight is None for norm in found):
         bare = [norm for norm in found if norm.weight is None] or found
