@@ -129,6 +129,7 @@ def _outer_norms(rest: list[Item], width: int, draft: Draft, token: Item, blocks
         bool(each & (words.EMBED | {"input", "pre", "in", "first"})) and not behind
         for each, behind in zip(said, late, strict=True)
     ]
+    told = sum(early) == 1 or sum(late) == 1
     if len(found) == 2 and sum(early) != 1 and sum(late) == 1:
         early = [not behind for behind in late]
     elif len(found) == 2 and sum(early) != 1:
@@ -138,6 +139,9 @@ def _outer_norms(rest: list[Item], width: int, draft: Draft, token: Item, blocks
         bad = tuple(wrong) or tuple(norm.item for norm in bare)
         raise UserError(refusals.unexplained(bad))
     draft.model |= {"final_norm": False, "embed_norm": False}
+    if len(found) == 2 and not told:
+        draft.add(_either(*(found if early[0] else reversed(found))))
+        return
     for norm, before in zip(found, early, strict=True):
         draft.add(_norm_place(norm, before or (_between(norm, token, blocks_at) and not late[0]), len(found) == 1))
 
@@ -147,19 +151,37 @@ def _between(norm: Norm, token: Item, blocks_at: int) -> bool:
     return token.order < norm.item.order < blocks_at
 
 
+def _either(first: Norm, last: Norm) -> Choice:
+    """Two norms outside of the blocks whose names do not say which is which; ``first`` is likely the embeddings'."""
+    fields = {"final_norm": True, "embed_norm": True}
+
+    def option(embed: Norm, final: Norm) -> Option:
+        rules: dict[str, Rule] = {}
+        for norm, name in ((embed, "ln_e"), (final, "ln_f")):
+            rules |= _rules(norm, name, "likely", "shape, and place in the file")
+        return Option(f"{embed.item.theirs} is ln_e, {final.item.theirs} is ln_f", fields, rules)
+
+    why = "which is behind the embeddings, and which behind the blocks"
+    return Choice(f"place of {first.item.theirs}", (option(first, last), option(last, first)), why)
+
+
+def _rules(norm: Norm, name: str, sure: str, why: str) -> dict[str, Rule]:
+    """Its tensors as the norm ``name`` of ours."""
+    return {
+        item.theirs: Rule(item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), sure, why)
+        for item, kind in ((norm.weight, "weight"), (norm.bias, "bias"))
+        if item is not None
+    }
+
+
 def _norm_place(norm: Norm, before: bool, alone: bool) -> Choice:
     """Where a norm outside of the blocks acts; a choice where it is the only one and no name says it."""
     said = set(norm.item.said)
     sure, why = ("sure", "name and shape") if said & words.NORM else ("likely", "shape")
 
     def option(name: str, field: str) -> Option:
-        rules = {
-            item.theirs: Rule(item.theirs, (f"{name}.{kind}",), rules_of.axes(item, ""), sure, why)
-            for item, kind in ((norm.weight, "weight"), (norm.bias, "bias"))
-            if item is not None
-        }
         only = {"final_norm": False, "embed_norm": False} if alone else {}
-        return Option(name, {**only, field: True}, rules)
+        return Option(name, {**only, field: True}, _rules(norm, name, sure, why))
 
     options = [option("ln_f", "final_norm"), option("ln_e", "embed_norm")]
     if before:
