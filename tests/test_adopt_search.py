@@ -166,7 +166,7 @@ def test_swapped_heads_are_refused_with_the_block(true: Any) -> None:
     found = run(swapped, sample_of(config, weights, hidden=True))
     assert not found.fits and found.departs.startswith("block 1 is the first that departs")
     blind = run(swapped, sample_of(config, weights))
-    assert not blind.fits and "heads, positions or the layout of q and k" in blind.departs
+    assert not blind.fits and "heads, positions, a window or the layout of q and k" in blind.departs
 
 
 def test_a_missing_layer_is_refused(true: Any) -> None:

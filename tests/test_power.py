@@ -12,6 +12,7 @@ import torch
 from compare import worst, worst_gradient
 from models import CASES
 
+import torch_ref.attention
 import torch_ref.head
 import torch_ref.layers
 import torch_ref.losses

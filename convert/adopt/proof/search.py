@@ -175,7 +175,7 @@ def departure(bench: Bench, best: Candidate, failed: Sequence[View], gate: float
     sample = bench.sample
     if not sample.hidden:
         if not any(view.tokens == 1 for view in failed):
-            what = "the first token's logits agree: heads, positions or the layout of q and k are others"
+            what = "the first token's logits agree: heads, positions, a window or the layout of q and k are others"
             return what if sample.ids.shape[1] > 1 and not sample.last else ""
         what = "the first token's logits already depart, which neither heads nor rope nor q and k change"
         return f"{what}; hidden states by layer would tell the first layer that departs"

@@ -14,6 +14,7 @@ _TELLS = {
     "rope": _LONGER,
     "rope_theta": f"{_LONGER}: the slow frequencies have hardly turned by its last token",
     "rotary_dim": _LONGER,
+    "rope_scaling": f"{_LONGER}: it stretches frequencies that have hardly turned by its last token",
     "window": "a sample longer than the window would tell",
     "block_size": "no result depends on it: set it with --set block_size=N",
     "norm_eps": "float32 cannot tell at these sizes of activations, nor does it matter there",

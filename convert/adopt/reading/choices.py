@@ -10,6 +10,13 @@ from convert.adopt.rules import ROPES, Choice, Option
 _DIMS = (64, 32, 16, 128, 8, 48, 24, 96, 80, 12, 40, 20, 256, 4, 10, 6)
 THETAS = (10000.0, 500000.0, 1000000.0, 100000.0, 50000.0, 1000.0)
 _EPS = (1e-5, 1e-6, 1.1920928955078125e-07, 1e-8, 1e-12, 1e-3)
+_PLAIN = {"rope_scaling": "none", "rope_factor": 1.0, "rope_low": 1.0, "rope_high": 4.0, "rope_original": 8192}
+# Llama 3.1 and 3.2
+_SCALINGS: list[tuple[str, dict[str, Any]]] = [
+    ("none", _PLAIN),
+    ("llama3, 8 times 8192", _PLAIN | {"rope_scaling": "llama3", "rope_factor": 8.0}),
+    ("llama3, 32 times 8192", _PLAIN | {"rope_scaling": "llama3", "rope_factor": 32.0}),
+]
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,16 @@ def rope(known: Mapping[str, Any], style: Style, pairing: str, dims: Sequence[in
         values = [("all", {"rotary_dim": 0}), *((f"{part}", {"rotary_dim": part}) for part in dict.fromkeys(parts))]
         if len(values) > 1:
             made.append(pick("rotary_dim", values, "how many dimensions of a head rope turns"))
+    if not told:
+        made.append(pick("rope_scaling", _SCALINGS, "how rope is stretched for longer texts has no weights"))
     return made
+
+
+def learned(width: int) -> Choice:
+    """The multiplier of a table of positions; x-transformers has the second."""
+    values = [("1", 1.0), ("1 / sqrt(n_embd)", width**-0.5)]
+    fields = [(label, {"position_multiplier": value}) for label, value in values]
+    return pick("position_multiplier", fields, "a multiplier of positions has no weights")
 
 
 def others(
