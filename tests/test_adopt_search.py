@@ -11,7 +11,9 @@ from convert.adopt.evidence import Sample
 from convert.adopt.proof import verdicts
 from convert.adopt.proof.candidate import Limit, Weights, plain
 from convert.adopt.proof.search import Found, search
+from convert.adopt.reading.choices import pick
 from convert.adopt.rules import Choice, Map, Option, Proposal
+from convert.adopt.sets import settle
 from mlxgpt.common.backend import PACKAGES
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import params
@@ -197,3 +199,11 @@ def test_the_table_of_tokens_is_told_from_that_of_positions(true: Any) -> None:
         sample_of(config, weights), trials().run,
     )  # fmt: skip
     assert found.fits and found.values == ("1",)
+
+
+def test_a_field_that_is_set_counts_in_every_option_of_a_choice() -> None:
+    scalings = pick("rope_scaling", [("none", {"rope_scaling": "none", "rope_original": 8192}),
+                                     ("llama3", {"rope_scaling": "llama3", "rope_original": 8192})])  # fmt: skip
+    proposal, given = settle(Proposal(Map((), {}), (scalings,)), ["rope_scaling=llama3", "rope_original=32"])
+    assert given == ["rope_scaling", "rope_original"] and len(proposal.choices[0].options) == 1
+    assert proposal.choices[0].options[0].model == {"rope_scaling": "llama3", "rope_original": 32}

@@ -239,7 +239,9 @@ def _positions(known: Mapping[str, Any], draft: Draft, style: Style, width: int,
     """Learned, sinusoids or rope where a tensor says it; else a choice."""
     told = draft.told
     if "position" in draft.model:
-        draft.add(choices.learned(width))
+        normed = any(option.model.get("embed_norm") for choice in draft.choices for option in choice.options)
+        if not normed and not draft.model.get("embed_norm"):  # behind a norm it is the same as a scale of embeddings
+            draft.add(choices.learned(width))
         return
     if told.get("position") in ("sinusoidal", "alibi"):
         draft.model |= {key: told[key] for key in ("position", "sinusoid", "position_multiplier") if key in told}

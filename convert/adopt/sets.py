@@ -92,4 +92,16 @@ def _field(proposal: Proposal, item: str, key: str, text: str) -> Proposal:
     value = float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
     if type(value) is not kind:
         raise UserError(f"--set {item}: expected {kind.__name__}, as {_FIELDS[key].default!r}")
-    return dataclasses.replace(proposal, map=dataclasses.replace(found, model={**found.model, key: value}))
+    choices = tuple(_overridden(choice, key, value) for choice in proposal.choices)
+    return dataclasses.replace(
+        proposal, map=dataclasses.replace(found, model={**found.model, key: value}), choices=choices
+    )
+
+
+def _overridden(choice: Choice, key: str, value: Any) -> Choice:
+    """The choice, whose options set a field to what was given where they set it at all."""
+    options = (
+        dataclasses.replace(each, model={**each.model, key: value}) if key in each.model else each
+        for each in choice.options
+    )
+    return dataclasses.replace(choice, options=tuple(options))
