@@ -260,6 +260,13 @@ def test_slopes_of_alibi_are_known_by_their_values() -> None:
     assert (made.map.model["position"], made.map.model["n_head"]) == ("alibi", 4)
 
 
+def test_learned_positions_whose_context_is_the_width_are_no_mask() -> None:
+    text = NANO.replace("wpe weight T,C wpe\n", "") + "@lageEinbettung - 1,C,C -"
+    made = roles.propose(state(text))
+    assert "lageEinbettung" not in made.map.left
+    assert [rule.theirs for rule in made.map.rules if rule.to[0].startswith("wpe")] == ["lageEinbettung"]
+
+
 @pytest.mark.parametrize("kind", ["tril", "triu", "-inf", "bool"])
 def test_a_mask_is_known_by_its_values(kind: str) -> None:
     square = np.tril(np.ones((12, 12), np.float32))

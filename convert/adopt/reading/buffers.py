@@ -41,7 +41,9 @@ def recognize(
     square_axes = len(sides) == 2 and sides[0] == sides[1]
     masked = bool(leaf & _MASK) or kind == "bool"
     loose = not (leaf & (words.WEIGHT_KINDS | words.BIAS_KINDS) and len(leaf) == 1)
-    if square_axes and (masked or (len(shape) > 2 and not (square and sides[0] == width))):
+    # (1, n, n) may be learned positions whose context is the width: only its values tell
+    extra = len(shape) > 3 or (len(shape) == 3 and square_axes and (sides[0] != width or _is_mask(read())))
+    if square_axes and (masked or (extra and not (square and sides[0] == width))):
         return Buffer("causal mask", {"block_size": sides[0]})
     if kind.startswith(("int", "uint", "bool")):
         return Buffer(
