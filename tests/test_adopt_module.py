@@ -349,6 +349,16 @@ def test_a_constructor_gets_what_it_takes(place: Path, kind: str, given: str) ->
     assert given == "kwargs" or (f"vocab_size={V}" in said[0] and "device" not in said[0])
 
 
+def test_characters_of_a_vocabulary_are_no_arguments(place: Path) -> None:
+    source = (
+        CORE + "\nclass M(Body):\n    def __init__(self, d=7):\n        super().__init__()\n        assert d == 7\n"
+    )
+    source += "    def forward(self, idx): return self.body(idx)\n"
+    _, weights = weights_of(CORE + "\nclass M(Body): pass\n")
+    _, said = ran(Torch(), request(place, source, weights, extras={"stoi": {"a": 0, "b": 1, "d": 2}}))
+    assert said == []
+
+
 @pytest.mark.parametrize("work", ["for step in range(10): open('trained', 'w')", "train()"])
 def test_a_script_that_trains_below_its_class_is_run_up_to_it(place: Path, work: str) -> None:
     below = f"model = M()\ndef train(): open('trained', 'w')\n{work}\nmore = model.n\nhelper = [1]\n"

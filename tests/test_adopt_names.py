@@ -156,6 +156,12 @@ def test_settings_beside_the_weights_narrow_the_choices() -> None:
     assert not labels(made, "n_head") and not labels(made, "norm_eps") and not made.notes
 
 
+def test_words_of_a_vocabulary_are_no_settings() -> None:
+    words = {word: i for i, word in enumerate(["a", "of", "heads", "tied", "n_layer", "dim"])}
+    plain, made = (roles.propose(state(LLAMA, extras=extras)) for extras in ({}, {"stoi": words}))
+    assert (made.map, made.choices, made.notes) == (plain.map, plain.choices, plain.notes)
+
+
 def test_settings_that_shapes_contradict_are_said() -> None:
     made = roles.propose(state(LLAMA, extras={"config": {"n_head": 5, "n_embd": 64}}))
     assert len(labels(made, "n_head")) > 1

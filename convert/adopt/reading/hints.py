@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlxgpt.common.user_code.build import is_vocabulary
+
 _NAMES = {
     "n_head": ("n_head", "n_heads", "num_heads", "nhead", "heads", "num_attention_heads", "num_head", "n_attn_heads",
                "nheads", "attention_heads", "head_count", "head_num", "heads_num", "number_of_heads"),
@@ -56,7 +58,8 @@ def _walk(value: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]
     """(name, plain value) of settings, however deep they lie."""
     for name, each in value.items():
         if isinstance(each, Mapping):
-            if depth < 4 and len(each) < 200 and all(isinstance(key, str) for key in each):
+            is_settings = len(each) < 200 and all(isinstance(key, str) for key in each)
+            if depth < 4 and is_settings and not is_vocabulary(each):
                 yield from _walk(each, depth + 1)
         elif isinstance(name, str):
             yield name.rpartition(".")[2].lower(), each

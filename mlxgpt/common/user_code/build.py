@@ -75,8 +75,17 @@ class Source:
         return {}
 
 
+def is_vocabulary(values: Mapping[Any, Any]) -> bool:
+    """Whether a dict numbers its keys one after the other, as stoi does: its "d" or "heads" is a token, no setting."""
+    ids = list(values.values())
+    if len(ids) < 2 or any(type(each) is not int for each in ids):
+        return False
+    return sorted(ids) == list(range(min(ids), min(ids) + len(ids))) and min(ids) in (0, 1)
+
+
 def _dicts(values: Mapping[str, Any], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    inner = [_dicts(value, (*path, str(name))) for name, value in values.items() if isinstance(value, Mapping)]
+    named = [(name, value) for name, value in values.items() if isinstance(value, Mapping) and not is_vocabulary(value)]
+    inner = [_dicts(value, (*path, str(name))) for name, value in named]
     return [(path, values), *(each for several in inner for each in several)]
 
 
