@@ -31,7 +31,8 @@ def embeds(item: Item) -> dict[str, float]:
         token += 5.0
     if position:
         token, head = token - 6.0, head - 6.0
-    return {"wte": token - (6.0 if head > 5 else 0.0), "wpe": position, "lm_head": head}
+    row = 2.0 if len(item.shape) == 3 and item.shape[0] == 1 else 0.0  # (1, T, C), to be added to a batch
+    return {"wte": token - (6.0 if head > 5 else 0.0), "wpe": position + row, "lm_head": head}
 
 
 @dataclass(frozen=True)
