@@ -52,8 +52,12 @@ def judge(place: Path, config: ModelConfig, request: Request, probes: Sequence[s
 
     @torch.no_grad()
     def step(ids: list[int], cache: Any) -> tuple[np.ndarray, Any]:
-        answer = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        return answer.logits[0, -1].float().numpy(), answer.past_key_values
+        seen, past = cache or ([], None)
+        every = [*seen, *ids]
+        if config.rope_scaling == "longrope" and len(seen) <= config.rope_original < len(every):
+            past, ids = None, every  # as transformers' generate does, which this loop does not go through
+        answer = model(torch.tensor([ids]), past_key_values=past, use_cache=True)
+        return answer.logits[0, -1].float().numpy(), (every, answer.past_key_values)
 
     said = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     plain = {name: (value.T if transposed else value).detach() for name, (value, transposed) in weights.items()}
