@@ -53,10 +53,13 @@ def open_side(given: str, kwargs: str | None, other: Opened) -> tuple[Opened, Ow
     """
     spec, checkpoint = split(given)
     module = own_module.parse(spec, kwargs, PREFIX + ":")
-    place = other.path / map_file.NAME if other.path.is_dir() else other.path
-    if not other.path.is_dir() or not place.is_file():
+    run = [other.path.parent.parent] if other.path.parent.name == "checkpoints" else []
+    beside = (folder / map_file.NAME for folder in (other.path, *run))
+    place = next((file for file in beside if file.is_file()), None) if other.path.is_dir() else None
+    if place is None:
         raise UserError(
-            f"{given}: {other.path} has no {map_file.NAME}: expected a folder that mlxgpt adopt has written"
+            f"{given}: {other.path} has no {map_file.NAME}: expected a folder that mlxgpt adopt has written, or "
+            "its map beside the weights or in the run"
         )
     made = map_file.read(place)
     unfused = apply.lazily(apply.fusion(other.config), other.tensors)
