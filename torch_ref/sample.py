@@ -22,7 +22,6 @@ class Library:
     """PyTorch, on the CPU and in float32."""
 
     def __init__(self) -> None:
-        torch.set_default_device("cpu")
         torch.backends.mha.set_fastpath_enabled(False)  # another order of sums, and no hooks
         torch.backends.mps.is_available = lambda: False  # type: ignore[method-assign]
 
