@@ -19,8 +19,8 @@ import numpy as np
 
 from convert.adopt import apply, evidence, map_file, module, roles, sets, show, source, tokens
 from convert.adopt.evidence import Sample
-from convert.adopt.landing import OWN, Landing, fused, land, own
-from convert.adopt.maps import moments, ready
+from convert.adopt.landing import OWN, Landing, land, own
+from convert.adopt.maps import moments, opening, ready
 from convert.adopt.maps.complete import complete
 from convert.adopt.proof.candidate import config_of, distance, live
 from convert.adopt.proof.search import Found, search
@@ -33,9 +33,6 @@ from convert.verify import processes
 from mlxgpt.common.backend import PACKAGES, resolve
 from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.inference.probe import KEPT
-from mlxgpt.common.model import params
-
-MAP = "map.toml"
 
 
 class Unlike(RunError):
@@ -269,12 +266,11 @@ def _write(
     assert made.landing
     config = made.landing.config
     whole = complete(made.map, made.state)
-    arrays = fused(config, apply.gather(made.map, tensors, f"{made.state.path}: "))
     opened = Opened(
         made.state.path,
         "adopt",
         config,
-        {name: _tensor(arrays[name]) for name in params.table(config)},
+        opening.tensors(made.map, dataclasses.replace(made.state, tensors=tensors), config),
         made.state.files,
         moments=moments.fused(whole.moments, config) if whole.moments else None,
         notes=list(whole.notes),
@@ -287,16 +283,12 @@ def _write(
         put_tokenizer(opened, tokenizer)
 
     def check(place: Path) -> None:
-        map_file.write(place / MAP, whole.map, whole.kept)
+        map_file.write(place / map_file.NAME, whole.map, whole.kept)
         if sample is not None:
             made.verified = verify_written(place, made, sample, out)
 
     made.report = convert_opened(opened, args.file, args.out, "hf", force=args.force, verify=check)
     made.report.verified = bool(made.verified)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return Tensor(array.shape, array.dtype, lambda: array)
 
 
 def _origin(args: argparse.Namespace, made: Adoption) -> dict[str, Any]:
@@ -369,5 +361,5 @@ def _next(folder: Path, theirs: Path) -> list[str]:
         *([f"  mlxgpt generate -m {place} -p {shlex.quote(prompt)}"] if prompt else []),
         f"  mlxgpt train --init-from {place} --data books/",
         f"  mlxgpt finetune --model {place} --data rows.jsonl",
-        f"  mlxgpt convert {place} back{theirs.suffix or '.pt'} --map {shlex.quote(str(folder / MAP))}",
+        f"  mlxgpt convert {place} back{theirs.suffix or '.pt'} --map {shlex.quote(str(folder / map_file.NAME))}",
     ]

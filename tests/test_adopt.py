@@ -1,5 +1,6 @@
 """mlxgpt adopt from end to end: a state dict and a sample in, a folder out that gives the same logits, or nothing."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -213,12 +214,14 @@ def test_no_decoder_is_refused_with_the_file(tmp_path: Path, capsys: pytest.Capt
 def test_a_folder_that_gives_other_logits_is_not_kept(
     home: Any, adopted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swapped = adoption.fused
-    monkeypatch.setattr(
-        adoption,
-        "fused",
-        lambda *given: {n: a[::-1].copy() if n == "ln_f.weight" else a for n, a in swapped(*given).items()},
-    )
+    plain = adoption.opening.tensors
+
+    def swapped(*given: Any) -> dict[str, Any]:
+        made = plain(*given)
+        norm = made["ln_f.weight"]
+        return made | {"ln_f.weight": dataclasses.replace(norm, read=lambda: norm.read()[::-1].copy())}
+
+    monkeypatch.setattr(adoption.opening, "tensors", swapped)
     given = ("--like", home.sample, "--map", adopted / "map.toml")
     code, _, error = adopt(capsys, home.checkpoint, *given, "--out", tmp_path / "m")
     assert code == 1 and "nothing was kept" in error and not list(tmp_path.iterdir())

@@ -199,6 +199,12 @@ def _reader(tensors: Mapping[str, Tensor], where: str) -> Callable[[str], np.nda
     return read
 
 
+def fused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our unfused names as ``config`` has them, in params.table's order; each is read when asked for."""
+    made = back_lazily(fusion(config), tensors)
+    return {name: made[name] for name in params.table(config)}
+
+
 def lazily(made: Map, tensors: Mapping[str, Tensor], where: str = "", partial: bool = False) -> dict[str, Tensor]:
     """Our tensors, in the order of params.table; each is read from theirs when it is asked for.
 

@@ -5,19 +5,16 @@ of how little it has beside what the model needs.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
 
 from convert.adopt.proof.candidate import plain
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families
+from mlxgpt.common.model.family.own_config import FAMILY as OWN
 
-OWN = "mlxgpt"
 ORDER = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "stablelm", "phi", "olmo2", "olmo", "starcoder2",
-         "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text")  # fmt: skip
+         "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "gpt_neo")  # fmt: skip
 _LAYOUT = ("fused_qkv", "fused_mlp", "qkv_by_head")
 
 
@@ -75,24 +72,3 @@ def _as(config: ModelConfig, name: str) -> ModelConfig | tuple[int, str]:
     except UserError as error:
         return len(others) or 1, said or str(error).removeprefix("model.")
     return made
-
-
-def fused(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights (or moments) of a model that is not fused, as ``config`` has them."""
-    made, rest = {}, dict(weights)
-    for n in range(config.n_layer):
-        for kind in ("weight", "bias"):
-            attn, mlp = f"h.{n}.attn.", f"h.{n}.mlp."
-            parts = [f"{attn}{each}_proj.{kind}" for each in "qkv"]
-            if config.fused_qkv and parts[0] in rest:
-                pieces = [rest.pop(part) for part in parts]
-                if config.qkv_by_head:
-                    shape = (config.n_head, config.head_dim, *pieces[0].shape[1:])
-                    by_head = np.stack([piece.reshape(shape) for piece in pieces], axis=1)
-                    made[f"{attn}c_attn.{kind}"] = by_head.reshape(-1, *pieces[0].shape[1:])
-                else:
-                    made[f"{attn}c_attn.{kind}"] = np.concatenate(pieces)
-            parts = [f"{mlp}c_gate.{kind}", f"{mlp}c_fc.{kind}"]
-            if config.fused_mlp and parts[0] in rest:
-                made[f"{mlp}c_gate_fc.{kind}"] = np.concatenate([rest.pop(part) for part in parts])
-    return made | rest

@@ -16,7 +16,6 @@ from convert.formats.opened import Moments, Tensor
 from convert.formats.torch_files import adamw
 from mlxgpt.common.config import ModelConfig, OptimConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import params
 
 _STEPS = ("iter_num", "iteration", "iter", "global_step", "step", "steps")
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
@@ -121,12 +120,7 @@ def _step(beside: Mapping[str, Any], t: int) -> tuple[tuple[str, ...], int]:
 
 def fused(moments: Moments, config: ModelConfig) -> Moments:
     """Moments by our unfused names, as ``config`` has them."""
-    fusion = apply.fusion(config)
-    m, v = (apply.back_lazily(fusion, each) for each in (moments.m, moments.v))
-    order = params.table(config)
-    return dataclasses.replace(
-        moments, m={name: m[name] for name in order}, v={name: v[name] for name in order}
-    )  # fmt: skip
+    return dataclasses.replace(moments, m=apply.fused(config, moments.m), v=apply.fused(config, moments.v))
 
 
 def write(made: Map, moments: Moments, config: ModelConfig, add: Callable[[str, Tensor], Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from convert.adopt.source import State
 from convert.formats.opened import Opened, Tensor
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.model import params
 
 
 def tensors(made: Map, state: State, config: ModelConfig) -> dict[str, Tensor]:
@@ -20,9 +19,7 @@ def tensors(made: Map, state: State, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
         UserError: see ``apply.lazily``.
     """
-    ours = apply.lazily(made, state.tensors, f"{state.path}: ")
-    fused = apply.back_lazily(apply.fusion(config), ours)
-    return {name: fused[name] for name in params.table(config)}
+    return apply.fused(config, apply.lazily(made, state.tensors, f"{state.path}: "))
 
 
 def known(path: Path) -> tuple[Opened, Complete] | None:
