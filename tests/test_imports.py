@@ -64,10 +64,11 @@ def test_an_import_inside_a_function_is_seen() -> None:
 COMMON = (
     "errors", "files", "units", "failures", "rng", "fields", "model_config", "config", "keys", "batch", "scores",
     "model", "recipes", "tf32", "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "train", "chat",
-    "sft", "inference", "user_code", "evaluate", "doctor",
+    "sft", "inference", "user_code", "evaluate", "doctor", "serve",
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,
+    "mlxgpt.common.serve": ("work", "engine", "models", "guided", "tools", "api", "page", "web"),
     "convert": ("formats", "adopt", "verify", "conversion", "adoption", "fuse", "adapters", "commands"),
     "convert.formats": ("opened", "stream", "", "gguf", "torch_files", "adapter", "registry"),
 }
