@@ -12,7 +12,7 @@ from mlxgpt.common.model import rotary
 LEAST = 8  # tokens: to copy fewer costs more than to read them
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """Tokens (n,) and their keys and values, under the name of the model that made them."""
 

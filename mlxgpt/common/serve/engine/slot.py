@@ -69,7 +69,8 @@ class Slot:
         """
         token = chosen.token
         text = self.row.add(token, self.work.sample.max_tokens, self._room)
-        drawn = () if token in self.row.ends else (Drawn(token, chosen.logprob, chosen.top),)
+        what, ended = Drawn(token, chosen.logprob, chosen.top), token in self.row.ends
+        drawn = () if ended else (what,)
         if not self.row.reason:
             if self._constraint is not None:
                 self._constraint.take(token)
@@ -77,7 +78,7 @@ class Slot:
                 self._seen[token] = True
             if self._counts is not None:
                 self._counts[token] += 1
-        return Piece(self.index, text, drawn, self.row.reason)
+        return Piece(self.index, text, drawn, self.row.reason, end=what if ended and chosen.logprob is not None else None)
 
 
 @dataclass(eq=False)

@@ -153,11 +153,7 @@ class Engine:
         with self._lock:
             while not (self._queue or self._busy() or self._ending or self._cancelled):
                 self._lock.wait()
-            gone, self._cancelled = self._cancelled, set()
-            if gone:
-                self.counts.cancelled += sum(len(task.work.copies) for task in self._queue if task.work in gone)
-                self._queue = deque(task for task in self._queue if task.work not in gone)
-                self.counts.waiting = len(self._queue)
+            gone = self._gone()
             if self._ending == "now" or (self._ending and not self._queue and not self._busy()):
                 return False
         if gone:
@@ -168,6 +164,15 @@ class Engine:
         self.counts.running = self._running()
         self.counts.cache_bytes = self._prefixes.bytes
         return True
+
+    def _gone(self) -> set[Work]:
+        """Requests whose clients left, taken out of the queue; the lock is held."""
+        gone, self._cancelled = self._cancelled, set()
+        if gone:
+            self.counts.cancelled += sum(len(task.work.copies) for task in self._queue if task.work in gone)
+            self._queue = deque(task for task in self._queue if task.work not in gone)
+            self.counts.waiting = len(self._queue)
+        return gone
 
     def _busy(self) -> bool:
         return bool(self._reading) or self._running() > 0
@@ -218,6 +223,8 @@ class Engine:
         if self._running() >= self._max_batch:
             return None
         with self._lock:
+            while self._queue and self._queue[0].work in self._cancelled:
+                self.counts.cancelled += len(self._queue.popleft().work.copies)
             if not self._queue:
                 return None
             task = self._queue.popleft()
