@@ -136,12 +136,12 @@ class Batch:
 
     def layers(self, row: int) -> Layers:
         """Keys and values of a row, in memory of their own."""
-        start, end = self._cache[0].offset - self.lengths[row], self._cache[0].offset
+        start, end, rows = self._cache[0].offset - self.lengths[row], self._cache[0].offset, slice(row, row + 1)
         made = [
-            tuple(mx.contiguous(each[row : row + 1, :, start:end]) for each in (layer.keys, layer.values))
+            (mx.contiguous(layer.keys[rows, :, start:end]), mx.contiguous(layer.values[rows, :, start:end]))
             for layer in self._cache
         ]
-        mx.eval(made)
+        mx.async_eval(made)
         return made
 
     def draw(self, choices: Sequence[Choice]) -> Drawn:

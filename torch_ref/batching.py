@@ -138,10 +138,9 @@ class Batch:
 
     def layers(self, row: int) -> Layers:
         """Keys and values of a row, in memory of their own."""
-        start, end = self._cache[0].offset - self.lengths[row], self._cache[0].offset
+        start, end, rows = self._cache[0].offset - self.lengths[row], self._cache[0].offset, slice(row, row + 1)
         return [
-            tuple(each[row : row + 1, :, start:end].clone() for each in (layer.keys, layer.values))
-            for layer in self._cache
+            (layer.keys[rows, :, start:end].clone(), layer.values[rows, :, start:end].clone()) for layer in self._cache
         ]
 
     @torch.no_grad()

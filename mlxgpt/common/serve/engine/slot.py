@@ -78,7 +78,9 @@ class Slot:
                 self._seen[token] = True
             if self._counts is not None:
                 self._counts[token] += 1
-        return Piece(self.index, text, drawn, self.row.reason, end=what if ended and chosen.logprob is not None else None)
+        return Piece(
+            self.index, text, drawn, self.row.reason, end=what if ended and chosen.logprob is not None else None
+        )
 
 
 @dataclass(eq=False)
