@@ -70,14 +70,50 @@ def keep(logits: Array, sample: SampleConfig) -> Array:
     return logits
 
 
-def sample_tokens(logits: Array, seen: Array | None, keys: Array, sample: SampleConfig) -> Array:
-    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
+def added(counts: Array, bias: Array | None, presence: float, frequency: float) -> Array:
+    """What is added to logits, of how often each token was drawn: ``counts`` (B, V) float32, ``bias`` (V,)."""
+    penalty = presence * (counts > 0).to(torch.float32) + frequency * counts
+    return -penalty if bias is None else bias - penalty
+
+
+def sample_tokens(
+    logits: Array, seen: Array | None, keys: Array, sample: SampleConfig, added: Array | None = None
+) -> Array:
+    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty.
+
+    ``added`` (B, V) float32 are penalties by counts, biases, and -inf for what may not come.
+    """
     finite = torch.isfinite(logits).all(dim=-1)
     if seen is not None:
         logits = penalize(logits, seen, sample.repetition_penalty)
+    if added is not None:
+        logits = logits + added
     if sample.temperature > 0:
         logits = keep(logits / sample.temperature, sample) + gumbel(keys, logits.shape[-1])
     return torch.where(finite, torch.argmax(logits, dim=-1), -1)
+
+
+def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
+    """Log-probabilities (B,) of ``tokens`` (B,) under ``logits`` (B, V), and the ``count`` likeliest tokens (B, count)
+    with theirs (B, count); of equal ones the lower id comes first. All in float32, before any setting of sampling.
+    """
+    size = logits.shape[-1]
+    normal = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen = torch.gather(logits, -1, tokens.clip(0)[:, None].long()) - normal
+    count = min(count, size)
+    if not count:
+        return chosen[:, 0], chosen[:, :0].int(), chosen[:, :0]
+    # topk breaks ties in any way: what is above the last value stays, and of its equals the lowest ids
+    lowest = torch.topk(logits, count, dim=-1).values.amin(dim=-1, keepdim=True)
+    places = torch.arange(size, dtype=torch.int32, device=logits.device)
+    ranks = torch.where(logits > lowest, size + 1, torch.where(logits == lowest, size - places, 0))
+    ids = torch.sort(torch.topk(ranks, count, dim=-1).indices, dim=-1).values
+    values = torch.gather(logits, -1, ids)
+    before = (values[:, None, :] > values[:, :, None]) | (
+        (values[:, None, :] == values[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
+    )
+    order = torch.argsort(before.sum(dim=-1), dim=-1)
+    return chosen[:, 0], torch.gather(ids, -1, order).int(), torch.gather(values, -1, order) - normal
 
 
 @torch.no_grad()
@@ -91,11 +127,14 @@ def decode(
     """
     device = model.device
     width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
+    if not steps:
+        return
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = torch.tensor(pads, device=device) if any(pads) else None
     cache = cache or make_cache(model, len(rows), width + steps)
     held, by_length, fed = cache[0].offset, rotary.by_length(model.config), []
+    keys = sampling.each_step_keys(sample.seed, [row.copy for row in rows], steps)
     seen = None
     if sample.repetition_penalty != 1:
         seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
@@ -127,18 +166,17 @@ def decode(
             layer.offset = 0
         return read(torch.cat([tokens, *fed], dim=1), 0)
 
-    def draw(logits: Array, step: int) -> Array:
+    def draw(logits: Array) -> Array:
         nonlocal seen
-        keys = sampling.step_keys(sample.seed, [row.copy for row in rows], step)
-        drawn = sample_tokens(logits, seen, torch.tensor(keys.view(np.int32), device=device), sample)
+        drawn = sample_tokens(logits, seen, torch.tensor(next(keys).view(np.int32), device=device), sample)
         if seen is not None:
             seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
         return drawn
 
-    token = draw(read(tokens, held), 0)
+    token = draw(read(tokens, held))
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
-        following = draw(go_on(token, step), step) if step < steps else token
+        following = draw(go_on(token, step)) if step < steps else token
         yield token.tolist()
         token = following
 
@@ -190,6 +228,20 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.n
         piece = slice(start, start + HEAD)
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
     return torch.cat(pieces, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def scores(
+    model: Model, hidden: Array, targets: np.ndarray, n_vocab: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host: (T,), ids and values (T, count)."""
+    labels, pieces = torch.tensor(targets, device=model.device), []
+    for start in range(0, hidden.shape[1], HEAD):
+        piece = slice(start, start + HEAD)
+        made = logprobs(model.head(hidden[:, piece])[0, :, :n_vocab], labels[piece], count)
+        pieces.append([each.cpu().numpy() for each in made])
+    chosen, ids, values = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    return chosen, ids, values
 
 
 @torch.no_grad()
