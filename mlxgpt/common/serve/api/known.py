@@ -79,17 +79,16 @@ NOT_HERE = {"ChatRequest": _BOTH | _CHAT, "CompletionRequest": _BOTH | _COMPLETI
 HARMLESS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 
 
-def check_known(request: str, given: dict[str, Any]) -> None:
-    """Refuses what would change the answer and is not honored, and takes the rest of these fields out.
+def check_known(request: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The rest of a request, without these fields.
 
     Raises:
-        ApiError: 400, names the field and says what to do instead.
+        ApiError: 400, for what would change the answer and is not honored: names the field and says what to do instead.
     """
-    for name, (nothing, why) in NOT_HERE.get(request, {}).items():
-        if name in given:
-            value = given.pop(name)
-            if value is not None and not any(type(value) is type(one) and value == one for one in nothing):
-                raise ApiError(400, f"{name} is not honored: {why}", name, "unsupported_parameter")
-    if request in NOT_HERE:
-        for name in HARMLESS:
-            given.pop(name, None)
+    known = NOT_HERE.get(request, {})
+    for name in known.keys() & given.keys():
+        nothing, why = known[name]
+        value = given[name]
+        if value is not None and not any(type(value) is type(one) and value == one for one in nothing):
+            raise ApiError(400, f"{name} is not honored: {why}", name, "unsupported_parameter")
+    return {name: value for name, value in given.items() if name not in known and name not in HARMLESS}

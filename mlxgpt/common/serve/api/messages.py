@@ -62,14 +62,17 @@ class Message(Body):
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = Field(None, description="an assistant's reasoning; templates decide whether to show it")
+    reasoning_content: str | None = Field(
+        None, description="an assistant's reasoning; templates decide whether to show it"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> "Message":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise wrong(f"content in a message of role {self.role}")
+            raise wrong(f"text in a message of role {self.role}; found none", "content")
         if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
-            raise wrong(f"tool_calls and reasoning_content in an assistant's message alone, found role {self.role}")
+            name = "tool_calls" if self.tool_calls else "reasoning_content"
+            raise wrong(f"it in an assistant's message; found role {self.role}", name)
         return self
 
 
@@ -109,7 +112,9 @@ def as_read(messages: list[Message]) -> list[dict[str, Any]]:
         extra = message.model_extra or {}
         for name, cure in _REFUSED.items():
             if extra.get(name):
-                raise ApiError(400, f"{where}.{name} is not honored: {cure}", f"{where}.{name}", "unsupported_parameter")
+                raise ApiError(
+                    400, f"{where}.{name} is not honored: {cure}", f"{where}.{name}", "unsupported_parameter"
+                )
         one: dict[str, Any] = {"role": message.role, "content": "" if message.content is None else message.content}
         one |= {key: extra[key] for key in REASONING if isinstance(extra.get(key), str) and message.role == "assistant"}
         for name in ("name", "tool_call_id", "reasoning_content"):

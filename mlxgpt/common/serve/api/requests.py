@@ -4,7 +4,6 @@ A field that nobody knows is kept aside and named to the client; a field of Open
 answer and is not honored here is refused (known.py).
 """
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,7 +13,18 @@ from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.api.known import check_known
 from mlxgpt.common.serve.api.messages import Message, Tool
 from mlxgpt.common.serve.api.values import (
-    CHOICES, NAME, SEEDS, TOP, Bias, Body, Float, Ids, Int, Prompts, Stop, wrong,
+    CHOICES,
+    NAME,
+    SEEDS,
+    TOP,
+    Bias,
+    Body,
+    Float,
+    Ids,
+    Int,
+    Prompts,
+    Stop,
+    wrong,
 )  # fmt: skip
 
 _REST = "default: what the context leaves"
@@ -44,7 +54,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _whole(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise wrong("json_schema with type json_schema, and not otherwise")
+            raise wrong(f"it with type json_schema alone; found type {self.type}", "json_schema")
         return self
 
 
@@ -97,7 +107,7 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _streams(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
-            raise wrong("stream_options only with stream = true")
+            raise wrong("it only with stream = true; found it without", "stream_options")
         return self
 
 
@@ -119,17 +129,17 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _whole(self) -> "ChatRequest":
         if None not in (both := {self.max_tokens, self.max_completion_tokens}) and len(both) > 1:
-            raise wrong("max_tokens and max_completion_tokens to be the same, or one of them")
+            raise wrong(f"max_completion_tokens to be the same, or one of them; found {both}", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
-            raise wrong("top_logprobs only with logprobs = true")
+            raise wrong("it only with logprobs = true; found it without", "top_logprobs")
         names = [tool.function.name for tool in self.tools or []]
         if len(names) > len(set(names)):
-            raise wrong("tools with names of their own")
+            raise wrong(f"names of their own; found {', '.join(names)}", "tools")
         asks = isinstance(self.tool_choice, tuple) or self.tool_choice == "required"
         if asks and not names:
-            raise wrong("tools, for tool_choice asks for one")
+            raise wrong("tools beside it; found none", "tool_choice")
         if isinstance(self.tool_choice, tuple) and self.tool_choice[0] not in names:
-            raise wrong(f"tool_choice to name one of the tools: {', '.join(names)}")
+            raise wrong(f"one of {', '.join(names)}; found {self.tool_choice[0]}", "tool_choice")
         return self
 
     @property
@@ -155,7 +165,9 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _whole(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise wrong(f"best_of = n = {self.n or 1}: nothing is drawn here to be thrown away")
+            raise wrong(
+                f"n, which is {self.n or 1}; found {self.best_of}: nothing is drawn to be thrown away", "best_of"
+            )
         return self
 
     @property
@@ -188,7 +200,7 @@ class TokenizeRequest(Body):
         if len(given) != 1:
             raise wrong(f"text or messages, one of them; found {' and '.join(given) or 'neither'}")
         if self.messages is None and (self.tools or self.chat_template_kwargs):
-            raise wrong("tools and chat_template_kwargs only with messages")
+            raise wrong("messages beside it; found none", "tools" if self.tools else "chat_template_kwargs")
         return self
 
 
@@ -203,63 +215,31 @@ class DetokenizeRequest(Body):
 M = TypeVar("M", bound=Body)
 
 
-def loads(body: bytes) -> dict[str, Any]:
-    """A JSON object, by the letter of the standard.
-
-    Raises:
-        ApiError: 400, whatever else it is.
-    """
-
-    def refuse(word: str) -> Any:
-        raise ValueError(f"{word[:40]} is no number of JSON")
-
-    def finite(word: str) -> float:
-        return value if abs(value := float(word)) != float("inf") else refuse(word)
-
-    try:
-        text = body.decode()
-        found = json.loads(text, parse_constant=refuse, parse_float=finite)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise ApiError(400, "the body has half of a surrogate pair, which is no character", code="invalid_json") from None
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ApiError(400, f"the body is not JSON: {why}", code="invalid_json") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, "the body is no JSON object", code="invalid_json")
-    return found
-
-
-def parse(model: type[M], body: bytes) -> tuple[M, dict[str, Any], list[str]]:
-    """The request, the object that it was, and the names of fields that nobody here knows.
+def parse(model: type[M], given: dict[str, Any]) -> tuple[M, list[str]]:
+    """The request, and the names of fields that nobody here knows.
 
     Raises:
         ApiError: 400, names the field.
     """
-    given = loads(body)
-    check_known(model.__name__, given)
     try:
-        made = model.model_validate(given)
+        made = model.model_validate(check_known(model.__name__, given))
     except ValidationError as error:
         raise _as_api(error) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    return made, given, sorted(set(_unknown(made)))
+    return made, sorted(set(_unknown(made)))
 
 
 def _as_api(error: ValidationError) -> ApiError:
     """The first thing that is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     path = ""
-    for part in first["loc"]:
+    for part in (*first["loc"], *filter(None, [first.get("ctx", {}).get("param")])):
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    found = repr(first["input"])
-    told = f", found {found if len(found) < 60 else found[:57] + '...'}" if first["type"] != "missing" and path else ""
-    said = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{path}: {said}{told}" if path else said, path or None, "invalid_value")
+    found, said = repr(first["input"]), first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] != "missing" and "found" not in said:
+        said += f", found {found if len(found) < 60 else found[:57] + '...'}"
+    return ApiError(400, f"{path}: {said}" if path else said, path or None, "invalid_value")
 
 
 def _unknown(model: BaseModel, path: str = "") -> Iterator[str]:

@@ -23,9 +23,9 @@ class Body(BaseModel):
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
-def wrong(expected: str) -> PydanticCustomError:
-    """What a validator raises."""
-    return PydanticCustomError("expected", "expected {what}", {"what": expected})
+def wrong(expected: str, param: str = "") -> PydanticCustomError:
+    """What a validator raises; ``param``: the field of the object, where the object is what is validated."""
+    return PydanticCustomError("expected", "expected {what}", {"what": expected, "param": param})
 
 
 def _whole(value: Any) -> Any:
@@ -50,13 +50,14 @@ def _stops(value: Any) -> list[str]:
 
 
 def _bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise wrong('an object, such as {"50256": -100}')
     made = {}
-    for key, one in value.items() if isinstance(value, dict) else [("", "")]:
-        number = isinstance(one, (int, float)) and not isinstance(one, bool)
+    for key, one in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10):
-            raise wrong('an object whose keys are token ids as text, such as {"50256": -100}')
-        if not number or not -100 <= one <= 100:
-            raise wrong(f"numbers from -100 to 100, found {str(one)[:40]} at {key}")
+            raise wrong('token ids as keys, such as {"50256": -100}')
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not -100 <= one <= 100:
+            raise wrong(f"numbers from -100 to 100; found {str(one)[:40]} at {key}")
         made[int(key)] = float(one)
     return made
 
