@@ -140,7 +140,7 @@ class Connection(H11Protocol):
 
     def _sends(self) -> bool:
         """Whether more may come of a request that was answered."""
-        return self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED) or bool(self.conn.trailing_data[0])
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self.conn.trailing_data[0])
 
     def _client(self) -> str:
         return self.client[0] if self.client else "-"
@@ -156,7 +156,11 @@ class Connection(H11Protocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if not self.conn.trailing_data[0]:
+            self.transport.close()  # no request has begun: browsers open connections that they may not use
+        else:
             seconds = self._settings.header_seconds
             self._refuse(ApiError(408, f"the request's headers took more than {seconds:g} s", code="request_timeout"))
 
