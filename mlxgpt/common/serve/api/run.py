@@ -62,10 +62,14 @@ class Run:
         self._inbox.submit(self.works)
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """The tokens of prompts and of choices so far, without those that end a text."""
+        return sum(len(work.prompt) for work in self.works), sum(choice.drawn for choice in self.choices)
+
+    @property
     def usage(self) -> dict[str, Any]:
-        """The tokens of prompts and of choices, without those that end a text."""
-        prompt = sum(len(work.prompt) for work in self.works)
-        drawn = sum(choice.drawn for choice in self.choices)
+        """The same as OpenAI names them."""
+        prompt, drawn = self.tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": drawn,

@@ -45,6 +45,7 @@ class Answer:
     body: bytes | AsyncIterator[bytes]
     headers: dict[str, str] = field(default_factory=dict)
     cancel: Callable[[], None] = lambda: None
+    tokens: Callable[[], tuple[int, int] | None] = lambda: None  # so far, of prompts and of choices; for the log
 
     @property
     def streams(self) -> bool:
@@ -173,7 +174,7 @@ class Service:
         run = Run(self.worker, self._bridge, lambda listener: asked.works(request, served, prompts, seed, listener))
         headers = {"X-Seed": str(seed), **self._ignored(unknown)}
         if request.stream:
-            return Answer(self._events(run, form, _usage(request)), headers, run.cancel)
+            return Answer(self._events(run, form, _usage(request)), headers, run.cancel, lambda: run.tokens)
         watch = asyncio.ensure_future(disconnected()) if disconnected else None
         try:
             if watch:
@@ -186,7 +187,7 @@ class Service:
             run.cancel()
             if watch:
                 watch.cancel()
-        return Answer(dumps(form.whole(run)).encode(), headers)
+        return Answer(dumps(form.whole(run)).encode(), headers, tokens=lambda: run.tokens)
 
     async def _events(self, run: Run, form: Form, usage: bool) -> AsyncIterator[bytes]:
         """The events of a stream; an error is the last."""
