@@ -13,9 +13,10 @@
     7. draw                 argmax(logits + Gumbel noise), a sample of their softmax (Gumbel 1954)
 
 Whether the logits are finite is asked before all of this. The order is transformers'; penalties by counts stand where
-vLLM has them, whose logit_bias comes before 1. The noise of vocabulary entry v at a step is a hash of v under the 32-bit
-key ``key32(seed, "sample", copy, step)``: no generator state, so a resumed or batched run draws what a single one would.
-B rows, V vocabulary.
+vLLM has them, whose logit_bias comes before 1.
+
+The noise of vocabulary entry v at a step is a hash of v under the 32-bit key ``key32(seed, "sample", copy, step)``: no
+generator state, so a resumed or batched run draws what a single one would. B rows, V vocabulary.
 """
 
 import math
