@@ -21,9 +21,9 @@ from mlxgpt.common.serve.api.values import (
     Body,
     Float,
     Ids,
-    Int,
     Prompts,
     Stop,
+    Whole,
     wrong,
 )  # fmt: skip
 
@@ -91,15 +91,17 @@ class Sampling(Body):
     stream_options: StreamOptions | None = Field(None, description="only with stream")
     temperature: Float | None = Field(None, ge=0, le=2, description="default 1; 0: always the likeliest token")
     top_p: Float | None = Field(None, gt=0, le=1, description="default 1")
-    top_k: Int | None = Field(None, ge=-1, le=2**31 - 1, description="default 0; 0 and -1: all")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Whole] | None = Field(
+        None, description="default 0; 0 and -1: all"
+    )
     min_p: Float | None = Field(None, ge=0, le=1, description="default 0")
     repetition_penalty: Float | None = Field(None, ge=0.01, le=100, description="default 1, which is none")
     presence_penalty: Float | None = Field(None, ge=-2, le=2, description="default 0")
     frequency_penalty: Float | None = Field(None, ge=-2, le=2, description="default 0")
     stop: Stop | None = None
-    n: Int | None = Field(None, ge=1, le=CHOICES, description="default 1")
-    seed: Int | None = Field(
-        None, ge=SEEDS[0], le=SEEDS[1], description="default: drawn, see X-Seed; below 0: that much below 2^64"
+    n: Annotated[int, Field(ge=1, le=CHOICES), Whole] | None = Field(None, description="default 1")
+    seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1]), Whole] | None = Field(
+        None, description="default: drawn, see X-Seed; below 0: that much below 2^64"
     )
     logit_bias: Bias | None = None
     user: str | None = Field(None, description="read by nobody")
@@ -115,10 +117,12 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Int | None = Field(None, ge=1, description=f"of the answer; {_REST}")
-    max_completion_tokens: Int | None = Field(None, ge=1, description="the same under its newer name")
+    max_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(None, description=f"of the answer; {_REST}")
+    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(
+        None, description="the same under its newer name"
+    )
     logprobs: bool | None = None
-    top_logprobs: Int | None = Field(None, ge=0, le=TOP, description="only with logprobs")
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP), Whole] | None = Field(None, description="only with logprobs")
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = Field(None, description="default auto with tools, else none")
@@ -157,10 +161,16 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: Int | None = Field(None, ge=0, description=f"of a choice; {_REST}; 0: nothing is drawn")
+    max_tokens: Annotated[int, Field(ge=0), Whole] | None = Field(
+        None, description=f"of a choice; {_REST}; 0: nothing is drawn"
+    )
     echo: bool | None = Field(None, description="the prompt before the text, and in logprobs")
-    logprobs: Int | None = Field(None, ge=0, le=TOP, description="the likeliest tokens to name at each place")
-    best_of: Int | None = Field(None, ge=1, le=CHOICES, description="only as n: nothing is drawn to be thrown away")
+    logprobs: Annotated[int, Field(ge=0, le=TOP), Whole] | None = Field(
+        None, description="the likeliest tokens to name at each place"
+    )
+    best_of: Annotated[int, Field(ge=1, le=CHOICES), Whole] | None = Field(
+        None, description="only as n: nothing is drawn to be thrown away"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> "CompletionRequest":

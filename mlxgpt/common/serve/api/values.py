@@ -88,7 +88,7 @@ _ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _IDS = {"type": "array", "items": _ID, "minItems": 1}
 _NULL = {"type": "null"}
 
-Int = Annotated[int, BeforeValidator(_whole)]
+Whole = BeforeValidator(_whole)
 Float = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[
     list[str],
