@@ -19,6 +19,7 @@ from mlxgpt.common.errors import RunError, UserError
 ROOT = Path(__file__).parent.parent
 RUNS_A_MODEL = {"--backend", "--device"}
 SAMPLING = {"--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"}
+SAMPLING |= {"--presence-penalty", "--frequency-penalty"}
 # Users' scripts depend on these: a flag may be added, and none may go.
 FLAGS = {
     "train": {"--out", "--steps", "--stop-after", "--set", "--resume", "--init-from", "--moments", "--force"}
@@ -70,6 +71,7 @@ FLAGS = {
         "--raw",
         "--system",
         "--template-kwargs",
+        "--logit-bias",
         "--stop",
         "--json",
     }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from compare import agree, worst
-from decoding import BACKENDS, GENERATE, P, V, logits_of, make_config, make_model, make_weights, some_tokens
+from decoding import BACKENDS, GENERATE, P, V, logits_of, make_config, make_model, make_weights, oracle, some_tokens
 from transformers import AutoModelForCausalLM
 
 import torch_ref.generate as torch_generate
@@ -21,7 +21,6 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.model import make_cache as mlx_cache
-from torch_ref.model import Model as TorchModel
 from torch_ref.model import make_cache as torch_cache
 
 FAMILIES = ("gpt2", "llama", "qwen3")
@@ -86,17 +85,10 @@ SAMPLES: list[dict[str, Any]] = [
     dict(temperature=1.5, min_p=0.1),
     dict(temperature=1.0, repetition_penalty=1.4),
     dict(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=9),
+    dict(temperature=0.0, presence_penalty=2.0),
+    dict(temperature=0.0, frequency_penalty=1.5),
+    dict(temperature=1.0, presence_penalty=-1.0, frequency_penalty=-0.5, repetition_penalty=0.9),
 ]
-
-
-def oracle(model: TorchModel, prompt: list[int], sample: SampleConfig) -> list[int]:
-    """Full forward passes, and numpy for the rest."""
-    ids, seen = list(prompt), np.zeros((1, V), dtype=bool)
-    for step in range(sample.max_tokens):
-        seen[0, ids] = True
-        logits = logits_of("torch", model, [ids])[:, -1]
-        ids += sampling.sample_tokens(logits, seen, sampling.step_keys(sample.seed, [0], step), sample).tolist()
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,6 +213,8 @@ def test_no_tokens_asked_for(backend: str) -> None:
     result = GENERATE[backend].generate(model, None, [[1, 2]], SampleConfig(max_tokens=0))[0]
     assert result == generation.Result("", [], 2, "length")
     assert GENERATE[backend].generate(model, None, [], SampleConfig()) == []
+    rows = generation.start_rows(model.config, None, [[1, 2]], ())
+    assert list(GENERATE[backend].decode(model, rows, SampleConfig(max_tokens=0), V)) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

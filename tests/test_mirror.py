@@ -33,6 +33,7 @@ ONLY = {
         "token_losses.run_vjp",
     },
     "judge.py": {"judge.parts"},
+    "batching.py": {"Batch._index"},  # a tensor names its device
     "model.py": {"Model.device"},
     "layers.py": {"Embedding.__init__", "gather", "_gather_vjp"},
     "sample.py": {  # torch has hooks
@@ -57,6 +58,7 @@ SHARE = {
     "adapters.py": 0.34,
     "attention.py": 0.30,
     "api.py": 0.13,
+    "batching.py": 0.33,
     "device.py": 0.66,  # each names its own memory limits
     "doctor.py": 0.50,
     "footprint.py": 0.70,  # each counts bytes in its own way

@@ -1,5 +1,6 @@
 """The specification of drawing a token, against transformers, against probability, and at its edges."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from mlxgpt.common import rng
 from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.inference import sampling
 
 V = 50
@@ -126,6 +129,72 @@ def test_extreme_bits_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None
     for bits in (0, 2**32 - 1):
         monkeypatch.setattr(sampling, "mix", lambda x, bits=bits: np.full_like(x, bits))
         assert np.isfinite(sampling.gumbel(np.zeros(1, np.uint32), 3)).all()
+
+
+def test_added_is_openais_formula_by_hand() -> None:
+    """bias - presence * (count > 0) - frequency * count."""
+    counts = np.array([[0, 1, 3, 0], [2, 0, 0, 0]], np.int32)
+    bias = np.array([0.5, 0, -1, -np.inf], np.float32)
+    found = sampling.added(counts, bias, presence=0.25, frequency=0.5)
+    assert found.dtype == np.float32
+    assert found.tolist() == [[0.5, -0.75, -2.75, -np.inf], [-0.75, 0, -1, -np.inf]]
+    assert sampling.added(counts[0], None, presence=-1.0, frequency=-0.5).tolist() == [0, 1.5, 2.5, 0]
+
+
+def test_what_is_added_comes_behind_the_repetition_penalty_and_before_the_rest() -> None:
+    logits, seen = np.array([[4.0, 0.9, -9.0]], dtype=np.float32), np.array([[True, False, False]])
+
+    def draw(sample: SampleConfig, *added: float) -> list[int]:
+        keys = np.full(1, 7, dtype=np.uint32)
+        return sampling.sample_tokens(logits, seen, keys, sample, np.array([added], dtype=np.float32)).tolist()
+
+    # 4 / 2 - 1 = 1 is above 0.9, and 4 / 2 - 1.2 = 0.8 is not; penalized afterwards, 2.8 / 2 = 1.4 would be
+    greedy = SampleConfig(temperature=0.0, repetition_penalty=2.0)
+    assert draw(greedy, -1, 0, 0) == [0]
+    assert draw(greedy, -1.2, 0, 0) == [1]
+    assert draw(SampleConfig(temperature=1e-3), -4, 0, 0) == [1]  # 0.9 / 0.001 above 0; 4 / 0.001 - 4 would win
+    settings: list[dict[str, Any]] = [dict(temperature=0.0), dict(top_k=1), dict(top_p=0.1), dict(min_p=0.5)]
+    for options in settings:  # a grammar allows the unlikeliest token alone
+        assert draw(SampleConfig(**options), -np.inf, -np.inf, 0) == [2], options
+
+
+def test_keys_of_many_steps_are_those_of_one_by_one() -> None:
+    draw = np.random.default_rng(5)
+    for seed in (0, 7, 2**31, 2**63 - 1, 10**30, *draw.integers(0, 2**40, 12).tolist()):
+        copy, first, count = (int(draw.integers(0, high)) for high in (40, 10**6, 400))
+        found = sampling.keys(seed, copy, first, count)
+        assert found.dtype == np.uint32
+        assert found.tolist() == [rng.key32(seed, "sample", copy, step) for step in range(first, first + count)]
+
+
+def test_keys_of_steps_run_over_their_blocks() -> None:
+    copies, steps = [0, 2, 0, 1], sampling.KEYS + 3
+    found = list(sampling.each_step_keys(9, copies, steps))
+    assert len(found) == steps
+    assert all(np.array_equal(one, sampling.step_keys(9, copies, step)) for step, one in enumerate(found))
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("field", [each for each in dataclasses.fields(SampleConfig) if each.name != "prompt"])
+def test_settings_that_are_not_finite_are_refused(field: dataclasses.Field) -> None:
+    for bad in BAD:
+        with pytest.raises(UserError, match=f"sample.{field.name} = -?(nan|inf): expected "):
+            SampleConfig(**{field.name: bad})  # type: ignore[arg-type]
+
+
+def test_settings_that_float32_cannot_compute_with_are_refused() -> None:
+    wrong: list[dict[str, Any]] = [
+        *(dict(temperature=value) for value in (1e-300, 1e300, 10**400)),
+        *(dict(repetition_penalty=value) for value in (1e-300, 1e300)),
+        *(dict(presence_penalty=value) for value in (-1e300, 1e300)),
+        *(dict(frequency_penalty=value) for value in (-1e300, 1e300)),
+    ]
+    for options in wrong:
+        with pytest.raises(UserError, match="and 1e.10"):
+            SampleConfig(**options)
+    SampleConfig(temperature=1e-8, repetition_penalty=1e-8, presence_penalty=-100, frequency_penalty=100.0)
 
 
 def test_mixer_is_lowbias32() -> None:

@@ -4,7 +4,8 @@ Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -70,35 +71,83 @@ def keep(logits: Array, sample: SampleConfig) -> Array:
     return logits
 
 
-def sample_tokens(logits: Array, seen: Array | None, keys: Array, sample: SampleConfig) -> Array:
-    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty."""
+def added(counts: Array, bias: Array | None, presence: float, frequency: float) -> Array:
+    """What is added to logits, of how often each token was drawn: ``counts`` (B, V) float32, ``bias`` (V,)."""
+    penalty = presence * (counts > 0).to(torch.float32) + frequency * counts
+    return -penalty if bias is None else bias - penalty
+
+
+def sample_tokens(
+    logits: Array, seen: Array | None, keys: Array, sample: SampleConfig, added: Array | None = None
+) -> Array:
+    """The next tokens (B,) from ``logits`` (B, V) float32, -1 where one is not finite; ``seen`` None: no penalty.
+
+    ``added`` (B, V) float32 are penalties by counts, biases, and -inf for what may not come.
+    """
     finite = torch.isfinite(logits).all(dim=-1)
     if seen is not None:
         logits = penalize(logits, seen, sample.repetition_penalty)
+    if added is not None:
+        logits = logits + added
     if sample.temperature > 0:
         logits = keep(logits / sample.temperature, sample) + gumbel(keys, logits.shape[-1])
     return torch.where(finite, torch.argmax(logits, dim=-1), -1)
 
 
+def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
+    """Log-probabilities (B,) of ``tokens`` (B,) under ``logits`` (B, V), and the ``count`` likeliest tokens (B, count)
+    with theirs (B, count), at most V; of equal ones the lower id comes first. No setting of sampling is in them.
+    """
+    size = logits.shape[-1]
+    normal = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen = torch.gather(logits, -1, tokens.clip(0)[:, None].long()) - normal
+    count = min(count, size)
+    if not count:
+        return chosen[:, 0], chosen[:, :0].int(), chosen[:, :0]
+    # topk breaks ties in any way: what is above the last value stays, and of its equals the lowest ids
+    lowest = torch.topk(logits, count, dim=-1).values.amin(dim=-1, keepdim=True)
+    places = torch.arange(size, dtype=torch.int32, device=logits.device)
+    ranks = torch.where(logits > lowest, size + 1, torch.where(logits == lowest, size - places, 0))
+    ids = torch.sort(torch.topk(ranks, count, dim=-1).indices, dim=-1).values
+    values = torch.gather(logits, -1, ids)
+    before = (values[:, None, :] > values[:, :, None]) | (
+        (values[:, None, :] == values[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
+    )
+    order = torch.argsort(before.sum(dim=-1), dim=-1)
+    return chosen[:, 0], torch.gather(ids, -1, order).int(), torch.gather(values, -1, order) - normal
+
+
 @torch.no_grad()
 def decode(
-    model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int, cache: list[Cache] | None = None
+    model: Model,
+    rows: list[Row],
+    sample: SampleConfig,
+    n_vocab: int,
+    cache: list[Cache] | None = None,
+    bias: np.ndarray | None = None,
 ) -> Iterator[list[int]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
+    ``bias`` (V,) float32 is added to logits.
     """
     device = model.device
     width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
+    if not steps:
+        return
     tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = torch.tensor(pads, device=device) if any(pads) else None
     cache = cache or make_cache(model, len(rows), width + steps)
     held, by_length, fed = cache[0].offset, rotary.by_length(model.config), []
+    keys = sampling.each_step_keys(sample.seed, [row.copy for row in rows], steps)
     seen = None
     if sample.repetition_penalty != 1:
         seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
+    penalties = (sample.presence_penalty, sample.frequency_penalty)
+    counts = torch.zeros((len(rows), n_vocab), device=device) if any(penalties) else None
+    biases = None if bias is None else torch.tensor(bias, device=device)
 
     def forward(tokens: Array, length: int) -> Array:
         positions = None
@@ -127,18 +176,22 @@ def decode(
             layer.offset = 0
         return read(torch.cat([tokens, *fed], dim=1), 0)
 
-    def draw(logits: Array, step: int) -> Array:
-        nonlocal seen
-        keys = sampling.step_keys(sample.seed, [row.copy for row in rows], step)
-        drawn = sample_tokens(logits, seen, torch.tensor(keys.view(np.int32), device=device), sample)
-        if seen is not None:
-            seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
+    def draw(logits: Array) -> Array:
+        nonlocal seen, counts
+        more = None if biases is None else biases[None, :]
+        if counts is not None:
+            more = added(counts, biases, *penalties)
+        drawn = sample_tokens(logits, seen, torch.tensor(next(keys).view(np.int32), device=device), sample, more)
+        if seen is not None or counts is not None:
+            now = torch.arange(n_vocab, device=device)[None, :] == drawn[:, None]
+            seen = None if seen is None else seen | now
+            counts = None if counts is None else counts + now
         return drawn
 
-    token = draw(read(tokens, held), 0)
+    token = draw(read(tokens, held))
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
-        following = draw(go_on(token, step), step) if step < steps else token
+        following = draw(go_on(token, step)) if step < steps else token
         yield token.tolist()
         token = following
 
@@ -151,22 +204,25 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     ends: Collection[int] = (),
+    bias: Mapping[int, float] = MappingProxyType({}),
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
-    ``ends`` are tokens that end a text besides those of ``tokenizer``.
+    ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids.
 
     Raises:
-        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary; a bias of such
+            an id, or one that is no finite number.
         RunError: the model's logits are not finite.
     """
     rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
+    biases = sampling.biases(bias, n_vocab)
     training = model.training
     model.eval()
     try:
         if rows and sample.max_tokens:
-            for tokens in decode(model, rows, sample, n_vocab):
+            for tokens in decode(model, rows, sample, n_vocab, bias=biases):
                 if generation.advance(model.config, rows, tokens, sample, on_text):
                     break
     finally:
@@ -190,6 +246,23 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.n
         piece = slice(start, start + HEAD)
         pieces.append(cross_entropy(model.head(hidden[:, piece]), labels[:, piece]))
     return torch.cat(pieces, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def scores(
+    model: Model, hidden: Array, targets: np.ndarray, n_vocab: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host, HEAD tokens at a time."""
+    if not len(targets):
+        few = min(count, n_vocab)
+        return np.zeros(0, np.float32), np.zeros((0, few), np.int32), np.zeros((0, few), np.float32)
+    labels, pieces = torch.tensor(targets, device=model.device), []
+    for start in range(0, len(targets), HEAD):
+        piece = slice(start, start + HEAD)
+        made = logprobs(model.head(hidden[:, piece])[0, :, :n_vocab], labels[piece], count)
+        pieces.append([each.cpu().numpy() for each in made])
+    chosen, ids, values = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    return chosen, ids, values
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ class Backend:
     load: ModuleType
     generate: ModuleType
     footprint: ModuleType
+    batching: ModuleType
 
 
 def resolve(name: str | None, device: str | None = None) -> str:
@@ -57,7 +58,7 @@ def presumed(name: str | None) -> str:
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)
-    parts = ("engine", "load", "generate", "footprint")
+    parts = ("engine", "load", "generate", "footprint", "batching")
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
 
 

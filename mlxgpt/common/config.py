@@ -13,6 +13,9 @@ from mlxgpt.common.model_config import ModelConfig
 LOGITS = 1 << 25
 """Logits of a chunk on a GPU: 128 MiB in float32."""
 
+LARGEST = 1e10
+"""Of settings that logits are multiplied with, divided by or lowered by: what comes of it stays finite in float32."""
+
 
 def _is_day(text: str) -> bool:
     try:
@@ -154,6 +157,8 @@ class SampleConfig:
     top_p: float = field(1.0, "keep the most likely tokens whose probabilities add up to this; 1 = all")
     min_p: float = field(0.0, "keep tokens with at least this share of the highest probability; 0 = all")
     repetition_penalty: float = field(1.0, "divides positive and multiplies negative logits of seen tokens; 1 = off")
+    presence_penalty: float = field(0.0, "subtracted from logits of tokens drawn since the prompt; 0 = off")
+    frequency_penalty: float = field(0.0, "the same, times how often the token was drawn; 0 = off")
     seed: int = field(0, "determines the noise")
 
     def __post_init__(self) -> None:
@@ -162,6 +167,15 @@ class SampleConfig:
         check("sample", 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         check("sample", 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         check("sample", self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check("sample", abs(value) <= LARGEST, name, value, f"a number between {-LARGEST:g} and {LARGEST:g}")
+        for name, idle in (("temperature", 0), ("repetition_penalty", 1)):
+            value = getattr(self, name)
+            fits = value == idle or 1 / LARGEST <= value <= LARGEST
+            check("sample", fits, name, value, f"{idle}, or a number between {1 / LARGEST:g} and {LARGEST:g}")
+        for name in ("max_tokens", "top_k", "seed"):
+            check("sample", getattr(self, name) < float("inf"), name, getattr(self, name), "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

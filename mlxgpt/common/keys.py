@@ -38,6 +38,7 @@ FLAGS = {
     "train.steps": "--steps", "sample.prompt": "--prompt", "sample.max_tokens": "--max-tokens",
     "sample.temperature": "--temperature", "sample.top_k": "--top-k", "sample.top_p": "--top-p",
     "sample.min_p": "--min-p", "sample.repetition_penalty": "--repetition-penalty", "sample.seed": "--seed",
+    "sample.presence_penalty": "--presence-penalty", "sample.frequency_penalty": "--frequency-penalty",
 }  # fmt: skip
 """Flags that set a key, in the verbs that have them."""
 

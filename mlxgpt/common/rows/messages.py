@@ -135,7 +135,7 @@ def _checked(message: Message, place: str) -> Message:
         raise UserError(f"{place}: content is {shown(message['content'])}: expected text, or a list of text parts")
     _check_reasoning(message, place)
     if "tool_calls" in message:
-        message["tool_calls"] = _calls(message["tool_calls"], place)
+        message["tool_calls"] = read_calls(message["tool_calls"], place)
     unicode(json.dumps(message, ensure_ascii=False), place)
     return message
 
@@ -165,7 +165,7 @@ def _check_reasoning(message: Message, place: str) -> None:
         raise UserError(f"{place}: {' and '.join(found)} differ: expected the reasoning once")
 
 
-def _calls(calls: object, place: str) -> list[Any]:
+def read_calls(calls: object, place: str) -> list[Any]:
     """Tool calls in OpenAI's form, their arguments as objects."""
     if isinstance(calls, str) and calls.lstrip().startswith("["):
         calls = parse_json(calls, f"{place}: tool_calls")

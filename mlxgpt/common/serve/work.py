@@ -68,6 +68,7 @@ class Piece:
     drawn: tuple[Drawn, ...] = ()  # without the token that ends the text
     reason: str = ""  # eos, stop, length, context, cancelled (the engine is told to end)
     error: str = ""  # one line: the model's logits are not finite, memory ran out, ...
+    end: Drawn | None = None  # the token that ended the text (reason eos), if log-probabilities were asked for
 
 
 @dataclass(eq=False)

@@ -131,6 +131,10 @@ class CharTokenizer:
         """The character of an id."""
         return self.characters[i] if 0 <= i < self.n_vocab else None
 
+    def bytes_of(self, i: int) -> bytes:
+        """The character in UTF-8."""
+        return self.characters[i].encode("utf-8", "surrogatepass") if 0 <= i < self.n_vocab else b""
+
     def _array(self, text: str) -> np.ndarray:
         ids = self._ids.take(_codes(text))
         if ids.size and ids.min() < 0:

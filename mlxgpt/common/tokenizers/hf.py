@@ -3,7 +3,7 @@
 import functools
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import separator
+from mlxgpt.common.tokenizers import separator, token_bytes
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE, bytes_of_characters
 from mlxgpt.common.tokenizers.folder import pipelines, sp_model, specification
 from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
@@ -138,6 +138,15 @@ class JsonTokenizer:
     def token_of(self, i: int) -> str | None:
         """The exact text of a token by its id, as the vocabulary has it."""
         return self.backend.id_to_token(i)
+
+    def bytes_of(self, i: int) -> bytes:
+        """What a token contributes in the middle of a text."""
+        token = self.backend.id_to_token(i) if i >= 0 else None
+        return self._spelled(token) if token is not None else b""
+
+    @functools.cached_property
+    def _spelled(self) -> Callable[[str], bytes]:
+        return token_bytes.speller(_part(self.backend.decoder))
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token's text gives that token."""

@@ -70,6 +70,13 @@ class Tokenizer(Protocol):
         """The exact text of a token by its id, as the vocabulary has it; None where there is no such token."""
         ...
 
+    def bytes_of(self, i: int) -> bytes:
+        """What a token contributes in the middle of a text, UTF-8 or a part of a character; b"" for no token.
+
+        A special token is its text. A tokenizer that tidies a decoded text (" ." to ".") does so to what these make.
+        """
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, no special token added.
 

@@ -151,6 +151,15 @@ class SentencePieceTokenizer:
         """The exact text of a piece by its id."""
         return self._model.id_to_piece(i) if 0 <= i < self.n_vocab else None
 
+    def bytes_of(self, i: int) -> bytes:
+        """What a piece contributes in the middle of a text; a control token is its text."""
+        if not 0 <= i < self.n_vocab:
+            return b""
+        piece: str = self._model.id_to_piece(i)
+        if self._model.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        return (piece if i in self._names else piece.replace(_SPACE, " ")).encode()
+
     def _ids(self, text: str) -> list[int]:
         if self._control is None or not self._control.search(text):
             return self._model.encode(text)

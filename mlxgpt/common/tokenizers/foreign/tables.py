@@ -1,6 +1,5 @@
 """Tables of tokens, such as a notebook's stoi and itos: what they say, and the tokenizer that has the same ids."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import char
 from mlxgpt.common.tokenizers.char import CharTokenizer
 from mlxgpt.common.tokenizers.hf import EOS, JsonTokenizer, made
+from mlxgpt.common.tokenizers.token_bytes import decoder_of
 
 SPLITS = ("characters", "spaces", "words")
 """How a text becomes entries: each character; at white space; at white space and punctuation, which are entries."""
@@ -181,7 +181,7 @@ def _of_words(texts: Mapping[int, str], split: str, notes: list[str]) -> JsonTok
     space = pre_tokenizers.Split(Regex(_SPACES), "removed")
     if split == "characters":
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        backend.decoder = _built(char.decoder(ids, bool(unknown)))
+        backend.decoder = decoder_of(char.decoder(ids, bool(unknown)))
     elif split == "spaces":
         backend.pre_tokenizer = space
         backend.decoder = _spaced()
@@ -195,12 +195,6 @@ def _of_words(texts: Mapping[int, str], split: str, notes: list[str]) -> JsonTok
     elif split != "characters" and not {"a", ",", "b"} <= set(ids):
         notes.append("mlx-lm loads no table of words without a token for the unknown, such as <unk>")
     return made(backend, named)
-
-
-def _built(part: dict[str, Any]) -> Any:
-    """A decoder of `tokenizers` from what tokenizer.json says."""
-    plain = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
-    return tokenizers.Tokenizer.from_str(json.dumps(plain | {"decoder": part})).decoder
 
 
 def _spaced() -> Any:
