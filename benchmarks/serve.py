@@ -1,9 +1,9 @@
 """`mlxgpt serve` beside mlx_lm.server and transformers serve: tokens a second, the first token, memory, cold start.
 
-    python -m benchmarks.serve [--rounds 5] [--clients 1 4 8 16] [--size "10 M"] [--parts load turn ...] [--json]
+    python -m benchmarks.serve [--rounds 5] [--clients 1 4 8 16] [--size "10M"] [--parts load turn ...] [--json]
     python -m benchmarks.serve --transformers PYTHON     with transformers serve of an environment that has fastapi
 
-All load the same folder: a llama of random weights, float32, vocabulary 8,192; 10 M has width 256 and 10 layers. Each
+All load the same folder: a llama of random weights, float32, vocabulary 8,192; 10M has width 256 and 10 layers. Each
 client sends two chats one after the other, streamed, 70 to 90 tokens of prompt, 64 new ones, temperature 0.8; no prompt
 comes twice. Servers take turns on one thread each; the clients use the other core, and 1 to 2 % of it. Seconds to the
 first token are a client's, of a round the median, or the upper quartile. mlx_lm.server gets the BLAS that we get.
@@ -189,7 +189,7 @@ def measure(parts: Sequence[str], sizes: Sequence[str], rounds: int, counts: Seq
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for size in sizes:
-            folder = str(Path(temporary) / size.replace(" ", ""))
+            folder = str(Path(temporary) / size)
             write_folder(Path(folder), size)
             least = size == next(iter(SIZES))
             if "load" in parts:

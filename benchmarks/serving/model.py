@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 SIZES: dict[str, dict[str, Any]] = {
-    "10 M": {"n_layer": 10, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "block_size": 2048},
-    "29 M": {"n_layer": 8, "n_head": 8, "n_embd": 512, "vocab_size": 8192, "block_size": 2048},
+    "10M": {"n_layer": 10, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "block_size": 2048},
+    "29M": {"n_layer": 8, "n_head": 8, "n_embd": 512, "vocab_size": 8192, "block_size": 2048},
 }
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
