@@ -73,20 +73,15 @@ class Run:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
-    def cancel(self, _: object = None) -> None:
+    def cancel(self) -> None:
         """Ends it in the engine; nothing happens if it has ended."""
         self._inbox.cancel()
-
-    def leave(self, _: object = None) -> None:
-        """The client has left: ``steps`` ends with Gone."""
-        self._inbox.leave()
 
     async def steps(self, every: float = 0.0) -> AsyncGenerator[list[Step]]:
         """What came since the last time, until every choice has ended; [] after ``every`` seconds of silence.
 
         Raises:
             ApiError: a choice failed; the others are cancelled.
-            Gone: the client has left.
         """
         left = len(self.choices)
         first = [0, *itertools.accumulate(len(work.copies) for work in self.works)]  # choice of each work
