@@ -196,6 +196,8 @@ def generate(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="the system prompt, for a model that has a chat template")
     _add_template_kwargs(parser)
     _add_sampling(parser)
+    add("--logit-bias", default="{}", metavar="JSON",
+        help="""what is added to the logits of tokens, by id, such as '{"42": -100}'""")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)
     _add_json(parser)

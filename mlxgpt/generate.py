@@ -4,7 +4,8 @@ Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from mlxgpt import blas  # noqa: F401  (a BLAS must be loaded before MLX)
 
@@ -103,7 +104,7 @@ def sample_tokens(
 
 def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
     """Log-probabilities (B,) of ``tokens`` (B,) under ``logits`` (B, V), and the ``count`` likeliest tokens (B, count)
-    with theirs (B, count); of equal ones the lower id comes first. All in float32, before any setting of sampling.
+    with theirs (B, count), at most V; of equal ones the lower id comes first. No setting of sampling is in them.
     """
     size = logits.shape[-1]
     normal = mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -124,12 +125,18 @@ def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Ar
 
 
 def decode(
-    model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int, cache: list[Cache] | None = None
+    model: Model,
+    rows: list[Row],
+    sample: SampleConfig,
+    n_vocab: int,
+    cache: list[Cache] | None = None,
+    bias: np.ndarray | None = None,
 ) -> Iterator[list[int]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
+    ``bias`` (V,) float32 is added to logits.
     """
     width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
     if not steps:
@@ -143,6 +150,9 @@ def decode(
     seen = None
     if sample.repetition_penalty != 1:
         seen = mx.array(generation.seen(rows, n_vocab))
+    penalties = (sample.presence_penalty, sample.frequency_penalty)
+    counts = mx.zeros((len(rows), n_vocab)) if any(penalties) else None
+    biases = None if bias is None else mx.array(bias)
 
     def forward(tokens: Array, length: int) -> Array:
         positions = None
@@ -173,10 +183,15 @@ def decode(
         return read(mx.concatenate([tokens, *fed], axis=1), 0)
 
     def draw(logits: Array) -> Array:
-        nonlocal seen
-        drawn = sample_tokens(logits, seen, mx.array(next(keys)), sample)
-        if seen is not None:
-            seen = seen | (mx.arange(n_vocab)[None, :] == drawn[:, None])
+        nonlocal seen, counts
+        more = None if biases is None else biases[None, :]
+        if counts is not None:
+            more = added(counts, biases, *penalties)
+        drawn = sample_tokens(logits, seen, mx.array(next(keys)), sample, more)
+        if seen is not None or counts is not None:
+            now = mx.arange(n_vocab)[None, :] == drawn[:, None]
+            seen = None if seen is None else seen | now
+            counts = None if counts is None else counts + now
         return drawn
 
     token = draw(read(tokens, held))
@@ -197,22 +212,25 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     ends: Collection[int] = (),
+    bias: Mapping[int, float] = MappingProxyType({}),
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
-    ``ends`` are tokens that end a text besides those of ``tokenizer``.
+    ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids.
 
     Raises:
-        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary; a bias of such
+            an id, or one that is no finite number.
         RunError: the model's logits are not finite.
     """
     rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
+    biases = sampling.biases(bias, n_vocab)
     training = model.training
     model.eval()
     try:
         if rows and sample.max_tokens:
-            for tokens in decode(model, rows, sample, n_vocab):
+            for tokens in decode(model, rows, sample, n_vocab, bias=biases):
                 if generation.advance(model.config, rows, tokens, sample, on_text):
                     break
     finally:
@@ -240,9 +258,12 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.n
 def scores(
     model: Model, hidden: Array, targets: np.ndarray, n_vocab: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host: (T,), ids and values (T, count)."""
+    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host, HEAD tokens at a time."""
+    if not len(targets):
+        few = min(count, n_vocab)
+        return np.zeros(0, np.float32), np.zeros((0, few), np.int32), np.zeros((0, few), np.float32)
     labels, pieces = mx.array(targets), []
-    for start in range(0, hidden.shape[1], HEAD):
+    for start in range(0, len(targets), HEAD):
         piece = slice(start, start + HEAD)
         made = logprobs(model.head(hidden[:, piece])[0, :, :n_vocab], labels[piece], count)
         pieces.append([np.array(each) for each in made])

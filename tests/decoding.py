@@ -12,7 +12,8 @@ import torch
 
 import torch_ref.generate as torch_generate
 from mlxgpt.common import recipes
-from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.config import ModelConfig, SampleConfig
+from mlxgpt.common.inference import sampling
 from mlxgpt.common.model import params
 from mlxgpt.model import Model as MlxModel
 from torch_ref.model import Model as TorchModel
@@ -54,3 +55,18 @@ def logits_of(backend: str, model, tokens: list[list[int]], **more) -> np.ndarra
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, V, count).tolist()
+
+
+def oracle(
+    model: TorchModel, prompt: list[int], sample: SampleConfig, bias: dict[int, float] | None = None, copy: int = 0
+) -> list[int]:
+    """Full forward passes, and numpy for the rest."""
+    ids, seen, counts = list(prompt), np.zeros((1, V), dtype=bool), np.zeros((1, V), dtype=np.int32)
+    added = sampling.biases(bias or {}, V)
+    for step in range(sample.max_tokens):
+        seen[0, ids] = True
+        logits, keys = logits_of("torch", model, [ids])[:, -1], sampling.step_keys(sample.seed, [copy], step)
+        more = sampling.added(counts, added, sample.presence_penalty, sample.frequency_penalty)
+        ids += sampling.sample_tokens(logits, seen, keys, sample, more).tolist()
+        counts[0, ids[-1]] += 1
+    return ids[len(prompt) :]

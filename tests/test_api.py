@@ -364,6 +364,9 @@ def test_generate_takes_one_prompt_or_many(api: Any) -> None:
     sample = api.SampleConfig(max_tokens=3, temperature=0.0)
     assert api.generate(model, None, [1, 2, 3], sample) == one
     assert len(api.generate(model, None, [1, 2, 3], sample, max_tokens=2).tokens) == 2
+    assert api.generate(model, None, [1, 2, 3], sample, logit_bias={7: 100, np.int64(5): 90.0}).tokens == [7] * 3
+    both = api.generate(model, None, [1, 2, 3], sample, logit_bias={7: 100, 5: 90}, presence_penalty=20)
+    assert both.tokens == [7, 5, 7]
 
 
 @BOTH
@@ -380,6 +383,8 @@ def test_generate_takes_one_prompt_or_many(api: Any) -> None:
         ([1], {"max_token": 3}, "generate: unknown key sample.max_token (did you mean 'max_tokens'?)"),
         ([1], {"temperature": -1.0}, "sample.temperature = -1.0: expected 0 or a positive number"),
         ([1], {"sample": {"max_tokens": 3}}, "sample is a dict: expected a SampleConfig; keywords are its fields"),
+        ([1], {"logit_bias": {11: 1}}, "logit_bias: token id 11; expected 0 to 10, the model's vocabulary"),
+        ([1], {"frequency_penalty": float("nan")}, "sample.frequency_penalty = nan: expected a number between"),
         ([1], {"prompt": "x"}, "generate: prompt is given by itself, not as a setting"),
     ],
 )

@@ -71,6 +71,7 @@ FLAGS = {
         "--raw",
         "--system",
         "--template-kwargs",
+        "--logit-bias",
         "--stop",
         "--json",
     }

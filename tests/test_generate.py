@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from compare import agree, worst
-from decoding import BACKENDS, GENERATE, P, V, logits_of, make_config, make_model, make_weights, some_tokens
+from decoding import BACKENDS, GENERATE, P, V, logits_of, make_config, make_model, make_weights, oracle, some_tokens
 from transformers import AutoModelForCausalLM
 
 import torch_ref.generate as torch_generate
@@ -21,7 +21,6 @@ from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.model import make_cache as mlx_cache
-from torch_ref.model import Model as TorchModel
 from torch_ref.model import make_cache as torch_cache
 
 FAMILIES = ("gpt2", "llama", "qwen3")
@@ -86,17 +85,10 @@ SAMPLES: list[dict[str, Any]] = [
     dict(temperature=1.5, min_p=0.1),
     dict(temperature=1.0, repetition_penalty=1.4),
     dict(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=9),
+    dict(temperature=0.0, presence_penalty=2.0),
+    dict(temperature=0.0, frequency_penalty=1.5),
+    dict(temperature=1.0, presence_penalty=-1.0, frequency_penalty=-0.5, repetition_penalty=0.9),
 ]
-
-
-def oracle(model: TorchModel, prompt: list[int], sample: SampleConfig) -> list[int]:
-    """Full forward passes, and numpy for the rest."""
-    ids, seen = list(prompt), np.zeros((1, V), dtype=bool)
-    for step in range(sample.max_tokens):
-        seen[0, ids] = True
-        logits = logits_of("torch", model, [ids])[:, -1]
-        ids += sampling.sample_tokens(logits, seen, sampling.step_keys(sample.seed, [0], step), sample).tolist()
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,65 +129,6 @@ def test_sampling_on_device_is_the_specification_over_many_rows(backend: str) ->
             arrays = (torch.from_numpy(logits), torch.from_numpy(seen), torch.from_numpy(keys.view(np.int32)))
             found = torch_generate.sample_tokens(*arrays, sample).numpy()
         assert np.array_equal(found, sampling.sample_tokens(logits, seen, keys, sample)), options
-
-
-def as_arrays(backend: str, *values: np.ndarray) -> tuple:
-    if backend == "mlx":
-        return tuple(mx.array(value) for value in values)
-    return tuple(torch.from_numpy(value.view(np.int32) if value.dtype == np.uint32 else value) for value in values)
-
-
-def on_host(array: Any) -> np.ndarray:
-    return array.numpy() if isinstance(array, torch.Tensor) else np.array(array)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_added_to_logits_is_the_specification_over_many_rows(backend: str) -> None:
-    draw, module = np.random.default_rng(2), GENERATE[backend]
-    logits = draw.normal(size=(100, 301)).astype(np.float32) * 3
-    seen, bias = draw.random(logits.shape) < 0.2, draw.normal(size=301).astype(np.float32)
-    counts, keys = draw.integers(0, 4, logits.shape).astype(np.float32), draw.integers(0, 2**32, 100, dtype=np.uint32)
-    bias[draw.integers(0, 301, 60)] = -np.inf
-    on_device = as_arrays(backend, logits, seen, keys)
-    for options in SAMPLES:
-        presence, frequency = draw.uniform(-2, 2, 2).tolist()
-        sample = SampleConfig(**options, presence_penalty=presence, frequency_penalty=frequency)
-        expected = sampling.added(counts, bias, presence, frequency)
-        found = module.added(*as_arrays(backend, counts, bias), presence, frequency)
-        assert np.array_equal(on_host(found), expected)
-        none = module.added(as_arrays(backend, counts)[0], None, presence, frequency)
-        assert np.array_equal(on_host(none), sampling.added(counts, None, presence, frequency))
-        drawn = on_host(module.sample_tokens(*on_device, sample, found))
-        assert np.array_equal(drawn, sampling.sample_tokens(logits, seen, keys, sample, expected)), options
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_forbidden_tokens_do_not_make_logits_infinite(backend: str) -> None:
-    logits, masks = np.zeros((2, 5), np.float32), np.full((2, 5), -np.inf, np.float32)
-    logits[1, 0], masks[:, 3] = np.nan, 0
-    given = as_arrays(backend, logits, np.zeros(2, np.uint32), masks)
-    for temperature in (0.0, 1.0):
-        found = GENERATE[backend].sample_tokens(
-            given[0], None, given[1], SampleConfig(temperature=temperature), given[2]
-        )
-        assert found.tolist() == [3, -1]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_log_probabilities_are_of_the_raw_logits_and_ties_go_to_the_lowest_id(backend: str) -> None:
-    draw, module = np.random.default_rng(3), GENERATE[backend]
-    logits = draw.integers(-4, 5, (50, 97)).astype(np.float32)  # many are equal
-    logits[7] = 2
-    tokens = draw.integers(0, 97, 50).astype(np.int32)
-    exact = logits.astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    for count in (0, 1, 5, 20, 97, 120):
-        chosen, ids, values = (on_host(each) for each in module.logprobs(*as_arrays(backend, logits, tokens), count))
-        agree("chosen", chosen, exact[np.arange(50), tokens], 1e-6)
-        assert np.array_equal(ids, order[:, :count]) and values.dtype == chosen.dtype == np.float32
-        if count:
-            agree("values", values, np.take_along_axis(exact, order[:, :count], axis=-1), 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -133,6 +133,15 @@ def test_token_ids_need_no_tokenizer(bare: Path, capsys: pytest.CaptureFixture) 
         assert (stopped["finish_reason"], stopped["tokens"]) == ("eos", found["token_ids"].index(int(end)))
 
 
+def test_biases_and_penalties_are_flags(bare: Path, capsys: pytest.CaptureFixture) -> None:
+    for backend in ("mlx", "torch"):
+        words = ("-m", str(bare), "--prompt-ids", "1,2,3", "--backend", backend)
+        biased = results(capsys, *words, "--logit-bias", '{"7": 1e4, "9": 9.9e3}', "--presence-penalty", "150")
+        assert biased["token_ids"] == [7, 9] + [7] * 4  # 10,000 - 150 is below 9,900 until that has come, too
+        biased = results(capsys, *words, "--logit-bias", '{"7": 1e4, "9": 9.9e3}', "--frequency-penalty", "90")
+        assert biased["token_ids"] == [7, 7, 9, 7, 9, 7]
+
+
 def test_a_folder_without_tokenizer_ends_where_it_says(
     bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -157,6 +166,13 @@ def test_what_a_prompt_cannot_be_is_one_line(
         ((bare, "--prompt-ids", "80"), "token id 80; expected 0 to 79"),
         ((bare, "--prompt-ids", "1,x"), "--prompt-ids '1,x': expected token ids, such as 1,2,3"),
         ((bare, "--prompt-ids", ""), "--prompt-ids '': expected token ids"),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '{"80": 1}'), "logit_bias: token id 80; expected 0 to 79"),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '{"8": NaN}'), "logit_bias of token 8 = nan: expected a number"),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '{"x": 1}'), "--logit-bias: 'x' is no token id; expected a JSON"),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '{"08": 1}'), "--logit-bias: '08' is no token id"),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '[1]'), """= [1]: expected a JSON object, such as {"42": -100}"""),
+        ((bare, "--prompt-ids", "1", "--logit-bias", '{'), "--logit-bias = {: not JSON"),
+        ((bare, "--prompt-ids", "1", "--presence-penalty", "nan"), "sample.presence_penalty = nan: expected a number"),
         ((llama3,), "expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS"),
         ((llama3, "-p", "a", "--raw", "--system", "b"), "--system: is for a chat template, and --raw leaves it out"),
         ((plain, "-p", "a", "--system", "b"), "--system: is for a chat template, and the model has none"),

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serve_fakes import FakeWorker, says, served
 
 from mlxgpt.common.serve.api.answers import checked
-from mlxgpt.common.serve.api.errors import ApiError
+from mlxgpt.common.serve.api.errors import ApiError, Gone
 from mlxgpt.common.serve.api.openapi import openapi
 from mlxgpt.common.serve.api.service import Answer, Service
 from mlxgpt.common.serve.work import Begun, Busy, Drawn, Piece, Stopped, Work
@@ -408,6 +408,22 @@ def test_a_client_that_leaves_ends_its_work(stream: bool) -> None:
     if stream:  # nobody ever read it
         worker = asyncio.run(leave(False))
         assert worker.cancelled == worker.works and len(worker.works) == 2
+
+
+def test_a_client_that_is_seen_to_leave_ends_its_work() -> None:
+    async def leave() -> FakeWorker:
+        worker, left = FakeWorker(), asyncio.Event()
+        worker.held.set()
+        task = asyncio.create_task(Service(worker).chat({"messages": ASK}, left.wait))
+        while not worker.works:
+            await asyncio.sleep(0)
+        left.set()
+        with pytest.raises(Gone):
+            await task
+        return worker
+
+    worker = asyncio.run(leave())
+    assert worker.cancelled == worker.works and len(worker.works) == 1
 
 
 def test_what_a_step_says_of_many_wakes_the_loop_once() -> None:

@@ -4,6 +4,7 @@ docs/api/index.md describes it. What stands in __all__ keeps its names and argum
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -65,6 +66,7 @@ def generate(
     *,
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
     **settings: Any,
 ) -> Result: ...
 @overload
@@ -76,6 +78,7 @@ def generate(
     *,
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
     **settings: Any,
 ) -> Result | list[Result]: ...
 def generate(
@@ -86,6 +89,7 @@ def generate(
     *,
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
     **settings: Any,
 ) -> Result | list[Result]:
     """What follows a prompt: ``generate(model, tokenizer, "Once", max_tokens=50).text``. Nothing is dropped meanwhile.
@@ -98,6 +102,7 @@ def generate(
         sample: settings of the draw; else SampleConfig's defaults (100 tokens at temperature 0.8).
         stop: texts, or one, that end the answer and are left out of it.
         on_text: called with the prompt's index and each new piece of text.
+        logit_bias: what is added to the logits of tokens, by id.
         settings: fields of SampleConfig, such as max_tokens, temperature, top_k, top_p, min_p, seed.
 
     Returns:
@@ -105,14 +110,15 @@ def generate(
         stop, length or context).
 
     Raises:
-        UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not; an unknown
-            setting; a classifier, or a tokenizer of another library.
+        UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not; such an
+            id in logit_bias; an unknown setting; a classifier, or a tokenizer of another library.
         RunError: the model's logits are not finite.
     """
     prompting.check_model(model, tokenizer)
     rows, alone = prompting.rows_of(prompts)
     texts = (stop,) if isinstance(stop, str) else stop
-    found = generation.generate(model, tokenizer, rows, prompting.sampling_of(sample, settings), texts, on_text)
+    drawn = prompting.sampling_of(sample, settings)
+    found = generation.generate(model, tokenizer, rows, drawn, texts, on_text, bias=logit_bias)
     return found[0] if alone else found
 
 

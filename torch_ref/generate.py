@@ -4,7 +4,8 @@ Sizes in the comments: B rows, T new tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def sample_tokens(
 
 def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
     """Log-probabilities (B,) of ``tokens`` (B,) under ``logits`` (B, V), and the ``count`` likeliest tokens (B, count)
-    with theirs (B, count); of equal ones the lower id comes first. All in float32, before any setting of sampling.
+    with theirs (B, count), at most V; of equal ones the lower id comes first. No setting of sampling is in them.
     """
     size = logits.shape[-1]
     normal = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -118,12 +119,18 @@ def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Ar
 
 @torch.no_grad()
 def decode(
-    model: Model, rows: list[Row], sample: SampleConfig, n_vocab: int, cache: list[Cache] | None = None
+    model: Model,
+    rows: list[Row],
+    sample: SampleConfig,
+    n_vocab: int,
+    cache: list[Cache] | None = None,
+    bias: np.ndarray | None = None,
 ) -> Iterator[list[int]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
+    ``bias`` (V,) float32 is added to logits.
     """
     device = model.device
     width, steps = max(len(row.prompt) for row in rows), generation.steps(model.config, rows, sample)
@@ -138,6 +145,9 @@ def decode(
     seen = None
     if sample.repetition_penalty != 1:
         seen = torch.tensor(generation.seen(rows, n_vocab), device=device)
+    penalties = (sample.presence_penalty, sample.frequency_penalty)
+    counts = torch.zeros((len(rows), n_vocab), device=device) if any(penalties) else None
+    biases = None if bias is None else torch.tensor(bias, device=device)
 
     def forward(tokens: Array, length: int) -> Array:
         positions = None
@@ -167,10 +177,15 @@ def decode(
         return read(torch.cat([tokens, *fed], dim=1), 0)
 
     def draw(logits: Array) -> Array:
-        nonlocal seen
-        drawn = sample_tokens(logits, seen, torch.tensor(next(keys).view(np.int32), device=device), sample)
-        if seen is not None:
-            seen = seen | (torch.arange(n_vocab, device=device)[None, :] == drawn[:, None])
+        nonlocal seen, counts
+        more = None if biases is None else biases[None, :]
+        if counts is not None:
+            more = added(counts, biases, *penalties)
+        drawn = sample_tokens(logits, seen, torch.tensor(next(keys).view(np.int32), device=device), sample, more)
+        if seen is not None or counts is not None:
+            now = torch.arange(n_vocab, device=device)[None, :] == drawn[:, None]
+            seen = None if seen is None else seen | now
+            counts = None if counts is None else counts + now
         return drawn
 
     token = draw(read(tokens, held))
@@ -189,22 +204,25 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     ends: Collection[int] = (),
+    bias: Mapping[int, float] = MappingProxyType({}),
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
-    ``ends`` are tokens that end a text besides those of ``tokenizer``.
+    ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids.
 
     Raises:
-        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary.
+        UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary; a bias of such
+            an id, or one that is no finite number.
         RunError: the model's logits are not finite.
     """
     rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size) if tokenizer else model.config.vocab_size
+    biases = sampling.biases(bias, n_vocab)
     training = model.training
     model.eval()
     try:
         if rows and sample.max_tokens:
-            for tokens in decode(model, rows, sample, n_vocab):
+            for tokens in decode(model, rows, sample, n_vocab, bias=biases):
                 if generation.advance(model.config, rows, tokens, sample, on_text):
                     break
     finally:
@@ -234,9 +252,12 @@ def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.n
 def scores(
     model: Model, hidden: Array, targets: np.ndarray, n_vocab: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host: (T,), ids and values (T, count)."""
+    """``logprobs`` of ``targets`` (T,) behind hidden states (1, T, C), on the host, HEAD tokens at a time."""
+    if not len(targets):
+        few = min(count, n_vocab)
+        return np.zeros(0, np.float32), np.zeros((0, few), np.int32), np.zeros((0, few), np.float32)
     labels, pieces = torch.tensor(targets, device=model.device), []
-    for start in range(0, hidden.shape[1], HEAD):
+    for start in range(0, len(targets), HEAD):
         piece = slice(start, start + HEAD)
         made = logprobs(model.head(hidden[:, piece])[0, :, :n_vocab], labels[piece], count)
         pieces.append([each.cpu().numpy() for each in made])

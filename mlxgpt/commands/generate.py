@@ -86,6 +86,7 @@ def generate_command(args: argparse.Namespace) -> int:
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
     texts = [*args.prompt, *(prompts.read_text(name, "--prompt-file") for name in args.prompt_file)]
     ids = [prompts.ids_of(text, "--prompt-ids") for text in args.prompt_ids]
+    bias = prompts.bias_of(args.logit_bias, "--logit-bias")
     if not texts and not ids:
         raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")
     backend = backends.load(args.backend)
@@ -103,7 +104,7 @@ def generate_command(args: argparse.Namespace) -> int:
         if len(asked) == 1 and not args.json:
             print(text, end="", flush=True)
 
-    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends)
+    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends, bias)
     seconds = time.perf_counter() - start
     if args.json:
         made = [as_json(result, tokenizer) for result in results]

@@ -84,8 +84,8 @@ def _implied(values: dict[str, Any]) -> dict[str, Any]:
     return row.implied_by(n_layer, n_head, head_dim or n_embd // max(n_head, 1), window) | made
 
 
-def parse_table(text: str, where: str) -> dict[str, Any]:
-    """The keys and values of a JSON object.
+def parse_table(text: str, where: str, example: str = '{"enable_thinking": false}') -> dict[str, Any]:
+    """The keys and values of a JSON object; ``example`` is one.
 
     Raises:
         UserError: it is none.
@@ -95,7 +95,7 @@ def parse_table(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} = {text}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f'{where} = {text}: expected a JSON object, such as {{"enable_thinking": false}}')
+        raise UserError(f"{where} = {text}: expected a JSON object, such as {example}")
     return value
 
 

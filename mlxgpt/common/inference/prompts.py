@@ -12,7 +12,7 @@ from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.base_and_adapters import expect_task
 from mlxgpt.common.model import ids as token_ids
-from mlxgpt.common.recipes import build
+from mlxgpt.common.recipes import build, parse_table
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import expect_own
 
@@ -42,6 +42,20 @@ def ids_of(text: str, where: str) -> list[int]:
     if not words or not all(word.isdecimal() and word.isascii() for word in words):
         raise UserError(f"{where} {text!r}: expected token ids, such as 1,2,3")
     return [int(word) for word in words]
+
+
+def bias_of(text: str, where: str) -> dict[int, float]:
+    """What is added to logits, by token id, in a text such as ``{"42": -100}``.
+
+    Raises:
+        UserError: no JSON object whose keys are whole numbers; ``sampling.biases`` looks at ids and values.
+    """
+    example = '{"42": -100}'
+    found = parse_table(text, where, example)
+    wrong = [key for key in found if not (key.isascii() and key.isdecimal() and len(key) < 20 and key == str(int(key)))]
+    if wrong:
+        raise UserError(f"{where}: {wrong[0]!r} is no token id; expected a JSON object such as {example}")
+    return {int(key): value for key, value in found.items()}
 
 
 def asked(template: Template, texts: Sequence[str], system: str = "") -> list[list[int]]:

@@ -12,19 +12,22 @@
     6. min-p                keep tokens with at least min_p times the probability of the likeliest (Nguyen et al. 2024)
     7. draw                 argmax(logits + Gumbel noise), a sample of their softmax (Gumbel 1954)
 
-Whether the logits are finite is asked before all of this. The order is transformers', and 2 stands where vLLM has it.
+Whether the logits are finite is asked before all of this. The order is transformers'; penalties by counts stand where
+vLLM has them, whose logit_bias comes before 1.
+
 The noise of vocabulary entry v at a step is a hash of v under the 32-bit key ``key32(seed, "sample", copy, step)``: no
-generator state, so a resumed or batched run draws what a single one would.
-B rows, V vocabulary.
+generator state, so a resumed or batched run draws what a single one would. B rows, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.config import LARGEST, SampleConfig
+from mlxgpt.common.errors import UserError
 
 KEYS = 256  # steps whose keys are computed at once: a twelfth of the time of one by one
 
@@ -73,6 +76,23 @@ def added(counts: np.ndarray, bias: np.ndarray | None, presence: float, frequenc
     count = counts.astype(np.float32)
     penalty = np.float32(presence) * (count > 0) + np.float32(frequency) * count
     return -penalty if bias is None else bias - penalty
+
+
+def biases(bias: Mapping[int, float], n_vocab: int) -> np.ndarray | None:
+    """What ``bias`` adds to logits: (V,) float32, None if it names no token.
+
+    Raises:
+        UserError: an id that is outside the vocabulary, or a value that is no number or too large.
+    """
+    made = np.zeros(n_vocab, dtype=np.float32)
+    for token, value in bias.items():
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < n_vocab:
+            raise UserError(f"logit_bias: token id {token!r}; expected 0 to {n_vocab - 1}, the model's vocabulary")
+        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST:
+            expected = f"expected a number between {-LARGEST:g} and {LARGEST:g}"
+            raise UserError(f"logit_bias of token {token} = {value!r}: {expected}")
+        made[token] = value
+    return made if bias else None
 
 
 def keep(logits: np.ndarray, sample: SampleConfig) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
 
-from mlxgpt.common.serve.api.errors import ApiError
+from mlxgpt.common.serve.api.errors import ApiError, Gone
 from mlxgpt.common.serve.work import Begun, Busy, Piece, Stopped, Work, Worker
 
 Said = tuple[int, Begun | Piece]
+Disconnected = Callable[[], Awaitable[Any]]
+"""Returns once the client has left."""
 
 
 class Bridge:
@@ -43,6 +46,7 @@ class Inbox:
         self.said: list[Said] = []
         self._worker, self._bridge = worker, bridge
         self._works: list[Work] = []
+        self._gone = False
 
     def listener(self, number: int) -> Callable[[Begun | Piece], None]:
         """The ``say`` of the request's work ``number``."""
@@ -76,8 +80,17 @@ class Inbox:
         """Everything was said: there is nothing to cancel."""
         self._works = []
 
+    def leave(self, _: object = None) -> None:
+        """The client has left."""
+        self._gone = True
+        self.event.set()
+
     async def batches(self, every: float = 0.0) -> AsyncGenerator[list[Said]]:
-        """What was said since the last time; [] after ``every`` seconds of silence, if that is not 0."""
+        """What was said since the last time; [] after ``every`` seconds of silence, if that is not 0.
+
+        Raises:
+            Gone: the client has left.
+        """
         silent, timer = False, None
 
         def tick() -> None:
@@ -91,6 +104,8 @@ class Inbox:
             while True:
                 await self.event.wait()
                 self.event.clear()
+                if self._gone:
+                    raise Gone
                 said, self.said = self.said, []
                 if said:
                     spoke = True

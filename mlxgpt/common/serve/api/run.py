@@ -62,10 +62,14 @@ class Run:
         self._inbox.submit(self.works)
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """The tokens of prompts and of choices so far, without those that end a text."""
+        return sum(len(work.prompt) for work in self.works), sum(choice.drawn for choice in self.choices)
+
+    @property
     def usage(self) -> dict[str, Any]:
-        """The tokens of prompts and of choices, without those that end a text."""
-        prompt = sum(len(work.prompt) for work in self.works)
-        drawn = sum(choice.drawn for choice in self.choices)
+        """The same as OpenAI names them."""
+        prompt, drawn = self.tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": drawn,
@@ -73,15 +77,20 @@ class Run:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
-    def cancel(self) -> None:
+    def cancel(self, _: object = None) -> None:
         """Ends it in the engine; nothing happens if it has ended."""
         self._inbox.cancel()
+
+    def leave(self, _: object = None) -> None:
+        """The client has left: ``steps`` ends with Gone."""
+        self._inbox.leave()
 
     async def steps(self, every: float = 0.0) -> AsyncGenerator[list[Step]]:
         """What came since the last time, until every choice has ended; [] after ``every`` seconds of silence.
 
         Raises:
             ApiError: a choice failed; the others are cancelled.
+            Gone: the client has left.
         """
         left = len(self.choices)
         first = [0, *itertools.accumulate(len(work.copies) for work in self.works)]  # choice of each work

@@ -15,7 +15,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.serve.api import asked
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.api.forms import ChatForm, Form, TextForm, dumps
-from mlxgpt.common.serve.api.gather import Bridge
+from mlxgpt.common.serve.api.gather import Bridge, Disconnected
 from mlxgpt.common.serve.api.messages import as_read, without_nulls
 from mlxgpt.common.serve.api.requests import (
     ChatRequest,
@@ -45,6 +45,7 @@ class Answer:
     body: bytes | AsyncIterator[bytes]
     headers: dict[str, str] = field(default_factory=dict)
     cancel: Callable[[], None] = lambda: None
+    tokens: Callable[[], tuple[int, int] | None] = lambda: None  # so far, of prompts and of choices; for the log
 
     @property
     def streams(self) -> bool:
@@ -68,11 +69,12 @@ class Service:
         self._logged: set[str] = set()
         self._created = int(time.time())
 
-    async def chat(self, given: dict[str, Any]) -> Answer:
+    async def chat(self, given: dict[str, Any], disconnected: Disconnected | None = None) -> Answer:
         """POST /v1/chat/completions.
 
         Raises:
             ApiError: 400, 404, 429, 500 or 503.
+            Gone: the client has left.
         """
         request, unknown = parse(ChatRequest, given)
         served = asked.find(self.worker, request.model)
@@ -80,9 +82,9 @@ class Service:
         ids = await self._beside(given, lambda: _rendered(request, served, tools))
         asked.check_prompt(served, ids, "messages")
         form = ChatForm(served, request.n or 1, _usage(request))
-        return await self._answer(request, served, [asked.Prompt(ids)], form, unknown)
+        return await self._answer(request, served, [asked.Prompt(ids)], form, unknown, disconnected)
 
-    async def completions(self, given: dict[str, Any]) -> Answer:
+    async def completions(self, given: dict[str, Any], disconnected: Disconnected | None = None) -> Answer:
         """POST /v1/completions; raises what ``chat`` raises."""
         request, unknown = parse(CompletionRequest, given)
         served = asked.find(self.worker, request.model)
@@ -95,7 +97,7 @@ class Service:
         echo = bool(request.echo)
         prompts = await self._beside(given, lambda: _prompts(request, served, echo))
         form = TextForm(served, prompts, count * n, echo, _usage(request))
-        return await self._answer(request, served, prompts, form, unknown)
+        return await self._answer(request, served, prompts, form, unknown, disconnected)
 
     async def tokenize(self, given: dict[str, Any]) -> Answer:
         """POST /tokenize."""
@@ -166,17 +168,26 @@ class Service:
         prompts: list[asked.Prompt],
         form: Form,
         unknown: list[str],
+        disconnected: Disconnected | None,
     ) -> Answer:
         seed = asked.seed_of(request.seed)
         run = Run(self.worker, self._bridge, lambda listener: asked.works(request, served, prompts, seed, listener))
         headers = {"X-Seed": str(seed), **self._ignored(unknown)}
         if request.stream:
-            return Answer(self._events(run, form, _usage(request)), headers, run.cancel)
-        async with contextlib.aclosing(run.steps()) as every:  # cancels what is left when the client leaves
-            async for steps in every:
-                for step in steps:
-                    form.add(step)
-        return Answer(dumps(form.whole(run)).encode(), headers)
+            return Answer(self._events(run, form, _usage(request)), headers, run.cancel, lambda: run.tokens)
+        watch = asyncio.ensure_future(disconnected()) if disconnected else None
+        try:
+            if watch:
+                watch.add_done_callback(run.leave)
+            async with contextlib.aclosing(run.steps()) as every:
+                async for steps in every:
+                    for step in steps:
+                        form.add(step)
+        finally:
+            run.cancel()
+            if watch:
+                watch.cancel()
+        return Answer(dumps(form.whole(run)).encode(), headers, tokens=lambda: run.tokens)
 
     async def _events(self, run: Run, form: Form, usage: bool) -> AsyncIterator[bytes]:
         """The events of a stream; an error is the last."""

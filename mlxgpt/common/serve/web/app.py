@@ -1,53 +1,75 @@
 """The app: every route, and who answers it."""
 
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from mlxgpt.common.serve.api.errors import ApiError
+from mlxgpt.common.serve.api.service import Answer, Service
 from mlxgpt.common.serve.web import metrics
 from mlxgpt.common.serve.web.door import Door
-from mlxgpt.common.serve.web.log import Log
-from mlxgpt.common.serve.web.requests import read_json
+from mlxgpt.common.serve.web.log import Line, Log
+from mlxgpt.common.serve.web.requests import leaves, read_json, unless_gone
 from mlxgpt.common.serve.web.security import Guard
 from mlxgpt.common.serve.web.settings import Settings
 from mlxgpt.common.serve.work import Worker
 
+Handler = Callable[[Request], Awaitable[Response]]
+
 
 def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Starlette:
-    """The app; set ``app.state.draining`` when the server is told to end."""
-    log = log or Log()
+    """The app; ``app.state.draining`` is set to True when the server is told to end."""
+    log, service = log or Log(), Service(worker, keep_alive=settings.keep_alive_seconds)
+
+    def check_alive() -> None:
+        if worker.death is not None:
+            raise ApiError(503, "the engine died; the server's log says why", code="engine_dead")
+        if app.state.draining:
+            raise ApiError(503, "the server is ending", code="draining")
 
     async def health(request: Request) -> Response:
-        if worker.death is not None:
-            raise _dead()
-        if app.state.draining:
-            raise ApiError(503, "the server is ending", code="draining", headers={"Retry-After": _retry(settings)})
+        check_alive()
         return JSONResponse({"status": "ok"})
 
     async def show_metrics(request: Request) -> Response:
         text = metrics.text(worker, settings.backend, log.statuses)
         return PlainTextResponse(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    async def todo(request: Request) -> Response:
-        if worker.death is not None:
-            raise _dead()
-        await read_json(request, settings)
-        raise ApiError(503, "not yet")
+    async def models(request: Request) -> Response:
+        return JSONResponse(service.models())
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(service.model(request.path_params["name"]))
+
+    def post(answer: Callable[..., Awaitable[Answer]], computes: bool = False) -> Handler:
+        async def handle(request: Request) -> Response:
+            check_alive()
+            given = await read_json(request, settings)
+            more: list[Any] = [lambda: leaves(request.receive)] if computes else []
+            return _Sent(await answer(given, *more))
+
+        return handle
 
     app = Starlette(
         routes=[
             Route("/health", health),
             Route("/metrics", show_metrics),
-            Route("/v1/chat/completions", todo, methods=["POST"]),
-            Route("/v1/completions", todo, methods=["POST"]),
-            Route("/tokenize", todo, methods=["POST"]),
-            Route("/detokenize", todo, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/v1/chat/completions", post(service.chat, True), methods=["POST"]),
+            Route("/v1/completions", post(service.completions, True), methods=["POST"]),
+            Route("/tokenize", post(service.tokenize), methods=["POST"]),
+            Route("/detokenize", post(service.detokenize), methods=["POST"]),
         ],
-        middleware=[Middleware(Door, Guard(settings), log)],
+        middleware=[Middleware(Door, Guard(settings), log, settings.retry_seconds)],
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False
@@ -55,23 +77,40 @@ def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Star
     return app
 
 
+class _Sent(Response):
+    """An Answer: JSON, or the events of a stream, which ends when its client leaves."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        kind = "text/event-stream" if answer.streams else "application/json"
+        super().__init__(b"" if answer.streams else answer.body, 200, answer.headers, kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        line: Line = scope["state"]["line"]
+        try:
+            if self._answer.streams:
+                await unless_gone(receive, self._stream(send))
+            else:
+                await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+            line.tokens = self._answer.tokens()
+
+    async def _stream(self, send: Send) -> None:
+        headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+        headers.append((b"x-accel-buffering", b"no"))  # a proxy passes each event on
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with contextlib.aclosing(self._answer.body) as events:  # pyright: ignore[reportArgumentType]
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
     """404 and 405 in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        wrong = ApiError(
-            405, f"{request.method} is not for this path: expected {allowed}", code="method_not_allowed",
-            headers={"Allow": allowed},
-        )  # fmt: skip
-    else:
-        wrong = ApiError(404, "there is nothing at this path; /openapi.json lists what there is", code="not_found")
-    raise wrong
-
-
-def _dead() -> ApiError:
-    return ApiError(503, "the engine died; the server's log says why", code="engine_dead")
-
-
-def _retry(settings: Settings) -> str:
-    return str(settings.retry_seconds)
+        message = f"{request.method} is not for this path: expected {allowed}"
+        raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+    raise ApiError(404, "there is nothing at this path; /openapi.json lists what there is", code="not_found")

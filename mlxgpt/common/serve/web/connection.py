@@ -1,7 +1,6 @@
 """Connections: what uvicorn's leave open. Time limits, a limit of their number, and errors in OpenAI's shape."""
 
 import asyncio
-import logging
 import re
 import sys
 import time
@@ -15,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.web.door import Door
-from mlxgpt.common.serve.web.log import Line, Log
+from mlxgpt.common.serve.web.log import Line, Log, to_stderr
 from mlxgpt.common.serve.web.security import HEADERS, Guard
 from mlxgpt.common.serve.web.settings import Settings
 
@@ -25,13 +24,13 @@ SPARE = 32  # connections past the limit that are told so; further ones are drop
 
 
 def server(app: ASGIApp, settings: Settings, log: Log) -> uvicorn.Server:
-    """A server of the app within the limits; it logs nothing itself."""
+    """A server of the app within the limits."""
 
     async def full(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {"Retry-After": str(settings.retry_seconds), "Connection": "close"}
-        raise ApiError(503, "too many connections are open", code="too_many_connections", headers=headers)
+        close = {"Connection": "close"}
+        raise ApiError(503, "too many connections are open", code="too_many_connections", headers=close)
 
-    overflow = Door(full, Guard(settings), log)
+    overflow = Door(full, Guard(settings), log, settings.retry_seconds)
 
     def protocol(**options: Any) -> Connection:
         return Connection(settings, log, overflow, **options)
@@ -51,7 +50,7 @@ def server(app: ASGIApp, settings: Settings, log: Log) -> uvicorn.Server:
         timeout_keep_alive=settings.idle_seconds,
         h11_max_incomplete_event_size=settings.max_headers,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+    to_stderr()
     return uvicorn.Server(config)
 
 

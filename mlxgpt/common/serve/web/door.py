@@ -20,8 +20,8 @@ class Door:
     ``scope["state"]["line"]`` is the request's line; whoever computes adds its tokens.
     """
 
-    def __init__(self, app: ASGIApp, guard: Guard, log: Log) -> None:
-        self._app, self._guard, self._log = app, guard, log
+    def __init__(self, app: ASGIApp, guard: Guard, log: Log, retry_seconds: int) -> None:
+        self._app, self._guard, self._log, self._retry = app, guard, log, str(retry_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +45,8 @@ class Door:
                 headers = MutableHeaders(scope=message)
                 for name, value in (*HEADERS, *self._guard.cors(scope), (b"x-request-id", line.id.encode())):
                     headers.setdefault(name.decode(), value.decode("latin-1"))
+                if line.status == 503:
+                    headers.setdefault("retry-after", self._retry)
                 if more:
                     headers["connection"] = "close"  # the rest of the body is not read
             await send(message)

@@ -1,11 +1,12 @@
 """One line on stderr for each request: no body, no text of a prompt or an answer, no key, no query."""
 
+import logging
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TextIO
 
+LOG = logging.getLogger("mlxgpt.serve")
 MAX_PATH, MAX_NOTE = 200, 300  # characters of what a client chose
 
 
@@ -18,17 +19,15 @@ class Line:
     path: str = "-"
     status: int = 0  # 499: the client left before an answer
     id: str = "-"  # of the header X-Request-Id
-    prompt_tokens: int | None = None  # None: nothing was computed
-    generated_tokens: int = 0
+    tokens: tuple[int, int] | None = None  # of the prompt, and generated; None: nothing was computed
     note: str = ""  # why it was refused, or what broke
     began: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         milliseconds = (time.monotonic() - self.began) * 1000
-        words = [time.strftime("%Y-%m-%dT%H:%M:%S"), self.client, self.method, plain(self.path, MAX_PATH)]
-        words += [str(self.status), f"{milliseconds:.0f} ms"]
-        if self.prompt_tokens is not None:
-            words.append(f"{self.prompt_tokens}+{self.generated_tokens} tokens")
+        words = [self.client, self.method, plain(self.path, MAX_PATH), str(self.status), f"{milliseconds:.0f} ms"]
+        if self.tokens:
+            words.append(f"{self.tokens[0]}+{self.tokens[1]} tokens")
         words.append(self.id)
         return " ".join(words) + (f": {plain(self.note, MAX_NOTE)}" if self.note else "")
 
@@ -40,22 +39,22 @@ def plain(text: str, most: int) -> str:
 
 
 class Log:
-    """Writes lines, and counts them by status and kind of route for /metrics."""
+    """Writes the lines of requests, and counts them by status for /metrics."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
 
     def __call__(self, line: Line) -> None:
-        """Writes a line; a stream that is gone takes nothing down."""
+        """Writes a line."""
         self.statuses[line.status] += 1
-        self.say(str(line))
+        LOG.info("%s", line)
 
-    def say(self, text: str) -> None:
-        """Writes a line that is no request's."""
-        stream = self._stream or sys.stderr
-        try:
-            stream.write(text + "\n")
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+
+def to_stderr() -> None:
+    """Shows the log; uvicorn's own, which would say things twice, is silent."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+    LOG.setLevel(logging.INFO)
+    if not LOG.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+        LOG.addHandler(handler)

@@ -83,7 +83,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         Gone: the client left before its end.
     """
-    doing, watch = asyncio.ensure_future(work), asyncio.ensure_future(_leaves(receive))
+    doing, watch = asyncio.ensure_future(work), asyncio.ensure_future(leaves(receive))
     try:
         await asyncio.wait((doing, watch), return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
@@ -95,7 +95,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(doing, watch, return_exceptions=True)
 
 
-async def _leaves(receive: Receive) -> None:
+async def leaves(receive: Receive) -> None:
     """Waits until the client leaves; the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
