@@ -37,11 +37,11 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], SampleConfig, d
             top_p=float(rng.choice([1, 0.9])),
             min_p=float(rng.choice([0, 0.05])),
             repetition_penalty=float(rng.choice([1, 1.2])),
-            presence_penalty=float(rng.choice([0, 0])),
-            frequency_penalty=float(rng.choice([0, 0])),
+            presence_penalty=float(rng.choice([0, 0.5])),
+            frequency_penalty=float(rng.choice([0, -0.3])),
             seed=int(rng.integers(1000)),
         )
-        bias = {} if number % 4 == 0 else {}
+        bias = {int(rng.integers(V)): 2.5} if number % 4 == 0 else {}
         made.append((some_tokens(int(rng.integers(1, P)), number), sample, {"bias": bias}))
     return made
 
@@ -49,7 +49,7 @@ def requests(count: int, seed: int = 0) -> list[tuple[list[int], SampleConfig, d
 def alone(backend: str, engine: Engine, prompt: list[int], sample: SampleConfig, bias: dict[int, float]) -> Any:
     served = next(iter(engine.served.values()))
     model = served_model(backend, served.model.config, ends=ENDS).model
-    return GENERATE[backend].generate(model, None, [prompt], sample, ends=ENDS)[0]
+    return GENERATE[backend].generate(model, None, [prompt], sample, ends=ENDS, bias=bias)[0]
 
 
 def name_of(engine: Engine) -> str:
@@ -256,6 +256,8 @@ def test_a_model_that_does_not_load_is_an_error_of_the_start() -> None:
 
 class Wall:
     """A constraint that breaks at its third token."""
+
+    over = False
 
     def __init__(self) -> None:
         self.taken: list[int] = []
