@@ -35,6 +35,7 @@ def site(shared: Site) -> Site:
     worker.held.clear()
     worker.works, worker.cancelled = [], []
     shared.app.state.draining = False
+    shared.rest()
     shared.lines.clear()
     return shared
 
@@ -370,6 +371,7 @@ def short() -> Iterator[Site]:
 
 
 def test_headers_that_trickle_are_given_up(short: Site) -> None:
+    short.rest()
     short.lines.clear()
     with short.connect() as client:
         client.sendall(b"GET /health HT")
@@ -395,6 +397,7 @@ def test_a_body_that_trickles_is_given_up(short: Site) -> None:
 
 
 def test_a_connection_without_a_request_is_closed_without_a_word(short: Site) -> None:
+    short.rest()
     short.lines.clear()
     with short.connect() as client:
         assert read(client) == b""
