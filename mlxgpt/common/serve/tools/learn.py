@@ -45,7 +45,8 @@ def learn(template: Template) -> Learned:
     shape = _shape(probe, one, two)
     if shape is not None:
         shape, ends = _ended(probe, shape, one)
-        if _proved(shape, one, CALLS[:1]) and (not shape.between or _proved(shape, two, CALLS)):
+        proved = _proved(shape, one, CALLS[:1]) and not _ends_before(template, shape)
+        if proved and (not shape.between or _proved(shape, two, CALLS)):
             return Learned(shape, ends, probe.short_ids())
     raise UserError(f"{template.name} writes tool calls in a form that is not known here: {one[:80]!r}")
 
@@ -63,6 +64,11 @@ def _proved(shape: Shape, text: str, calls: Sequence[Asked]) -> bool:
         return False
     same = [(call.name, json.loads(call.arguments)) for call in read] == [each[:2] for each in calls]
     return same and (bool(shape.mark) or shape.keys is not None)
+
+
+def _ends_before(template: Template, shape: Shape) -> bool:
+    """Whether what ends an answer stands before its calls, as where calls are a turn of their own."""
+    return any(end and end in shape.opens for end in (template.form.end, template.end))
 
 
 def _shape(probe: Probe, one: str, two: str) -> Shape | None:
