@@ -257,6 +257,8 @@ def test_a_model_that_does_not_load_is_an_error_of_the_start() -> None:
 class Wall:
     """A constraint that breaks at its third token."""
 
+    over = False
+
     def __init__(self) -> None:
         self.taken: list[int] = []
 

@@ -61,6 +61,12 @@ class Row:
             return self._close("context")
         return self._emit(len(self._held) - self._open())
 
+    def finish(self) -> str:
+        """Ends the row behind its last token, as a stop string would; returns the text that was held back."""
+        text = "" if self.reason else self._close("stop")
+        self.reason = "stop"
+        return text
+
     def _cut(self) -> bool:
         """Drops a stop string and what follows it, and closes the row."""
         starts = [start for start in (self._held.find(stop) for stop in self.stop) if start >= 0]

@@ -41,6 +41,11 @@ class Constraint(Protocol):
         """Goes on behind a token that was allowed."""
         ...
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing may follow but an end: the choice ends there, reason stop, also where no token says so."""
+        ...
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -153,7 +153,7 @@ class Service:
         Raises:
             ApiError: 400 for what is wrong for the model's template or tokenizer.
         """
-        param = "messages" if "messages" in given else "tokens" if "tokens" in given else "prompt"
+        param = next((name for name in ("messages", "tokens", "text", "content") if name in given), "prompt")
         try:
             if len(str(given.get(param))) < _LARGE:
                 return make()

@@ -65,15 +65,17 @@ class Slot:
         """What a drawn token makes of the text.
 
         Raises:
-            RunError: the model's logits are not finite.
+            RunError: the model's logits are not finite, or the constraint broke.
         """
         token = chosen.token
         text = self.row.add(token, self.work.sample.max_tokens, self._room)
         what, ended = Drawn(token, chosen.logprob, chosen.top), token in self.row.ends
         drawn = () if ended else (what,)
+        if self._constraint is not None and not ended and self.row.reason != "stop":
+            self._constraint.take(token)
+            if self._constraint.over:
+                text += self.row.finish()
         if not self.row.reason:
-            if self._constraint is not None:
-                self._constraint.take(token)
             if self._seen is not None:
                 self._seen[token] = True
             if self._counts is not None:

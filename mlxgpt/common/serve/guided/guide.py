@@ -1,0 +1,210 @@
+"""Grammars for answers: of a JSON schema, of any JSON object, of a tool format; enforced by llguidance's masks.
+
+A grammar is compiled once and copied for each choice. White space in JSON is at most one space behind a colon and a
+comma, as json.dumps writes it: a small model finds no way into endless blanks.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import llguidance
+import numpy as np
+
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.serve.guided import schema as schemas
+from mlxgpt.common.serve.guided.vocabulary import Vocabulary
+from mlxgpt.common.serve.work import Constraint, Served
+from mlxgpt.common.tokenizers.protocol import Tokenizer
+
+_JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+# the model chooses the tokens of a text that is certain, too
+_HEAD = '%llguidance {"no_forcing": true}\n'
+_KEPT = 64  # compiled grammars of a vocabulary
+_LONGEST = 1 << 20  # bytes of a grammar
+_SIGNS = '{}[]":,-0123456789 truefalsn'  # what any JSON may need
+
+
+def _limits() -> llguidance.LLParserLimits:
+    """What a grammar may cost: work of a compilation and of a mask, and memory of its automaton."""
+    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+class Guided:
+    """An answer on its way through a grammar: a Constraint."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher: Any) -> None:
+        self._vocabulary, self._matcher = vocabulary, matcher
+        self._bits = np.zeros(vocabulary.n_vocab // 32 + 1, np.int32)  # of the vocabulary and the end behind it
+        self._address, self._size = self._bits.ctypes.data, self._bits.nbytes
+        self._text = b""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing may follow but an end."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, (n_vocab,) bool; those that end the text where it may end.
+
+        Raises:
+            RunError: no token goes on, or the grammar became too complex.
+        """
+        vocabulary, over = self._vocabulary, self.over
+        if over:
+            made = np.zeros(vocabulary.n_vocab, bool)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._address, self._size)
+            self._check()
+            bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=vocabulary.n_vocab)
+            made = bits.view(bool)
+            made[vocabulary.copies] = made[vocabulary.originals]
+        made[vocabulary.ends] = over or self._matcher.is_accepting()
+        return made
+
+    def take(self, token: int) -> None:
+        """Goes on behind a token that was allowed.
+
+        Raises:
+            RunError: it was not.
+        """
+        if token in self._vocabulary.ends:
+            return
+        self._matcher.consume_token(self._vocabulary.same.get(token, token))
+        self._check()
+
+    def _check(self) -> None:
+        if not self._matcher.is_error():
+            return
+        said = _line(self._matcher.get_error())
+        if said == "NoExtensionBias":
+            said = "the tokenizer has no token with which the answer can go on"
+        raise RunError(f"the answer's grammar: {said}")
+
+
+class Guide:
+    """The grammars of a served model's answers; cheap to make, what is costly is shared by equal tokenizers."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    def ready(self) -> None:
+        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens."""
+        self._shared()
+
+    def schema(self, schema: Any, closing: str = "") -> Callable[[], Constraint]:
+        """Answers that are JSON of a JSON Schema; ``closing`` ends the reasoning that the prompt has opened.
+
+        Raises:
+            UserError: no schema, not enforceable, or of what the tokenizer cannot write: where and what.
+        """
+        made, shared = schemas.enforceable(schema), self._shared()
+        shared.expect(_SIGNS, "JSON")
+        for text in schemas.literals(made):
+            shared.expect(json.dumps(text, ensure_ascii=False), repr(text))
+        if isinstance(made, bool):
+            made = {} if made else {"enum": []}
+        return self._compiled(shared, "json", json.dumps({"x-guidance": _JSON, **made}), closing)
+
+    def json_object(self, closing: str = "") -> Callable[[], Constraint]:
+        """Answers that are any JSON object.
+
+        Raises:
+            UserError: the tokenizer cannot write JSON.
+        """
+        return self.schema({"type": "object"}, closing)
+
+    def grammar(self, lark: str) -> Callable[[], Constraint]:
+        """Answers of a grammar in llguidance's Lark syntax; a special token is written ``<[id]>``.
+
+        Raises:
+            UserError: no grammar, or one that no answer fits.
+        """
+        return self._compiled(self._shared(), "lark", lark)
+
+    def _shared(self) -> "_Shared":
+        served = self._served
+        if served.tokenizer is None:
+            raise UserError(f"{served.name} has no tokenizer: no grammar of text without one")
+        return _shared(served.tokenizer, served.n_vocab, served.ends)
+
+    def _compiled(self, shared: "_Shared", kind: str, text: str, closing: str = "") -> Callable[[], Constraint]:
+        if kind == "json":
+            before, rules = shared.reasoning(closing) if closing else ("", "")
+            text = f"start: {before}answer\n{rules}answer: %json {text}"
+        matcher = shared.compiled(_HEAD + text)
+        return lambda: Guided(shared.vocabulary, matcher.deep_copy())
+
+
+class _Shared:
+    """A vocabulary and the grammars compiled for it."""
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self.vocabulary = Vocabulary(tokenizer, n_vocab, ends)
+        self._matchers: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def expect(self, text: str, what: str) -> None:
+        """Refuses what the tokens cannot write."""
+        lost = self.vocabulary.unwritable(text)
+        if lost is not None:
+            raise UserError(f"this {self._tokenizer.kind} tokenizer cannot write {what}: it has no token for {lost!r}")
+
+    def reasoning(self, closing: str) -> tuple[str, str]:
+        """What stands before the answer, and its rules: free text up to what closes it, and line breaks."""
+        found = self._tokenizer.id_of(closing)
+        if found is not None and self.vocabulary.is_special(found):
+            return f"thoughts <[{found}]> gap ", "thoughts: /(?s:.*)/\ngap: /[ \\n]{0,2}/\n"
+        return "thoughts gap ", f"thoughts[suffix={json.dumps(closing)}]: /(?s:.*)/\ngap: /[ \\n]{{0,2}}/\n"
+
+    def compiled(self, grammar: str) -> Any:
+        """The matcher at the beginning of a text.
+
+        Raises:
+            UserError: llguidance refuses it, or no token begins a text of it.
+        """
+        with self._lock:
+            if grammar in self._matchers:
+                self._matchers.move_to_end(grammar)
+                return self._matchers[grammar]
+        if len(grammar) > _LONGEST:
+            raise UserError(f"a grammar of {len(grammar)} characters, expected at most {_LONGEST}")
+        matcher = llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise UserError(_line(matcher.get_error()))
+        try:
+            begun = Guided(self.vocabulary, matcher.deep_copy())
+            if not begun.allowed().any() and not begun.over:
+                raise UserError("no answer fits")
+        except RunError as error:
+            raise UserError(str(error)) from None
+        with self._lock:
+            self._matchers[grammar] = matcher
+            while len(self._matchers) > _KEPT:
+                self._matchers.popitem(last=False)
+        return matcher
+
+
+_known: dict[tuple[str, int, frozenset[int]], _Shared] = {}
+_making = threading.Lock()
+
+
+def _shared(tokenizer: Tokenizer, n_vocab: int, ends: frozenset[int]) -> _Shared:
+    """One for every tokenizer, whoever asks."""
+    key = tokenizer.digest, n_vocab, frozenset(ends)
+    with _making:
+        if key not in _known:
+            _known[key] = _Shared(tokenizer, n_vocab, frozenset(ends))
+        return _known[key]
+
+
+_WHERE = re.compile(r"^at \d+\(\d+\): |failed to compile JSON schema: |\n\s+\d+ \|.*|\n<non-verbose/>.*", re.DOTALL)
+
+
+def _line(said: str) -> str:
+    """What llguidance says, in one line."""
+    return " ".join(_WHERE.sub("", said).split())[:300] or "no answer fits"
