@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Iterator
@@ -28,13 +29,11 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(2048)
+        made = socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        cure = "; --port takes another, 0 any that is free" if "in use" in str(error) else ""
-        raise UserError(f"--host {host} --port {port}: {(error.strerror or str(error)).lower()}{cure}") from None
+        cure = "; --port takes another, 0 any that is free" if error.errno == errno.EADDRINUSE else ""
+        why = (error.strerror or str(error)).partition(" (")[0].lower()
+        raise UserError(f"--host {host} --port {port}: {why}{cure}") from None
     made.setblocking(False)
     return made
 
