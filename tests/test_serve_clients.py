@@ -52,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """A model of each framework with the same weights, and a template that has tools."""
     tokenizer = templates.made(tmp_path_factory.mktemp("t"), templates.QWEN25, ["<|im_start|>", "<|im_end|>"])
     template = template_of(tokenizer, "the template")
+    assert template
     config = make_config("llama", tokenizer.n_vocab, block_size=CONTEXT)
     ends = frozenset(tokenizer.ends | {template.end_id})
     return {name: served_model(name, config, "tiny", tokenizer, template=template, ends=ends) for name in BACKENDS}
@@ -78,6 +79,9 @@ def client(site: Site) -> Iterator[openai.OpenAI]:
         yield made
 
 
+ONE = pytest.mark.parametrize("site", ["mlx"], indirect=True)  # clients whose requests are those of openai's
+
+
 def url(site: Site) -> str:
     return f"http://127.0.0.1:{site.port}/v1"
 
@@ -91,7 +95,7 @@ def alone(made: dict[str, Served], site: Site, messages: list[Any], **sample: An
     return generate(served.model, served.tokenizer, [ids], SampleConfig(**sample), (), None, served.ends)[0].text
 
 
-def test_chat_and_stream_say_what_generate_says(client: openai.OpenAI, made: dict[str, Served], site: Site) -> None:
+def test_chat_and_stream_say_what_generate_says(client: Any, made: dict[str, Served], site: Site) -> None:
     given: dict[str, Any] = {"model": "tiny", "messages": ASK, "seed": 12, "max_tokens": 24, "temperature": 0.8}
     expected = alone(made, site, ASK, seed=12, max_tokens=24, temperature=0.8)
     answer = client.chat.completions.create(**given)
@@ -131,7 +135,7 @@ def test_many_at_once_from_an_async_client(made: dict[str, Served], site: Site) 
     ]
 
 
-def test_logprobs_have_their_bytes(client: openai.OpenAI) -> None:
+def test_logprobs_have_their_bytes(client: Any) -> None:
     answer = client.chat.completions.create(
         model="tiny", messages=ASK, seed=3, max_tokens=16, logprobs=True, top_logprobs=3
     )
@@ -144,7 +148,7 @@ def test_logprobs_have_their_bytes(client: openai.OpenAI) -> None:
         assert [top.logprob for top in one.top_logprobs] == sorted(top.logprob for top in one.top_logprobs)[::-1]
 
 
-def test_completions_echo_and_score_the_prompt(client: openai.OpenAI) -> None:
+def test_completions_echo_and_score_the_prompt(client: Any) -> None:
     answer = client.completions.create(model="tiny", prompt="It is 45 km", echo=True, logprobs=2, max_tokens=0)
     found, choice = answer.choices[0].logprobs, answer.choices[0]
     assert choice.text == "It is 45 km" and found and found.tokens and found.token_logprobs and found.text_offset
@@ -160,12 +164,13 @@ def test_completions_echo_and_score_the_prompt(client: openai.OpenAI) -> None:
     assert streamed == client.completions.create(model="tiny", prompt="a", max_tokens=6, seed=1).choices[0].text
 
 
-def test_models_are_listed(client: openai.OpenAI) -> None:
+@ONE
+def test_models_are_listed(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").object == "model"
 
 
-def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI) -> None:
+def test_an_answer_is_parsed_into_a_model(client: Any) -> None:
     given: Any = {"model": "tiny", "messages": ASK, "seed": 5, "response_format": City}
     answer = client.chat.completions.parse(**given)
     assert isinstance(answer.choices[0].message.parsed, City)
@@ -180,7 +185,7 @@ def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI) -> None:
         assert isinstance(json.loads(free.choices[0].message.content or ""), dict)
 
 
-def test_tools_are_called_and_their_results_read(client: openai.OpenAI) -> None:
+def test_tools_are_called_and_their_results_read(client: Any) -> None:
     given: Any = {"model": "tiny", "messages": ASK, "tools": [WEATHER], "tool_choice": "required", "seed": 2,
                   "parallel_tool_calls": False}  # fmt: skip
     message = client.chat.completions.create(**given).choices[0]
@@ -203,7 +208,8 @@ def test_tools_are_called_and_their_results_read(client: openai.OpenAI) -> None:
     assert not none.choices[0].message.tool_calls
 
 
-def test_errors_are_the_clients_own_classes(client: openai.OpenAI, site: Site) -> None:
+@ONE
+def test_errors_are_the_clients_own_classes(client: Any, site: Site) -> None:
     chat: Any = client.chat.completions
     with pytest.raises(openai.BadRequestError) as bad:
         chat.create(model="tiny", messages=ASK, temperature=3)
@@ -247,6 +253,7 @@ def chain(site: Site) -> Any:
     )
 
 
+@ONE
 def test_langchain_chats_and_streams(chain: Any, made: dict[str, Served], site: Site) -> None:
     short = chain.model_copy(update={"max_tokens": 12})
     expected = alone(made, site, [{"role": "user", "content": "Hi"}], seed=4, max_tokens=12, temperature=0.8)
@@ -257,6 +264,7 @@ def test_langchain_chats_and_streams(chain: Any, made: dict[str, Served], site: 
     assert len(short.batch(["Hi", "It is."])) == 2
 
 
+@ONE
 def test_langchain_binds_tools_and_structures_output(chain: Any) -> None:
     answer = chain.bind_tools([WEATHER], tool_choice="any").invoke("Rome?")
     assert answer.tool_calls and all(call["name"] == "get_weather" for call in answer.tool_calls)
@@ -264,12 +272,14 @@ def test_langchain_binds_tools_and_structures_output(chain: Any) -> None:
         assert isinstance(chain.with_structured_output(City, method=method).invoke("Rome?"), City), method
 
 
+@ONE
 def test_langchain_completes(site: Site) -> None:
     langchain_openai = pytest.importorskip("langchain_openai")
     model = langchain_openai.OpenAI(model="tiny", base_url=url(site), api_key=KEY, seed=4, max_tokens=6, max_retries=0)
     assert model.invoke("It is") == "".join(model.stream("It is")) != ""
 
 
+@ONE
 def test_llm_prompts_streams_and_follows_a_schema(
     site: Site, made: dict[str, Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
