@@ -113,9 +113,14 @@ class Site:
             assert time.monotonic() < end, "it did not come"
             time.sleep(0.002)
 
+    def rest(self) -> None:
+        """Waits until no request is being answered: its line comes after its answer."""
+        self.until(lambda: not self.server.server_state.tasks)
+
     def take_lines(self, count: int) -> list[str]:
         """The lines of so many requests, and no more."""
         self.until(lambda: len(self.lines) >= count)
+        self.rest()
         taken, self.lines[:] = self.lines[:], []
         assert len(taken) == count, taken
         return taken

@@ -74,6 +74,7 @@ FLAGS = {
         "--system",
         "--template-kwargs",
         "--logit-bias",
+        "--logprobs",
         "--stop",
         "--json",
     }

@@ -126,6 +126,10 @@ class Connection(H11Protocol):
             self._unset_keepalive_if_required()  # part of a next request has come
         self._wait_for_headers()
 
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stall = self.loop.call_later(self._settings.stalled_seconds, self.transport.abort)

@@ -1,7 +1,6 @@
 """Who may ask: the Host that a request names, the page that it comes from, and its key."""
 
 import hmac
-import ipaddress
 import re
 import socket
 from collections.abc import Sequence
@@ -30,14 +29,6 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII
 _CLOSE = {"Connection": "close"}
 _WILDCARDS = ("", "0.0.0.0", "::")
 _PORTS = {"http": 80, "https": 443}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def not_http(why: str) -> ApiError:
