@@ -43,6 +43,7 @@ SECTIONS = {
     "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50 --timed"),
     "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "planning": Section("Planned memory", 1, "--few"),
+    "serve": Section("Serving", 5, "--rounds 1 --size 10M --clients 8 --parts load"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")

@@ -11,6 +11,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or a positive whole number")
+    return int(text)
+
+
 def _positive_number(text: str) -> float:
     try:
         number = float(text)
@@ -200,6 +206,8 @@ def generate(parser: argparse.ArgumentParser) -> None:
         help="""what is added to the logits of tokens, by id, such as '{"42": -100}'""")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)
+    add("--logprobs", type=_natural, metavar="N",
+        help="with --json: the log-probability of each token, and the N likeliest tokens with theirs")  # fmt: skip
     _add_json(parser)
     _add_backend(parser)
 

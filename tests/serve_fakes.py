@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 from mlxgpt.common.serve.work import Begun, Counts, Drawn, Piece, Served, Work
 from mlxgpt.common.sft.template import CHATML, Template, with_chatml
@@ -52,7 +51,8 @@ class FakeWorker:
     """Says what its script says of each work, in a thread of its own as the engine does."""
 
     def __init__(self, *models: Served, script: Script | None = None) -> None:
-        self.counts, self.death = Counts(), None
+        self.counts = Counts()
+        self.death: BaseException | None = None
         self.served = {one.name: one for one in models or (served(),)}
         self.script = script or says("Hello")
         self.works: list[Work] = []
@@ -74,10 +74,3 @@ class FakeWorker:
 
     def cancel(self, work: Work) -> None:
         self.cancelled.append(work)
-
-
-def run(coroutine: Any) -> Any:
-    """What a coroutine gives."""
-    import asyncio
-
-    return asyncio.run(coroutine)

@@ -72,6 +72,7 @@ FLAGS = {
         "--system",
         "--template-kwargs",
         "--logit-bias",
+        "--logprobs",
         "--stop",
         "--json",
     }

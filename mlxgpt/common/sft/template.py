@@ -19,7 +19,7 @@ import numpy as np
 from mlxgpt.common.chat import jinja, turns
 from mlxgpt.common.chat.control import Control
 from mlxgpt.common.chat.locate import Locator, Messages, Talk
-from mlxgpt.common.chat.turns import Plan
+from mlxgpt.common.chat.turns import Form, Plan
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.sft import forms
 from mlxgpt.common.sft.forms import Reads
@@ -93,6 +93,15 @@ class Template:
             sources = list(self.sources.values())
             known = forms.variables(jinja.compiled(sources[0], False).environment, sources)
             forms.check_kwargs(kwargs, known, where)
+
+    @property
+    def form(self) -> Form:
+        """How the template writes an assistant's turn.
+
+        Raises:
+            UserError: no token ends it.
+        """
+        return self._locator.form
 
     @property
     def end(self) -> str:

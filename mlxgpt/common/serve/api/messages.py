@@ -125,7 +125,7 @@ def as_read(messages: list[Message]) -> list[dict[str, Any]]:
             try:
                 one["tool_calls"] = read_calls(calls, where)
             except UserError as error:
-                raise ApiError(400, str(error), f"{where}.tool_calls") from None
+                raise ApiError(400, str(error), f"{where}.tool_calls", "invalid_value") from None
         made.append(one)
     return made
 

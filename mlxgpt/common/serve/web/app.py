@@ -1,6 +1,7 @@
 """The app: every route, and who answers it."""
 
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mlxgpt.common.serve.api.errors import ApiError
+from mlxgpt.common.serve.api.openapi import openapi
 from mlxgpt.common.serve.api.service import Answer, Service
+from mlxgpt.common.serve.page.page import page
 from mlxgpt.common.serve.web import metrics
 from mlxgpt.common.serve.web.door import Door
 from mlxgpt.common.serve.web.log import Line, Log
@@ -28,6 +31,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Starlette:
     """The app; ``app.state.draining`` is set to True when the server is told to end."""
     log, service = log or Log(), Service(worker, keep_alive=settings.keep_alive_seconds)
+    html, html_headers = page()
+    schema = functools.cache(lambda: JSONResponse(openapi(list(worker.served))))
 
     def check_alive() -> None:
         if worker.death is not None:
@@ -42,6 +47,12 @@ def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Star
     async def show_metrics(request: Request) -> Response:
         text = metrics.text(worker, settings.backend, log.statuses)
         return PlainTextResponse(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def show_page(request: Request) -> Response:
+        return Response(html, headers=html_headers)
+
+    async def show_schema(request: Request) -> Response:
+        return schema()
 
     async def models(request: Request) -> Response:
         return JSONResponse(service.models())
@@ -60,8 +71,10 @@ def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Star
 
     app = Starlette(
         routes=[
+            Route("/", show_page),
             Route("/health", health),
             Route("/metrics", show_metrics),
+            Route("/openapi.json", show_schema),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/chat/completions", post(service.chat, True), methods=["POST"]),

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.web.door import Door
 from mlxgpt.common.serve.web.log import Line, Log, to_stderr
-from mlxgpt.common.serve.web.security import HEADERS, Guard
+from mlxgpt.common.serve.web.security import HEADERS, Guard, not_http, too_long
 from mlxgpt.common.serve.web.settings import Settings
 
 LINGER_SECONDS = 2.0  # that a refused body is still read, and thrown away: its sender reads no answer before it ends
@@ -126,6 +126,10 @@ class Connection(H11Protocol):
             self._unset_keepalive_if_required()  # part of a next request has come
         self._wait_for_headers()
 
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stall = self.loop.call_later(self._settings.stalled_seconds, self.transport.abort)
@@ -167,12 +171,11 @@ class Connection(H11Protocol):
         """Refuses what is not HTTP, or too long: called by uvicorn where h11 raises."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-            most = self._settings.max_headers
-            self._refuse(ApiError(431, f"the request's headers are larger than {most} bytes", code="headers_too_large"))
+            self._refuse(too_long(self._settings.max_headers))
         else:
             # without what h11 quotes: it may be a key
             why = re.sub(r":? (bytearray\(|b['\"]).*", "", str(error), flags=re.DOTALL)
-            self._refuse(ApiError(400, f"not valid HTTP/1.1: {why}", code="invalid_http"))
+            self._refuse(not_http(why))
 
     def _refuse(self, error: ApiError) -> None:
         """Answers without the app, where no answer has begun, and ends the connection."""

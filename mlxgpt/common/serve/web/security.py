@@ -1,7 +1,6 @@
 """Who may ask: the Host that a request names, the page that it comes from, and its key."""
 
 import hmac
-import ipaddress
 import re
 import socket
 from collections.abc import Sequence
@@ -27,22 +26,27 @@ HEADERS: list[tuple[bytes, bytes]] = [
 EXPOSED = b"X-Seed, X-Ignored-Fields, X-Request-Id, Retry-After"
 OPEN = ("/", "/health")  # without a key: the page asks for it
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", re.ASCII)
+_CLOSE = {"Connection": "close"}
 _WILDCARDS = ("", "0.0.0.0", "::")
 _PORTS = {"http": 80, "https": 443}
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+def not_http(why: str) -> ApiError:
+    """What no client sends; nothing that follows on the connection is read."""
+    return ApiError(400, f"not valid HTTP/1.1: {why}", code="invalid_http", headers=_CLOSE)
+
+
+def too_long(most: int) -> ApiError:
+    """The headers of a request are larger than that."""
+    message = f"the request's headers are larger than {most} bytes"
+    return ApiError(431, message, code="headers_too_large", headers=_CLOSE)
 
 
 class Guard:
     """Refuses what a foreign page could send, and what has no key."""
 
     def __init__(self, settings: Settings) -> None:
+        self._max_headers = settings.max_headers
         self._keys = [key.encode() for key in settings.keys]
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.origins)
         self._any_origin = "*" in self._origins
@@ -58,17 +62,21 @@ class Guard:
         """Refuses a request by the Host that it names and the page that it comes from.
 
         Raises:
-            ApiError: 400 or 403.
+            ApiError: 400, 403 or 431.
         """
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+        if size > self._max_headers:
+            raise too_long(self._max_headers)
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise not_http("expected HTTP/1.1")
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
-            raise ApiError(
-                400, "Content-Length and Transfer-Encoding in one request: expected one", code="invalid_http"
-            )
+            raise not_http("Content-Length and Transfer-Encoding in one request")
         self._check_host(scope, headers.get("host"))
         for name in ("origin", "authorization", "content-type"):
             if len(headers.getlist(name)) > 1:
-                raise ApiError(400, f"the header {name} came more than once", code="invalid_http")
+                raise not_http(f"the header {name} more than once")
         self._check_origin(scope, headers)
 
     def _check_host(self, scope: Scope, host: str | None) -> None:

@@ -1,7 +1,11 @@
 """What the web half is told when it starts."""
 
+import re
 from dataclasses import dataclass
 
+from mlxgpt.common.errors import UserError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/@?#\s]+/?", re.IGNORECASE)
 MIB = 2**20
 
 
@@ -23,3 +27,8 @@ class Settings:
     keep_alive_seconds: float = 10.0  # between comments in a stream that has nothing to say
     retry_seconds: int = 5  # Retry-After where nothing better is known
     backend: str = ""  # mlx or torch, for /metrics
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise UserError(f"--allow-origin {origin}: expected scheme and host, such as https://chat.example.com")

@@ -1,0 +1,115 @@
+"""The tools of a template: learned once, then given to each request."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxgpt.common.errors import UserError
+from mlxgpt.common.serve.tools.grammar import Grammar
+from mlxgpt.common.serve.tools.learn import learn
+from mlxgpt.common.serve.tools.reasoning import Reasoning
+from mlxgpt.common.serve.tools.shape import Shape
+from mlxgpt.common.sft.template import Template
+
+_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a template writes tool calls."""
+
+    template: Template
+    shape: Shape
+    ends: tuple[int, ...]  # the tokens that may end an answer of calls, beside those that end any answer
+    short_ids: bool  # the template takes ids of nine letters and digits only
+
+    @classmethod
+    def learn(cls, template: Template) -> "ToolFormat":
+        """What the template writes.
+
+        Raises:
+            UserError: it writes no tools, or calls in a form that is not known.
+        """
+        shape, ends, short = learn(template)
+        return cls(template, shape, ends, short)
+
+    def grammar(
+        self,
+        tools: Sequence[dict[str, Any]],
+        named: str | None = None,
+        parallel: bool = True,
+        opened: Reasoning | None = None,
+    ) -> str:
+        """The grammar, in llguidance's Lark, of an answer that calls tools: any, or the ``named`` one once.
+
+        ``opened``: the reasoning that the prompt ends in; it comes to its end first.
+        """
+        chosen = [tool for tool in tools if named in (None, tool["function"]["name"])]
+        return Grammar(self.shape, self.template).calls(chosen, parallel and named is None, opened)
+
+    def id_of(self, seed: int, prompt: Sequence[int], copy: int = 0) -> Callable[[int, str], str]:
+        """What gives a call its id, by its index and the id that the model wrote: the same for the same request."""
+        taken: set[str] = set()
+
+        def made(index: int, written: str) -> str:
+            if (
+                self.short_ids
+                and len(written) == 9
+                and written.isascii()
+                and written.isalnum()
+                and written not in taken
+            ):
+                taken.add(written)
+                return written
+            address = f"{seed} {copy} {index} {' '.join(map(str, prompt))}"
+            return self._id(address)
+
+        return made
+
+    def _id(self, address: str) -> str:
+        number = int.from_bytes(hashlib.sha256(address.encode()).digest())
+        size = 9 if self.short_ids else 24
+        letters = "".join(_LETTERS[number // 62**n % 62] for n in range(size))
+        return letters if self.short_ids else f"call_{letters}"
+
+    def fitted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose ids of calls the template takes: others are replaced, the same by the same."""
+        if not self.short_ids:
+            return list(messages)
+        return [self._renamed(message) for message in messages]
+
+    def _short(self, given: Any) -> str:
+        fits = isinstance(given, str) and len(given) == 9 and given.isascii() and given.isalnum()
+        return given if fits else self._id(str(given))
+
+    def _renamed(self, message: dict[str, Any]) -> dict[str, Any]:
+        if "tool_call_id" in message:
+            message = message | {"tool_call_id": self._short(message["tool_call_id"])}
+        if calls := message.get("tool_calls"):
+            message = message | {"tool_calls": [call | {"id": self._short(call.get("id"))} for call in calls]}
+        return message
+
+
+def check_results(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses results of tools that no call precedes, as OpenAI does.
+
+    Raises:
+        UserError: names the message.
+    """
+    open_ids: set[str] = set()
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            if not open_ids:
+                raise UserError(f"{where} has role tool: expected it behind an assistant's message with tool_calls")
+            if given is not None and given not in open_ids:
+                raise UserError(
+                    f"{where}.tool_call_id is {given!r}: expected the id of a call before it: "
+                    f"{', '.join(map(repr, sorted(open_ids)))}"
+                )
+        elif message.get("role") == "assistant":
+            open_ids = {str(call.get("id")) for call in message.get("tool_calls") or ()}
+        else:
+            open_ids = set()
