@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -25,11 +26,12 @@ def site() -> Any:
 
 
 @pytest.mark.parametrize("examples", (3, pytest.param(60, marks=pytest.mark.slow)))
-def test_schemathesis_finds_nothing(site: Site, examples: int) -> None:
+def test_schemathesis_finds_nothing(site: Site, tmp_path: Path, examples: int) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{site.port}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {KEY}", "--phases", "fuzzing", "--max-examples", str(examples)]
     command += ["--exclude-checks", LEFT_OUT, "--suppress-health-check", "all", "--generation-database", "none"]
-    run = subprocess.run([*command, "--seed", "1", "--no-color"], capture_output=True, text=True, check=False)
+    command += ["--seed", "1", "--no-color"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "9 passed" in run.stdout
     assert site.log.statuses[500] == 0 and site.log.statuses[200] > 9 and site.log.statuses[400] > 3
