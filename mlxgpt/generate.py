@@ -131,8 +131,10 @@ def decode(
     n_vocab: int,
     cache: list[Cache] | None = None,
     bias: np.ndarray | None = None,
-) -> Iterator[list[int]]:
-    """Yields the next token of every row, step by step, as far as max_tokens and the context go.
+    top: int | None = None,
+) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Yields the next token of every row, step by step, as far as max_tokens and the context go; with ``top`` also what
+    ``logprobs`` says of them and of so many others.
 
     Prompts of unequal length are padded on the left; a row that ran out of context draws tokens that mean nothing.
     ``cache`` has room for the context and holds the first tokens of the only row, which are not read again.
@@ -182,7 +184,7 @@ def decode(
             layer.offset = 0
         return read(mx.concatenate([tokens, *fed], axis=1), 0)
 
-    def draw(logits: Array) -> Array:
+    def draw(logits: Array) -> tuple[Array, ...]:
         nonlocal seen, counts
         more = None if biases is None else biases[None, :]
         if counts is not None:
@@ -192,16 +194,16 @@ def decode(
             now = mx.arange(n_vocab)[None, :] == drawn[:, None]
             seen = None if seen is None else seen | now
             counts = None if counts is None else counts + now
-        return drawn
+        return (drawn, *(() if top is None else logprobs(logits, drawn, top)))
 
-    token = draw(read(tokens, held))
-    mx.async_eval(token)
+    drawn = draw(read(tokens, held))
+    mx.async_eval(*drawn)
     for step in range(1, steps + 1):
         # the next step is queued before this step's token is read, so the device never waits for the host
-        following = draw(go_on(token, step)) if step < steps else token
-        mx.async_eval(following)
-        yield np.array(token).tolist()
-        token = following
+        following = draw(go_on(drawn[0], step)) if step < steps else drawn
+        mx.async_eval(*following)
+        yield np.array(drawn[0]).tolist(), [np.array(each) for each in drawn[1:]]
+        drawn = following
 
 
 def generate(
@@ -213,10 +215,12 @@ def generate(
     on_text: OnText | None = None,
     ends: Collection[int] = (),
     bias: Mapping[int, float] = MappingProxyType({}),
+    top: int | None = None,
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
-    ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids.
+    ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids;
+    with ``top`` the log-probability of each token is told, and so many of the likeliest.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary; a bias of such
@@ -230,8 +234,8 @@ def generate(
     model.eval()
     try:
         if rows and sample.max_tokens:
-            for tokens in decode(model, rows, sample, n_vocab, bias=biases):
-                if generation.advance(model.config, rows, tokens, sample, on_text):
+            for tokens, names in decode(model, rows, sample, n_vocab, bias=biases, top=top):
+                if generation.advance(model.config, rows, tokens, sample, on_text, names):
                     break
     finally:
         model.train(training)

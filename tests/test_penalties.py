@@ -150,6 +150,28 @@ def test_penalties_are_of_drawn_tokens_and_not_of_the_prompt(backend: str) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probabilities_of_drawn_tokens_are_those_of_the_whole_text(backend: str) -> None:
+    """Of the raw logits, whatever the settings; in a batch as alone, of the tokens that are in the text."""
+    model, generate = make_model(backend, make_config("llama")), GENERATE[backend].generate
+    prompts = [some_tokens(7), some_tokens(3, 1)]
+    sample = SampleConfig(max_tokens=8, temperature=1.5, top_k=5, presence_penalty=1.0)
+    plain = generate(model, None, prompts, sample, bias={3: 2.0})
+    ends = {plain[0].tokens[4]}
+    batch = generate(model, None, prompts, sample, bias={3: 2.0}, top=4, ends=ends)
+    assert batch[0].tokens == plain[0].tokens[: plain[0].tokens.index(*ends)] and not plain[0].logprobs
+    for prompt, result in zip(prompts, batch, strict=True):
+        exact = logits_of(backend, model, [prompt + result.tokens])[0, len(prompt) - 1 : -1].astype(np.float64)
+        exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+        assert [each.token for each in result.logprobs] == result.tokens
+        found = np.array([each.logprob for each in result.logprobs])
+        agree("drawn", found, exact[np.arange(len(found)), result.tokens], 1e-5)
+        order = np.argsort(-exact, axis=-1)[:, :4]
+        assert [[token for token, _ in each.top] for each in result.logprobs] == order.tolist()
+        values = np.array([[value for _, value in each.top] for each in result.logprobs])
+        agree("likeliest", values, np.take_along_axis(exact, order, axis=-1), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_forbids_and_forces(backend: str) -> None:
     model, generate = make_model(backend, make_config("llama")), GENERATE[backend].generate
     sample = SampleConfig(max_tokens=10, temperature=2.0)

@@ -142,6 +142,22 @@ def test_biases_and_penalties_are_flags(bare: Path, capsys: pytest.CaptureFixtur
         assert biased["token_ids"] == [7, 7, 9, 7, 9, 7]
 
 
+def test_log_probabilities_stand_beside_the_ids(bare: Path, capsys: pytest.CaptureFixture) -> None:
+    found = [
+        results(capsys, "-m", str(bare), "--prompt-ids", "1,2,3", "--backend", backend, "--logprobs", "2")
+        for backend in ("mlx", "torch")
+    ]
+    assert found[0]["token_ids"] == found[1]["token_ids"]
+    for one, other in zip(*(each["logprobs"] for each in found), strict=True):
+        assert one.keys() == {"token", "logprob", "top"} and one["token"] == other["token"] == one["top"][0][0]
+        assert one["logprob"] == one["top"][0][1] == pytest.approx(other["logprob"], abs=1e-5)
+        assert [pair[0] for pair in one["top"]] == [pair[0] for pair in other["top"]]
+    alone = results(capsys, "-m", str(bare), "--prompt-ids", "1,2,3", "--logprobs", "0")["logprobs"]
+    assert [each["top"] for each in alone] == [[]] * 6
+    code, out, err = ran(capsys, "-m", str(bare), "--prompt-ids", "1,2,3", "--logprobs", "2")
+    assert (code, out, err) == (2, "", "mlxgpt: error: --logprobs 2: is for --json\n")
+
+
 def test_a_folder_without_tokenizer_ends_where_it_says(
     bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

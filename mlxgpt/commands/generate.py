@@ -35,15 +35,18 @@ def summary(results: list[Result], seconds: float, first: float, block_size: int
     return f"{rate}; ended: {ended}"
 
 
-def as_json(result: Result, tokenizer: Tokenizer | None) -> dict[str, object]:
+def as_json(result: Result, tokenizer: Tokenizer | None, logprobs: bool) -> dict[str, object]:
     """The pinned keys text (null without a tokenizer), tokens and prompt_tokens (counts), and further ones."""
-    return {
+    made: dict[str, object] = {
         "text": result.text if tokenizer else None,
         "tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,
         "token_ids": result.tokens,
         "finish_reason": result.finish_reason,
     }
+    if logprobs:
+        made["logprobs"] = [each._asdict() for each in result.logprobs]
+    return made
 
 
 def _prompts(
@@ -86,6 +89,8 @@ def generate_command(args: argparse.Namespace) -> int:
     sample = SampleConfig(**{name: getattr(args, name) for name in fields})
     texts = [*args.prompt, *(prompts.read_text(name, "--prompt-file") for name in args.prompt_file)]
     ids = [prompts.ids_of(text, "--prompt-ids") for text in args.prompt_ids]
+    if args.logprobs is not None and not args.json:
+        raise UserError(f"--logprobs {args.logprobs}: is for --json")
     bias = prompts.bias_of(args.logit_bias, "--logit-bias")
     if not texts and not ids:
         raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")
@@ -104,10 +109,10 @@ def generate_command(args: argparse.Namespace) -> int:
         if len(asked) == 1 and not args.json:
             print(text, end="", flush=True)
 
-    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends, bias)
+    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends, bias, args.logprobs)
     seconds = time.perf_counter() - start
     if args.json:
-        made = [as_json(result, tokenizer) for result in results]
+        made = [as_json(result, tokenizer, args.logprobs is not None) for result in results]
         print(json.dumps(made[0] if len(made) == 1 else {"results": made}))
         return 0
     shown = [result.text if tokenizer else ",".join(map(str, result.tokens)) for result in results]

@@ -22,8 +22,8 @@ class Chosen(NamedTuple):
     """What a row drew: a token, -1 where the logits were not finite, and what was asked about it."""
 
     token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    logprob: float | None = None  # natural, under the raw logits
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs, likeliest first
 
 
 def settings(sample: SampleConfig) -> SampleConfig:

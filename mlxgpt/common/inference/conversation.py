@@ -107,7 +107,7 @@ class Conversation:
         config, drawn = self._model.config, list(row.prompt)
         steps = self._backend.generate.decode(self._model, [row], sample, self._n_vocab, self._cache)
         try:
-            for tokens in steps:
+            for tokens, _ in steps:
                 drawn += tokens
                 if generation.advance(config, [row], tokens, sample, lambda _, piece: on_text(piece)) or stopped():
                     break

@@ -4,12 +4,13 @@ No framework here; mlxgpt/generate.py and torch_ref/generate.py draw the tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mlxgpt.common.config import ModelConfig, SampleConfig
 from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.inference.choosing import Chosen
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer
 
@@ -27,6 +28,7 @@ class Result:
     tokens: list[int]  # drawn, the end-of-text token left out
     prompt_tokens: int
     finish_reason: str  # eos: a token that ends texts; stop: a stop string; length: max_tokens; context: block_size
+    logprobs: list[Chosen] = field(default_factory=list)  # of each token, if asked for
 
 
 class Row:
@@ -35,6 +37,7 @@ class Row:
     def __init__(self, index: int, prompt: list[int], copy: int, tokenizer: Tokenizer | None, stop: Sequence[str]):
         self.index, self.prompt, self.copy, self.stop = index, prompt, copy, stop
         self.tokens: list[int] = []
+        self.logprobs: list[Chosen] = []
         self.text, self.reason = "", ""
         self._held = ""  # may be the beginning of a stop string
         self.ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()  # tokens that end the text
@@ -96,7 +99,7 @@ class Row:
 
     def result(self) -> Result:
         """What came of it."""
-        return Result(self.text, self.tokens, len(self.prompt), self.reason or "length")
+        return Result(self.text, self.tokens, len(self.prompt), self.reason or "length", self.logprobs)
 
 
 def start_rows(
@@ -168,12 +171,21 @@ def switches(config: ModelConfig, rows: list[Row], step: int) -> bool:
 
 
 def advance(
-    config: ModelConfig, rows: list[Row], tokens: list[int], sample: SampleConfig, on_text: OnText | None
+    config: ModelConfig,
+    rows: list[Row],
+    tokens: list[int],
+    sample: SampleConfig,
+    on_text: OnText | None,
+    names: Sequence[np.ndarray] = (),
 ) -> bool:
-    """Gives each row that is not done its next token; True when all are done."""
-    for row, token in zip(rows, tokens, strict=True):
+    """Gives each row that is not done its next token; True when all are done. ``names``: what ``logprobs`` said."""
+    for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         if not row.reason:
+            before = len(row.tokens)
             piece = row.add(token, sample.max_tokens, room(config, row))
+            if names and len(row.tokens) > before:
+                logprob, *top = (each[index].tolist() for each in names)
+                row.logprobs.append(Chosen(token, logprob, tuple(zip(*top, strict=True))))
             if piece and on_text:
                 on_text(row.index, piece)
     return all(row.reason for row in rows)

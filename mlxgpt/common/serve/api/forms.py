@@ -3,13 +3,16 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mlxgpt.common.serve.api.asked import Prompt
 from mlxgpt.common.serve.api.run import Choice, Run, Step
 from mlxgpt.common.serve.api.tokens import Placed, chat_logprobs, placed_prompt, text_logprobs
-from mlxgpt.common.serve.work import Served
+from mlxgpt.common.serve.tools.shape import Call
+from mlxgpt.common.serve.tools.split import Delta, Splitter
+from mlxgpt.common.serve.work import Served, Work
 
 text_of = json.encoder.encode_basestring_ascii  # lines of a stream end at \n alone, whatever a client takes for an end
 
@@ -61,36 +64,51 @@ class _Heads:
 
 
 class ChatForm:
-    """chat.completion, and chat.completion.chunk."""
+    """chat.completion, and chat.completion.chunk.
 
-    def __init__(self, served: Served, count: int, usage: bool) -> None:
-        self._served, self._heads = (
-            served,
-            _Heads(served, "chatcmpl", "chat.completion", "chat.completion.chunk", usage),
-        )
-        self._begun = [False] * count
-        self._texts: list[list[str]] = [[] for _ in range(count)]
-        self._placed: list[list[Placed]] = [[] for _ in range(count)]
+    ``splitter`` makes what takes reasoning and tool calls out of the text of a work's choice; None: all is content.
+    """
+
+    def __init__(self, served: Served, splitter: Callable[[Work, int], Splitter] | None, usage: bool) -> None:
+        self._served, self._make = served, splitter
+        self._heads = _Heads(served, "chatcmpl", "chat.completion", "chat.completion.chunk", usage)
+        self._splitters: dict[int, Splitter] = {}
+        self._begun: set[int] = set()
+        self._said: dict[int, list[Delta]] = defaultdict(list)
+        self._placed: dict[int, list[Placed]] = defaultdict(list)
+
+    def _split(self, step: Step) -> list[Delta]:
+        """The text in its parts."""
+        if self._make is None:
+            return [Delta(step.text)] if step.text else []
+        if (found := self._splitters.get(step.choice.index)) is None:
+            found = self._splitters[step.choice.index] = self._make(step.choice.work, step.choice.index)
+        made = found.feed(step.text) if step.text else []
+        return [*made, *found.end(step.cut)] if step.reason else made
+
+    def _reason(self, choice: Choice) -> str:
+        """Why the answer ended: calls, unless it was cut."""
+        found = self._splitters.get(choice.index)
+        return "tool_calls" if found and found.calls and choice.reason == "stop" else choice.reason
 
     def _chunk(self, index: int, delta: str, logprobs: str = "null", reason: str = "null") -> str:
         choice = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{reason}}}'
         return f"{self._heads.head}{choice}{self._heads.tail}"
 
     def chunks(self, step: Step) -> str:
-        """The role before the first text, the text, and the reason in a chunk of its own."""
+        """The role before the first text, the text in its parts, and the reason in a chunk of its own."""
         index, made = step.choice.index, ""
         if step.scores is not None:
             return ""
-        if not self._begun[index]:
-            self._begun[index] = True
+        if index not in self._begun:
+            self._begun.add(index)
             made = self._chunk(index, '{"role":"assistant","content":"","refusal":null}')
-        if step.text or step.placed:
+        logprobs = dumps(self._logprobs(step.placed)) if step.placed else "null"
+        for delta in self._split(step) or [Delta()] * bool(step.placed):
+            made += self._chunk(index, _delta(delta), logprobs)
             logprobs = "null"
-            if step.choice.work.logprobs is not None:
-                logprobs = dumps(self._logprobs(step.placed))
-            made += self._chunk(index, f'{{"content":{text_of(step.text)}}}', logprobs)
         if step.reason:
-            made += self._chunk(index, "{}", reason=f'"{step.reason}"')
+            made += self._chunk(index, "{}", reason=f'"{self._reason(step.choice)}"')
         return made
 
     def _logprobs(self, placed: Sequence[Placed]) -> dict[str, Any]:
@@ -102,21 +120,42 @@ class ChatForm:
 
     def add(self, step: Step) -> None:
         """Keeps text and tokens."""
-        self._texts[step.choice.index].append(step.text)
-        self._placed[step.choice.index] += step.placed
+        if step.scores is None:
+            self._said[step.choice.index] += self._split(step)
+            self._placed[step.choice.index] += step.placed
 
     def whole(self, run: Run) -> dict[str, Any]:
         """The chat.completion."""
-        return self._heads.whole([self._message(choice) for choice in run.choices], run)
+        return self._heads.whole([self._answer(choice) for choice in run.choices], run)
 
-    def _message(self, choice: Choice) -> dict[str, Any]:
-        content = "".join(self._texts[choice.index])
+    def _answer(self, choice: Choice) -> dict[str, Any]:
+        said = self._said[choice.index]
+        content, reasoning = ("".join(getattr(one, name) for one in said) for name in ("content", "reasoning"))
+        calls = [_called(one.call) for one in said if one.call]
+        message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": content, "refusal": None},
+            "message": message,
             "logprobs": None if choice.work.logprobs is None else self._logprobs(self._placed[choice.index]),
-            "finish_reason": choice.reason,
+            "finish_reason": self._reason(choice),
         }
+
+
+def _called(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _delta(delta: Delta) -> str:
+    """A part of an answer as the delta of a chunk."""
+    if delta.call:
+        return dumps({"tool_calls": [{"index": delta.index, **_called(delta.call)}]})
+    if delta.reasoning:
+        return f'{{"reasoning_content":{text_of(delta.reasoning)}}}'
+    return f'{{"content":{text_of(delta.content)}}}'
 
 
 class TextForm:

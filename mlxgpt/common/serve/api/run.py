@@ -19,6 +19,7 @@ class Step(NamedTuple):
     text: str
     placed: Sequence[Placed] = ()  # if log-probabilities were asked for
     reason: str = ""  # stop or length
+    cut: bool = False  # it did not end by itself
     end: Drawn | None = None  # the token that ended the text
     scores: Sequence[Drawn] | None = None  # the prompt was read; its tokens, if they were to be scored
 
@@ -38,12 +39,13 @@ class Choice:
         self.size += len(piece.text)
         self.drawn += len(piece.drawn)
         self.reason = REASONS.get(piece.reason, "")
+        cut = bool(piece.reason) and piece.reason != "eos"
         if self._placing is None:
-            return Step(self, piece.text, (), self.reason)
+            return Step(self, piece.text, (), self.reason, cut)
         for drawn in piece.drawn:
             self._placing.add(drawn)
         whole = bool(piece.reason) and piece.reason != "stop"  # a stop string cuts tokens away
-        return Step(self, piece.text, self._placing.take(self.size, whole), self.reason, piece.end)
+        return Step(self, piece.text, self._placing.take(self.size, whole), self.reason, cut, piece.end)
 
 
 class Run:

@@ -16,7 +16,8 @@ from mlxgpt.common.serve.api import asked
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.api.forms import ChatForm, Form, TextForm, dumps
 from mlxgpt.common.serve.api.gather import Bridge, Disconnected
-from mlxgpt.common.serve.api.messages import as_read, without_nulls
+from mlxgpt.common.serve.api.manner import Skills, manner
+from mlxgpt.common.serve.api.messages import without_nulls
 from mlxgpt.common.serve.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -26,14 +27,14 @@ from mlxgpt.common.serve.api.requests import (
     parse,
 )  # fmt: skip
 from mlxgpt.common.serve.api.run import Run
-from mlxgpt.common.serve.work import Served, Worker
+from mlxgpt.common.serve.work import Constraint, Served, Work, Worker
 
 LOG = logging.getLogger("mlxgpt.serve")
 KEEP_ALIVE = b": keep-alive\n\n"
 CHOICES = 128  # of a request, over all its prompts
+_COSTLY = ("tools", "response_format")  # have grammars, which are compiled
 _LARGE = 1 << 14  # characters: what is longer is made into tokens beside the event loop
 _NAMES = 1000  # unknown fields that are remembered as logged
-_NOT_VALUES = ("generation", "typed", "marks")  # keywords of Template.encode
 
 T = TypeVar("T")
 
@@ -67,6 +68,7 @@ class Service:
         self._max_prompts, self._keep_alive = max_prompts, keep_alive
         self._bridge, self._aside = Bridge(), ThreadPoolExecutor(1, "mlxgpt-tokens")
         self._logged: set[str] = set()
+        self._known: dict[str, Skills] = {}
         self._created = int(time.time())
 
     async def chat(self, given: dict[str, Any], disconnected: Disconnected | None = None) -> Answer:
@@ -78,11 +80,11 @@ class Service:
         """
         request, unknown = parse(ChatRequest, given)
         served = asked.find(self.worker, request.model)
-        tools = [] if request.tool_choice == "none" else without_nulls(given.get("tools") or [])
-        ids = await self._beside(given, lambda: _rendered(request, served, tools))
-        asked.check_prompt(served, ids, "messages")
-        form = ChatForm(served, request.n or 1, _usage(request))
-        return await self._answer(request, served, [asked.Prompt(ids)], form, unknown, disconnected)
+        found = await self._beside(given, lambda: manner(request, given, self._skills(served)))
+        asked.check_prompt(served, found.ids, "messages")
+        form = ChatForm(served, found.splitter, _usage(request))
+        prompts = [asked.Prompt(found.ids)]
+        return await self._answer(request, found.served, prompts, form, unknown, disconnected, found.constrain)
 
     async def completions(self, given: dict[str, Any], disconnected: Disconnected | None = None) -> Answer:
         """POST /v1/completions; raises what ``chat`` raises."""
@@ -103,7 +105,7 @@ class Service:
         """POST /tokenize."""
         request, unknown = parse(TokenizeRequest, given)
         served = asked.find(self.worker, request.model)
-        ids = await self._beside(given, lambda: _tokenized(request, given, served))
+        ids = await self._beside(given, lambda: _tokenized(request, given, self._skills(served)))
         made: dict[str, Any] = {"model": served.name, "count": len(ids), "max_model_len": served.context, "tokens": ids}
         if request.return_token_strs:
             made["token_strs"] = [served.tokenizer.token_of(i) if served.tokenizer else None for i in ids]
@@ -122,6 +124,9 @@ class Service:
             dumps({"model": served.name, "text": text, "prompt": text, "content": text}).encode(),
             self._ignored(unknown),
         )
+
+    def _skills(self, served: Served) -> Skills:
+        return self._known.setdefault(served.name, Skills(served))
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -155,7 +160,7 @@ class Service:
         """
         param = next((name for name in ("messages", "tokens", "text", "content") if name in given), "prompt")
         try:
-            if len(str(given.get(param))) < _LARGE:
+            if len(str(given.get(param))) < _LARGE and not any(given.get(name) for name in _COSTLY):
                 return make()
             return await asyncio.get_running_loop().run_in_executor(self._aside, make)
         except UserError as error:
@@ -169,9 +174,14 @@ class Service:
         form: Form,
         unknown: list[str],
         disconnected: Disconnected | None,
+        constrain: Callable[[], Constraint] | None = None,
     ) -> Answer:
         seed = asked.seed_of(request.seed)
-        run = Run(self.worker, self._bridge, lambda listener: asked.works(request, served, prompts, seed, listener))
+
+        def works(listener: Callable[[int], Any]) -> list[Work]:
+            return asked.works(request, served, prompts, seed, listener, constrain)
+
+        run = Run(self.worker, self._bridge, works)
         headers = {"X-Seed": str(seed), **self._ignored(unknown)}
         if request.stream:
             return Answer(self._events(run, form, _usage(request)), headers, run.cancel, lambda: run.tokens)
@@ -219,36 +229,6 @@ def _usage(request: Sampling) -> bool:
     return bool(request.stream_options and request.stream_options.include_usage)
 
 
-def _rendered(request: ChatRequest | TokenizeRequest, served: Served, tools: list[dict[str, Any]]) -> list[int]:
-    """The tokens of messages, up to where the answer begins.
-
-    Raises:
-        ApiError: 400, of the fields.
-        UserError: the template refuses the messages, or a character has no token.
-    """
-    template = served.template
-    if template is None:
-        raise ApiError(
-            400, f"model {served.name!r} has no chat template: expected /v1/completions", "messages", "invalid_value"
-        )
-    values = dict(request.chat_template_kwargs or {})
-    if effort := getattr(request, "reasoning_effort", None):
-        _check_values(served, {"reasoning_effort": effort}, "reasoning_effort")
-        values["reasoning_effort"] = effort
-    _check_values(served, values, "chat_template_kwargs")
-    return template.encode(as_read(request.messages or []), tools, generation=True, typed=True, **values)
-
-
-def _check_values(served: Served, values: dict[str, Any], param: str) -> None:
-    assert served.template is not None
-    try:
-        served.template.check_kwargs(values, param)
-        if wrong := next((name for name in values if name in _NOT_VALUES), None):
-            raise UserError(f"{param}: {wrong}: it cannot be given")
-    except UserError as error:
-        raise ApiError(400, str(error), param, "unsupported_parameter") from None
-
-
 def _prompts(request: CompletionRequest, served: Served, echo: bool) -> list[asked.Prompt]:
     """The prompts in tokens, each of a length that the model reads."""
     made = []
@@ -259,10 +239,10 @@ def _prompts(request: CompletionRequest, served: Served, echo: bool) -> list[ask
     return made
 
 
-def _tokenized(request: TokenizeRequest, given: dict[str, Any], served: Served) -> list[int]:
+def _tokenized(request: TokenizeRequest, given: dict[str, Any], skills: Skills) -> list[int]:
     """The tokens of a text or of messages."""
     if request.messages is not None:
-        return _rendered(request, served, without_nulls(given.get("tools") or []))
+        return skills.render(request, without_nulls(given.get("tools") or []))
     text = next(one for one in (request.text, request.prompt, request.content) if one is not None)
-    prompt = asked.text_prompt(served, text)
+    prompt = asked.text_prompt(skills.served, text)
     return prompt.ids[prompt.added :] if request.add_special_tokens is False else prompt.ids
