@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.messages import REASONING, read_calls
@@ -39,9 +39,6 @@ Content = Annotated[
 ]
 
 
-_GIVEN: dict[str, Any] = {"content": {"type": ["string", "array"]}}
-
-
 class CalledFunction(Body):
     """The function of a tool call."""
 
@@ -59,27 +56,6 @@ class Call(Body):
 
 class Message(Body):
     """One message of the conversation."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"properties": {"role": {"const": "assistant"}, **_GIVEN}, "required": ["content"]},
-                {
-                    "properties": {
-                        "role": {"enum": ["system", "developer", "user", "tool"]},
-                        "tool_calls": {"type": "null"},
-                        "reasoning_content": {"type": "null"},
-                        **_GIVEN,
-                    },
-                    "required": ["content"],
-                },
-                {
-                    "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
-                    "required": ["tool_calls"],
-                },
-            ]
-        }
-    )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="null only beside an assistant's tool_calls")

@@ -36,8 +36,8 @@ _HEADERS = {
 }
 
 
-def openapi(models: Sequence[str], n_vocab: int | None = None) -> dict[str, Any]:
-    """The document; ``models``: names that requests may give; ``n_vocab``: ids that all of them have."""
+def openapi(models: Sequence[str]) -> dict[str, Any]:
+    """The document; ``models``: names that requests may give."""
     every = [(one, "validation") for one in (*_REQUESTS, *ANSWERS.values())]
     _, made = models_json_schema(every, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = made["$defs"]
@@ -48,9 +48,6 @@ def openapi(models: Sequence[str], n_vocab: int | None = None) -> dict[str, Any]
             fields.setdefault(name, {"enum": [None, *nothing], "description": f"not honored: {why}"})
         for name in HARMLESS if one.__name__ in NOT_HERE else ():
             fields.setdefault(name, {"description": "read by nobody"})
-    if n_vocab:
-        for one, name in (("CompletionRequest", "prompt"), ("DetokenizeRequest", "tokens")):
-            _bound(schemas[one]["properties"][name], n_vocab)
     chat, text = ("ChatCompletion", "ChatCompletionChunk"), ("Completion", "CompletionChunk")
     named = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
     paths = {
@@ -77,15 +74,6 @@ def openapi(models: Sequence[str], n_vocab: int | None = None) -> dict[str, Any]
         },
         "security": [{"key": []}, {}],
     }
-
-
-def _bound(schema: Any, n_vocab: int) -> None:
-    """Lowers the largest id in a schema of ids."""
-    for value in schema.values() if isinstance(schema, dict) else schema:
-        if isinstance(value, dict) and value.get("type") == "integer":
-            value["maximum"] = n_vocab - 1
-        elif isinstance(value, (dict, list)):
-            _bound(value, n_vocab)
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -120,7 +108,7 @@ def _post(request: str, name: str, what: str, answer: str, chunk: str = "") -> d
         about = (
             f"events whose data are {chunk}, or Error as the last, then [DONE]; lines that begin with : are comments"
         )
-        content["text/event-stream"] = {"schema": {"description": about}}
+        content["text/event-stream"] = {"schema": {**_TEXT, "description": about}}
         given["headers"] = {key: {"description": why, "schema": _TEXT} for key, why in _HEADERS.items()}
         errors.append(429)
     return {

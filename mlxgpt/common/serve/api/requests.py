@@ -7,7 +7,7 @@ answer and is not honored here is refused (known.py).
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.api.known import check_known
@@ -49,18 +49,6 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """What an answer must be."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
-                {
-                    "properties": {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
-                    "required": ["json_schema"],
-                },
-            ]
-        }
-    )
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -96,23 +84,6 @@ ToolChoice = Annotated[
 ]
 
 
-_NONE: dict[str, Any] = {"type": "null"}
-_READ = ("text", "prompt", "content", "messages")
-
-
-def _with(name: str, without: dict[str, Any] = _NONE, **other: dict[str, Any]) -> dict[str, Any]:
-    """The schema of an object that has ``name`` (or more than ``without``) only beside another field as it is here."""
-    required = [key for key, value in other.items() if value != _NONE]
-    return {"anyOf": [{"properties": {name: without}}, {"properties": other, "required": required}]}
-
-
-def _only(name: str) -> dict[str, Any]:
-    """The schema of an object that has one of what can be read."""
-    kind = {"type": "array" if name == "messages" else "string"}
-    behind = {} if name == "messages" else {"tools": _NONE, "chat_template_kwargs": _NONE}
-    return {"properties": {**dict.fromkeys(_READ, _NONE), **behind, name: kind}, "required": [name]}
-
-
 class Sampling(Body):
     """What chat and completions have in common."""
 
@@ -145,17 +116,6 @@ class Sampling(Body):
 
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [
-                _with("stream_options", stream={"const": True}),
-                _with("top_logprobs", logprobs={"const": True}),
-                _with("max_tokens", max_completion_tokens={"type": "null"}),
-                _with("tool_choice", {"enum": ["none", "auto", None]}, tools={"type": "array", "minItems": 1}),
-            ]
-        }
-    )
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(None, description=f"of the answer; {_REST}")
@@ -201,8 +161,6 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    model_config = ConfigDict(json_schema_extra=_with("stream_options", stream={"const": True}))
-
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0), Whole] | None = Field(
         None, description=f"of a choice; {_REST}; 0: nothing is drawn"
@@ -211,13 +169,13 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=TOP), Whole] | None = Field(
         None, description="the likeliest tokens to name at each place"
     )
-    best_of: Annotated[int, WithJsonSchema({"const": 1})] | None = Field(
-        None, description="1, or as n: nothing is drawn to be thrown away"
+    best_of: Annotated[int, Field(ge=1, le=CHOICES), Whole] | None = Field(
+        None, description="only as n: nothing is drawn to be thrown away"
     )
 
     @model_validator(mode="after")
     def _whole(self) -> "CompletionRequest":
-        if self.best_of not in (None, 1, self.n):
+        if self.best_of is not None and self.best_of != (self.n or 1):
             raise wrong(
                 f"n, which is {self.n or 1}; found {self.best_of}: nothing is drawn to be thrown away", "best_of"
             )
@@ -237,8 +195,6 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Body):
     """POST /tokenize."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [_only(name) for name in _READ]})
-
     model: str | None = None
     text: str | None = Field(None, description="read as /v1/completions reads a prompt")
     prompt: str | None = Field(None, description="the same, as vLLM calls it")
@@ -251,7 +207,7 @@ class TokenizeRequest(Body):
 
     @model_validator(mode="after")
     def _whole(self) -> "TokenizeRequest":
-        given = [name for name in _READ if getattr(self, name) is not None]
+        given = [name for name in ("text", "prompt", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
             raise wrong(f"text or messages, one of them; found {' and '.join(given) or 'neither'}")
         if self.messages is None and (self.tools or self.chat_template_kwargs):

@@ -18,7 +18,6 @@ from mlxgpt.common.serve.api.forms import ChatForm, Form, TextForm, dumps
 from mlxgpt.common.serve.api.gather import Bridge, Disconnected
 from mlxgpt.common.serve.api.manner import Skills, manner
 from mlxgpt.common.serve.api.messages import without_nulls
-from mlxgpt.common.serve.api.openapi import openapi
 from mlxgpt.common.serve.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -140,11 +139,6 @@ class Service:
             ApiError: 404.
         """
         return self._model(asked.find(self.worker, name))
-
-    def openapi(self) -> dict[str, Any]:
-        """GET /openapi.json."""
-        every = self.worker.served
-        return openapi(list(every), min(served.model.config.vocab_size for served in every.values()))
 
     def _model(self, served: Served) -> dict[str, Any]:
         base = next(iter(self.worker.served))

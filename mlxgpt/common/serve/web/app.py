@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mlxgpt.common.serve.api.errors import ApiError
+from mlxgpt.common.serve.api.openapi import openapi
 from mlxgpt.common.serve.api.service import Answer, Service
 from mlxgpt.common.serve.page.page import page
 from mlxgpt.common.serve.web import metrics
@@ -31,7 +32,7 @@ def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Star
     """The app; ``app.state.draining`` is set to True when the server is told to end."""
     log, service = log or Log(), Service(worker, keep_alive=settings.keep_alive_seconds)
     html, html_headers = page()
-    schema = functools.cache(lambda: JSONResponse(service.openapi()))
+    schema = functools.cache(lambda: JSONResponse(openapi(list(worker.served))))
 
     def check_alive() -> None:
         if worker.death is not None:
