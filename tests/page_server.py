@@ -1,4 +1,4 @@
-"""A server that says what a test tells it to, for the chat page: its requests are kept, its answers scripted."""
+"""For tests of the chat page: a server that says what a test tells it to, and a browser that shows its page."""
 
 import asyncio
 import contextlib
@@ -8,14 +8,30 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from book.pdf import browser as chromium
 from mlxgpt.common.serve.page.page import page
 
+browsed = pytest.mark.skipif(chromium() is None, reason="no Chromium here (Debian: apt install chromium)")
+MARKUP = """A *first* line with **strong** words and `code`, 5 < 6 &amp; 7.
+
+1. One
+2. Two
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```
+x = 1
+```
+See [here](https://example.com/a)."""
 MODELS = (("base", True), ("tuned", True), ("plain", False))
 
 
@@ -79,7 +95,7 @@ class Fake:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        data = [{"id": name, "object": "model", "chat": chat, "context": 512} for name, chat in MODELS]
+        data = [{"id": name, "object": "model", "chat": chat, "max_model_len": 512} for name, chat in MODELS]
         return self._refused(request) or JSONResponse({"object": "list", "data": data})
 
     async def answer(self, request: Request) -> Response:
@@ -98,7 +114,7 @@ class Fake:
         return StreamingResponse(self._stream(body, said), media_type="text/event-stream")
 
     async def _stream(self, body: dict[str, Any], said: str | list[bytes]) -> AsyncIterator[bytes]:
-        sent = said if isinstance(said, list) else [*map(event, chunks(body, said)), event("[DONE]")]
+        sent = said if isinstance(said, list) else [*(event(one) for one in chunks(body, said)), event("[DONE]")]
         done = False
         try:
             for piece in sent:
@@ -138,3 +154,65 @@ def running(app: Any) -> Iterator[str]:
     server.should_exit = True
     server.force_exit = True
     thread.join(10)
+
+
+class Tab:
+    """The page in a browser of its own, with what it asked for and complained about."""
+
+    def __init__(self, browser: Any, url: str, key: str = "", **options: Any) -> None:
+        self.asked: list[str] = []
+        self.said: list[str] = []
+        self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | options)
+        self.context.set_default_timeout(5000)
+        self.page = self.context.new_page()
+        self.url = url
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda line: self.said.append(line.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(url)
+        if key:
+            self.page.fill("#key", key)
+            self.page.press("#key", "Enter")
+        self.ready()
+
+    def ready(self) -> None:
+        """Waits until the models are known."""
+        self.page.wait_for_selector("#model option", state="attached")
+
+    def send(self, text: str) -> None:
+        """Writes it, presses Enter, and waits until all answers are there."""
+        self.page.fill("#say", text)
+        self.page.press("#say", "Enter")
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits until no answer grows."""
+        self.page.wait_for_selector("body:not(.busy)")
+
+    def texts(self, selector: str = ".text") -> list[str]:
+        """What is read in every such element."""
+        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
+
+    def click(self, name: str, place: int = -1) -> None:
+        """Clicks the button of this name, the last one if there are several."""
+        found = self.page.get_by_role("button", name=name, exact=True)
+        (found.nth(place) if place >= 0 else found.last).click()
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """A Chromium of this machine."""
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+
+
+@contextlib.contextmanager
+def opened(started: Any, url: str, key: str = "") -> Iterator[Tab]:
+    """The page, which at the end has asked nobody else for anything, and has complained about nothing."""
+    tab = Tab(started, url, key)
+    yield tab
+    foreign = [one for one in tab.asked if not one.startswith((url, "data:", f"blob:{url}"))]
+    tab.context.close()
+    assert not foreign
+    assert not [line for line in tab.said if "Failed to load resource" not in line]

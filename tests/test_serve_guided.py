@@ -267,6 +267,18 @@ def test_what_does_not_fit_is_stopped_where_it_leaves(schema: Any, text: str, le
     ({"$ref": "#"}, "#: no value fits"),
     ({"$defs": {"t": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"},
      "#: no value fits"),
+    ({"type": "object", "required": ["a"], "properties": {"a": False}}, "#: no value fits"),
+    ({"const": [2**53 + 1]}, "#/const: 9007199254740993: more digits than a double holds exactly"),
+    ({"minimum": 10**17}, "#/minimum: 100000000000000000: expected at most 1000000000000000"),
+    ({"prefixItems": [{"multipleOf": n} for n in (9973, 9967, 9949)]}, "too many large numbers in multipleOf"),
+    ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "#: several multipleOf that one value must fit at once"),
+    ({"allOf": [{"pattern": f"a.*{c}"} for c in "abcdefg"]}, "#: more than 6 patterns that one value must fit at once"),
+    ({"$ref": "#/$defs/d0", "$defs": {
+        **{f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "pattern": f"a{i}"} for i in range(9)}, "d9": True}},
+     "#: more than 6 patterns that one value must fit at once"),
+    ({"type": "string", "pattern": "^[a-z]+( [a-z]+)*$", "minLength": 5000, "maxLength": 9000}, "a pattern is too"),
+    ({"oneOf": [{"const": i} for i in range(201)]}, "#/oneOf: 201 schemas, expected at most 200"),
+    ({"prefixItems": [{"prefixItems": [{}] * 1500}] * 2}, "#: more than 3000 schemas in one"),
     ({"items": {"minimum": "3"}}, "#/items/minimum: expected a number, found a text"),
     ({"minLength": -1}, "#/minLength: expected a whole number, 0 or more, found -1"),
     ({"enum": []}, "#/enum: expected a list of values, found none"),
@@ -284,7 +296,7 @@ def test_what_does_not_fit_is_stopped_where_it_leaves(schema: Any, text: str, le
     ({"description": "x" * schemas.LONGEST}, "#: too large: expected at most 512 KiB of JSON"),
     ({"enum": list(range(schemas.MOST_VALUES + 1))}, "#/enum: more than 10000 values in all enums"),
     ({"properties": {f"k{i}": {} for i in range(401)}}, "#/properties: 401 that may be left out, expected at most 400"),
-    ({"allOf": [{"anyOf": [{"properties": {f"{i}_{j}": {}}} for i in range(10)]} for j in range(8)]}, "schema too large"),
+    ({"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for i in range(10)]} for j in range(8)]}, "schema too large"),
 ])  # fmt: skip
 def test_what_cannot_be_enforced_is_refused_by_place_and_name(schema: Any, said: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -307,6 +319,21 @@ def test_references_that_multiply_are_cheap() -> None:
     made: dict[str, Any] = {name: {"anyOf": [{"$ref": f"#/$defs/{other}"}] * 2} for name, other in pairs}
     made["end"] = {"const": 1}
     assert written("1", BYTES.schema({"$ref": "#/$defs/d0", "$defs": made})()) is None
+
+
+def test_long_chains_of_references_do_not_end_the_process() -> None:
+    """llguidance follows them by recursion; a stack of 8 MiB is too small for this one."""
+    made: dict[str, Any] = {
+        f"d{i}": {"properties": {"x": {"items": {"$ref": f"#/$defs/d{i + 1}"}}}} for i in range(980)
+    }
+    made["d980"] = {"type": "null"}
+    assert written("null", BYTES.schema({"anyOf": [{"type": "null"}, {"$ref": "#/$defs/d0"}], "$defs": made})()) is None
+
+
+def test_bounds_that_no_double_has_are_drawn_in() -> None:
+    constrain = BYTES.schema({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1})
+    assert written("-1000000000000000", constrain()) is None
+    assert written("1000000000000001", constrain()) == "1"
 
 
 def test_what_the_tokenizer_cannot_write_is_refused() -> None:
@@ -417,3 +444,39 @@ def test_a_vocabulary_is_read_once_for_all_that_share_a_tokenizer(monkeypatch: p
         Guide(served(tokenizer)).ready()
         Guide(served(tokenizer)).json_object()
     assert made == [1]
+
+
+ENGINE_SCHEMAS = ("nested", "enum", "patterns", "tree", "references")
+
+
+def drawn_by(backend: str, tokenizer: Tokenizer) -> list[tuple[list[int], str, str]]:
+    """Tokens, text and reason of an answer to each schema, drawn at temperature 2 in one batch."""
+    config = make_config("llama", vocab_size=tokenizer.n_vocab, block_size=128)
+    ends = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    with running(backend, lambda: served_model(backend, config, tokenizer=tokenizer, ends=ends), max_batch=8) as engine:
+        served = engine.served["tiny"]
+        guide, answers = Guide(served), []
+        for number, name in enumerate(ENGINE_SCHEMAS):
+            sample = SampleConfig(max_tokens=100, temperature=2.0, seed=number)
+            constrain = guide.schema(SCHEMAS[name])
+            answers.append(submit(engine, served, [5, 6, number], sample, constrain=constrain, copies=(0, 1)))
+        return [
+            (answer.wait().tokens[choice], answer.texts[choice], answer.reasons[choice] or answer.errors[choice])
+            for answer in answers
+            for choice in (0, 1)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "bytes"])
+def test_both_backends_draw_the_same_valid_answers(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    theirs = [drawn_by(backend, tokenizer) for backend in BACKENDS]
+    assert theirs[0] == theirs[-1]
+    complete = 0
+    for (tokens, text, reason), name in zip(theirs[0], [name for name in ENGINE_SCHEMAS for _ in (0, 1)], strict=True):
+        assert reason in ("stop", "eos", "length") and len(tokens) <= 100
+        assert text == b"".join(map(tokenizer.bytes_of, tokens)).decode("utf-8", "replace")
+        if reason != "length":
+            jsonschema.validate(json.loads(text), SCHEMAS[name])
+            complete += 1
+    assert complete >= 4

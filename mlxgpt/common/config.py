@@ -152,7 +152,7 @@ class SampleConfig:
 
     prompt: str = field("\n", "prompt of the samples")
     max_tokens: int = field(100, "maximum number of new tokens")
-    temperature: float = field(0.8, "divides the logits; 0 = greedy decoding")
+    temperature: float = field(0.8, "divides the logits; 0 (and below 1e-10) = greedy decoding")
     top_k: int = field(0, "keep the k most likely tokens; 0 = all")
     top_p: float = field(1.0, "keep the most likely tokens whose probabilities add up to this; 1 = all")
     min_p: float = field(0.0, "keep tokens with at least this share of the highest probability; 0 = all")
@@ -170,10 +170,11 @@ class SampleConfig:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             check("sample", abs(value) <= LARGEST, name, value, f"a number between {-LARGEST:g} and {LARGEST:g}")
-        for name, idle in (("temperature", 0), ("repetition_penalty", 1)):
+        for name, least in (("temperature", 0), ("repetition_penalty", 1 / LARGEST)):
             value = getattr(self, name)
-            fits = value == idle or 1 / LARGEST <= value <= LARGEST
-            check("sample", fits, name, value, f"{idle}, or a number between {1 / LARGEST:g} and {LARGEST:g}")
+            check("sample", least <= value <= LARGEST, name, value, f"a number between {least:g} and {LARGEST:g}")
+        if self.temperature < 1 / LARGEST:  # in float32 the noise is nothing beside such logits
+            object.__setattr__(self, "temperature", 0.0)
         for name in ("max_tokens", "top_k", "seed"):
             check("sample", getattr(self, name) < float("inf"), name, getattr(self, name), "a finite number")
 

@@ -94,8 +94,8 @@ def _ids(value: list[Any]) -> list[int]:
 
 
 _TEXT = {"type": "string", "minLength": 1, "maxLength": STOP_SIZE}
-_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-_IDS = {"type": "array", "items": _ID, "minItems": 1}
+ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_IDS = {"type": "array", "items": ID, "minItems": 1}
 _NULL = {"type": "null"}
 
 Whole = BeforeValidator(_whole)
@@ -138,5 +138,5 @@ Prompts = Annotated[
 Ids = Annotated[
     list[int],
     BeforeValidator(lambda value: _ids([_whole(one) for one in value] if isinstance(value, list) else [None])),
-    WithJsonSchema({"type": "array", "items": _ID}),
+    WithJsonSchema({"type": "array", "items": ID}),
 ]

@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance
@@ -25,6 +26,9 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator":
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _KEPT = 64  # compiled grammars of a vocabulary
 _LONGEST = 1 << 20  # bytes of a grammar
+# Bytes. llguidance follows references by recursion, at up to 10 KB a schema, and a stack that is too small ends the
+# process: only what is touched is taken.
+STACK = 128 << 20
 _SIGNS = '{}[]":,-0123456789 truefalsn'  # what any JSON may need
 
 
@@ -101,13 +105,9 @@ class Guide:
         Raises:
             UserError: no schema, not enforceable, or of what the tokenizer cannot write: where and what.
         """
-        made, shared = schemas.enforceable(schema), self._shared()
-        shared.expect(_SIGNS, "JSON")
-        for text in schemas.literals(made):
-            shared.expect(json.dumps(text, ensure_ascii=False), repr(text))
-        if isinstance(made, bool):
-            made = {} if made else {"enum": []}
-        return self._compiled(shared, "json", json.dumps({"x-guidance": _JSON, **made}), closing)
+        shared = self._shared()
+        before, rules = shared.reasoning(closing) if closing else ("", "")
+        return self._compiled(shared, f"start: {before}answer\n{rules}answer: {self.rule(schema)}")
 
     def json_object(self, closing: str = "") -> Callable[[], Constraint]:
         """Answers that are any JSON object.
@@ -117,13 +117,25 @@ class Guide:
         """
         return self.schema({"type": "object"}, closing)
 
+    def rule(self, schema: Any) -> str:
+        """JSON of a JSON Schema as the body of a rule, for a grammar: ``arguments: {guide.rule(schema)}``.
+
+        Raises:
+            UserError: as ``schema`` does; what llguidance refuses is said when the grammar is made.
+        """
+        made, shared = schemas.enforceable(schema), self._shared()
+        shared.expect(_SIGNS, "JSON")
+        for text in schemas.literals(made):
+            shared.expect(json.dumps(text, ensure_ascii=False), repr(text))
+        return f"%json {json.dumps({'x-guidance': _JSON, **({} if isinstance(made, bool) else made)})}"
+
     def grammar(self, lark: str) -> Callable[[], Constraint]:
         """Answers of a grammar in llguidance's Lark syntax; a special token is written ``<[id]>``.
 
         Raises:
             UserError: no grammar, or one that no answer fits.
         """
-        return self._compiled(self._shared(), "lark", lark)
+        return self._compiled(self._shared(), lark)
 
     def _shared(self) -> "_Shared":
         served = self._served
@@ -131,11 +143,8 @@ class Guide:
             raise UserError(f"{served.name} has no tokenizer: no grammar of text without one")
         return _shared(served.tokenizer, served.n_vocab, served.ends)
 
-    def _compiled(self, shared: "_Shared", kind: str, text: str, closing: str = "") -> Callable[[], Constraint]:
-        if kind == "json":
-            before, rules = shared.reasoning(closing) if closing else ("", "")
-            text = f"start: {before}answer\n{rules}answer: %json {text}"
-        matcher = shared.compiled(_HEAD + text)
+    def _compiled(self, shared: "_Shared", grammar: str) -> Callable[[], Constraint]:
+        matcher = shared.compiled(_HEAD + grammar)
         return lambda: Guided(shared.vocabulary, matcher.deep_copy())
 
 
@@ -173,6 +182,14 @@ class _Shared:
                 return self._matchers[grammar]
         if len(grammar) > _LONGEST:
             raise UserError(f"a grammar of {len(grammar)} characters, expected at most {_LONGEST}")
+        matcher = _on_a_large_stack(lambda: self._made(grammar))
+        with self._lock:
+            self._matchers[grammar] = matcher
+            while len(self._matchers) > _KEPT:
+                self._matchers.popitem(last=False)
+        return matcher
+
+    def _made(self, grammar: str) -> Any:
         matcher = llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
             raise UserError(_line(matcher.get_error()))
@@ -182,11 +199,22 @@ class _Shared:
                 raise UserError("no answer fits")
         except RunError as error:
             raise UserError(str(error)) from None
-        with self._lock:
-            self._matchers[grammar] = matcher
-            while len(self._matchers) > _KEPT:
-                self._matchers.popitem(last=False)
         return matcher
+
+
+_sizing = threading.Lock()
+
+
+def _on_a_large_stack(made: Callable[[], Any]) -> Any:
+    """What a function returns or raises in a thread whose stack has room for deep recursion."""
+    with ThreadPoolExecutor(1) as pool:
+        with _sizing:
+            before = threading.stack_size(STACK)
+            try:
+                future = pool.submit(made)  # starts the thread
+            finally:
+                threading.stack_size(before)
+        return future.result()
 
 
 _known: dict[tuple[str, int, frozenset[int]], _Shared] = {}
@@ -207,4 +235,6 @@ _WHERE = re.compile(r"^at \d+\(\d+\): |failed to compile JSON schema: |\n\s+\d+ 
 
 def _line(said: str) -> str:
     """What llguidance says, in one line."""
+    if "Unable to determine if regex is empty" in said:
+        return "a pattern is too complex to enforce together with other patterns or lengths"
     return " ".join(_WHERE.sub("", said).split())[:300] or "no answer fits"

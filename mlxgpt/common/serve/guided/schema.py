@@ -4,23 +4,24 @@ What comes out has no annotations, every referred-to schema flat in ``$defs``, a
 formats.py has one. llguidance, which ignores words that it does not know and reads no escaped references, gets that.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.serve.guided import formats
+from mlxgpt.common.serve.guided import formats, relations
+from mlxgpt.common.serve.guided.relations import MOST_FACTOR, TYPES
 
 LONGEST = 1 << 19  # bytes of a schema
 DEEPEST = 100  # objects and arrays in each other; llguidance's reader has 128
-MOST_SCHEMAS = 5_000
+MOST_SCHEMAS = 3_000  # each may be a level of llguidance's recursion: see guide.STACK
 MOST_VALUES = 10_000  # of all enums
 MOST_OPTIONAL = 400  # properties of an object that may be left out: each is a way to go on
-MOST_FACTOR = 10_000  # of multipleOf, in units of its last digit; the automaton has a state for each remainder
+MOST_OPTIONS = 500  # of one anyOf; of oneOf fewer, which are compared two by two
+MOST_EXCLUSIVE = 200
+MOST_PATTERNS = 100  # of one patternProperties: no two may fit the same name
 _PATTERN = 4_096  # characters of a regular expression
 
-TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _NUMBER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _ONE = ("items", "additionalItems", "additionalProperties")  # a schema
@@ -58,8 +59,9 @@ def enforceable(schema: Node) -> dict[str, Any] | bool:
         pointer, name = reader.pending.pop()
         reader.made[name] = reader.read(reader.found[pointer], pointer)
     for at, node in reader.choices:
-        _as_any_of(node, reader.made, at)
-    if not _satisfiable(root, reader.made):
+        relations.as_any_of(node, reader.made, at)
+    relations.check_together(root, reader.made)
+    if not relations.satisfiable(root, reader.made):
         raise UserError("#: no value fits: what is required is false, or refers to itself without another choice")
     if isinstance(root, bool):
         return root
@@ -111,14 +113,14 @@ def _limit(schema: Node) -> None:
             raise UserError(f"#: {_shown(value)}: expected a number of at most 300 digits")
 
 
-_ENDLESS, _HUGE = float("inf"), 10**300
+_ENDLESS, _HUGE, _EXACT = float("inf"), 10**300, 10**15
 
 
 class _Reader:
     """One schema on its way: what its references found, and the definitions that they became."""
 
     def __init__(self, root: Node) -> None:
-        self._root, self._schemas, self._values = root, 0, 0
+        self._root, self._schemas, self._values, self._factors = root, 0, 0, 0
         self.found: dict[str, Node] = {}  # by pointer
         self.made: dict[str, Node] = {}  # by name in $defs
         self.pending: list[tuple[str, str]] = []
@@ -220,10 +222,17 @@ class _Reader:
         if not draft4 and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{at}: expected a number, found {_kind(value)}")
         if at.endswith("multipleOf"):
-            digits = f"{value:.15g}" if abs(value) >= 1e-4 else "0.00001"
-            _, _, fraction = digits.partition(".")
-            if value <= 0 or "e" in digits or round(value * 10 ** len(fraction)) > MOST_FACTOR:
+            if value <= 0 or relations.factor(value) > MOST_FACTOR:
                 raise UserError(f"{at}: {_shown(value)}: expected a number over 0 of at most four digits")
+            self._factors += relations.factor(value)
+            if self._factors > 2 * MOST_FACTOR:
+                raise UserError(f"{at}: too many large numbers in multipleOf")
+        elif at.endswith("imum") and not draft4 and abs(value) > _EXACT:
+            # a bound that is farther out than doubles are exact is drawn in, which only narrows what may be said
+            outer = (value < 0) == at.endswith(("minimum", "exclusiveMinimum"))
+            if not outer:
+                raise UserError(f"{at}: {_shown(value)}: expected at most {_EXACT}, which a double holds exactly")
+            return _EXACT if value > 0 else -_EXACT
         return value
 
     def count(self, value: Node, at: str) -> int:
@@ -240,6 +249,9 @@ class _Reader:
         """Schemas in a row, at least one."""
         if not isinstance(value, list) or not value:
             raise UserError(f"{at}: expected a list of schemas, found {_kind(value) if value != [] else 'none'}")
+        most = {"anyOf": MOST_OPTIONS, "oneOf": MOST_EXCLUSIVE}.get(at.rpartition("/")[2], MOST_SCHEMAS)
+        if len(value) > most:
+            raise UserError(f"{at}: {len(value)} schemas, expected at most {most}")
         return [self.read(one, f"{at}/{i}") for i, one in enumerate(value)]
 
     def one(self, value: Node, at: str) -> Node:
@@ -251,12 +263,20 @@ class _Reader:
         if not isinstance(value, Mapping):
             raise UserError(f"{at}: expected an object of schemas, found {_kind(value)}")
         if at.endswith("/patternProperties"):
+            if len(value) > MOST_PATTERNS:
+                raise UserError(f"{at}: {len(value)} patterns, expected at most {MOST_PATTERNS}")
             for pattern in value:
                 self.pattern(pattern, at)
         return {name: self.read(one, f"{at}/{_escaped(name)}") for name, one in value.items()}
 
     def const(self, value: Node, at: str) -> Node:
-        """Any value."""
+        """Any value, of whole numbers one that a double holds exactly: llguidance computes with doubles."""
+        stack = [value]
+        while stack:
+            one = stack.pop()
+            if isinstance(one, int) and int(float(one)) != one:
+                raise UserError(f"{at}: {_shown(one)}: more digits than a double holds exactly")
+            stack += one if isinstance(one, list) else one.values() if isinstance(one, Mapping) else ()
         return value
 
     def enum(self, value: Node, at: str) -> list[Node]:
@@ -266,7 +286,7 @@ class _Reader:
         self._values += len(value)
         if self._values > MOST_VALUES:
             raise UserError(f"{at}: more than {MOST_VALUES} values in all enums")
-        return value
+        return self.const(value, at)
 
     def types(self, value: Node, at: str) -> Node:
         """One of the seven, or several."""
@@ -312,115 +332,6 @@ _READ: dict[str, Callable[[_Reader, Node, str], Node]] = {
     "pattern": _Reader.pattern,
     "format": _Reader.format,
 }
-
-
-def _as_any_of(node: dict[str, Node], made: Mapping[str, Node], at: str) -> None:
-    """Writes a oneOf whose schemas exclude each other as anyOf.
-
-    Raises:
-        UserError: two of them may both fit.
-    """
-    options = node.pop("oneOf")
-    for i, one in enumerate(options):
-        for j, other in enumerate(options[:i]):
-            if not _exclusive(_followed(one, made), _followed(other, made)):
-                raise UserError(
-                    f"{at}/oneOf: {j} and {i} may both fit: expected anyOf, or schemas that exclude each other by type "
-                    "or by a required property with const or enum"
-                )
-    if "anyOf" in node:
-        node.setdefault("allOf", []).append({"anyOf": options})
-    else:
-        node["anyOf"] = options
-
-
-def _followed(schema: Node, made: Mapping[str, Node]) -> Node:
-    """What a schema that is a reference refers to."""
-    seen: set[str] = set()
-    while isinstance(schema, Mapping) and set(schema) == {"$ref"} and schema["$ref"] not in seen:
-        seen.add(schema["$ref"])
-        schema = made[schema["$ref"].rpartition("/")[2]]
-    return schema
-
-
-def _exclusive(one: Node, other: Node) -> bool:
-    """Whether no value fits both, as far as types, values and required properties of one value say."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return one is False or other is False
-    kinds, theirs = _kinds(one), _kinds(other)
-    if not kinds & theirs:
-        return True
-    values, others = _values(one), _values(other)
-    if values is not None and others is not None:
-        return not values & others
-    if kinds & theirs != {"object"}:
-        return False
-    shared = set(one.get("required", ())) & set(other.get("required", ()))
-    pairs = ((one.get("properties", {}).get(name), other.get("properties", {}).get(name)) for name in shared)
-    return any(a is not None and b is not None and _exclusive(a, b) for a, b in pairs)
-
-
-def _kinds(schema: Mapping[str, Node]) -> set[str]:
-    """The types that fit; an integer is a number."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values is not None:
-        names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-        return {names.get(type(value), "number") for value in values}
-    said = schema.get("type", TYPES)
-    return {"number" if kind == "integer" else kind for kind in ([said] if isinstance(said, str) else said)}
-
-
-def _values(schema: Mapping[str, Node]) -> set[str] | None:
-    """The only values that fit, as JSON; None where others may."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    return None if values is None else {json.dumps(_plain(value), sort_keys=True) for value in values}
-
-
-def _plain(value: Node) -> Node:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _satisfiable(root: Node, made: Mapping[str, Node]) -> bool:
-    """Whether a value with an end fits: what only ever requires itself has none."""
-    ends: set[str] = set()
-    while True:
-        more = {name for name, schema in made.items() if name not in ends and _ends(schema, ends)}
-        if not more:
-            return _ends(root, ends)
-        ends |= more
-
-
-def _ends(schema: Node, known: set[str]) -> bool:
-    """Whether a value of this schema has an end, where those of the definitions ``known`` have one."""
-    if not isinstance(schema, Mapping):
-        return schema is not False
-    if "$ref" in schema and schema["$ref"].rpartition("/")[2] not in known:
-        return False
-    if not all(_ends(one, known) for one in schema.get("allOf", ())):
-        return False
-    if not all(any(_ends(one, known) for one in schema[key]) for key in ("anyOf", "oneOf") if key in schema):
-        return False
-    types = schema.get("type", TYPES)
-    types = [types] if isinstance(types, str) else types
-    return any(_ends_as(one, schema, known) for one in types)
-
-
-def _ends_as(kind: str, schema: Mapping[str, Node], known: set[str]) -> bool:
-    """The same, of one type."""
-    if kind == "object":
-        named, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
-        return all(_ends(named.get(name, rest), known) for name in schema.get("required", ()))
-    if kind == "array":
-        items = schema.get("prefixItems", schema.get("items", []))
-        items = items if isinstance(items, list) else []
-        rest = (
-            schema.get("items", True)
-            if not isinstance(schema.get("items"), list)
-            else schema.get("additionalItems", True)
-        )
-        least = schema.get("minItems", 0)
-        return all(_ends(one, known) for one in items[:least]) and (least <= len(items) or _ends(rest, known))
-    return True
 
 
 def _escaped(key: str) -> str:

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const KEPT = "mlxgpt talk";
-let served = []; // {id, chat, context}
+let served = []; // {id, chat, max_model_len}
 let running = null; // the AbortController of the answers that grow
 let views = new Map(); // answer -> its view
 let undone = null; // what the conversation was before it was cleared or cut
@@ -61,7 +61,7 @@ acts.grown = (always = false) => {
 function used() {
   const last = talk.messages.findLast((message) => message.sides);
   const answer = last && chosen(last);
-  const room = modelOf(answer?.model)?.context;
+  const room = modelOf(answer?.model)?.max_model_len;
   const total = answer?.usage?.total_tokens;
   const many = (count) => count.toLocaleString("en");
   $("used").textContent = total ? `${many(total)}${room ? ` of ${many(room)}` : ""} tokens` : "";
@@ -83,7 +83,7 @@ function settle() {
   $("send").textContent = asText ? "Continue" : "Send";
   form.elements.max_tokens.placeholder = asText ? "256" : "what fits";
   $("empty").firstElementChild.textContent = talk.models.length > 1 ? "Two answers to everything you write" : talk.models[0] || "";
-  const rooms = talk.models.map((name) => modelOf(name)?.context).filter(Boolean);
+  const rooms = talk.models.map((name) => modelOf(name)?.max_model_len).filter(Boolean);
   $("empty").lastElementChild.textContent = [
     talk.models.length > 1 ? `${talk.models.join(" and ")} get the same messages and the same seed.` : "",
     asText ? "Write the beginning of a text, and the model goes on." : "",
@@ -197,7 +197,11 @@ async function drawOne(answer, end, given, asText, scores, signal) {
   acts.grown();
 }
 
-const words = (error) => `${error.message}${error.after ? ` Try again in ${error.after} s.` : ""}`;
+function words(error) {
+  const [said] = [error.message.trim()].map((text) => (/[.!?]$/.test(text) ? text : `${text}.`));
+  const sentence = said.charAt(0).toUpperCase() + said.slice(1);
+  return error.after && !sentence.includes("again in") ? `${sentence} Try again in ${error.after} s.` : sentence;
+}
 
 // An answer, or two, to the messages so far.
 function answer() {
@@ -366,10 +370,14 @@ $("file").addEventListener("change", async () => {
   }
 });
 
+const narrow = window.matchMedia("(max-width: 760px)");
+
 function openSettings(on) {
   $("settings").hidden = !on;
   $("adjust").setAttribute("aria-expanded", String(on));
+  $("top").inert = $("column").inert = on && narrow.matches; // there they lie below
 }
+narrow.addEventListener("change", () => openSettings(!$("settings").hidden));
 $("adjust").addEventListener("click", () => {
   openSettings($("settings").hidden);
   if (!$("settings").hidden) $("close").focus();

@@ -66,6 +66,8 @@ function sampling(form, asText) {
   if (more === null || typeof more !== "object" || Array.isArray(more)) {
     throw new Failure('Further fields: a JSON object was expected, such as {"logit_bias": {"50": -100}}.');
   }
+  const own = ["messages", "prompt", "model", "stream", "stream_options", "seed", "n"].find((name) => Object.hasOwn(more, name));
+  if (own) throw new Failure(`Further fields: ${own} is said by the page itself.`);
   return { ...made, ...more };
 }
 
@@ -81,7 +83,6 @@ function seedOf(form) {
 // The body of a request, as text: a seed may have more digits than JavaScript's numbers.
 function bodyOf(answer, end, settings, asText, top) {
   const body = { ...settings, model: answer.model, stream: true, stream_options: { include_usage: true } };
-  delete body.seed;
   if (asText) body.prompt = prompt(end);
   else body.messages = context(end);
   if (top >= 0 && asText) body.logprobs = top;

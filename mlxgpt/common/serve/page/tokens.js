@@ -166,7 +166,9 @@ const tip = {
 
 // Opens the tooltip of a token of `element` when it is pointed at, tapped, or reached by keys.
 function watchTokens(element, holder) {
-  const found = (event) => event.target.closest?.("[data-place]");
+  // a first tap makes the elements of tokens, and so hits what was there before them
+  const under = (event) => (event.type === "click" ? document.elementFromPoint(event.clientX, event.clientY) : null);
+  const found = (event) => event.target.closest("[data-place]") || under(event)?.closest(".tokens [data-place], .text [data-place]");
   const open = (event) => found(event) && found(event) !== tip.of && tip.show(found(event), holder);
   element.addEventListener("pointerover", open);
   element.addEventListener("click", open);

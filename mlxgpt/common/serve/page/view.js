@@ -96,7 +96,8 @@ class AnswerView {
     const count = answer.usage?.completion_tokens ?? answer.tokens.length;
     if (count) said.push(`${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`);
     if (count > 1 && answer.seconds > answer.first) {
-      said.push(`${((count - 1) / (answer.seconds - answer.first)).toFixed(1)} a second`);
+      const pace = (count - 1) / (answer.seconds - answer.first);
+      said.push(`${pace.toLocaleString("en", { maximumFractionDigits: pace < 100 ? 1 : 0 })} tokens/s`);
     }
     this.meta.append(said.join(" · "));
     if (answer.seed !== "") {
@@ -105,10 +106,10 @@ class AnswerView {
     }
     if (says(answer)) {
       const copied = button("Copy", () => copy(answer.content, copied), "small");
-      this.actions.append(copied, button("Edit", () => acts.edit(message, this), "small"));
+      this.actions.append(copied, button("Edit", () => acts.edit(message, this), "small change"));
     }
     if (answer.tokens.length) {
-      const tokens = button("Tokens", () => this.#turn(tokens), "small", "Each token with its probability");
+      const tokens = button("Tokens", () => this.#turn(), "small turn", "Each token with its probability");
       tokens.setAttribute("aria-pressed", String(this.#asTokens));
       this.actions.append(tokens);
     }
@@ -123,12 +124,11 @@ class AnswerView {
     }
   }
 
-  #turn(pressed) {
+  #turn() {
     this.#asTokens = !this.#asTokens;
     tip.hide();
     this.draw();
-    this.actions.children[Array.from(this.actions.children).findIndex((one) => one.textContent === "Tokens")]?.focus();
-    void pressed;
+    this.actions.querySelector(".turn").focus();
   }
 }
 
@@ -170,7 +170,7 @@ function drawMessage(message, last) {
     if (message.role === "tool") made.firstChild.classList.remove("away");
     made.append(body, actions);
     const copied = button("Copy", () => copy(message.content, copied), "small");
-    actions.append(button("Edit", () => acts.edit(message, { element: made, content: body }), "small"), copied);
+    actions.append(button("Edit", () => acts.edit(message, { element: made, content: body }), "small change"), copied);
     return { element: made, views: [] };
   }
   const two = message.sides.length > 1;
