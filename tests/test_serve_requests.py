@@ -219,7 +219,7 @@ def test_a_known_field_is_not_honored_in_silence(name: str, value: Any, harmless
     [
         ({"suffix": "b"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"n": 2, "best_of": 3}, "best_of"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),

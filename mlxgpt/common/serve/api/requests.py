@@ -175,7 +175,7 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def _whole(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
+        if self.best_of not in (None, 1, self.n):
             raise wrong(
                 f"n, which is {self.n or 1}; found {self.best_of}: nothing is drawn to be thrown away", "best_of"
             )
