@@ -11,6 +11,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 to 65535")
+    return int(text)
+
+
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or a positive whole number")
@@ -204,11 +210,38 @@ def generate(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     add("--logit-bias", default="{}", metavar="JSON",
         help="""what is added to the logits of tokens, by id, such as '{"42": -100}'""")  # fmt: skip
+    add("--json-schema", metavar="FILE", help="a file with a JSON Schema, which the answers follow")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)
     add("--logprobs", type=_natural, metavar="N",
         help="with --json: the log-probability of each token, and the N likeliest tokens with theirs")  # fmt: skip
     _add_json(parser)
+    _add_backend(parser)
+
+
+def serve(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    add = parser.add_argument
+    add("--name", help="what requests call the model; default: its folder's name, or the hub's id")
+    add("--adapter", action="append", default=[], metavar="NAME=DIR",
+        help="serve the model with this adapter, too, under this name; repeatable")  # fmt: skip
+    add("--force", action="store_true", help="apply an adapter that was trained on other base weights")
+    add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a key")
+    add("--port", type=_port, default=8000, help="default: 8000; 0: any that is free")
+    add("--api-key-file", metavar="FILE", help="a file of keys, a line each; requests must give one of them")
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="a page that may ask from a browser, such as https://chat.example.com; repeatable")  # fmt: skip
+    add("--max-batch", type=_positive, default=16, metavar="N", help="answers that are drawn together; default: 16")
+    add("--max-queue", type=_positive, default=64, metavar="N", help="requests that may wait for that; default: 64")
+    add("--max-body", default="4MiB", metavar="SIZE", help="of a request; default: 4MiB")
+    add("--cache-bytes", metavar="SIZE",
+        help="memory for what later requests begin with, such as 2GiB; 0: none; default: a fourth of what is free, "
+        "at most 4GiB")  # fmt: skip
+    add("--grace", type=_positive_number, default=30.0, metavar="SECONDS",
+        help="how long answers may still run when the server is told to end; default: 30")  # fmt: skip
+    add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
+    _add_template_kwargs(parser)
+    _add_stop_token(parser)
     _add_backend(parser)
 
 

@@ -73,6 +73,16 @@ VERBS = {
             "chat -m runs/qa --temperature 0 --seed 1",
         ),
     ),
+    "serve": Verb(
+        "serve OpenAI's API, and a page to chat on",
+        "mlxgpt.commands.serve:serve_command",
+        arguments.serve,
+        (
+            "serve -m runs/qa",
+            "serve -m model --adapter qa=runs/qa --adapter style=runs/style --port 8080",
+            "serve -m model --host 0.0.0.0 --api-key-file keys.txt",
+        ),
+    ),
     "eval": Verb(
         "loss, perplexity and bits per byte on data",
         "mlxgpt.commands.eval:evaluate_command",
@@ -262,6 +272,7 @@ CALLED = {
     "train": "pretrain pre-train fit run",
     "finetune": "lora sft fine-tune fine_tune tune finetune_lora finetune_full finetune_adapter dora adapt",
     "generate": "sample infer inference complete completion text prompt",
+    "serve": "server api openai host",
     "eval": "evaluate test score perplexity ppl",
     "classify": "predict",
     "data prepare": "prepare tokenize preprocess shard",

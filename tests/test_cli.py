@@ -62,6 +62,8 @@ FLAGS = {
         "--json",
     }
     | RUNS_A_MODEL,
+    "serve": {"--name", "--adapter", "--host", "--port", "--api-key-file", "--allow-origin", "--max-batch"}
+    | {"--max-queue", "--max-body", "--cache-bytes", "--backend", "--template", "--stop-token"},
     "generate": {
         "--model",
         "--adapter",

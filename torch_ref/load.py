@@ -24,6 +24,7 @@ def load(
     dtype: str = "float32",
     dequantize: str = "auto",
     force: bool = False,
+    beside: Model | None = None,
 ) -> tuple[Model, "tokenizer.Tokenizer | None"]:
     """Reads a run (best, else last), a checkpoint, a Hugging Face folder or a hub id.
 
@@ -35,6 +36,7 @@ def load(
         dtype: ``float32`` or ``bfloat16``: what the weights are kept and the blocks computed in.
         dequantize: ``auto``: quantized matrices once, on a CPU, where memory allows; or ``never``.
         force: an adapter is taken though it was made for another base.
+        beside: a model of the same base, whose tensors are taken where the adapter leaves them as they are.
 
     Returns:
         The model, whose ``model(tokens)`` maps (B, T) ids to float32 logits (B, T, V), and its tokenizer, which is
@@ -53,12 +55,17 @@ def load(
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(torch, dtype), seed=None)
-    arrays, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
-    arrays = both.onto(arrays)
+    stored, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
+    arrays = both.onto(stored)
     for name in params.table(both.config):
         (module, _, kind), each = name.rpartition("."), arrays.pop(name)
-        if isinstance(each, Quantized):
+        like = beside.at(module) if beside is not None and each is stored.get(name) else None
+        if like is not None and not isinstance(like, quant.Words):
+            getattr(model.at(module), kind).data = getattr(like, kind).data
+        elif isinstance(each, Quantized):
             quant.place(model, module, each)
+            for part in ("words", "scales", "biases") if like is not None else ():
+                setattr(model.at(module), part, getattr(like, part))
         else:
             getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
     adapters.adapt(model, both.targets, both.params)

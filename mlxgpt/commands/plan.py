@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import backend as backends
-from mlxgpt.common import recipes
+from mlxgpt.common import recipes, units
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder, resolve
@@ -194,7 +194,7 @@ def _plan_budget(args: Namespace, recipe: Recipe, here: measured.Here, chip: Chi
     if chip and args.chip:
         limit = int(chip.memory * 1e9)
     if args.memory:
-        limit = plan_budget.size_of(args.memory)
+        limit = units.read_size(args.memory, "--memory")
     dtype = recipe.train.compute_dtype
     compute = plan_budget.compute_of(hours, chip, dtype) if timed and chip else None
     measure = measured.computed(here.backend, bool(chip) or not here.cpu)

@@ -1,4 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers as people read and write them."""
+
+import re
+
+from mlxgpt.common.errors import UserError
 
 
 def duration(seconds: float) -> str:
@@ -26,3 +30,16 @@ def size(count: float) -> str:
 def counted(number: int, what: str) -> str:
     """``1 document``, ``1,200 documents``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def read_size(text: str, flag: str) -> int:
+    """``16GB`` -> bytes.
+
+    Raises:
+        UserError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|KiB|MB|MiB|GB|GiB)\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise UserError(f"{flag} {text}: expected a size, such as 16GB or 800MB")
+    unit = {"kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}[found[2].lower()]
+    return int(float(found[1]) * unit)

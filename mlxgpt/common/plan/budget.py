@@ -73,19 +73,6 @@ def money(text: str) -> tuple[float, str]:
     return float(found[2]), found[1] or found[3] or "USD"
 
 
-def size_of(text: str, flag: str = "--memory") -> int:
-    """``16GB`` -> bytes.
-
-    Raises:
-        UserError: not a size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB)\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise UserError(f"{flag} {text}: expected a size, such as 16GB or 800MB")
-    unit = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}[found[2].lower()]
-    return int(float(found[1]) * unit)
-
-
 def choose(base: Recipe, compute: float | None, limit: int, measure: Measure) -> Choice:
     """The compute-optimal model of ``base``'s family and vocabulary for ``compute`` FLOPs, within ``limit`` bytes.
 

@@ -16,7 +16,7 @@ _WRITTEN = {
     ID: re.compile(r"[^\s<>{}()\[\]\"'|,]+"),
     INDEX: re.compile(r"[0-9]+"),
 }
-_KEY = re.compile(r'\{\s*(?:"([^"]*))?')  # the beginning of an object, and of its first key
+_KEY = re.compile(r'\{\s*(?:"([^"]*)("?)|\}|$)')  # the beginning of an object, and of its first key
 _STRING = re.compile(r'"([^"\\]+)"')
 
 
@@ -56,7 +56,9 @@ class Reader:
         """Whether the JSON object there may be a call, by its first key."""
         found = _KEY.match(self._text, self._at)
         known = {path[0] for path in self._shape.keys or ()} | {*_NAMES, *_ARGUMENTS, "type", "id"}
-        return found is not None and any(key.startswith(found.group(1) or "") for key in known)
+        if found is None or found.group(1) is None:
+            return found is not None
+        return found.group(1) in known if found.group(2) else any(key.startswith(found.group(1)) for key in known)
 
     def _parts(self) -> int:
         """Calls that are written part by part."""
@@ -74,7 +76,7 @@ class Reader:
             except ValueError:
                 following = -1
             if following < 0:
-                return self._closed(shape.closes.strip(), white(text, at) if shape.closes[:1].isspace() else at)
+                return self._closed(shape.closes.strip(), at)
             at = following
 
     def _one(self, at: int) -> tuple[Call, int]:
@@ -98,7 +100,7 @@ class Reader:
     def _closed(self, closes: str, at: int) -> int:
         """Behind what closes calls."""
         try:
-            return literal(self._text, at, closes)
+            return literal(self._text, white(self._text, at), closes) if closes else at
         except Partial:
             if not self._last:
                 raise
@@ -123,7 +125,7 @@ class Reader:
         if not self.calls:
             raise ValueError
         try:
-            return self._closed(shape.stop, white(text, at) if shape.stop else at)
+            return self._closed(shape.stop, at)
         except ValueError:
             return at
 
@@ -139,6 +141,8 @@ class Reader:
             arguments = next((inner[key] for key in _ARGUMENTS if inner.get(key) is not None), None)
         if isinstance(arguments, str):
             arguments = json_value(arguments) if arguments.strip() else {}
+        if arguments is None and not self._shape.mark:  # any answer in JSON may have a name
+            raise ValueError
         if not isinstance(name, str) or not name or not isinstance(arguments, dict | None):
             raise ValueError
         found = value.get("id")

@@ -1,0 +1,98 @@
+"""The life of the server's process: it drains when it is told to end, and ends by itself when the engine dies."""
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.serve.engine import Engine
+from mlxgpt.common.serve.web.app import make_app
+from mlxgpt.common.serve.web.connection import server as make_server
+from mlxgpt.common.serve.web.log import Log
+from mlxgpt.common.serve.web.settings import Settings
+
+LOOKS = 0.2  # seconds between looks at the engine
+LAST_WORDS = 1.0  # seconds in which a dead engine's requests are answered, and /health says 503
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; ``port`` 0 is any that is free.
+
+    Raises:
+        UserError: no such address here, or the port is taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        made = socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        cure = "; --port takes another, 0 any that is free" if error.errno == errno.EADDRINUSE else ""
+        why = (error.strerror or str(error)).partition(" (")[0].lower()
+        raise UserError(f"--host {host} --port {port}: {why}{cure}") from None
+    made.setblocking(False)
+    return made
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which leaves signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
+    """Serves until a signal comes.
+
+    SIGTERM and Ctrl-C: no new connections; what runs may take ``grace`` seconds more. A second one ends at once.
+
+    Returns:
+        0 after SIGTERM, 130 after Ctrl-C, 143 or 130 after a second signal.
+
+    Raises:
+        RunError: the engine died.
+    """
+    return asyncio.run(_run(engine, settings, sock, grace))
+
+
+async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
+    log = Log()
+    app: Any = make_app(engine, settings, log)
+    server = _Server(make_server(app, settings, log).config)
+    server.config.timeout_graceful_shutdown = round(grace)
+    got: list[int] = []
+
+    def told(number: int) -> None:
+        got.append(number)
+        app.state.draining = server.should_exit = True
+        server.force_exit = len(got) > 1
+        engine.stop(drain=len(got) == 1)
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told, number)
+    watch = asyncio.create_task(_watch(engine, server))
+    try:
+        await server.serve([sock])
+    finally:
+        watch.cancel()
+        engine.stop(drain=False)
+        await asyncio.to_thread(engine.join, LAST_WORDS)
+    if engine.death is not None:
+        raise RunError(f"the engine died: {type(engine.death).__name__}: {engine.death}")
+    if len(got) > 1:
+        return 128 + got[-1]
+    return 0 if got[:1] == [signal.SIGTERM] else 130
+
+
+async def _watch(engine: Engine, server: uvicorn.Server) -> None:
+    """Ends the server some time after its engine died."""
+    while engine.death is None:
+        await asyncio.sleep(LOOKS)
+    await asyncio.sleep(LAST_WORDS)
+    server.should_exit = True
