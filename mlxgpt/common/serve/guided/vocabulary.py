@@ -24,16 +24,15 @@ class Vocabulary:
     Args:
         tokenizer: whose tokens they are.
         n_vocab: tokens that may be drawn, (n_vocab,) the shape of masks.
-        ends: tokens that end a text, and are never a part of one.
+        special: tokens that are never a part of a text.
 
     Raises:
         RunError: llguidance refuses the vocabulary.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, special: Collection[int]) -> None:
         self.n_vocab = n_vocab
-        self.ends = np.array(sorted(i for i in set(ends) if 0 <= i < n_vocab), np.intp)
-        self._special = tokenizer.special | {int(i) for i in self.ends}
+        self._special = frozenset(special)
         tokens = [_usable(tokenizer.bytes_of(i), i in self._special) for i in range(n_vocab)]
         self._known = {token for i, token in enumerate(tokens) if i not in self._special and token}
         self._longest = max(map(len, self._known), default=1)
@@ -47,8 +46,7 @@ class Vocabulary:
                 tokens[i] = b""
         self.copies = np.fromiter(self.same, np.intp)
         self.originals = np.fromiter(self.same.values(), np.intp)
-        special = [i for i in sorted(self._special) if 0 <= i < n_vocab and tokens[i]]
-        given: Any = _Given(tokens, special)
+        given: Any = _Given(tokens, [i for i in sorted(self._special) if 0 <= i < n_vocab and tokens[i]])
         try:
             self.tokenizer = llguidance.LLTokenizer(given, slices=llguidance.LLTokenizer.json_slices())
         except BaseException as error:  # a panic of its Rust is no Exception
