@@ -276,7 +276,7 @@ def test_a_json_object_that_nothing_announces_is_a_call_of_the_tools_alone() -> 
     for other in ('{"name": "other", "parameters": {}}', '{"name": "stop"}', '{"a": 1}', "{x", f"Call {call}"):
         assert split(format, [other]) == split(format, list(other)) == (other, "", [])
     splitter = Splitter(format.shape, tools=TOOLS)
-    assert parts(splitter.feed('{"a": '))[0] == '{"a":'  # told apart by its first key
+    assert parts(splitter.feed('{"a": '))[0] == '{"a": '  # told apart by its first key
 
 
 def test_only_the_first_call_counts_where_one_is_allowed() -> None:
