@@ -14,7 +14,7 @@ from mlxgpt.common.errors import RunError
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 1000  # bytes of a token; llguidance's tree has no room for longer ones
-_NEVER = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))  # bytes that are in no UTF-8
+_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}  # of UTF-8
 _VISIBLE = frozenset(range(0x20, 0x7F))
 
 
@@ -64,7 +64,7 @@ class Vocabulary:
 
     def unwritable(self, text: str) -> str | None:
         """The first character of ``text`` that no row of tokens reaches; None where the tokens can write the text."""
-        if self._one >= _VISIBLE and (text.isascii() or len(self._one) >= 256 - len(_NEVER)):
+        if self._one >= _VISIBLE and (text.isascii() or self._one >= _BYTES):
             return None
         data, reached = text.encode(), {0}
         for at in range(len(data)):
@@ -82,7 +82,7 @@ def _usable(token: bytes, special: bool) -> bytes:
     """The token as llguidance's tree takes it; b"" for one that no text has."""
     if special:
         return token[:_LONGEST]
-    return b"" if len(token) > _LONGEST or not _NEVER.isdisjoint(token) else token
+    return b"" if len(token) > _LONGEST else token
 
 
 class _Given:
