@@ -210,6 +210,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     add("--logit-bias", default="{}", metavar="JSON",
         help="""what is added to the logits of tokens, by id, such as '{"42": -100}'""")  # fmt: skip
+    add("--json-schema", metavar="FILE", help="a file with a JSON Schema, which the answers follow")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     _add_stop_token(parser)
     add("--logprobs", type=_natural, metavar="N",

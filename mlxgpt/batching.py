@@ -33,6 +33,12 @@ def first(layers: Layers, tokens: int) -> Layers:
     return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers]
 
 
+def leave() -> None:
+    """Called at the end of a thread that computed: its streams end before it, else one process in ten aborts at exit."""
+    if hasattr(mx, "clear_streams"):
+        mx.clear_streams()
+
+
 class Prompt:
     """A prompt on its way through the model, some tokens at a time.
 

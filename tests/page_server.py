@@ -159,7 +159,7 @@ def running(app: Any) -> Iterator[str]:
 class Tab:
     """The page in a browser of its own, with what it asked for and complained about."""
 
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+    def __init__(self, browser: Any, url: str, key: str = "", **options: Any) -> None:
         self.asked: list[str] = []
         self.said: list[str] = []
         self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | options)
@@ -170,6 +170,9 @@ class Tab:
         self.page.on("console", lambda line: self.said.append(line.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.goto(url)
+        if key:
+            self.page.fill("#key", key)
+            self.page.press("#key", "Enter")
         self.ready()
 
     def ready(self) -> None:
@@ -205,9 +208,9 @@ def browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def opened(started: Any, url: str) -> Iterator[Tab]:
+def opened(started: Any, url: str, key: str = "") -> Iterator[Tab]:
     """The page, which at the end has asked nobody else for anything, and has complained about nothing."""
-    tab = Tab(started, url)
+    tab = Tab(started, url, key)
     yield tab
     foreign = [one for one in tab.asked if not one.startswith((url, "data:", f"blob:{url}"))]
     tab.context.close()

@@ -68,7 +68,7 @@ COMMON = (
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,
-    "mlxgpt.common.serve": ("work", "engine", "models", "guided", "tools", "api", "page", "web"),
+    "mlxgpt.common.serve": ("work", "engine", "models", "guided", "alone", "tools", "api", "page", "web"),
     "convert": ("formats", "adopt", "verify", "conversion", "adoption", "fuse", "adapters", "commands"),
     "convert.formats": ("opened", "stream", "", "gguf", "torch_files", "adapter", "registry"),
 }

@@ -10,6 +10,7 @@ import pytest
 from decoding import BACKENDS, GENERATE, P, V, make_config, some_tokens
 from serving import WAIT, Answer, asked, running, served_model, submit
 
+from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.serve.engine import Engine
@@ -246,6 +247,16 @@ def test_a_dead_engine_says_so_to_all_and_takes_nothing_more(monkeypatch: pytest
             submit(engine, served, [2], SampleConfig(max_tokens=5))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_thread_gives_its_streams_back(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, batching = [], backends.load(backend).batching
+    leave = batching.leave
+    monkeypatch.setattr(batching, "leave", lambda: (threads.append(threading.current_thread().name), leave()))
+    with running(backend, lambda: served_model(backend)) as engine:
+        submit(engine, engine.served["tiny"], [2], SampleConfig(max_tokens=2)).wait()
+    assert threads == ["mlxgpt-engine"]
+
+
 def test_a_model_that_does_not_load_is_an_error_of_the_start() -> None:
     def broken() -> Any:
         raise UserError("no model")
@@ -279,7 +290,7 @@ def test_a_bad_row_ends_alone(engine: Engine) -> None:
     assert good.wait().tokens == [alone(name_of(engine), engine, prompt, sample, {}).tokens]
     assert bad.wait().errors == ["no way on"]
     assert all(token % 2 for token in bad.tokens[0]) and len(bad.tokens[0]) == 2
-    assert worse.wait().pieces  # numpy's nan is the largest to argmax: it draws something, and nothing breaks
+    assert "logit_bias" in worse.wait().errors[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -244,6 +244,37 @@ def test_without_the_extra_the_verb_says_what_to_install(place: Path, capsys: An
     assert "no_such_package is not installed: pip install 'mlxgpt[serve]'" in capsys.readouterr().err
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    flags = ["-p", "a", "-p", "a", "-n", "90", "--temperature", "1.5", "--seed", "3", "--json", "--logprobs", "1"]
+    made = []
+    for backend in BACKENDS:
+        command = ["generate", "-m", str(place / "chats"), *flags, "--json-schema", str(tmp_path / "schema.json")]
+        assert cli.main([*command, "--backend", backend]) == 0
+        made.append(json.loads(capsys.readouterr().out)["results"])
+    found = [json.loads(each["text"]) for each in made[0]]
+    assert all(set(each) == {"name", "age"} and 0 <= each["age"] <= 120 for each in found)
+    assert found[0] != found[1]
+    assert [[each["token_ids"] for each in results] for results in made[:1]] == [
+        [each["token_ids"] for each in results] for results in made[1:]
+    ]
+    assert len(made[0][0]["logprobs"]) == made[0][0]["tokens"]
+    (tmp_path / "schema.json").write_text("{")
+    assert cli.main(command) == 2
+    assert "schema.json: not JSON" in capsys.readouterr().err
+
+
 # ---- the life of the process
 
 

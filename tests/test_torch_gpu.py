@@ -32,6 +32,10 @@ from torch_ref.model import Model
 
 CPU = torch.device("cpu")
 
+EVERY: dict[str, Any] = dict(
+    top_p=0.7, top_k=20, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.1
+)  # settings of sampling
+
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Gpu:
@@ -304,8 +308,7 @@ def test_mps_gets_contiguous_heads_two_axes_and_no_float64(
     assert mps.waits == ["numpy"] and len(products) > 8
     with Log() as other:
         made.evaluate(batch(config, 1))
-        sample = SampleConfig(max_tokens=3, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1)
-        generate(made.model, None, [[1, 2, 3], [4]], sample)
+        generate(made.model, None, [[1, 2, 3], [4]], SampleConfig(max_tokens=3, **EVERY), bias={5: 1.0}, top=3)
     assert torch.float64 not in log.dtypes | other.dtypes
 
 
@@ -338,11 +341,10 @@ def test_nothing_that_raises_in_cudas_deterministic_mode_is_used(
     train = {"dropout": 0.1} if name == "gpt2-untied" else {}
     config = case(name, "muon", loss_chunk=32, label_smoothing=0.1, z_loss=1e-3, compile="off", **train)
     made = engine("torch_ref", config)
-    sample = SampleConfig(max_tokens=3, top_p=0.7, top_k=20, min_p=0.01, repetition_penalty=1.1)
     with Log() as log:
         made.train_step(1, [packed(config, 1)], 1e-3)
         made.evaluate(packed(config, 1))
-        generate(made.model, None, [[1, 2, 3], [4]], sample)
+        generate(made.model, None, [[1, 2, 3], [4]], SampleConfig(max_tokens=3, **EVERY), bias={5: 1.0}, top=3)
     used = set(log.names)
     assert {each for each in used if each.removesuffix("_").startswith(RAISES)} == set() and len(used) > 50
 

@@ -30,6 +30,10 @@ def first(layers: Layers, tokens: int) -> Layers:
     return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers]
 
 
+def leave() -> None:
+    """Called at the end of a thread that computed."""
+
+
 class Prompt:
     """A prompt on its way through the model, some tokens at a time.
 

@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
+from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.data.corpus import parse_json
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.folders.base_and_adapters import expect_tokenizer
-from mlxgpt.common.inference import prompts
+from mlxgpt.common.inference import generation, prompts, sampling
 from mlxgpt.common.inference.generation import Result
 from mlxgpt.common.sft.template import template_of
 from mlxgpt.common.tokenizers import ends as text_ends
@@ -74,12 +77,13 @@ def _prompts(
     return [*prompts.asked(template, texts, args.system or ""), *ids]
 
 
-def _ends(args: argparse.Namespace, tokenizer: Tokenizer | None, folder: Path) -> list[int]:
+def _ends(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     """The tokens of --stop-token; without a tokenizer also what the model's folder says."""
     if tokenizer:
         return text_ends.named(args.stop_token, tokenizer, "--stop-token")
     if word := next((word for word in args.stop_token if not word.isdecimal()), None):
         raise UserError(f"--stop-token {word!r}: text needs a tokenizer, and this model has none; expected an id")
+    folder, _ = base_and_adapters.find_base(args.model, base_and_adapters.parse_adapters(args.adapter) or None)
     return [*text_ends.generation_ends(folder), *map(int, args.stop_token)]
 
 
@@ -95,31 +99,92 @@ def generate_command(args: argparse.Namespace) -> int:
     if not texts and not ids:
         raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")
     backend = backends.load(args.backend)
+    if args.json_schema:
+        return _constrained(args, backend, sample, texts, ids, bias)
+    model, tokenizer = _load(args, backend)
+    asked = _prompts(args, texts, ids, tokenizer)
+    screen = _Screen(len(asked) == 1 and not args.json)
+    results = backend.generate.generate(
+        model, tokenizer, asked, sample, args.stop, screen.on_text, _ends(args, tokenizer), bias, args.logprobs
+    )
+    return _show(args, results, tokenizer, model.config.block_size, screen)
+
+
+def _load(args: argparse.Namespace, backend: Backend) -> tuple[Any, Tokenizer | None]:
+    """The model, ready to generate, and its tokenizer."""
     adapters = base_and_adapters.parse_adapters(args.adapter) or None
     model, tokenizer = backend.load.load(args.model, adapter=adapters, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, args.model)
-    asked = _prompts(args, texts, ids, tokenizer)
-    ends = _ends(args, tokenizer, base_and_adapters.find_base(args.model, adapters)[0])
     backend.generate.prepare(model)
-    start, first = time.perf_counter(), 0.0
+    return model, tokenizer
 
-    def on_text(index: int, text: str) -> None:
-        nonlocal first
-        first = first or time.perf_counter() - start
-        if len(asked) == 1 and not args.json:
+
+class _Screen:
+    """Shows the text of a single answer as it comes, and takes the time."""
+
+    def __init__(self, live: bool) -> None:
+        self._live, self._start, self.first = live, time.perf_counter(), 0.0
+
+    def on_text(self, _: int, text: str) -> None:
+        """A piece of text."""
+        self.first = self.first or self.seconds
+        if self._live:
             print(text, end="", flush=True)
 
-    results = backend.generate.generate(model, tokenizer, asked, sample, args.stop, on_text, ends, bias, args.logprobs)
-    seconds = time.perf_counter() - start
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._start
+
+
+def _constrained(
+    args: argparse.Namespace,
+    backend: Backend,
+    sample: SampleConfig,
+    texts: list[str],
+    ids: list[list[int]],
+    bias: dict[int, float],
+) -> int:
+    """Answers that are JSON of --json-schema, drawn by the server's engine."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise UserError("--json-schema: llguidance is not installed: pip install 'mlxgpt[serve]'")
+    from mlxgpt.common.serve.alone import Alone
+    from mlxgpt.common.serve.work import Served
+
+    schema = parse_json(prompts.read_text(args.json_schema, "--json-schema"), f"--json-schema {args.json_schema}")
+
+    def load() -> Served:
+        model, tokenizer = _load(args, backend)
+        size = model.config.vocab_size
+        n_vocab = min(tokenizer.n_vocab, size) if tokenizer else size
+        return Served(args.model, model, tokenizer, None, frozenset(), n_vocab, "")
+
+    alone = Alone(backend, load, len(texts) + len(ids))
+    with alone as served:
+        config, tokenizer = served.model.config, served.tokenizer
+        asked = _prompts(args, texts, ids, tokenizer)
+        rows = generation.start_rows(config, tokenizer, asked, args.stop, _ends(args, tokenizer))
+        served = dataclasses.replace(served, ends=frozenset(end for end in rows[0].ends if end is not None))
+        sampling.biases(bias, served.n_vocab)
+        screen = _Screen(len(asked) == 1 and not args.json)
+        results = alone.generate(served, rows, sample, schema, screen.on_text, bias, args.logprobs)
+    return _show(args, results, tokenizer, config.block_size, screen)
+
+
+def _show(
+    args: argparse.Namespace, results: list[Result], tokenizer: Tokenizer | None, block_size: int, screen: _Screen
+) -> int:
+    """Prints what was not shown while it came."""
+    seconds = screen.seconds
     if args.json:
         made = [as_json(result, tokenizer, args.logprobs is not None) for result in results]
         print(json.dumps(made[0] if len(made) == 1 else {"results": made}))
         return 0
     shown = [result.text if tokenizer else ",".join(map(str, result.tokens)) for result in results]
-    if len(asked) == 1:
+    if len(results) == 1:
         print("" if tokenizer else shown[0])
     else:
         for index, text in enumerate(shown):
             print(f"--- prompt {index + 1}\n{text}")
-    print(summary(results, seconds, first or seconds, model.config.block_size), file=sys.stderr)
+    print(summary(results, seconds, screen.first or seconds, block_size), file=sys.stderr)
     return 0

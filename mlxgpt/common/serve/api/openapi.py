@@ -10,6 +10,8 @@ import mlxgpt
 from mlxgpt.common.serve.api.answers import ANSWERS
 from mlxgpt.common.serve.api.known import HARMLESS, NOT_HERE
 from mlxgpt.common.serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mlxgpt.common.serve.api.together import TOGETHER
+from mlxgpt.common.serve.api.values import ID
 
 _REQUESTS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 _SAID = {
@@ -36,11 +38,13 @@ _HEADERS = {
 }
 
 
-def openapi(models: Sequence[str]) -> dict[str, Any]:
-    """The document; ``models``: names that requests may give."""
+def openapi(models: Sequence[str], vocabulary: int = 2**31) -> dict[str, Any]:
+    """The document; ``models``: names that requests may give; ``vocabulary``: of all of them."""
     every = [(one, "validation") for one in (*_REQUESTS, *ANSWERS.values())]
     _, made = models_json_schema(every, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = made["$defs"]
+    for name, conditions in TOGETHER.items():
+        schemas[name]["allOf"] = conditions
     for one in _REQUESTS:
         fields = schemas[one.__name__]["properties"]
         fields["model"] = {"enum": [*models, None], "description": "default: the base, which is the first"}
@@ -62,6 +66,7 @@ def openapi(models: Sequence[str]) -> dict[str, Any]:
         "/openapi.json": {"get": _get("openapi", "This document.", "object")},
         "/": {"get": _get("page", "The page to chat with.", "text/html", open=True)},
     }
+    schemas = _with_vocabulary(schemas, vocabulary)
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlxgpt serve", "version": mlxgpt.__version__},
@@ -74,6 +79,15 @@ def openapi(models: Sequence[str]) -> dict[str, Any]:
         },
         "security": [{"key": []}, {}],
     }
+
+
+def _with_vocabulary(schema: Any, vocabulary: int) -> Any:
+    """The same with the token ids that there are."""
+    if isinstance(schema, dict):
+        if schema == ID:
+            return schema | {"maximum": vocabulary - 1}
+        return {key: _with_vocabulary(value, vocabulary) for key, value in schema.items()}
+    return [_with_vocabulary(one, vocabulary) for one in schema] if isinstance(schema, list) else schema
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def _post(request: str, name: str, what: str, answer: str, chunk: str = "") -> d
         about = (
             f"events whose data are {chunk}, or Error as the last, then [DONE]; lines that begin with : are comments"
         )
-        content["text/event-stream"] = {"schema": {**_TEXT, "description": about}}
+        content["text/event-stream"] = {"schema": {"description": about}}
         given["headers"] = {key: {"description": why, "schema": _TEXT} for key, why in _HEADERS.items()}
         errors.append(429)
     return {

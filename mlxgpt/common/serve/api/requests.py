@@ -23,6 +23,7 @@ from mlxgpt.common.serve.api.values import (
     Ids,
     Prompts,
     Stop,
+    Temperature,
     Whole,
     wrong,
 )  # fmt: skip
@@ -89,7 +90,7 @@ class Sampling(Body):
     model: str | None = Field(None, description="a name of /v1/models; default: the base")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream")
-    temperature: Float | None = Field(None, ge=0, le=2, description="default 1; 0: always the likeliest token")
+    temperature: Temperature | None = Field(None, description="default 1; 0: always the likeliest token")
     top_p: Float | None = Field(None, gt=0, le=1, description="default 1")
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Whole] | None = Field(
         None, description="default 0; 0 and -1: all"
@@ -174,7 +175,7 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def _whole(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
+        if self.best_of not in (None, 1, self.n):
             raise wrong(
                 f"n, which is {self.n or 1}; found {self.best_of}: nothing is drawn to be thrown away", "best_of"
             )

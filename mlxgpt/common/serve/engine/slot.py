@@ -10,9 +10,6 @@ from mlxgpt.common.inference.choosing import Choice, Chosen
 from mlxgpt.common.inference.generation import Row
 from mlxgpt.common.serve.work import Drawn, Piece, Work
 
-KEYS = 64  # noise keys made at once
-
-
 class Slot:
     """A row of the batch."""
 
@@ -25,14 +22,12 @@ class Slot:
         self._room = generation.room(served.model.config, self.row)
         self._settings, self._keys = choosing.settings(sample), np.zeros(0, np.uint32)
         self._constraint = work.constrain() if work.constrain else None
-        self._seen = self._counts = self._bias = None
+        self._seen = self._counts = None
         if sample.repetition_penalty != 1:
             self._seen = generation.seen([self.row], served.n_vocab)[0]
         if sample.presence_penalty or sample.frequency_penalty:
             self._counts = np.zeros(served.n_vocab, np.float32)
-        if work.bias:
-            self._bias = np.zeros(served.n_vocab, np.float32)
-            self._bias[list(work.bias)] = list(work.bias.values())
+        self._bias = sampling.biases(work.bias, served.n_vocab)
 
     @property
     def ids(self) -> list[int]:
@@ -47,9 +42,9 @@ class Slot:
     def next(self) -> Choice:
         """How the next token is drawn."""
         step = len(self.row.tokens)
-        if step % KEYS == 0:
-            self._keys = sampling.keys(self.work.sample.seed, self.row.copy, step, KEYS)
-        return Choice(self._settings, int(self._keys[step % KEYS]), self._seen, self._added(), self.work.logprobs)
+        if step % sampling.KEYS == 0:
+            self._keys = sampling.keys(self.work.sample.seed, self.row.copy, step, sampling.KEYS)
+        return Choice(self._settings, int(self._keys[step % sampling.KEYS]), self._seen, self._added(), self.work.logprobs)
 
     def _added(self) -> np.ndarray | None:
         """Onto the logits: penalties and bias, -inf where the constraint forbids a token."""

@@ -135,6 +135,8 @@ class Engine:
             self._leave("", f"the engine died: {type(error).__name__}: {error}")
         finally:
             self._ready.set()
+            self._rows.clear()
+            self._backend.batching.leave()
 
     def _leave(self, reason: str, error: str) -> None:
         """Tells everyone who still waits."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.serve.tools import described
 from mlxgpt.common.serve.tools.grammar import Grammar
-from mlxgpt.common.serve.tools.learn import learn
+from mlxgpt.common.serve.tools.learn import Learned, learn
 from mlxgpt.common.serve.tools.reasoning import Reasoning
 from mlxgpt.common.serve.tools.shape import Shape
 from mlxgpt.common.sft.template import Template
@@ -20,9 +21,7 @@ class ToolFormat:
     """How a template writes tool calls."""
 
     template: Template
-    shape: Shape
-    ends: tuple[int, ...]  # the tokens that may end an answer of calls, beside those that end any answer
-    short_ids: bool  # the template takes ids of nine letters and digits only
+    learned: Learned
 
     @classmethod
     def learn(cls, template: Template) -> "ToolFormat":
@@ -31,8 +30,17 @@ class ToolFormat:
         Raises:
             UserError: it writes no tools, or calls in a form that is not known.
         """
-        shape, ends, short = learn(template)
-        return cls(template, shape, ends, short)
+        return cls(template, learn(template))
+
+    @property
+    def shape(self) -> Shape:
+        """How calls are written."""
+        return self.learned.shape
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that may end an answer of calls, beside those that end any answer."""
+        return self.learned.ends
 
     def grammar(
         self,
@@ -54,7 +62,7 @@ class ToolFormat:
 
         def made(index: int, written: str) -> str:
             if (
-                self.short_ids
+                self.learned.short_ids
                 and len(written) == 9
                 and written.isascii()
                 and written.isalnum()
@@ -69,13 +77,15 @@ class ToolFormat:
 
     def _id(self, address: str) -> str:
         number = int.from_bytes(hashlib.sha256(address.encode()).digest())
-        size = 9 if self.short_ids else 24
+        size = 9 if self.learned.short_ids else 24
         letters = "".join(_LETTERS[number // 62**n % 62] for n in range(size))
-        return letters if self.short_ids else f"call_{letters}"
+        return letters if self.learned.short_ids else f"call_{letters}"
 
     def fitted(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages whose ids of calls the template takes: others are replaced, the same by the same."""
-        if not self.short_ids:
+        """Messages as the template takes them: it may refuse ids of calls, or leave calls out."""
+        if self.learned.described:
+            return [described.written(self.shape, message) for message in messages]
+        if not self.learned.short_ids:
             return list(messages)
         return [self._renamed(message) for message in messages]
 

@@ -4,15 +4,19 @@ A control token of the template's literals is asked for as that token (``<[id]>`
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from mlxgpt.common.serve.guided.schema import enforceable
 from mlxgpt.common.serve.tools.reasoning import Reasoning
-from mlxgpt.common.serve.tools.shape import ARGS, ID, NAME, Shape
+from mlxgpt.common.serve.tools.shape import ARGS, ID, NAME, Parameters, Shape
+from mlxgpt.common.serve.tools.values import resolved, types_of
 from mlxgpt.common.sft.template import Template
 
 # as tojson writes it, which is what a model was trained on
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_KINDS = ("integer", "number", "boolean", "array", "object", "null")
 
 
 class Grammar:
@@ -24,7 +28,7 @@ class Grammar:
     def calls(self, tools: Sequence[dict[str, Any]], many: bool, behind: Reasoning | None = None) -> str:
         """One call of the tools, or ``many``; ``behind`` the end of a reasoning that the prompt opened."""
         shape = self._shape
-        rules = [self._call(f"f{n}", tool["function"]) for n, tool in enumerate(tools)]
+        rules = [rule for n, tool in enumerate(tools) for rule in self._call(f"f{n}", tool["function"])]
         again = f" ({self._text(shape.between)} call)*" if many and shape.parallel else ""
         start = f"start: {self._text(shape.opens)} call{again} {self._text(shape.closes)}"
         if behind is not None:
@@ -49,26 +53,101 @@ class Grammar:
             at = place + len(token)
         return " ".join(part for part in [*made, _quoted(text[at:])] if part)
 
-    def _call(self, rule: str, function: dict[str, Any]) -> str:
-        """The rule of a call of one function."""
-        made = []
+    def _call(self, rule: str, function: dict[str, Any]) -> list[str]:
+        """The rules of a call of one function."""
+        made, more = [], []
         for part in self._shape.parts:
             if isinstance(part, str):
                 made.append(self._text(part))
             elif part.kind == NAME:
                 made.append(_quoted(function["name"]))
-            elif part.kind == ARGS:
-                made.append(f"%json {json.dumps(arguments_schema(function) | {'x-guidance': _SPACED})}")
-            else:
+            elif part.kind != ARGS:
                 made.append("/[a-zA-Z0-9]{9}/" if part.kind == ID else "/[0-9]{1,3}/")
-        return f"{rule}: {' '.join(made)}"
+            elif self._shape.parameters is None:
+                made.append(_json(arguments_schema(function)))
+            else:
+                made.append(f"{rule}_a0")
+                more = self._one_by_one(f"{rule}_", self._shape.parameters, arguments_schema(function))
+        return [f"{rule}: {' '.join(made)}", *more]
+
+    def _one_by_one(self, prefix: str, form: Parameters, schema: dict[str, Any]) -> list[str]:
+        """Rules of arguments in the order of the schema's properties; a0 begins, b1 and so on go on behind another."""
+        made: list[str] = []
+        properties = schema.get("properties") or {}
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        apart = self._text(form.apart)
+        for n, (key, given) in enumerate(properties.items()):
+            wanted = given if isinstance(given, dict) else {}
+            value, rules = self._value(f"{prefix}v{n}", form, wanted, shared)
+            argument = f"{self._text(form.before)} {_quoted(key)} {value} {prefix}b{n + 1}"
+            skip = "" if key in (schema.get("required") or ()) else n + 1
+            for kind, begins in (("a", ""), ("b", apart)):
+                made.append(f"{prefix}{kind}{n}: {begins} {argument}" + (f" | {prefix}{kind}{skip}" if skip else ""))
+            made += rules
+        return [*made, *(f'{prefix}{kind}{len(properties)}: ""' for kind in "ab")]
+
+    def _value(
+        self, rule: str, form: Parameters, given: dict[str, Any], shared: dict[str, Any]
+    ) -> tuple[str, list[str]]:
+        """What stands behind a key, and its rules: a string as the template writes it, else JSON."""
+        given, kinds = resolved(given, shared), types_of(given, shared)
+        if kinds and "string" not in kinds:
+            begins = form.begins(next(kind for kind in _KINDS if kind in kinds))
+            return f"{self._text(begins)} {rule} {self._text(form.after)}", [f"{rule}: {_json(given | shared)}"]
+        begins, quote = self._text(form.begins("string")), form.quotes[0] if form.quotes else ""
+        listed = [given["const"]] if "const" in given else given.get("enum")
+        if listed is not None and all(isinstance(each, str) for each in listed):
+            texts = [f"{quote}{_escaped(each, quote)}{quote}{form.after}" for each in listed]
+            return f"{begins} {rule}", [f"{rule}: " + " | ".join(self._text(text) for text in texts)]
+        least, most = given.get("minLength", 0), given.get("maxLength", "")
+        if len(quote) == 1:
+            inside = f"/([^{quote}\\\\\\x00-\\x1f]|\\\\[{quote}\\\\nt]){{{least},{most}}}/"
+            return f"{begins} {_quoted(quote)} {rule} {self._text(quote + form.after)}", [f"{rule}: {inside}"]
+        stop = quote + form.after
+        made, restricted = f"/(?s:.{{{least},{most}}})/", least or most != ""
+        if "pattern" in given:
+            made, restricted = f"{_pattern(given['pattern'])} & {made}", True
+        term = rule.upper()
+        token = next(iter(self._template.control.all(stop)), "")
+        free = stop[: stop.index(token)] if token else stop
+        if restricted or not free:
+            return f"{begins} {self._text(quote)} {term} {self._text(stop)}", [f"{term}: {made}"]
+        return f"{begins} {self._text(quote)} {rule} {self._text(stop.removeprefix(free))}", [
+            f"{rule}[suffix={_quoted(free)}]: {made}"
+        ]
 
 
 def arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments: an object of its properties and no others, if it does not say more."""
+    """The schema of a function's arguments: an object of its properties and no others, if it does not say more.
+
+    Raises:
+        UserError: what a grammar cannot enforce, by its place.
+    """
     given = function.get("parameters") or {}
-    return {"type": "object", "properties": {}, "additionalProperties": False} | given
+    made = enforceable({"type": "object", "properties": {}, "additionalProperties": False} | given)
+    return made if isinstance(made, dict) else {}
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': _SPACED})}"
+
+
+def _pattern(pattern: str) -> str:
+    """A pattern of JSON Schema, which may begin and end anywhere if it does not say, as a terminal."""
+    begins = "" if pattern.startswith("^") else "(?s:.*)"
+    ends = "" if pattern.endswith("$") and not pattern.endswith("\\$") else "(?s:.*)"
+    inside = pattern.removeprefix("^") if not begins else pattern
+    inside = inside[:-1] if not ends else inside
+    escaped = re.sub(r"(?<!\\)/", r"\\/", inside)
+    return f"/{begins}(?:{escaped}){ends}/"
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _escaped(text: str, quote: str) -> str:
+    """A string between quotes of one character."""
+    if len(quote) != 1:
+        return text
+    return text.replace("\\", "\\\\").replace(quote, "\\" + quote).replace("\n", "\\n")

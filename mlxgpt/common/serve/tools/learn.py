@@ -1,4 +1,4 @@
-"""What a template says about tool calls, learned by rendering calls whose names and arguments no text contains.
+"""What a template says about tool calls, learned by rendering some.
 
 Nothing is looked up by the model's name. Where a form cannot be learned, tools are refused with a line that says why.
 """
@@ -9,112 +9,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlxgpt.common.chat.turns import THOUGHTS, common
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.serve.tools import parameters
-from mlxgpt.common.serve.tools.shape import ARGS, ID, INDEX, NAME, Keys, Shape, Slot
+from mlxgpt.common.serve.tools import described, parameters
+from mlxgpt.common.serve.tools.literal import Partial, white
+from mlxgpt.common.serve.tools.probe import CALLS, NAMES, TAG, Asked, Found, Probe, found
+from mlxgpt.common.serve.tools.read import Reader
+from mlxgpt.common.serve.tools.shape import ARGS, INDEX, Call, Keys, Shape, Slot
 from mlxgpt.common.sft.template import Template
 
-ASKED, SAID = "7c1e94b2 q", "3fa08d6e a"
-NAMES = ("qzv_look_up", "qzw_send_it")
-IDS = ("Xq7kZ2b6f", "Yw3mT8c1h")
-KEYS = ("kx_one", "ky_two")
-_ARGUMENTS: tuple[dict[str, Any], ...] = ({KEYS[0]: "vx one"}, {KEYS[0]: "vy one"})
-_TAG = re.compile(r"<[^<>\s]+>|\[[A-Za-z_/]+\]")
+
+class Learned(NamedTuple):
+    """What a template says about calls."""
+
+    shape: Shape
+    ends: tuple[int, ...] = ()  # the tokens that may end an answer of calls, beside those that end any answer
+    short_ids: bool = False  # it refuses ids other than nine letters and digits, as Mistral's do
+    described: bool = False  # it tells the model how to write calls and leaves those of messages out
 
 
-class Asked(NamedTuple):
-    """A call to be written."""
-
-    name: str
-    arguments: dict[str, Any]
-    id: str
-
-
-class Found(NamedTuple):
-    """A slot in a text."""
-
-    start: int
-    stop: int
-    slot: Slot
-
-
-CALLS = tuple(Asked(*each) for each in zip(NAMES, _ARGUMENTS, IDS, strict=True))
-
-
-class Probe:
-    """Asks a template what it writes."""
-
-    def __init__(self, template: Template) -> None:
-        self.template = template
-        properties = {key: {"type": "string", "description": "d"} for key in KEYS}
-        schema = {"type": "object", "properties": properties, "required": list(KEYS)}
-        self.tools = [
-            {"type": "function", "function": {"name": name, "description": "d", "parameters": schema}} for name in NAMES
-        ]
-        self.asked: list[dict[str, Any]] = [{"role": "user", "content": ASKED}]
-        try:
-            template.render(self.asked, self.tools)
-        except UserError:  # some templates want a system prompt
-            self.asked.insert(0, {"role": "system", "content": SAID[::-1]})
-        self.whole = template.render(self.asked, self.tools, generation=True)
-        self.prompt = self._behind(self.whole)
-        self.plain = self.turn(content=SAID).partition(SAID)[0]
-
-    def _behind(self, text: str) -> str:
-        return text[text.rfind(ASKED) + len(ASKED) :]
-
-    def turn(self, calls: Sequence[Asked] = (), content: str = "", told: bool = False) -> str:
-        """What is written behind the question: the answer, and the results of its calls if ``told``."""
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if calls:
-            message["tool_calls"] = [
-                {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
-                for one in calls
-            ]
-        results = [{"role": "tool", "tool_call_id": one.id, "name": one.name, "content": SAID[::-1]} for one in calls]
-        return self._behind(self.template.render([*self.asked, message, *(results if told else ())], self.tools))
-
-    def written(self, *calls: Asked) -> str:
-        """An answer of calls alone, behind its header and its reasoning; "" where the template does not write all."""
-        try:
-            text = self.turn(calls)
-        except UserError:
-            return ""
-        if not all(one.name in text for one in calls):
-            return ""
-        start = max(common(text, self.plain), common(text, self.prompt))
-        cut = max(text.rfind("<", 0, start), text.rfind("[", 0, start))
-        if cut >= 0 and (tag := _TAG.match(text, cut)) and tag.end() > start:
-            start = cut  # both begin with tags that begin alike
-        return _without_thought(text[start:])
-
-    def short_ids(self) -> bool:
-        """Whether the template refuses ids other than nine letters and digits (Mistral's do)."""
-        long = (CALLS[0]._replace(id="call_" + IDS[0] * 2),)
-        try:
-            self.turn(long, told=True)
-        except UserError:
-            try:
-                self.turn(CALLS[:1], told=True)
-            except UserError:
-                return False
-            return True
-        return False
-
-
-def _without_thought(text: str) -> str:
-    """Behind an empty reasoning."""
-    text = text.lstrip()
-    for opens, closes in THOUGHTS:
-        rest = text.removeprefix(opens).lstrip()
-        if rest.startswith(closes):
-            return rest.removeprefix(closes).lstrip()
-    return text
-
-
-def learn(template: Template) -> tuple[Shape, tuple[int, ...], bool]:
-    """How the template writes calls, the tokens that may end an answer of calls, and whether it wants short ids.
+def learn(template: Template) -> Learned:
+    """What the template says about calls.
 
     Raises:
         UserError: it does not write tools, or its calls have a form that is not known.
@@ -124,65 +38,66 @@ def learn(template: Template) -> tuple[Shape, tuple[int, ...], bool]:
         raise UserError(f"{template.name} does not write the tools of a request: expected a template that does")
     one, two = probe.written(CALLS[0]), probe.written(*CALLS)
     if not one:
-        raise UserError(f"{template.name} writes tools and no tool calls: expected a template that writes both")
-    shape = _as_json(one, two) or parameters.learn(one, two)
-    if shape is None or (not shape.mark and shape.keys is None):
-        raise UserError(f"{template.name} writes tool calls in a form that is not known here: {one[:80]!r}")
-    return *_ended(probe, shape, one), probe.short_ids()
+        shape = described.learn(probe.about)
+        if shape is None:
+            raise UserError(f"{template.name} writes tools and no tool calls: expected a template that writes both")
+        return Learned(shape, described=True)
+    shape = _shape(probe, one, two)
+    if shape is not None:
+        shape, ends = _ended(probe, shape, one)
+        proved = _proved(shape, one, CALLS[:1]) and not _ends_before(template, shape)
+        if proved and (not shape.between or _proved(shape, two, CALLS)):
+            return Learned(shape, ends, probe.short_ids())
+    raise UserError(f"{template.name} writes tool calls in a form that is not known here: {one[:80]!r}")
 
 
-def _as_json(one: str, two: str) -> Shape | None:
-    """Calls whose arguments are JSON; None where they are not."""
-    slots = found(one, CALLS[0])
-    if not any(each.slot.kind == ARGS for each in slots):
-        return None
-    shape = assembled(one, two, slots)
-    inside = next(_objects(one, slots[0].start), None)
+def _proved(shape: Shape, text: str, calls: Sequence[Asked]) -> bool:
+    """Whether calls are read from what the template writes for them."""
+    read: list[Call] = []
+    at = 0
+    try:
+        while len(read) < len(calls):
+            reader = Reader(shape, {}, text, white(text, at), True)
+            at = reader.read()
+            read += reader.calls
+    except (Partial, ValueError):
+        return False
+    same = [(call.name, json.loads(call.arguments)) for call in read] == [each[:2] for each in calls]
+    return same and (bool(shape.mark) or shape.keys is not None)
+
+
+def _ends_before(template: Template, shape: Shape) -> bool:
+    """Whether what ends an answer stands before its calls, as where calls are a turn of their own."""
+    return any(end and end in shape.opens for end in (template.form.end, template.end))
+
+
+def _shape(probe: Probe, one: str, two: str) -> Shape | None:
+    """The shape of one and of two calls; None where their arguments are neither JSON nor written one by one."""
+    single, double = found(one, CALLS[0]), [found(two, call) for call in CALLS]
+    if not any(each.slot.kind == ARGS for each in single):
+        learned = parameters.learn(probe, one, two)
+        if learned is None:
+            return None
+        form, single, *double = learned
+        return replace(_assembled(one, two, single, double), parameters=form)
+    shape = _assembled(one, two, single, double)
+    inside = next(_objects(one, single[0].start), None)
     if inside is None:
         return shape
     start, stop, keys, listed = inside
-    return replaced(shape, one, start, stop, keys, listed)
-
-
-def replaced(shape: Shape, one: str, start: int, stop: int, keys: Keys, listed: bool) -> Shape:
-    """The shape of calls that are JSON objects, from ``start`` to ``stop``."""
     return replace(shape, mark=one[:start].strip(), stop=one[stop:].strip(), keys=keys, listed=listed)
 
 
-def found(text: str, call: Asked) -> list[Found]:
-    """The slots of a call in a text, in their order."""
-    made = [Found(m.start(), m.end(), Slot(NAME)) for m in re.finditer(re.escape(call.name), text)]
-    made += [Found(m.start(), m.end(), Slot(ID)) for m in re.finditer(re.escape(call.id), text)]
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r'[{"]', text):
-        try:
-            value, stop = decoder.raw_decode(text, match.start())
-            held = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            continue
-        if held == call.arguments:
-            made.append(Found(match.start(), stop, Slot(ARGS)))
-            break
-    return sorted(made, key=lambda each: each.start)
-
-
-def assembled(one: str, two: str, slots: list[Found]) -> Shape:
-    """The shape of one and two calls, of the first call's slots."""
-    text = one[slots[0].start : slots[-1].stop]
-    del text
-    first, second = found(two, CALLS[0]), found(two, CALLS[1])
-    opens, closes, between = one[: slots[0].start], one[slots[-1].stop :], ""
-    parts = _filled(one, slots)
-    if two and len(first) == len(second) == len(slots):
-        between = two[first[-1].stop : second[0].start]
-        parts, opens, between = _counted(parts, _filled(two, second), opens, between)
-    tag = _TAG.match(opens.lstrip())
+def _assembled(one: str, two: str, single: list[Found], double: list[list[Found]]) -> Shape:
+    """The shape of one and two calls, by their slots."""
+    opens, closes, between = one[: single[0].start], one[single[-1].stop :], ""
+    parts = _filled(one, single)
+    if two and len(double[0]) == len(double[1]) == len(single):
+        between = two[double[0][-1].stop : double[1][0].start]
+        parts, opens, between = _counted(parts, _filled(two, double[1]), opens, between)
+    tag = TAG.match(opens)
     mark = tag.group() if tag else opens.strip()
-    if not any(map(str.isalpha, mark)):
-        mark = ""
-    asks = next(each for each in slots if each.slot.kind == ARGS) if any(s.slot.kind == ARGS for s in slots) else None
-    text_form = asks is not None and one[asks.start] == '"'
-    return Shape(opens, parts, between, closes, mark, text=text_form)
+    return Shape(opens, parts, between, closes, mark if any(map(str.isalpha, mark)) else "")
 
 
 def _filled(text: str, slots: list[Found]) -> tuple[str | Slot, ...]:

@@ -74,7 +74,7 @@ class Reader:
             except ValueError:
                 following = -1
             if following < 0:
-                return self._closed(shape.closes.strip(), white(text, at) if shape.closes[:1].isspace() else at)
+                return self._closed(shape.closes.strip(), at)
             at = following
 
     def _one(self, at: int) -> tuple[Call, int]:
@@ -98,7 +98,7 @@ class Reader:
     def _closed(self, closes: str, at: int) -> int:
         """Behind what closes calls."""
         try:
-            return literal(self._text, at, closes)
+            return literal(self._text, white(self._text, at), closes) if closes else at
         except Partial:
             if not self._last:
                 raise
@@ -123,7 +123,7 @@ class Reader:
         if not self.calls:
             raise ValueError
         try:
-            return self._closed(shape.stop, white(text, at) if shape.stop else at)
+            return self._closed(shape.stop, at)
         except ValueError:
             return at
 

@@ -46,7 +46,6 @@ class Shape:
     stop: str = ""  # behind a call that is a JSON object, or behind the list of them
     keys: Keys | None = None  # where a call is a JSON object
     listed: bool = False  # calls are a JSON list
-    text: bool = False  # arguments are a JSON string that holds JSON
     parameters: Parameters | None = None  # where arguments are written one by one
 
     @property

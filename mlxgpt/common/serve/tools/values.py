@@ -1,6 +1,7 @@
 """Arguments that are written one by one: read with their function's schema, which says what a text stands for."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from mlxgpt.common.serve.tools.literal import Partial, json_value, literal, matched, value_at, white
@@ -30,7 +31,8 @@ def read(shape: Shape, schema: dict[str, Any], text: str, at: int, last: bool) -
             made[key], at = value_at(text, begins, form.quotes)
         else:
             raw, at = _raw(shape, form, text, begins, last)
-            made[key] = raw if kind == "string" else meant(raw, {} if kind else property_of(schema, key))
+            kinds = {kind} if kind else types_of((schema.get("properties") or {}).get(key), schema)
+            made[key] = meant(raw, kinds)
         at = _apart(form, text, at)
 
 
@@ -96,19 +98,28 @@ def _follows(shape: Shape, form: Parameters, text: str, at: int, last: bool) -> 
     return partial or at == len(text)
 
 
-def property_of(schema: dict[str, Any], key: str) -> dict[str, Any]:
-    """The schema of one argument."""
-    found = (schema.get("properties") or {}).get(key)
+def resolved(schema: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema that a schema refers to inside ``whole``; itself where it does not."""
+    found: Any = schema
+    for _ in range(20):
+        if not isinstance(found, dict) or not isinstance(found.get("$ref"), str):
+            break
+        path, found = found["$ref"].removeprefix("#").split("/")[1:], whole
+        for part in path:
+            found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
     return found if isinstance(found, dict) else {}
 
 
-def types_of(schema: dict[str, Any]) -> set[str]:
-    """The types of JSON that a value may have; empty where the schema does not say."""
+def types_of(schema: Any, whole: Mapping[str, Any], deep: int = 20) -> set[str]:
+    """The types of JSON that a value may have; empty where the schema does not say. ``whole`` has what it refers to."""
+    if not isinstance(schema, dict) or not deep:
+        return set()
+    schema = resolved(schema, whole)
     said = schema.get("type")
     kinds = {said} if isinstance(said, str) else {each for each in said or () if isinstance(each, str)}
     for key in ("anyOf", "oneOf", "allOf"):
         for each in schema.get(key) or ():
-            kinds |= types_of(each) if isinstance(each, dict) else set()
+            kinds |= types_of(each, whole, deep - 1)
     listed = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
     return kinds or {_type(each) for each in listed}
 
@@ -117,9 +128,8 @@ def _type(value: Any) -> str:
     return "null" if value is None else _TYPES.get(type(value), "")
 
 
-def meant(raw: str, schema: dict[str, Any]) -> Any:
-    """The value that a text stands for: text where the schema says so, else JSON or Python's form of a value."""
-    kinds = types_of(schema)
+def meant(raw: str, kinds: set[str]) -> Any:
+    """The value that a text stands for: text where no other type may be, else JSON or Python's form of a value."""
     if kinds == {"string"}:
         return raw
     try:

@@ -32,7 +32,11 @@ def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Star
     """The app; ``app.state.draining`` is set to True when the server is told to end."""
     log, service = log or Log(), Service(worker, keep_alive=settings.keep_alive_seconds)
     html, html_headers = page()
-    schema = functools.cache(lambda: JSONResponse(openapi(list(worker.served))))
+
+    @functools.cache
+    def schema() -> Response:
+        vocabulary = min(served.model.config.vocab_size for served in worker.served.values())
+        return JSONResponse(openapi(list(worker.served), vocabulary))
 
     def check_alive() -> None:
         if worker.death is not None:
