@@ -76,7 +76,8 @@ def flat(backend: str, model: Any) -> dict[str, Any]:
         return {name: tensor.data_ptr() for name, tensor in tensors if not name.startswith("_")}
     from mlx.utils import tree_flatten
 
-    arrays = {name: np.asarray(memoryview(array)) for name, array in tree_flatten(model.parameters())}
+    held = dict(tree_flatten(model.parameters()))
+    arrays = {name: np.asarray(memoryview(array)) for name, array in held.items()}  # pyright: ignore
     return {name: array.__array_interface__["data"][0] for name, array in arrays.items()}
 
 
@@ -271,7 +272,7 @@ def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_pat
     ]
     assert len(made[0][0]["logprobs"]) == made[0][0]["tokens"]
     (tmp_path / "schema.json").write_text("{")
-    assert cli.main(command) == 2
+    assert cli.main(command) == 2  # pyright: ignore[reportPossiblyUnbound]
     assert "schema.json: not JSON" in capsys.readouterr().err
 
 

@@ -100,7 +100,8 @@ def load_all(backend: Backend, options: Options) -> list[Served]:
     for model in others:
         prepare(model)  # what is its own
     made = [
-        _served(name, *ours, base, adapters, options) for (name, adapters), ours in zip(listed, loaded, strict=True)
+        _served(name, model, tokenizer, base, adapters, options)
+        for (name, adapters), (model, tokenizer) in zip(listed, loaded, strict=True)
     ]
     if options.template_kwargs and not any(each.template for each in made):
         raise UserError("--template-kwargs: is for a chat template, and none of the models has one")
