@@ -319,3 +319,8 @@ def test_a_model_without_a_template_continues_text(tab: Tab, fake: Fake) -> None
     tab.send(" then")
     assert {body["model"] for body in fake.bodies[3:]} == {"plain", "base"}
     assert len({body["prompt"] for body in fake.bodies[3:]}) == 1
+    tab.page.select_option("#other", "")
+    tab.page.select_option("#model", "base")
+    tab.click("New")
+    tab.send("Hello")
+    assert fake.bodies[-1]["messages"] == [{"role": "user", "content": "Hello"}]  # it chats again

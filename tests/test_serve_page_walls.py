@@ -233,7 +233,7 @@ def test_the_policy_allows_the_scripts_of_the_page_and_no_others() -> None:
     for tag in ("script", "style"):
         inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inside]
-        assert policy[f"{tag}-src"].split() == hashes and len(hashes) == {"script": 8, "style": 1}[tag]
+        assert policy[f"{tag}-src"].split() == hashes and len(hashes) == {"script": 9, "style": 1}[tag]
     assert policy["default-src"] == policy["form-action"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
     assert policy["connect-src"] == "'self'" and "unsafe" not in str(policy) and "http" not in str(policy)
     outside = re.sub(r"<(script|style)>.*?</\1>", "", text, flags=re.DOTALL)

@@ -1,21 +1,9 @@
 "use strict";
-// The page: fields, requests, and what buttons and keys do.
+// The page: draws the conversation, asks for answers, and does what buttons and keys say.
 
-const $ = (id) => document.getElementById(id);
-const form = $("form");
-const KEPT = "mlxgpt talk";
-let served = []; // {id, chat, max_model_len}
 let running = null; // the AbortController of the answers that grow
 let views = new Map(); // answer -> its view
 let undone = null; // what the conversation was before it was cleared or cut
-
-const modelOf = (name) => served.find((model) => model.id === name);
-const say = (words) => ($("status").textContent = words);
-
-function note(words, act = null) {
-  $("notice").hidden = !words;
-  $("notice").replaceChildren(words, ...(act ? [" ", act] : []));
-}
 
 // Remembers the conversation as it is, to bring it back.
 function remember(words) {
@@ -23,8 +11,9 @@ function remember(words) {
   undone = () => {
     [talk.messages, talk.system, talk.asText] = JSON.parse(before);
     form.elements.system.value = talk.system;
-    form.elements.mode.value = talk.asText ? "text" : "chat";
+    wanted = talk.asText ? "text" : "chat";
     note("");
+    settle();
     show();
     $("say").focus();
   };
@@ -33,15 +22,33 @@ function remember(words) {
 
 // drawing
 
-function show() {
+const drawn = new WeakMap(); // message -> {element, views, as}
+
+// The element of a message; one that did not change stays as it is.
+function drawnOf(message, place) {
+  const last = place === talk.messages.length - 1;
+  const asks = last && message.sides && chosen(message).calls.length && chosen(message).state !== "going";
+  const as = [talk.asText, Boolean(asks), message.chosen];
+  const old = drawn.get(message);
+  const stays = old?.as.every((value, at) => value === as[at]) &&
+    old.views.every((view, side) => view.answer === message.sides[side]);
+  if (!stays) drawn.set(message, { ...drawMessage(message, asks), as });
+  return drawn.get(message);
+}
+
+function show(toEnd = true) {
   tip.hide();
-  views = new Map();
-  const drawn = talk.messages.map((message, place) => drawMessage(message, place === talk.messages.length - 1));
-  for (const { views: made } of drawn) for (const view of made) views.set(view.answer, view);
-  $("talk").replaceChildren(...drawn.map(({ element }) => element));
+  const made = talk.messages.map(drawnOf);
+  views = new Map(made.flatMap((one) => one.views.map((view) => [view.answer, view])));
+  for (const view of views.values()) if (view.answer.state === "going") view.draw();
+  const list = $("talk");
+  made.forEach(({ element }, place) => {
+    if (list.children[place] !== element) list.insertBefore(element, list.children[place] || null);
+  });
+  while (list.children.length > made.length) list.lastChild.remove();
   $("empty").hidden = talk.messages.length > 0;
   document.body.classList.toggle("text", talk.asText);
-  acts.grown(true);
+  acts.grown(toEnd);
   used();
   keep();
 }
@@ -51,7 +58,7 @@ let follows = true;
 $("scroll").addEventListener("scroll", () => {
   const box = $("scroll");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
-  tip.hide();
+  tip.moved();
 });
 acts.grown = (always = false) => {
   if (always || follows) $("scroll").scrollTop = $("scroll").scrollHeight;
@@ -67,69 +74,6 @@ function used() {
   $("used").textContent = total ? `${many(total)}${room ? ` of ${many(room)}` : ""} tokens` : "";
 }
 
-// Mode, names and hints, after a model or the mode was chosen.
-function settle() {
-  talk.models = [$("model").value, $("other").value].filter(Boolean);
-  const plain = talk.models.filter((name) => modelOf(name)?.chat === false);
-  const modes = form.elements.mode;
-  modes[0].disabled = plain.length > 0;
-  if (plain.length) modes.value = "text";
-  const asText = modes.value === "text";
-  $("modehelp").textContent = plain.length
-    ? `${plain.join(" and ")} ${plain.length > 1 ? "have" : "has"} no chat template: what you write is continued.`
-    : asText ? "What you write is continued as it is, without a chat template." : "";
-  $("systemlabel").hidden = asText;
-  $("say").placeholder = asText ? "Text to continue" : "Message";
-  $("send").textContent = asText ? "Continue" : "Send";
-  form.elements.max_tokens.placeholder = asText ? "256" : "what fits";
-  $("empty").firstElementChild.textContent = talk.models.length > 1 ? "Two answers to everything you write" : talk.models[0] || "";
-  const rooms = talk.models.map((name) => modelOf(name)?.max_model_len).filter(Boolean);
-  $("empty").lastElementChild.textContent = [
-    talk.models.length > 1 ? `${talk.models.join(" and ")} get the same messages and the same seed.` : "",
-    asText ? "Write the beginning of a text, and the model goes on." : "",
-    rooms.length ? `Room for ${Math.min(...rooms).toLocaleString("en")} tokens.` : "",
-  ].join(" ");
-  if (asText !== talk.asText) {
-    talk.asText = asText;
-    show();
-  }
-  keep();
-}
-
-// The conversation and the settings stay when the page is loaded again, in this tab.
-function keep() {
-  const state = { ...talk, settings: settings(), models: talk.models };
-  try {
-    sessionStorage.setItem(KEPT, JSON.stringify(state));
-  } catch {
-    // too large with every token's probabilities: without them
-    const slim = (key, value) => (key === "tokens" ? [] : value);
-    try {
-      sessionStorage.setItem(KEPT, JSON.stringify(state, slim));
-    } catch {
-      sessionStorage.removeItem(KEPT);
-    }
-  }
-}
-
-const settings = () => {
-  const made = {};
-  for (const field of form.elements) {
-    if (field.name && field.type !== "radio" && field.name !== "system") {
-      made[field.name] = field.type === "checkbox" ? field.checked : field.value;
-    }
-  }
-  return made;
-};
-
-function setSettings(given) {
-  for (const field of form.elements) {
-    if (!field.name || !Object.hasOwn(given, field.name) || field.type === "radio") continue;
-    if (field.type === "checkbox") field.checked = Boolean(given[field.name]);
-    else field.value = String(given[field.name]);
-  }
-}
-
 // answers
 
 function busy(on) {
@@ -141,34 +85,24 @@ function busy(on) {
 }
 
 // Draws answers of one message, all at once; what comes before it is the same for all.
-async function draw(message, answers) {
+async function draw(message, answers, how) {
   const end = talk.messages.indexOf(message);
-  const asText = talk.asText;
-  const scores = form.elements.scores.checked ? Number($("likely").value || 0) : -1;
-  let given;
-  try {
-    given = sampling(form, asText);
-  } catch (error) {
-    openSettings(true);
-    note(error.message);
-    throw error;
-  }
   running = new AbortController();
   busy(true);
   say(answers.length > 1 ? "Both models answer." : "The model answers.");
   for (const answer of answers) answer.state = "going";
   show();
-  await Promise.all(answers.map((answer) => drawOne(answer, end, given, asText, scores, running.signal)));
+  await Promise.all(answers.map((answer) => drawOne(answer, end, how, running.signal)));
   running = null;
   busy(false);
-  const heard = answers.map((answer) => (answer.error ? `Error: ${answer.error}` : views.get(answer)?.element.querySelector(".text").textContent));
-  say(heard.join(". "));
+  const textOf = (answer) => views.get(answer)?.element.querySelector(".text").textContent;
+  say(answers.map((answer) => (answer.error ? `Error: ${answer.error}` : textOf(answer))).join(". "));
   if (answers.some((answer) => answer.calls.length)) show();
   used();
   keep();
 }
 
-async function drawOne(answer, end, given, asText, scores, signal) {
+async function drawOne(answer, end, { given, asText, scores }, signal) {
   const began = performance.now();
   const path = asText ? "v1/completions" : "v1/chat/completions";
   const since = () => (performance.now() - began) / 1000;
@@ -204,48 +138,46 @@ function words(error) {
 }
 
 // An answer, or two, to the messages so far.
-function answer() {
-  try {
-    const seed = seedOf(form);
-    const sides = talk.models.map((model) => ({ ...newAnswer(model), seed }));
-    if (!sides.length) throw new Failure("There is no model yet.");
-    sampling(form, talk.asText); // says what is wrong before anything is added
-    const message = { role: "assistant", sides, chosen: 0 };
-    talk.messages.push(message);
-    draw(message, sides).catch(() => {});
-    return true;
-  } catch (error) {
-    openSettings(true);
-    note(error.message);
-    return false;
-  }
+function answer(how) {
+  const sides = talk.models.map((model) => ({ ...newAnswer(model), seed: how.seed }));
+  const message = { role: "assistant", sides, chosen: 0 };
+  talk.messages.push(message);
+  draw(message, sides, how);
 }
 
-function cut(message, words, keepIt = false) {
-  const place = talk.messages.indexOf(message);
-  if (talk.messages.length - place > 2) remember(words);
+// Cuts off the messages from `place` on; from `later` on they are not asked for, and can be had back.
+function cut(place, later) {
+  if (talk.messages.length > later) remember("Later messages were cut off.");
   else note("");
-  talk.messages.splice(place + (keepIt ? 1 : 0));
+  talk.messages.splice(place);
 }
 
 acts.regenerate = (message) => {
-  if (running) return;
-  cut(message, "Later messages were cut off.");
-  answer();
+  const how = !running && ready();
+  if (!how) return;
+  const place = talk.messages.indexOf(message);
+  cut(place, place + 1);
+  answer(how);
 };
 
 acts.retry = (message, old) => {
-  if (running) return;
+  const how = !running && ready();
+  if (!how) return;
+  const place = talk.messages.indexOf(message);
+  cut(place + 1, place + 1);
   const fresh = { ...newAnswer(old.model), seed: old.seed };
   message.sides[message.sides.indexOf(old)] = fresh;
-  talk.messages.splice(talk.messages.indexOf(message) + 1);
-  draw(message, [fresh]).catch(() => {});
+  draw(message, [fresh], how);
 };
 
 acts.choose = (message, answer) => {
-  if (running) return;
-  message.chosen = message.sides.indexOf(answer);
-  show();
+  const side = message.sides.indexOf(answer);
+  if (running || message.chosen === side) return;
+  const place = talk.messages.indexOf(message);
+  cut(place + 1, place + 1);
+  message.chosen = side;
+  show(false);
+  views.get(answer).element.querySelector("[aria-pressed=true]").focus();
 };
 
 acts.edit = (message, { element }) => {
@@ -253,25 +185,27 @@ acts.edit = (message, { element }) => {
   const isAnswer = Boolean(message.sides);
   const old = isAnswer ? [...views.values()].find((view) => view.element === element).answer : message;
   editor(element, old.content, isAnswer ? "Save" : "Send", (text) => {
+    const how = isAnswer || ready();
+    if (!how) return;
     const place = talk.messages.indexOf(message);
-    if (talk.messages.length > place + (isAnswer ? 1 : 2)) remember("Later messages were cut off.");
-    talk.messages.splice(place);
+    cut(place, place + (isAnswer ? 1 : 2));
     if (isAnswer) {
       const made = { ...newAnswer(old.model, text), reasoning: old.reasoning, calls: old.calls, state: "done" };
       talk.messages.push({ role: "assistant", sides: [made], chosen: 0 });
       show();
     } else {
       talk.messages.push({ ...message, content: text });
-      if (!answer()) show();
+      answer(how);
     }
     $("say").focus();
   });
 };
 
 acts.results = (results) => {
-  if (running) return;
+  const how = !running && ready();
+  if (!how) return;
   talk.messages.push(...results);
-  answer();
+  answer(how);
 };
 
 acts.pin = (seed) => {
@@ -298,13 +232,12 @@ function send() {
   const text = $("say").value;
   const goesOn = talk.asText && talk.messages.length > 0;
   if (!(talk.asText ? text : text.trim()) && !goesOn) return;
+  const how = ready();
+  if (!how) return;
   note("");
   if (text) talk.messages.push({ role: "user", content: text });
-  if (!answer()) {
-    if (text) talk.messages.pop();
-    return;
-  }
   $("say").value = "";
+  answer(how);
   size();
 }
 
@@ -320,7 +253,7 @@ $("composer").addEventListener("submit", (event) => {
 });
 $("stop").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || $("ask").open) return;
+  if (event.key !== "Escape" || event.isComposing || $("ask").open) return;
   if (tip.hide()) return;
   if (running) running.abort();
   else if (!$("settings").hidden && $("settings").contains(document.activeElement)) openSettings(false);
@@ -340,7 +273,7 @@ $("new").addEventListener("click", () => {
 $("save").addEventListener("click", () => {
   const row = saved(settings());
   const link = make("a");
-  link.href = URL.createObjectURL(new Blob([`${JSON.stringify(row, null, 1)}\n`], { type: "application/json" }));
+  link.href = URL.createObjectURL(new Blob([`${JSON.stringify(row)}\n`], { type: "application/json" }));
   link.download = `talk-${new Date().toISOString().slice(0, 19).replace(/[:T]/g, "-")}.json`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -350,7 +283,8 @@ $("load").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", async () => {
   const [file] = $("file").files;
   $("file").value = "";
-  if (!file || running) return;
+  if (!file) return;
+  running?.abort();
   try {
     const made = loaded(await file.text());
     if (talk.messages.length) remember("Another conversation was loaded.");
@@ -360,7 +294,7 @@ $("file").addEventListener("change", async () => {
     setSettings(made.page);
     const names = Array.isArray(made.page.models) ? made.page.models.filter(modelOf) : [];
     if (names.length) [$("model").value, $("other").value] = [names[0], names[1] || ""];
-    form.elements.mode.value = made.page.text === true ? "text" : "chat";
+    wanted = made.page.text === true ? "text" : "chat";
     if (typeof made.page.draft === "string") $("say").value = made.page.draft;
     settle();
     show();
@@ -369,37 +303,6 @@ $("file").addEventListener("change", async () => {
     note(error.message);
   }
 });
-
-const narrow = window.matchMedia("(max-width: 760px)");
-
-function openSettings(on) {
-  $("settings").hidden = !on;
-  $("adjust").setAttribute("aria-expanded", String(on));
-  $("top").inert = $("column").inert = on && narrow.matches; // there they lie below
-}
-narrow.addEventListener("change", () => openSettings(!$("settings").hidden));
-$("adjust").addEventListener("click", () => {
-  openSettings($("settings").hidden);
-  if (!$("settings").hidden) $("close").focus();
-});
-$("close").addEventListener("click", () => {
-  openSettings(false);
-  $("adjust").focus();
-});
-$("reset").addEventListener("click", () => {
-  const { system, mode } = Object.fromEntries(new FormData(form));
-  form.reset();
-  form.elements.system.value = system;
-  if (mode) form.elements.mode.value = mode;
-  settle();
-});
-form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("input", () => {
-  talk.system = form.elements.system.value;
-  note("");
-  settle();
-});
-for (const id of ["model", "other"]) $(id).addEventListener("change", settle);
 
 // Asks for a key; whether one was given. Two answers that are refused ask once.
 let asked = null;
@@ -411,7 +314,7 @@ function askKey(why) {
     $("ask").addEventListener("close", () => {
       const key = $("key").value.trim();
       const used = $("ask").returnValue === "use" && key !== "";
-      if (used) keys.set(key);
+      if (used) kept.set(KEY, key);
       $("key").value = "";
       asked = null;
       done(used);
@@ -441,11 +344,12 @@ async function models() {
 
 function restore() {
   try {
-    const { settings: given, ...state } = JSON.parse(sessionStorage.getItem(KEPT));
+    const { settings: given, draft, wanted: mode, ...state } = JSON.parse(kept.get(KEPT));
     setSettings(given);
     Object.assign(talk, state);
+    $("say").value = draft;
     form.elements.system.value = talk.system;
-    form.elements.mode.value = talk.asText ? "text" : "chat";
+    wanted = mode;
     for (const { sides = [] } of talk.messages) for (const side of sides) if (side.state === "going") side.state = "stopped";
   } catch {
     // nothing was kept
@@ -454,5 +358,6 @@ function restore() {
 
 restore();
 show();
+size();
 models();
 $("say").focus();

@@ -32,32 +32,51 @@ class Events {
 }
 
 class Failure extends Error {
-  constructor(message, status = 0, after = 0) {
+  // after: seconds that the server asks to wait; field: that holds what is wrong
+  constructor(message, { status = 0, after = 0, field = null } = {}) {
     super(message);
-    this.status = status;
-    this.after = after; // seconds that the server asks to wait
+    Object.assign(this, { status, after, field });
   }
 }
 
-const keys = {
-  get: () => sessionStorage.getItem("mlxgpt key") || "",
-  set: (key) => sessionStorage.setItem("mlxgpt key", key),
+// What stays in this tab, as text; where a browser keeps nothing, until the page is left.
+const kept = {
+  here: {},
+
+  get(name) {
+    try {
+      return sessionStorage.getItem(name) ?? this.here[name] ?? "";
+    } catch {
+      return this.here[name] ?? "";
+    }
+  },
+
+  // Whether it is kept.
+  set(name, text) {
+    try {
+      sessionStorage.setItem(name, text);
+      return true;
+    } catch {
+      if (text.length < 1000) this.here[name] = text;
+      return false;
+    }
+  },
 };
+const KEY = "mlxgpt key";
 
 // The answer to a request.
 // Throws Failure with the server's words; an AbortError when it was stopped.
 async function ask(path, body, signal) {
   const headers = { Accept: body ? "text/event-stream" : "application/json" };
   if (body) headers["Content-Type"] = "application/json";
-  if (keys.get()) headers.Authorization = `Bearer ${keys.get()}`;
+  const key = kept.get(KEY);
+  if (/[^\x21-\x7e]/.test(key)) throw new Failure("A key has only letters, digits and signs of ASCII.", { status: 401 });
+  if (key) headers.Authorization = `Bearer ${key}`;
   let answer;
   try {
     answer = await fetch(path, { method: body ? "POST" : "GET", headers, body, signal, redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (error instanceof TypeError && /ISO-8859-1|ByteString|code point|header/i.test(error.message)) {
-      throw new Failure("A key has only letters, digits and signs of ASCII.", 401);
-    }
     throw new Failure("The server cannot be reached. Is it still running?");
   }
   if (answer.ok) return answer;
@@ -68,7 +87,7 @@ async function ask(path, body, signal) {
     // something between here and the server answered
   }
   const after = Number(answer.headers.get("Retry-After")) || 0;
-  throw new Failure(words || `The server answered ${answer.status} ${answer.statusText}.`, answer.status, after);
+  throw new Failure(words || `The server answered ${answer.status} ${answer.statusText}.`, { status: answer.status, after });
 }
 
 // The objects of a stream, up to [DONE].
@@ -97,7 +116,7 @@ async function* stream(path, body, signal) {
         } catch {
           throw new Failure("The server sent something that is not JSON.");
         }
-        if (said.error) throw new Failure(said.error.message || "The server failed.", said.error.code || 0);
+        if (said.error) throw new Failure(said.error.message || "The server failed.");
         yield said;
       }
       if (piece.done) throw new Failure("The connection ended before the answer was complete.");

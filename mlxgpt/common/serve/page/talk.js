@@ -45,8 +45,7 @@ function sampling(form, asText) {
   const made = {};
   for (const input of form.querySelectorAll("input[type=number]")) {
     if (!input.checkValidity()) {
-      input.focus();
-      throw new Failure(`${input.labels[0].textContent.trim()}: ${input.validationMessage}`);
+      throw new Failure(`${input.labels[0].textContent.trim()}: ${input.validationMessage}`, { field: input });
     }
     if (input.name && input.value !== "") made[input.name] = Number(input.value);
   }
@@ -54,30 +53,31 @@ function sampling(form, asText) {
   const signs = { n: "\n", t: "\t", r: "\r", "\\": "\\" };
   if (stops.length) made.stop = stops.map((line) => line.replace(/\\([ntr\\])/g, (_, sign) => signs[sign]));
   if (asText && made.max_tokens === undefined) made.max_tokens = 256;
-  const further = form.elements.further.value.trim();
-  if (!further) return made;
+  const field = form.elements.further;
+  if (!field.value.trim()) return made;
   let more = null;
   try {
-    more = JSON.parse(further);
+    more = JSON.parse(field.value);
   } catch (error) {
-    form.elements.further.focus();
-    throw new Failure(`Further fields: ${error.message}`);
+    throw new Failure(`Further fields: ${error.message}`, { field });
   }
   if (more === null || typeof more !== "object" || Array.isArray(more)) {
-    throw new Failure('Further fields: a JSON object was expected, such as {"logit_bias": {"50": -100}}.');
+    const words = 'Further fields: a JSON object was expected, such as {"logit_bias": {"50": -100}}.';
+    throw new Failure(words, { field });
   }
-  const own = ["messages", "prompt", "model", "stream", "stream_options", "seed", "n"].find((name) => Object.hasOwn(more, name));
-  if (own) throw new Failure(`Further fields: ${own} is said by the page itself.`);
+  const mine = ["messages", "prompt", "model", "stream", "stream_options", "seed", "n"];
+  const own = mine.find((name) => Object.hasOwn(more, name));
+  if (own) throw new Failure(`Further fields: the page itself says ${own}.`, { field });
   return { ...made, ...more };
 }
 
 // The seed of the next answer: the one that is set, or a new one.
 function seedOf(form) {
-  const seed = form.elements.seed.value.trim();
+  const field = form.elements.seed;
+  const seed = field.value.trim();
   if (!seed) return String(crypto.getRandomValues(new Uint32Array(1))[0]);
   if (/^-?\d{1,20}$/.test(seed)) return BigInt(seed).toString();
-  form.elements.seed.focus();
-  throw new Failure("Seed: a whole number was expected.");
+  throw new Failure("Seed: a whole number was expected.", { field });
 }
 
 // The body of a request, as text: a seed may have more digits than JavaScript's numbers.

@@ -18,6 +18,7 @@ function bytesOf(token) {
 
 // Bytes as text, or as they are where they are no whole characters.
 function named(bytes) {
+  if (!bytes.length) return "∅";
   try {
     return visible(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(new Uint8Array(bytes)));
   } catch {
@@ -152,6 +153,12 @@ const tip = {
     const fits = below + box.offsetHeight < window.innerHeight || word.top < box.offsetHeight + 8;
     box.style.left = `${left}px`;
     box.style.top = `${fits ? below : word.top - box.offsetHeight - 6}px`;
+  },
+
+  // After the text moved: the tooltip of a token that keys reached moves along.
+  moved() {
+    if (this.of && this.of === document.activeElement) this.place(document.getElementById("tip"), this.of);
+    else this.hide();
   },
 
   hide() {

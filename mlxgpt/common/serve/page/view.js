@@ -160,8 +160,8 @@ function drawResults(message) {
   return form;
 }
 
-// The element of a message, and the views of its answers.
-function drawMessage(message, last) {
+// The element of a message, and the views of its answers; `asks`: for what its tools returned.
+function drawMessage(message, asks) {
   if (!message.sides) {
     const names = { user: talk.asText ? "Text" : "You", tool: "Result of a tool", system: "System", developer: "System" };
     const made = make("li", `message ${message.role}`, make("h3", "who away", names[message.role] || message.role));
@@ -180,7 +180,7 @@ function drawMessage(message, last) {
   if (two) {
     element.append(make("div", "actions both", button("Regenerate both", () => acts.regenerate(message), "small")));
   }
-  if (last && chosen(message).calls.length && chosen(message).state !== "going") element.append(drawResults(message));
+  if (asks) element.append(drawResults(message));
   return { element, views };
 }
 

@@ -4,7 +4,9 @@
 """
 
 import json
+import math
 import re
+import sys
 from typing import Any
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -67,7 +69,7 @@ def json_end(text: str, at: int) -> int:
 
 
 def json_value(text: str) -> Any:
-    """A JSON value; NaN and infinities are none.
+    """A JSON value; NaN, infinities and numbers beyond a double are none.
 
     Raises:
         ValueError: it is no JSON.
@@ -76,8 +78,11 @@ def json_value(text: str) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(name)
 
+    def finite(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refuse(digits)
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -110,36 +115,40 @@ def value_at(text: str, at: int, quotes: tuple[str, ...] = ('"', "'"), depth: in
     if found.re is _NUMBER:
         if text[found.end()] in ".eE" and len(text) < found.end() + 3:
             raise Partial
-        return json.loads(found.group()), found.end()
+        return json_value(found.group()), found.end()
     if found.group() not in _WORDS:
         raise ValueError
     return _WORDS[found.group()], found.end()
 
 
 def _string(text: str, at: int, quote: str) -> tuple[str, int]:
+    """The string up to ``quote``; a quote of several characters is a mark, inside which nothing is escaped."""
+    if len(quote) > 1:
+        stop = text.find(quote, at)
+        if stop < 0:
+            raise Partial
+        return text[at:stop], stop + len(quote)
     made = []
     while at < len(text):
-        if text.startswith(quote, at):
+        stop = next((n for n in range(at, len(text)) if text[n] in (quote, "\\")), len(text))
+        made.append(text[at:stop])
+        if stop == len(text):
+            break
+        if text[stop] == quote:
             whole = "".join(made).encode("utf-16", "surrogatepass")  # joins the halves of \\uXXXX\\uXXXX
-            return whole.decode("utf-16", "replace"), at + len(quote)
-        if len(quote) > 1 and quote.startswith(text[at:]):
-            raise Partial
-        if text[at] != "\\" or len(quote) > 1:  # marks of their own need no escapes
-            made.append(text[at])
-            at += 1
-            continue
-        if at + 1 >= len(text):
-            raise Partial
-        kind = text[at + 1]
-        if size := _CODES.get(kind, 0):
-            digits = text[at + 2 : at + 2 + size]
-            if len(digits) < size:
-                raise Partial
-            made.append(chr(int(digits, 16)))
-            at += 2 + size
-        else:
-            made.append(_ESCAPES.get(kind, kind))
-            at += 2
+            return whole.decode("utf-16", "replace"), stop + 1
+        kind = text[stop + 1 : stop + 2]
+        if not kind:
+            break
+        size = _CODES.get(kind, 0)
+        digits = text[stop + 2 : stop + 2 + size]
+        if len(digits) < size:
+            break
+        code = int(digits, 16) if size else 0
+        if code > sys.maxunicode:
+            raise ValueError
+        made.append(chr(code) if size else _ESCAPES.get(kind, kind))
+        at = stop + 2 + size
     raise Partial
 
 

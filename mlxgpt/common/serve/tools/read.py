@@ -16,7 +16,7 @@ _WRITTEN = {
     ID: re.compile(r"[^\s<>{}()\[\]\"'|,]+"),
     INDEX: re.compile(r"[0-9]+"),
 }
-_KEY = re.compile(r'\{\s*(?:"([^"]*))?')  # the beginning of an object, and of its first key
+_KEY = re.compile(r'\{\s*(?:"([^"]*)("?)|\}|$)')  # the beginning of an object, and of its first key
 _STRING = re.compile(r'"([^"\\]+)"')
 
 
@@ -56,7 +56,9 @@ class Reader:
         """Whether the JSON object there may be a call, by its first key."""
         found = _KEY.match(self._text, self._at)
         known = {path[0] for path in self._shape.keys or ()} | {*_NAMES, *_ARGUMENTS, "type", "id"}
-        return found is not None and any(key.startswith(found.group(1) or "") for key in known)
+        if found is None or found.group(1) is None:
+            return found is not None
+        return found.group(1) in known if found.group(2) else any(key.startswith(found.group(1)) for key in known)
 
     def _parts(self) -> int:
         """Calls that are written part by part."""
@@ -139,6 +141,8 @@ class Reader:
             arguments = next((inner[key] for key in _ARGUMENTS if inner.get(key) is not None), None)
         if isinstance(arguments, str):
             arguments = json_value(arguments) if arguments.strip() else {}
+        if arguments is None and not self._shape.mark:  # any answer in JSON may have a name
+            raise ValueError
         if not isinstance(name, str) or not name or not isinstance(arguments, dict | None):
             raise ValueError
         found = value.get("id")

@@ -12,6 +12,9 @@ from mlxgpt.common.serve.tools.read import Reader
 from mlxgpt.common.serve.tools.reasoning import Reasoning
 from mlxgpt.common.serve.tools.shape import Call, Shape
 
+_BARE = "<|python_tag|>"  # what Llama may write before a call that is a JSON object
+_SHORT = 200  # characters, up to which a call is read again with each piece
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -28,11 +31,11 @@ class Splitter:
 
     Args:
         shape: of the template's calls; None: everything is content or reasoning.
-        reasoning: what encloses it; None: the template has none.
+        reasoning: what encloses it, and content; None: nothing does.
         opened: the prompt ends inside the reasoning.
         id_of: the id of the call of an index, given the one that the model wrote.
-        names: of the functions that may be called, without which a bare JSON object is no call.
-        types: for arguments that are written as text: the JSON Schema of each function.
+        tools: of the request: a JSON object that nothing announces is a call of these, and their schemas say what
+            arguments that are written as text stand for.
         parallel: False: only the first call counts.
     """
 
@@ -48,6 +51,11 @@ class Splitter:
         self._shape, self._reasoning, self._id_of = shape, reasoning, id_of
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         self._parallel = parallel
+        self._around = reasoning.around if reasoning is not None else ()
+        self._tried = False  # the rest was read as a call, and more is needed
+        self._closing = set("}])>\"'")
+        if shape is not None:
+            self._closing |= {part[-1] for part in (shape.stop, shape.closes.rstrip(), shape.between.rstrip()) if part}
         self._rest = ""
         self._state = "reasoning" if opened else "start"
         self._begun = False  # content or reasoning was given, so that white space counts
@@ -56,6 +64,9 @@ class Splitter:
     def feed(self, text: str) -> list[Delta]:
         """What is certain with this piece."""
         self._rest += text
+        if self._tried and len(self._rest) > _SHORT and not self._closing.intersection(text):
+            return []  # a long call that cannot end here is not read again
+        self._tried = False
         return self._run(False, False)
 
     def end(self, cut: bool = False) -> list[Delta]:
@@ -71,8 +82,7 @@ class Splitter:
     def _in_start(self, last: bool, cut: bool) -> list[Delta] | None:
         """Before anything: an answer may begin with its reasoning, or be a bare call."""
         begins = self._rest.lstrip()
-        if self._reasoning is not None:
-            opens = self._reasoning.opens
+        if self._reasoning is not None and (opens := self._reasoning.opens):
             if begins.startswith(opens):
                 self._rest = begins.removeprefix(opens)
                 self._state = "reasoning"
@@ -113,8 +123,9 @@ class Splitter:
         """Where an answer may be a JSON object that is a call."""
         assert self._shape is not None
         begins = len(self._rest) - len(self._rest.lstrip())
-        if begins == len(self._rest) and not last:
+        if not last and _BARE.startswith(self._rest[begins:]):
             return None
+        begins += len(_BARE) * self._rest.startswith(_BARE, begins)
         reader = Reader(self._shape, self._schemas, self._rest, begins, last)
         try:
             if not reader.may_begin():
@@ -135,23 +146,22 @@ class Splitter:
     def _in_content(self, last: bool, cut: bool) -> list[Delta] | None:
         """Where text stands, and what announces calls may come."""
         mark = self._shape.mark if self._shape is not None else ""
-        place = self._rest.find(mark) if mark else -1
+        marks = (mark, *self._around) if mark else self._around
+        place, found = min(((at, each) for each in marks if (at := self._rest.find(each)) >= 0), default=(-1, ""))
+        if place >= 0 and found != mark:
+            text, self._rest = self._rest[:place], self._rest[place + len(found) :]
+            return [Delta(content=text)]
         if place >= 0:
-            before = self._rest[:place]
             self._state = "call"
-            keeps = before.rstrip()
-            self._rest = self._rest[len(keeps) :]
-            return [Delta(content=keeps)] if keeps else []
-        if last:
-            text, self._rest = self._rest, ""
-            if self.calls:
-                text = text.rstrip()
-            return [Delta(content=text)] if text else None
-        text = self._rest
-        if mark:
-            text = text[: len(text) - held(text, (mark,))].rstrip()
+            text = self._rest[:place].rstrip()
+        elif last:
+            text = self._rest.rstrip() if self.calls else self._rest
+            self._rest = text
+        else:
+            text = self._rest[: len(self._rest) - held(self._rest, marks)]
+            text = text.rstrip() if mark else text
         self._rest = self._rest[len(text) :]
-        return [Delta(content=text)] if text else None
+        return [Delta(content=text)] if text or place >= 0 else None
 
     def _in_call(self, last: bool, cut: bool) -> list[Delta] | None:
         """Where what announces calls was read."""
@@ -174,6 +184,7 @@ class Splitter:
     def _partial(self, reader: Reader, last: bool, cut: bool) -> list[Delta] | None:
         """A call whose end is not there."""
         if not last:
+            self._tried = True
             return None
         text, self._rest = self._rest, ""
         self._state = "content"
