@@ -27,22 +27,46 @@ class Grammar:
 
     def calls(self, tools: Sequence[dict[str, Any]], many: bool, behind: Reasoning | None = None) -> str:
         """One call of the tools, or ``many``; ``behind`` the end of a reasoning that the prompt opened."""
-        shape = self._shape
-        rules = [rule for n, tool in enumerate(tools) for rule in self._call(f"f{n}", tool["function"])]
-        again = f" ({self._text(shape.between)} call)*" if many and shape.parallel else ""
-        start = f"start: {self._text(shape.opens)} call{again} {self._text(shape.closes)}"
-        if behind is not None:
-            start = start.replace("start: ", "start: thought SPACE ", 1)
-            rules += self._thought(behind)
-        return "\n".join([start, "call: " + " | ".join(f"f{n}" for n in range(len(tools))), *rules, ""])
+        rules = self._calls(tools, many)
+        if behind is None:
+            return _lines("start: calls", f"calls: {self._text(self._shape.opens)} section", *rules)
+        thought = self._upto("thought", behind.closes)
+        begins = f"calls: {self._text(self._shape.opens)} section"
+        return _lines("start: thought GAP calls", "GAP: /[ \\n]{0,2}/", begins, *thought, *rules)
 
-    def _thought(self, reasoning: Reasoning) -> list[str]:
-        """Any text up to the end of the reasoning."""
-        token = self._template.id_of(reasoning.closes)
-        made = ["SPACE: /[ \\n]{0,2}/"]
-        if token is not None:
-            return [*made, f"thought: ANY <[{token}]>", "ANY: /(.|\\n)*/"]
-        return [*made, f"thought[lazy]: ANY {_quoted(reasoning.closes)}", "ANY: /(.|\\n)*/"]
+    def free(self, tools: Sequence[dict[str, Any]], many: bool, reasoning: Reasoning | None = None) -> str:
+        """Any text, in which calls follow their schemas; also the tags of reasoning and content."""
+        shape, opens = self._shape, self._shape.opens.lstrip()
+        tags = (reasoning.opens, reasoning.closes, *reasoning.around) if reasoning else ()
+        ids = dict.fromkeys(token for tag in tags for token in self._special(tag))
+        before = f"(TEXT ({' | '.join(f'<[{token}]>' for token in ids)}))*" if ids else ""
+        rules = ["TEXT: /(?s:.*)/", *self._calls(tools, many)]
+        if not shape.mark:
+            start = f"start: {before} (PLAIN | {self._text(opens)} section)"
+            return _lines(start, "PLAIN: /(?s:\\s*[^\\s{].*)?/", *rules)
+        first = next((token for token in self._template.control.leading(opens)[:1] if self._special(token)), shape.mark)
+        part = f"part: {before} begins {self._text(opens.removeprefix(first))} section"
+        start = f"start: part{'*' if many else '?'} {before} TEXT"
+        return _lines(start, part, *self._upto("begins", first), *rules)
+
+    def _calls(self, tools: Sequence[dict[str, Any]], many: bool) -> list[str]:
+        """The rules of calls behind what opens them."""
+        shape = self._shape
+        again = f" ({self._text(shape.between)} call)*" if many and shape.parallel else ""
+        call = "call: " + " | ".join(f"f{n}" for n in range(len(tools)))
+        rules = [rule for n, tool in enumerate(tools) for rule in self._call(f"f{n}", tool["function"])]
+        return [f"section: call{again} {self._text(shape.closes)}", call, *rules]
+
+    def _special(self, text: str) -> list[int]:
+        """The token of a text, if it is one that no other text contains."""
+        token = self._template.id_of(text) if text else None
+        return [token] if token is not None and token in self._template.tokenizer.special else []
+
+    def _upto(self, rule: str, closes: str) -> list[str]:
+        """The rule of any text up to and with what closes it."""
+        if token := self._special(closes):
+            return [f"{rule}: ANY <[{token[0]}]>", "ANY: /(?s:.*)/"]
+        return [f"{rule}[suffix={_quoted(closes)}]: /(?s:.*)/"]
 
     def _text(self, text: str) -> str:
         """A literal: its control tokens as tokens."""
@@ -91,6 +115,12 @@ class Grammar:
     ) -> tuple[str, list[str]]:
         """What stands behind a key, and its rules: a string as the template writes it, else JSON."""
         given, kinds = resolved(given, shared), types_of(given, shared)
+        if kinds and kinds <= {"boolean", "null"} and not {"enum", "const"} & given.keys():
+            words = [
+                word for word, kind in zip(form.words, ("boolean", "boolean", "null"), strict=True) if kind in kinds
+            ]
+            begins = self._text(form.begins(min(kinds)))
+            return f"{begins} ({' | '.join(map(_quoted, words))}) {self._text(form.after)}", []
         if kinds and "string" not in kinds:
             begins = form.begins(next(kind for kind in _KINDS if kind in kinds))
             return f"{self._text(begins)} {rule} {self._text(form.after)}", [f"{rule}: {_json(given | shared)}"]
@@ -104,13 +134,13 @@ class Grammar:
             inside = f"/([^{quote}\\\\\\x00-\\x1f]|\\\\[{quote}\\\\nt]){{{least},{most}}}/"
             return f"{begins} {_quoted(quote)} {rule} {self._text(quote + form.after)}", [f"{rule}: {inside}"]
         stop = quote + form.after
-        made, restricted = f"/(?s:.{{{least},{most}}})/", least or most != ""
+        made = f"/(?s:.{{{least},{most}}})/"
         if "pattern" in given:
-            made, restricted = f"{_pattern(given['pattern'])} & {made}", True
+            made = f"{_pattern(given['pattern'])} & {made}"
         term = rule.upper()
-        token = next(iter(self._template.control.all(stop)), "")
+        token = next((token for token in self._template.control.all(stop) if self._special(token)), "")
         free = stop[: stop.index(token)] if token else stop
-        if restricted or not free:
+        if not free:
             return f"{begins} {self._text(quote)} {term} {self._text(stop)}", [f"{term}: {made}"]
         return f"{begins} {self._text(quote)} {rule} {self._text(stop.removeprefix(free))}", [
             f"{rule}[suffix={_quoted(free)}]: {made}"
@@ -126,6 +156,10 @@ def arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
     given = function.get("parameters") or {}
     made = enforceable({"type": "object", "properties": {}, "additionalProperties": False} | given)
     return made if isinstance(made, dict) else {}
+
+
+def _lines(*rules: str) -> str:
+    return "\n".join([*rules, ""])
 
 
 def _json(schema: dict[str, Any]) -> str:
