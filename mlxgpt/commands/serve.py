@@ -57,7 +57,7 @@ def serve_command(args: argparse.Namespace) -> int:
     if args.cache_bytes not in (None, "0"):
         held = units.read_size(args.cache_bytes, "--cache-bytes")
     body = units.read_size(args.max_body, "--max-body")
-    models.names_of(options)
+    models.check(options)
     with life.bind(args.host, args.port) as sock:
         port = sock.getsockname()[1]
         settings = Settings(args.host, port, keys, tuple(args.allow_origin), body, backend=args.backend)

@@ -29,7 +29,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        made = socket.create_server(address, family=family, backlog=2048)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        made = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         cure = "; --port takes another, 0 any that is free" if error.errno == errno.EADDRINUSE else ""
         why = (error.strerror or str(error)).partition(" (")[0].lower()
