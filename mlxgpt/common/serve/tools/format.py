@@ -62,7 +62,7 @@ class ToolFormat:
     def strict_grammar(
         self, tools: Sequence[dict[str, Any]], parallel: bool = True, reasoning: Reasoning | None = None
     ) -> str:
-        """The grammar of any answer whose calls, if there are some, follow their schemas.
+        """The grammar of any answer, whose calls, if any, are of these tools and fit the schema where that is strict.
 
         Raises:
             UserError: a schema that is not enforceable.
