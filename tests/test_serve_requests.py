@@ -249,6 +249,10 @@ def test_another_prompt_is_refused(prompt: Any) -> None:
     assert refused(CompletionRequest, prompt=prompt)[0] == "prompt"
 
 
+def test_a_harmless_value_has_its_type() -> None:
+    assert refused(ChatRequest, messages=ASK, store=0)[0] == "store"
+
+
 def test_unknown_fields_are_named_and_harmless_ones_are_not() -> None:
     message = {"role": "user", "content": "a", "cache_control": {}, "reasoning": None}
     given = {"messages": [message, message], "chat_id": 1, "metadata": {"a": "b"}, "user": "me", "foo": None}

@@ -214,8 +214,6 @@ class Service:
             yield f"{last}data: [DONE]\n\n".encode()
         except ApiError as error:
             yield b"data: " + dumps(error.content).encode() + b"\n\n"
-        finally:
-            run.cancel()
 
     def _ignored(self, names: list[str]) -> dict[str, str]:
         """The header that names fields that nobody read; each is logged once, those of a request in one line."""
