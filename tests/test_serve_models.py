@@ -260,7 +260,7 @@ SCHEMA = {
 def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     flags = ["-p", "a", "-p", "a", "-n", "90", "--temperature", "1.5", "--seed", "3", "--json", "--logprobs", "1"]
-    made = []
+    made, command = [], []
     for backend in BACKENDS:
         command = ["generate", "-m", str(place / "chats"), *flags, "--json-schema", str(tmp_path / "schema.json")]
         assert cli.main([*command, "--backend", backend]) == 0
@@ -273,7 +273,7 @@ def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_pat
     ]
     assert len(made[0][0]["logprobs"]) == made[0][0]["tokens"]
     (tmp_path / "schema.json").write_text("{")
-    assert cli.main(command) == 2  # pyright: ignore[reportPossiblyUnbound]
+    assert cli.main(command) == 2
     assert "schema.json: not JSON" in capsys.readouterr().err
 
 
