@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from mlxgpt.common.serve.web import life
 from mlxgpt.common.serve.web.app import make_app
 from mlxgpt.common.serve.web.connection import server
 from mlxgpt.common.serve.web.log import LOG, Log
@@ -66,9 +67,8 @@ class Site:
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self.lines: list[str] = []
         self.log, self.worker = Log(), worker
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.socket = life.bind(settings.host, 0)
+        self.port = self.socket.getsockname()[1]
         self.settings = replace(settings, port=self.port)
         self.app = make_app(worker, self.settings, self.log)
         self.server = server(self.app, self.settings, self.log)
@@ -157,7 +157,7 @@ def serving_site(worker: Worker, settings: Settings | None = None) -> Iterator[S
     site = Site(worker, settings or Settings())
     handler = _Lines(site.lines)
     LOG.addHandler(handler)
-    thread = threading.Thread(target=site.server.run, daemon=True)
+    thread = threading.Thread(target=site.server.run, args=([site.socket],), daemon=True)
     thread.start()
     try:
         site.until(lambda: site.server.started)

@@ -317,7 +317,7 @@ def test_what_nobody_knows_is_named_and_logged_once(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, "mlxgpt.serve"):
         answers = [asyncio.run(service.completions(dict(given))) for _ in range(2)]
     assert answers[1].headers["X-Ignored-Fields"] == "chat_id, na%C3%AFve%0D%0AX-Evil"
-    assert len(caplog.messages) == 2 and all("\n" not in one for one in caplog.messages)
+    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
 
 
 def test_a_full_queue_says_when_to_come_again_and_queues_nothing() -> None:

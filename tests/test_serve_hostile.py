@@ -17,12 +17,12 @@ from mlxgpt.common.tokenizers.hf import made_of_bytes
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 KEY = "sk-geheim-é"
 CONTEXT = 256
-SOUND = {"prompt": "Once", "max_tokens": 6, "seed": 11}
+SOUND = {"prompt": "Once", "max_tokens": 3, "seed": 11}
 
 
 def tiny() -> Served:
     tokenizer = with_chatml(made_of_bytes())
-    config = make_config("llama", vocab=tokenizer.n_vocab, block_size=CONTEXT)
+    config = make_config("llama", vocab=tokenizer.n_vocab, block_size=CONTEXT, n_layer=1)
     template = Template({"default": CHATML}, tokenizer, tokenizer.named, "tiny")
     return served_model("mlx", config, tokenizer=tokenizer, template=template, ends=(257,))
 

@@ -1,6 +1,7 @@
 """Tools, reasoning and JSON through the API of mlxgpt serve: what a template writes is what a client gets."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +83,16 @@ def test_the_prompt_has_the_tools_as_they_were_given_and_none_with_none() -> Non
     shown, hidden = (tokenizer.decode(list(work.prompt)) for work in own.works)
     assert '<tools>\n{"function": {"name": "now", "strict": true}, "type": "function"}\n</tools>' in shown
     assert "now" not in hidden
-    assert own.works[0].constrain is None  # auto: the model chooses
+    assert own.works[0].constrain is not None  # auto: the model chooses, but a strict function's arguments fit
+    whole(own, "chat", messages=ASK, tools=[{"type": "function", "function": {"name": "now"}}])
+    assert own.works[2].constrain is None
+
+
+def test_an_answer_of_calls_ends_where_the_template_ends_it() -> None:
+    own = FakeWorker(dataclasses.replace(served(context=2048, template=QWEN25), ends=frozenset()), script=says("a"))
+    whole(own, "chat", messages=ASK, tools=[ADD])
+    whole(own, "chat", messages=ASK)
+    assert [work.served.ends for work in own.works] == [{257}, frozenset()]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])

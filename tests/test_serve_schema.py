@@ -25,7 +25,7 @@ def site() -> Any:
         yield made
 
 
-@pytest.mark.parametrize("examples", (3, pytest.param(60, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("examples", (2, pytest.param(60, marks=pytest.mark.slow)))
 def test_schemathesis_finds_nothing(site: Site, tmp_path: Path, examples: int) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{site.port}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {KEY}", "--phases", "fuzzing", "--max-examples", str(examples)]
@@ -34,7 +34,7 @@ def test_schemathesis_finds_nothing(site: Site, tmp_path: Path, examples: int) -
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "9 passed" in run.stdout
-    assert site.log.statuses[500] == 0 and site.log.statuses[200] > 9 and site.log.statuses[400] > 3
+    assert site.log.statuses[500] == 0 and site.log.statuses[200] > 9 and site.log.statuses[400] > 1
     assert site.worker.death is None
 
 

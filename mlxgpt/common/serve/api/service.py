@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -27,6 +28,7 @@ from mlxgpt.common.serve.api.requests import (
     parse,
 )  # fmt: skip
 from mlxgpt.common.serve.api.run import Run
+from mlxgpt.common.serve.api.values import Body
 from mlxgpt.common.serve.work import Constraint, Served, Work, Worker
 
 LOG = logging.getLogger("mlxgpt.serve")
@@ -78,7 +80,7 @@ class Service:
             ApiError: 400, 404, 429, 500 or 503.
             Gone: the client has left.
         """
-        request, unknown = parse(ChatRequest, given)
+        request, unknown = await _parsed(ChatRequest, given)
         served = asked.find(self.worker, request.model)
         found = await self._beside(given, lambda: manner(request, given, self._skills(served)))
         asked.check_prompt(served, found.ids, "messages")
@@ -88,7 +90,7 @@ class Service:
 
     async def completions(self, given: dict[str, Any], disconnected: Disconnected | None = None) -> Answer:
         """POST /v1/completions; raises what ``chat`` raises."""
-        request, unknown = parse(CompletionRequest, given)
+        request, unknown = await _parsed(CompletionRequest, given)
         served = asked.find(self.worker, request.model)
         count, n = len(request.prompt), request.n or 1
         if count > self._max_prompts or count * n > CHOICES:
@@ -103,7 +105,7 @@ class Service:
 
     async def tokenize(self, given: dict[str, Any]) -> Answer:
         """POST /tokenize."""
-        request, unknown = parse(TokenizeRequest, given)
+        request, unknown = await _parsed(TokenizeRequest, given)
         served = asked.find(self.worker, request.model)
         ids = await self._beside(given, lambda: _tokenized(request, given, self._skills(served)))
         made: dict[str, Any] = {"model": served.name, "count": len(ids), "max_model_len": served.context, "tokens": ids}
@@ -113,7 +115,7 @@ class Service:
 
     async def detokenize(self, given: dict[str, Any]) -> Answer:
         """POST /detokenize."""
-        request, unknown = parse(DetokenizeRequest, given)
+        request, unknown = await _parsed(DetokenizeRequest, given)
         served = asked.find(self.worker, request.model)
         if served.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", "model", "invalid_value")
@@ -160,7 +162,7 @@ class Service:
         """
         param = next((name for name in ("messages", "tokens", "text", "content") if name in given), "prompt")
         try:
-            if len(str(given.get(param))) < _LARGE and not any(given.get(name) for name in _COSTLY):
+            if not _is_long(given.get(param)) and not any(given.get(name) for name in _COSTLY):
                 return make()
             return await asyncio.get_running_loop().run_in_executor(self._aside, make)
         except UserError as error:
@@ -212,17 +214,37 @@ class Service:
             yield f"{last}data: [DONE]\n\n".encode()
         except ApiError as error:
             yield b"data: " + dumps(error.content).encode() + b"\n\n"
-        finally:
-            run.cancel()
 
     def _ignored(self, names: list[str]) -> dict[str, str]:
-        """The header that names fields that nobody read; each is logged once."""
-        for name in names:
-            if name not in self._logged and len(self._logged) < _NAMES:
-                self._logged.add(name)
-                LOG.info("ignored: the field %s, which is not known here", json.dumps(name[:80]))
-        shown = ", ".join(urllib.parse.quote(name[:80], safe="[]{}$@.:/+*!'()=?&") for name in names[:50])
+        """The header that names fields that nobody read; each is logged once, those of a request in one line."""
+        shown = [name[:80] for name in names[:50]]
+        new = [name for name in shown if name not in self._logged][: _NAMES - len(self._logged)]
+        if new:
+            self._logged.update(new)
+            LOG.info("ignored: fields that are not known here: %s", ", ".join(map(json.dumps, new)))
+        shown = ", ".join(urllib.parse.quote(name, safe="[]{}$@.:/+*!'()=?&") for name in shown)
         return {"X-Ignored-Fields": shown} if names else {}
+
+
+M = TypeVar("M", bound=Body)
+
+
+async def _parsed(model: type[M], given: dict[str, Any]) -> tuple[M, list[str]]:
+    """parse(), of a long request beside the event loop."""
+    return await asyncio.to_thread(parse, model, given) if _is_long(given) else parse(model, given)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether it has as many characters and values as are not read in the event loop; looks at no more of them."""
+    size, left = 0, [value]
+    while left and size < _LARGE:
+        one = left.pop()
+        size += len(one) if isinstance(one, str | list | dict) else 1
+        if isinstance(one, dict):
+            left += itertools.islice(one.values(), _LARGE)
+        elif isinstance(one, list):
+            left += one[:_LARGE]
+    return size >= _LARGE
 
 
 def _usage(request: Sampling) -> bool:

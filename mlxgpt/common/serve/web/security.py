@@ -86,7 +86,8 @@ class Guard:
         match = _HOST.fullmatch((host or "").lower())
         if match:
             name, given = match[1].strip("[]").rstrip("."), int(match[2] or 80)
-            if given == port and (name in self._hosts or (self._wild and name == address)):
+            # a socket of both IPs writes the older one as ::ffff:10.0.0.1
+            if given == port and (name in self._hosts or (self._wild and name == address.removeprefix("::ffff:"))):
                 return
             if _place(name, int(match[2]) if match[2] else None) in self._proxies:
                 return
