@@ -34,6 +34,7 @@ def serve_command(args: argparse.Namespace) -> int:
         raise UserError(f"serve: {', '.join(missing)} is not installed: pip install 'mlxgpt[serve]'")
     from mlxgpt.common.serve import models
     from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.guided.guide import Guide
     from mlxgpt.common.serve.web import life
     from mlxgpt.common.serve.web.settings import Settings
 
@@ -65,6 +66,8 @@ def serve_command(args: argparse.Namespace) -> int:
         engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
         engine.start()
         served = list(engine.served.values())
+        for each in served:
+            Guide(each).ready()
         print(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on", file=sys.stderr)
         for each in served:
             chats = "" if each.template else ", no chat template: completions only"
