@@ -83,7 +83,9 @@ def test_the_prompt_has_the_tools_as_they_were_given_and_none_with_none() -> Non
     shown, hidden = (tokenizer.decode(list(work.prompt)) for work in own.works)
     assert '<tools>\n{"function": {"name": "now", "strict": true}, "type": "function"}\n</tools>' in shown
     assert "now" not in hidden
-    assert own.works[0].constrain is None  # auto: the model chooses
+    assert own.works[0].constrain is not None  # auto: the model chooses, but a strict function's arguments fit
+    whole(own, "chat", messages=ASK, tools=[{"type": "function", "function": {"name": "now"}}])
+    assert own.works[2].constrain is None
 
 
 def test_an_answer_of_calls_ends_where_the_template_ends_it() -> None:

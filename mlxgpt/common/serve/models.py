@@ -11,6 +11,7 @@ from typing import Any
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.model import params
 from mlxgpt.common.plan import memory
 from mlxgpt.common.serve.work import Served
 from mlxgpt.common.sft.template import Template, template_of
@@ -203,3 +204,9 @@ def _digest(base: Path, adapters: Sequence[Path], template: Template | None) -> 
 def cache_bytes(served: Sequence[Served], rows: int) -> int:
     """Bytes of keys and values of so many rows whose context is full, in float32, of the largest model."""
     return max(memory.kv_cache(each.model.config, rows, each.context, 4) for each in served)
+
+
+def weight_bytes(options: Options) -> int:
+    """Bytes of the model's weights in float32, before anything is loaded."""
+    base, _ = base_and_adapters.find_base(options.model)
+    return 4 * params.count(model_folder.read_config(base))

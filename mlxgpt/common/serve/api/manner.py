@@ -118,11 +118,15 @@ def manner(request: ChatRequest, given: dict[str, Any], skills: Skills) -> Manne
     form = skills.tools()
     served = replace(served, ends=served.ends | set(form.ends))
     parallel, choice = request.parallel_tool_calls is not False, request.tool_choice
-    constrain = None
-    if choice not in (None, "auto"):
+    constrain, free = None, choice in (None, "auto")
+    if not free or any(tool["function"].get("strict") for tool in tools):
+        named = choice[0] if isinstance(choice, tuple) else None
         try:
-            named = choice[0] if isinstance(choice, tuple) else None
-            constrain = Guide(served).grammar(form.grammar(tools, named, parallel, behind))
+            if free:
+                lark = form.strict_grammar(tools, parallel, reasoning)
+            else:
+                lark = form.grammar(tools, named, parallel, behind)
+            constrain = Guide(served).grammar(lark)
         except UserError as error:
             raise ApiError(400, f"tools: {error}", "tools", "invalid_value") from None
 
