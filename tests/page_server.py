@@ -77,6 +77,7 @@ class Fake:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.left = 0  # clients that went before the end
+        self.open, self.most = 0, 0  # streams, and the most at once
         self.key = ""
         self.pause = 0.0  # seconds between two pieces
         self.say: Callable[[dict[str, Any]], Any] = lambda body: f"I am {body['model']} with seed {body['seed']}."
@@ -85,7 +86,7 @@ class Fake:
     def reset(self) -> None:
         """As it was made."""
         self.bodies.clear()
-        self.left, self.key, self.pause = 0, "", 0.0
+        self.left, self.most, self.key, self.pause = 0, 0, "", 0.0
         self.say = lambda body: f"I am {body['model']} with seed {body['seed']}."
 
     def _refused(self, request: Request) -> Response | None:
@@ -116,6 +117,8 @@ class Fake:
     async def _stream(self, body: dict[str, Any], said: str | list[bytes]) -> AsyncIterator[bytes]:
         sent = said if isinstance(said, list) else [*(event(one) for one in chunks(body, said)), event("[DONE]")]
         done = False
+        self.open += 1
+        self.most = max(self.most, self.open)
         try:
             for piece in sent:
                 yield piece
@@ -123,6 +126,7 @@ class Fake:
             done = True
         finally:
             self.left += not done
+            self.open -= 1
 
     def app(self) -> Starlette:
         """Its routes."""

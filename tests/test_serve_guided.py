@@ -355,6 +355,19 @@ def test_what_the_tokenizer_cannot_write_is_refused() -> None:
         constraint.allowed()
     with pytest.raises(UserError, match="tiny has no tokenizer"):
         Guide(Served("tiny", None, None, None, frozenset(), 300, "")).json_object()
+    Guide(Served("tiny", None, None, None, frozenset(), 300, "")).ready()
+
+
+def test_a_vocabulary_that_no_grammar_has_room_for_is_a_request_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(*_: Any, **__: Any) -> None:
+        raise type("PanicException", (BaseException,), {})("assertion failed: size")
+
+    monkeypatch.setattr("llguidance.LLTokenizer", panics)
+    monkeypatch.setattr("llguidance.LLTokenizer.json_slices", list, raising=False)
+    guide = Guide(served(CharTokenizer(PRINTED + "\u00a3")))
+    guide.ready()
+    with pytest.raises(UserError, match="no grammar over this vocabulary: llguidance says: assertion failed: size"):
+        guide.json_object()
 
 
 def test_every_end_is_allowed_where_the_answer_may_end_and_nowhere_else() -> None:

@@ -4,6 +4,7 @@ A grammar is compiled once and copied for each choice. White space in JSON is at
 comma, as json.dumps writes it: a small model finds no way into endless blanks.
 """
 
+import contextlib
 import json
 import re
 import threading
@@ -105,8 +106,12 @@ class Guide:
         self._served = served
 
     def ready(self) -> None:
-        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens."""
-        self._shared()
+        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens.
+
+        Python's lock is held meanwhile, so it is best done before anything is served.
+        """
+        with contextlib.suppress(UserError):  # a request that needs it is told
+            self._shared()
 
     def schema(self, schema: Any, closing: str = "") -> Callable[[], Constraint]:
         """Answers that are JSON of a JSON Schema; ``closing`` ends the reasoning that the prompt has opened.
