@@ -221,6 +221,7 @@ def written(text: str, constraint: Constraint, tokenizer: Tokenizer = TOKENIZERS
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a":1}'),
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a": -12}'),
     ({"type": "array", "items": {"type": "boolean"}}, "[true, false,true]"),
+    ({"propertyNames": {"type": "string"}, "additionalProperties": {"format": "password"}}, '{"a":"b"}'),
     ({"const": "\u00e9\n"}, '"\u00e9\\n"'),
     (Everything.model_json_schema(), '{"color": "red", "pet": {"kind": "dog", "name": "ab"}, "ratio": 1, "tags": [], '
                                      '"times": null}'),
@@ -244,6 +245,9 @@ def test_what_fits_can_be_written(schema: Any, text: str) -> None:
     ({"type": "string", "format": "date"}, '"2023-02-29', "9"),
     ({"type": "object", "additionalProperties": False}, '{"', '"'),
     ({"type": "array", "items": {"type": "number", "exclusiveMaximum": 0}}, "[-0]", "]"),
+    ({"type": "integer", "format": "int32"}, "2147483648", "8"),
+    ({"type": "integer", "format": "int32", "maximum": 5}, "6", "6"),
+    ({"type": "number", "format": "double"}, "1.5e", ""),
     ({"type": "number", "maximum": 3, "exclusiveMaximum": True}, "3", "3"),
     ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"items": {"$ref": "#/$defs/a"}, "minItems": 1,
       "type": "array"}}, "additionalProperties": False}, '{"a', '"a'),
