@@ -120,12 +120,9 @@ def test_an_edited_message_cuts_what_follows_and_can_be_undone(tab: Tab, fake: F
 
 @browsed
 def test_two_models_get_the_same_messages_and_seed_at_the_same_time(tab: Tab, fake: Fake) -> None:
-    fake.pause = 0.02
+    fake.together = 2
     tab.page.select_option("#other", "tuned")
-    tab.page.fill("#say", "Who?")
-    tab.page.press("#say", "Enter")
-    tab.page.wait_for_selector(".side.going + .side.going")
-    tab.wait()
+    tab.send("Who?")
     assert fake.most == 2
     base, tuned = sorted(fake.bodies, key=lambda body: body["model"])
     assert (base.pop("model"), tuned.pop("model")) == ("base", "tuned") and base == tuned

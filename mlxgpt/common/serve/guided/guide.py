@@ -131,13 +131,16 @@ class Guide:
         """
         return self.schema({"type": "object"}, closing)
 
-    def grammar(self, lark: str) -> Callable[[], Constraint]:
+    def grammar(self, lark: str, answer: Any = None) -> Callable[[], Constraint]:
         """Answers of a grammar in llguidance's Lark syntax; a special token is written ``<[id]>``.
 
+        ``answer``: the JSON Schema that a rule of this name stands for.
+
         Raises:
-            UserError: no grammar, or one that no answer fits.
+            UserError: no grammar, or one that no answer fits; or what ``schema`` refuses.
         """
-        return self._compiled(self._shared(), lark)
+        shared = self._shared()
+        return self._compiled(shared, lark if answer is None else f"{lark}\nanswer: {_json(answer, shared)}\n")
 
     def _shared(self) -> "_Shared":
         served = self._served
