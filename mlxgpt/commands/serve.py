@@ -34,6 +34,7 @@ def serve_command(args: argparse.Namespace) -> int:
         raise UserError(f"serve: {', '.join(missing)} is not installed: pip install 'mlxgpt[serve]'")
     from mlxgpt.common.serve import models
     from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.guided.guide import Guide
     from mlxgpt.common.serve.web import life
     from mlxgpt.common.serve.web.settings import Settings
 
@@ -68,6 +69,8 @@ def serve_command(args: argparse.Namespace) -> int:
         engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
         try:
             engine.start()
+            for each in engine.served.values():
+                Guide(each).ready()
         except (KeyboardInterrupt, SystemExit) as told:
             life.leave(engine, told.code if isinstance(told, SystemExit) else 130)  # type: ignore[arg-type]
             raise
