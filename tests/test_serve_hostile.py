@@ -67,6 +67,10 @@ def chat(content: Any = "Hi", **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **more}
 
 
+def schema(**fields: Any) -> dict[str, Any]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": fields}})
+
+
 def deep(levels: int) -> dict[str, Any]:
     made: dict[str, Any] = {"type": "integer"}
     for _ in range(levels):
@@ -136,6 +140,7 @@ BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "temperature of text": (TEXT, text(temperature="hot"), 400, "temperature"),
     "negative temperature": (TEXT, text(temperature=-0.1), 400, "temperature"),
     "temperature of 10^308": (TEXT, text(temperature=1e308), 400, "temperature"),
+    "temperature of 10^-300": (TEXT, text(temperature=1e-300), 400, "temperature"),
     "top_p of 0": (TEXT, text(top_p=0), 400, "top_p"),
     "top_k of 10^30": (TEXT, text(top_k=10**30), 400, "top_k"),
     "n of 0": (TEXT, text(n=0), 400, "n"),
@@ -150,6 +155,16 @@ BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "top_logprobs alone": (CHAT, chat(top_logprobs=5), 400, "top_logprobs"),
     "a suffix": (TEXT, text(suffix="end"), 400, "suffix"),
     "an unknown response_format": (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type"),
+    "a schema of a file": (CHAT, schema(**{"$ref": "file:///etc/passwd"}), 400, "response_format.json_schema.schema"),
+    "a schema of itself": (CHAT, schema(**{"$ref": "#"}), 400, "response_format.json_schema.schema"),
+    "a schema of nothing": (CHAT, schema(enum=[]), 400, "response_format.json_schema.schema"),
+    "a pattern that is none": (CHAT, schema(type="string", pattern="("), 400, "response_format.json_schema.schema"),
+    "arguments that are no JSON": (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "messages[0].tool_calls",
+    ),
     "tools of text": (CHAT, chat(tools="rm"), 400, "tools"),
     "tool_choice without tools": (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
     "a template of its own": (CHAT, chat(chat_template="{{ ''.__class__.__mro__ }}"), 400, "chat_template"),
@@ -173,6 +188,9 @@ BODIES: dict[str, tuple[str, Any, int, str | None]] = {
         None,
     ),
     "every token forbidden": (TEXT, text(logit_bias={str(n): -100 for n in range(258)}), 200, None),
+    "a pattern that explodes": (CHAT, schema(type="string", pattern="^(a+)+$"), 200, None),
+    "a text of 10^9 characters": (CHAT, schema(type="string", minLength=10**9), 200, None),
+    "the least seed": (TEXT, text(seed=-(2**63)), 200, None),
     "a number as a float": (TEXT, text(max_tokens=2.0), 200, None),
 }
 

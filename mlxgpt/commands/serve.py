@@ -60,7 +60,10 @@ def serve_command(args: argparse.Namespace) -> int:
     models.names_of(options)
     with life.bind(args.host, args.port) as sock:
         port = sock.getsockname()[1]
-        settings = Settings(args.host, port, keys, tuple(args.allow_origin), body, backend=args.backend)
+        connections = max(Settings.max_connections, 2 * (args.max_batch + args.max_queue))
+        settings = Settings(
+            args.host, port, keys, tuple(args.allow_origin), body, max_connections=connections, backend=args.backend
+        )
         backend = backends.load(args.backend)
         engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
         engine.start()
