@@ -3,11 +3,11 @@
     python -m benchmarks.serve [--rounds 5] [--clients 1 4 8 16] [--size "10M"] [--parts load turn ...] [--json]
     python -m benchmarks.serve --transformers PYTHON     with transformers serve of an environment that has fastapi
 
-All load the same folder: a llama of random weights, float32, vocabulary 8,192; 10M has width 256 and 10 layers. Each
-client sends two chats one after the other, streamed, 70 to 90 tokens of prompt, 64 new ones, temperature 0.8; no prompt
-comes twice. Servers take turns on one thread each; the clients use the other core, and 1 to 2 % of it. Seconds to the
-first token are a client's, of a round the median, or the upper quartile. mlx_lm.server gets the BLAS that we get.
-transformers serve batches only with --continuous-batching.
+All load the same folder: a llama of random weights, float32, vocabulary 8,192; 10M has width 256 and 10 layers, 29M 512
+and 8. A client sends one chat, below 8 clients two, one after the other: streamed, 70 to 90 tokens of prompt, 64 new
+ones, temperature 0.8; no prompt comes twice. Servers take turns on one thread each; the clients use the other core, and
+1 to 2 % of it. Seconds to the first token are a client's, of a round the median, or the upper quartile. mlx_lm.server
+gets the BLAS that we get. transformers serve batches only with --continuous-batching, and samples only if told so.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.serving import load, servers
 from benchmarks.serving.model import SIZES, question, write_folder
 from benchmarks.serving.servers import Server
 
-TOKENS, EACH = 64, 2  # new tokens a request; requests of each client
+TOKENS = 64  # new, a request
 PARTS = ("load", "turn", "constrained", "cold", "memory")
 FIRST = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -34,7 +34,7 @@ _numbers = itertools.count(1)
 
 
 def chats(
-    server: Server, clients: int, seeded: bool, each: int = EACH, more: dict[str, Any] | None = None
+    server: Server, clients: int, seeded: bool, each: int = 1, more: dict[str, Any] | None = None
 ) -> list[list[dict[str, Any]]]:
     """The bodies of each client."""
 
@@ -65,12 +65,12 @@ def loads(size: str, folder: str, rounds: int, counts: Sequence[int], python: st
     sides = [servers.ours(folder), servers.ours(folder, "torch"), *peers]
     for side in sides:
         side.start(FIRST)
-        load.run(side.port, chats(side, 2, False, 1))
+        load.run(side.port, chats(side, 2, False))
     found: dict[tuple[str, int, bool], list[load.Load]] = {}
     for _ in range(rounds):
         for seeded, count in itertools.product((False, True), counts):
-            for side in sides:
-                made = load.run(side.port, chats(side, count, seeded))
+            for side in (sides[0], peers[0]) if seeded else sides:
+                made = load.run(side.port, chats(side, count, seeded, 2 if count < 8 else 1))
                 found.setdefault((side.name, count, seeded), []).append(made)
     rows = []
     measures: list[tuple[str, str, Callable[[load.Load], float]]] = [
@@ -190,7 +190,7 @@ def measure(parts: Sequence[str], sizes: Sequence[str], rounds: int, counts: Seq
     with tempfile.TemporaryDirectory() as temporary:
         for size in sizes:
             folder = str(Path(temporary) / size)
-            write_folder(Path(folder), size)
+            write_folder(Path(folder), SIZES[size])
             least = size == next(iter(SIZES))
             if "load" in parts:
                 rows += loads(size, folder, rounds, counts if least else [8], python)

@@ -58,19 +58,17 @@ def load(
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(mx, dtype), seed=None)
-    stored, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
+    names = None if beside is None else both.changed(base)
+    stored, _ = quantize_base.widen(model_folder.read_stored(place, base, names), devices.room(where), dequantize)
     arrays = both.onto(stored)
     for name in params.table(both.config):
-        (module, _, kind), each = name.rpartition("."), arrays.pop(name)
-        like = beside.at(module) if beside is not None and each is stored.get(name) else None
-        if like is not None and not isinstance(like, quant.Words):
-            setattr(model.at(module), kind, getattr(like, kind))
-        elif isinstance(each, Quantized):
+        module, _, kind = name.rpartition(".")
+        each = arrays.pop(name) if name in arrays else quant.taken(beside, module, kind)
+        if isinstance(each, Quantized | quant.Words):
             quant.place(model, module, each)
-            for part in ("words", "scales", "biases") if like is not None else ():
-                setattr(model.at(module), part, getattr(like, part))
         else:
-            setattr(model.at(module), kind, mx.array(each).astype(model.dtype))
+            array = each if isinstance(each, mx.array) else mx.array(each).astype(model.dtype)
+            setattr(model.at(module), kind, array)
     adapters.adapt(model, both.targets, both.params)
     if found:
         whole = set(both.whole) & set(params.table(both.config))

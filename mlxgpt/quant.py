@@ -21,7 +21,7 @@ FEW = 8  # rows of x below which the CPU's quantized product beats making the ma
 class Words(Matrix):
     """W as words (n_out, n_in bits / 32), and scales and biases (n_out, n_in / group_size)."""
 
-    def __init__(self, matrix: Quantized):
+    def __init__(self, matrix: "Quantized | Words"):
         nn.Module.__init__(self)
         self.bits, self.group_size = matrix.bits, matrix.group_size
         self.words, self.scales, self.biases = parts(matrix)
@@ -43,7 +43,7 @@ class Words(Matrix):
 class QuantizedLinear(Words, Linear):
     """y = x W^T + b."""
 
-    def __init__(self, matrix: Quantized, bias: Array | None):
+    def __init__(self, matrix: Quantized | Words, bias: Array | None):
         super().__init__(matrix)
         if bias is not None:
             self.bias = bias
@@ -52,7 +52,7 @@ class QuantizedLinear(Words, Linear):
 class QuantizedEmbedding(Words, Embedding):
     """Rows of W."""
 
-    def __init__(self, matrix: Quantized, deterministic: bool):
+    def __init__(self, matrix: Quantized | Words, deterministic: bool):
         super().__init__(matrix)
         self._deterministic = deterministic
 
@@ -61,8 +61,10 @@ class QuantizedEmbedding(Words, Embedding):
         return dequantize(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantized) -> list[Array]:
+def parts(matrix: Quantized | Words) -> list[Array]:
     """Words, scales and biases on the device, scales and biases in the dtype that they have."""
+    if isinstance(matrix, Words):
+        return matrix.tensors()
     made = [mx.array(matrix.words)]
     for array in (matrix.scales, matrix.biases):
         narrow = array.dtype == ml_dtypes.bfloat16
@@ -104,8 +106,17 @@ def product(bits: int, group_size: int) -> Any:
     return times
 
 
-def place(model: Model, path: str, matrix: Quantized) -> None:
-    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays."""
+def taken(model: Any, path: str, kind: str) -> Any:
+    """A tensor of a model, for another one: the array, or the module of a matrix that is quantized."""
+    module = model.at(path)
+    return module if kind == "weight" and isinstance(module, Words) else getattr(module, kind)
+
+
+def place(model: Model, path: str, matrix: Quantized | Words) -> None:
+    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays.
+
+    Of the module of another model the arrays are taken, not copied.
+    """
     above, _, name = path.rpartition(".")
     owner: Any = model.at(above) if above else model
     module = getattr(owner, name)

@@ -221,6 +221,7 @@ def written(text: str, constraint: Constraint, tokenizer: Tokenizer = TOKENIZERS
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a":1}'),
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a": -12}'),
     ({"type": "array", "items": {"type": "boolean"}}, "[true, false,true]"),
+    ({"propertyNames": {"type": "string"}, "additionalProperties": {"format": "password"}}, '{"a":"b"}'),
     ({"const": "\u00e9\n"}, '"\u00e9\\n"'),
     (Everything.model_json_schema(), '{"color": "red", "pet": {"kind": "dog", "name": "ab"}, "ratio": 1, "tags": [], '
                                      '"times": null}'),
@@ -243,6 +244,13 @@ def test_what_fits_can_be_written(schema: Any, text: str) -> None:
     ({"enum": ["red", "blue"]}, '"rex', "x"),
     ({"type": "string", "format": "date"}, '"2023-02-29', "9"),
     ({"type": "object", "additionalProperties": False}, '{"', '"'),
+    ({"type": "array", "items": {"type": "number", "exclusiveMaximum": 0}}, "[-0]", "]"),
+    ({"type": "integer", "format": "int32"}, "2147483648", "8"),
+    ({"type": "integer", "format": "int32", "maximum": 5}, "6", "6"),
+    ({"type": "number", "format": "double"}, "1.5e", ""),
+    ({"type": "number", "maximum": 3, "exclusiveMaximum": True}, "3", "3"),
+    ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"items": {"$ref": "#/$defs/a"}, "minItems": 1,
+      "type": "array"}}, "additionalProperties": False}, '{"a', '"a'),
 ])  # fmt: skip
 def test_what_does_not_fit_is_stopped_where_it_leaves(schema: Any, text: str, left: str) -> None:
     assert written(text, BYTES.schema(schema)()) == left
@@ -289,6 +297,7 @@ def test_what_does_not_fit_is_stopped_where_it_leaves(schema: Any, text: str, le
     ({"const": "\ud800"}, "half of a surrogate pair is no character"),
     ({"minProperties": 3, "type": "object"}, "#/minProperties: a grammar cannot count names that differ"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf: 0 and 1 may both fit: expected anyOf"),
+    ({"oneOf": [{"enum": [1, 2]}, {"enum": ["a", 2.0]}]}, "#/oneOf: 0 and 1 may both fit"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
     ({"type": "string", "pattern": "^a{5}$", "maxLength": 3}, "Unsatisfiable schema"),
     ({"type": "integer", "minimum": 3, "maximum": 2}, "Unsatisfiable schema"),
@@ -296,7 +305,7 @@ def test_what_does_not_fit_is_stopped_where_it_leaves(schema: Any, text: str, le
     ({"description": "x" * schemas.LONGEST}, "#: too large: expected at most 512 KiB of JSON"),
     ({"enum": list(range(schemas.MOST_VALUES + 1))}, "#/enum: more than 10000 values in all enums"),
     ({"properties": {f"k{i}": {} for i in range(401)}}, "#/properties: 401 that may be left out, expected at most 400"),
-    ({"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for i in range(10)]} for j in range(8)]}, "schema too large"),
+    ({"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for i in range(9)]} for j in range(8)]}, "schema too large"),
 ])  # fmt: skip
 def test_what_cannot_be_enforced_is_refused_by_place_and_name(schema: Any, said: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -350,6 +359,19 @@ def test_what_the_tokenizer_cannot_write_is_refused() -> None:
         constraint.allowed()
     with pytest.raises(UserError, match="tiny has no tokenizer"):
         Guide(Served("tiny", None, None, None, frozenset(), 300, "")).json_object()
+    Guide(Served("tiny", None, None, None, frozenset(), 300, "")).ready()
+
+
+def test_a_vocabulary_that_no_grammar_has_room_for_is_a_request_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(*_: Any, **__: Any) -> None:
+        raise type("PanicException", (BaseException,), {})("assertion failed: size")
+
+    monkeypatch.setattr("llguidance.LLTokenizer", panics)
+    monkeypatch.setattr("llguidance.LLTokenizer.json_slices", list, raising=False)
+    guide = Guide(served(CharTokenizer(PRINTED + "\u00a3")))
+    guide.ready()
+    with pytest.raises(UserError, match="no grammar over this vocabulary: llguidance says: assertion failed: size"):
+        guide.json_object()
 
 
 def test_every_end_is_allowed_where_the_answer_may_end_and_nowhere_else() -> None:
@@ -383,9 +405,10 @@ def test_two_tokens_of_the_same_bytes_are_both_allowed() -> None:
 
 def test_special_tokens_and_broken_characters_are_no_part_of_a_text() -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    constraint = Guide(served(tokenizer)).schema({"type": "string"})()
+    constraint = Guide(served(tokenizer, [])).schema({"type": "string"})()
     constraint.take(tokenizer.encode('"')[0])
     allowed = constraint.allowed()
+    assert all(tokenizer.bytes_of(i).isascii() for i in tokenizer.special)  # text that a string could have
     assert not allowed[list(tokenizer.special)].any()
     one = {tokenizer.bytes_of(i): i for i in range(tokenizer.n_vocab)}
     assert not any(allowed[one[bytes([byte])]] for byte in (0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF, 0x0A, 0x00))
@@ -440,10 +463,10 @@ def test_a_vocabulary_is_read_once_for_all_that_share_a_tokenizer(monkeypatch: p
 
     monkeypatch.setattr(Vocabulary, "__init__", counted)
     tokenizer = CharTokenizer(PRINTED + "\u20ac")
-    for _ in range(3):
-        Guide(served(tokenizer)).ready()
-        Guide(served(tokenizer)).json_object()
-    assert made == [1]
+    for ends in ([], [], [5]):  # of the last, a token more is no text
+        Guide(served(tokenizer, ends)).ready()
+        Guide(served(tokenizer, ends)).json_object()
+    assert made == [1, 1]
 
 
 ENGINE_SCHEMAS = ("nested", "enum", "patterns", "tree", "references")

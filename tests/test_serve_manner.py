@@ -1,6 +1,7 @@
 """Tools, reasoning and JSON through the API of mlxgpt serve: what a template writes is what a client gets."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +83,16 @@ def test_the_prompt_has_the_tools_as_they_were_given_and_none_with_none() -> Non
     shown, hidden = (tokenizer.decode(list(work.prompt)) for work in own.works)
     assert '<tools>\n{"function": {"name": "now", "strict": true}, "type": "function"}\n</tools>' in shown
     assert "now" not in hidden
-    assert own.works[0].constrain is None  # auto: the model chooses
+    assert own.works[0].constrain is not None  # auto: the model chooses, but a strict function's arguments fit
+    whole(own, "chat", messages=ASK, tools=[{"type": "function", "function": {"name": "now"}}])
+    assert own.works[2].constrain is None
+
+
+def test_an_answer_of_calls_ends_where_the_template_ends_it() -> None:
+    own = FakeWorker(dataclasses.replace(served(context=2048, template=QWEN25), ends=frozenset()), script=says("a"))
+    whole(own, "chat", messages=ASK, tools=[ADD])
+    whole(own, "chat", messages=ASK)
+    assert [work.served.ends for work in own.works] == [{257}, frozenset()]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
@@ -99,6 +109,25 @@ def test_a_call_that_is_asked_for_is_enforced(choice: Any) -> None:
     for byte in b'<tool_call>\n{"name": "':
         named.take(byte)
     assert named.allowed()[ord("n")] == (choice == "required")
+
+
+@pytest.mark.parametrize("text", [CALL, '{"city": "Oslo"}'])
+def test_tools_and_json_together_are_calls_or_json(text: str) -> None:
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "it", "schema": {"properties": {"city": {"enum": ["Oslo"]}}}},
+    }
+    own = worker(text)
+    message = whole(own, "chat", messages=ASK, tools=[ADD], response_format=form)[0]["choices"][0]["message"]
+    assert (message["content"], "tool_calls" in message) == ((None, True) if text == CALL else (text, False))
+    constrain = own.works[0].constrain
+    assert constrain is not None
+    guided = constrain()
+    for byte in text.encode():
+        assert guided.allowed()[byte]
+        guided.take(byte)
+    assert guided.allowed()[257]
+    assert not constrain().allowed()[ord("I")]
 
 
 def test_reasoning_is_apart_from_content() -> None:
@@ -128,7 +157,6 @@ def test_results_of_tools_follow_their_calls() -> None:
     ("template", "given", "param"),
     [
         (CHATML, {"tools": [ADD]}, "tools"),
-        (QWEN25, {"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format"),
         (QWEN25, {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
          "response_format.json_schema.schema"),
     ],

@@ -1,7 +1,7 @@
 """What `mlxgpt serve` serves: the base and its adapters in memory once; the verb's refusals, and the process's life."""
 
+import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -21,7 +21,7 @@ from test_fuse import quantized
 
 from mlxgpt import cli
 from mlxgpt.common import backend as backends
-from mlxgpt.common.config import AdapterConfig, Recipe, SampleConfig, TuneConfig
+from mlxgpt.common.config import AdapterConfig, Recipe, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, model_folder
 from mlxgpt.common.model import adapters
@@ -60,14 +60,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def tensor(backend: str, tokens: list[list[int]]) -> Any:
+    if backend == "torch":
+        import torch
+
+        return torch.tensor(tokens)
+    import mlx.core as mx
+
+    return mx.array(tokens)
+
+
 def flat(backend: str, model: Any) -> dict[str, Any]:
-    """The tensors of a model by name."""
+    """Where the tensors of a model lie in memory, by name."""
     if backend == "torch":
         tensors = [*model.named_parameters(), *model.named_buffers()]
         return {name: tensor.data_ptr() for name, tensor in tensors if not name.startswith("_")}
     from mlx.utils import tree_flatten
 
-    return {name: id(array) for name, array in tree_flatten(model.parameters())}
+    held = dict(tree_flatten(model.parameters()))
+    arrays = {name: np.asarray(memoryview(array)) for name, array in held.items()}  # pyright: ignore
+    return {name: array.__array_interface__["data"][0] for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,12 +97,27 @@ def test_adapters_share_what_they_leave_as_it_is(backend: str, place: Path) -> N
     assert chats.n_vocab == base.n_vocab + 2
     assert chats.template.end_id in chats.ends
     assert len({each.digest for each in (base, one, two, chats)}) == 4
-    package = importlib.import_module(backends.PACKAGES[backend] + ".load")
+    package, generate = backends.load(backend).load, backends.load(backend).generate
     for each, name in ((one, "one"), (two, "two"), (chats, "chats")):
         alone, _ = package.load(place / "base", place / name)
-        generate = backends.load(backend).generate.generate
-        sample = SampleConfig(max_tokens=12, seed=3)
-        assert generate(each.model, None, [[5, 6, 7]], sample) == generate(alone, None, [[5, 6, 7]], sample)
+        generate.prepare(alone)
+        for tokens in ([[5]], [list(range(4, 70))]):  # bit for bit: of one row, and of several
+            mine, theirs = (np.asarray(model(tensor(backend, tokens)).tolist()) for model in (each.model, alone))
+            assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_base_is_read_once(backend: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, stored = [], model_folder.read_stored
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        read.append(sorted(found := stored(*args, **kwargs)))
+        return found
+
+    monkeypatch.setattr(model_folder, "read_stored", spy)
+    options = Options(str(place / "base"), adapters=[f"{name}={place / name}" for name in ("one", "two", "chats")])
+    models.load_all(backends.load(backend), options)
+    assert "h.0.attn.q_proj.weight" in read[0] and read[1:] == [[], [], ["lm_head.weight", "wte.weight"]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,10 +134,58 @@ def test_adapters_share_a_quantized_base(
     assert {name: theirs[name] for name in held} == held
 
 
+def test_a_digest_sees_what_training_changes(place: Path, tmp_path: Path) -> None:
+    config = model_folder.read_config(place / "base")
+    weights = model_folder.read_params(place / "base", config)
+    (before,) = models.load_all(backends.load("torch"), Options(str(place / "base")))
+    weights["h.1.mlp.c_proj.weight"] = weights["h.1.mlp.c_proj.weight"] * np.float32(1.0001)
+    model_folder.write_model(tmp_path / "new", config, weights)
+    (after,) = models.load_all(backends.load("torch"), Options(str(tmp_path / "new")))
+    assert before.tokenizer and after.tokenizer is None
+    model_folder.write_model(tmp_path / "copy", config, model_folder.read_params(place / "base", config))
+    (copy,) = models.load_all(backends.load("torch"), Options(str(tmp_path / "copy")))
+    assert copy.digest == before.digest != after.digest
+
+
+def test_a_stop_token_may_be_that_of_some_of_the_models(place: Path) -> None:
+    options = Options(str(place / "base"), adapters=[f"chats={place / 'chats'}"], stop_tokens=["<|im_start|>"])
+    base, chats = models.load_all(backends.load("torch"), options)
+    assert chats.tokenizer and chats.ends > base.ends
+    assert chats.tokenizer.id_of("<|im_start|>") in chats.ends - base.ends
+    with pytest.raises(UserError, match="--stop-token 'nope nope'"):
+        models.load_all(backends.load("torch"), dataclasses.replace(options, stop_tokens=["nope nope"]))
+
+
+def test_a_run_gives_its_name_and_a_hub_folder_its_id(tmp_path: Path) -> None:
+    for folder, name in (
+        ("first/checkpoints/step-0000010", "first"),
+        ("models--Org--Model-1B/snapshots/0123abc", "Org/Model-1B"),
+        ("mine", "mine"),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        assert models._called(tmp_path / folder) == name
+    assert models._called("Org/Other") == "Org/Other"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_added_with_weights(backend: str, place: Path) -> None:
+    one = place / "one"
+    given = [f"{name}={text}" for name, text in (("half", f"{one}:0.5"), ("sum", f"{one}:0.25+{one}:0.25"))]
+    base, half, both = models.load_all(backends.load(backend), Options(str(place / "base"), adapters=given))
+    alone, _ = backends.load(backend).load.load(place / "base", [(one, 0.5)])
+    logits = [
+        np.asarray(model(tensor(backend, [[5, 6, 7]])).tolist())
+        for model in (base.model, half.model, both.model, alone)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+    assert max(np.abs(logits[1] - each).max() for each in logits[2:]) < 1e-4
+    assert len({each.digest for each in (base, half, both)}) == 3
+
+
 def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
-    found = models.names_of(Options(str(place / "one"), adapters=[f"other={place / 'two'}"]))
-    assert found == [("one", [place / "one"]), ("base", []), ("other", [place / "two"])]
-    assert models.names_of(Options(str(place / "base"), name="mine"))[0] == ("mine", [])
+    found = models.check(Options(str(place / "one"), adapters=[f"other={place / 'two'}"]))
+    assert found == [("one", [(place / "one", 1.0)]), ("base", []), ("other", [(place / "two", 1.0)])]
+    assert models.check(Options(str(place / "base"), name="mine"))[0] == ("mine", [])
 
 
 @pytest.mark.parametrize(
@@ -121,12 +196,13 @@ def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
         (" x={one}", "expected 1 to 200 printable characters"),
         ("x={base}", "a model, expected an adapter"),
         ("x=/nowhere", "/nowhere: no such folder"),
+        ("x={one}:much", "weight 'much': expected a number"),
     ),
 )
 def test_a_name_that_is_none_is_refused(adapter: str, said: str, place: Path) -> None:
     adapter = adapter.format(one=place / "one", base=place / "base")
     with pytest.raises(UserError) as refused:
-        models.names_of(Options(str(place / "base"), adapters=[adapter]))
+        models.check(Options(str(place / "base"), adapters=[adapter]))
     assert said in str(refused.value)
 
 
@@ -155,6 +231,7 @@ def test_a_template_of_a_file_and_further_ends(place: Path, tmp_path: Path) -> N
         (["--max-batch", "0"], "expected a positive whole number"),
         (["--host", "no.such.host.invalid", "--api-key-file", "{key}"], "--host no.such.host.invalid --port 8000:"),
         (["--template-kwargs", "[]"], "--template-kwargs"),
+        (["--template", "/nowhere"], "--template /nowhere: No such file"),
     ),
 )
 def test_the_verb_refuses_before_it_loads(
@@ -199,7 +276,7 @@ SCHEMA = {
 def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     flags = ["-p", "a", "-p", "a", "-n", "90", "--temperature", "1.5", "--seed", "3", "--json", "--logprobs", "1"]
-    made = []
+    made, command = [], []
     for backend in BACKENDS:
         command = ["generate", "-m", str(place / "chats"), *flags, "--json-schema", str(tmp_path / "schema.json")]
         assert cli.main([*command, "--backend", backend]) == 0
@@ -278,6 +355,34 @@ def test_a_server_that_is_told_to_end_finishes_what_it_began(place: Path) -> Non
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
         code, said = server.end()
     assert code == 0, said
+
+
+def test_what_outlasts_the_grace_is_told(place: Path) -> None:
+    with Server(place / "base", "--grace", "0.3", code=SLOW) as server:
+        with server.ask(100) as answer:
+            answer.readline()
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in answer.read().decode().splitlines() if line][-1]
+        assert '"message":"the server is ending"' in last
+        code, said = server.end()
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("told", (SystemExit(143), KeyboardInterrupt()))
+def test_a_thread_that_computes_is_not_outlived(place: Path, monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.web import life
+
+    computes, codes = True, []
+    monkeypatch.setattr(Engine, "join", lambda *_: not computes)
+    monkeypatch.setattr(life.os, "_exit", codes.append)
+    monkeypatch.setattr(Engine, "start", lambda _: (_ for _ in ()).throw(told))
+    with pytest.raises(SystemExit) if isinstance(told, SystemExit) else contextlib.nullcontext():
+        cli.main(["serve", "-m", str(place / "base"), "--port", "0"])
+    assert codes == [143 if isinstance(told, SystemExit) else 130]
+    computes = False
+    life.leave(Engine(backends.load("torch"), list), 0)
+    assert len(codes) == 1
 
 
 def test_a_second_signal_ends_at_once(place: Path) -> None:

@@ -139,6 +139,59 @@ def test_a_forced_call_is_read_and_fits_its_schema(name: str) -> None:
             jsonschema.validate(arguments, SCHEMAS[called])
 
 
+def follows(constraint: Any, template: Template, text: str) -> bool:
+    """Whether the text may be written and may end there."""
+    for token in template.tokenizer.encode(text):
+        if not constraint.allowed()[token]:
+            return False
+        constraint.take(token)
+    return bool(constraint.allowed()[template.end_id])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_strict_function_is_called_by_its_schema_or_not_at_all(name: str) -> None:
+    form, (template, format) = FORMS[name], learned(name)
+    ends = frozenset({template.end_id, *format.ends})
+    served = Served("m", None, template.tokenizer, template, ends, template.tokenizer.n_vocab, "")
+    tools = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS[:2]]
+    make = Guide(served).grammar(format.strict_grammar([*tools, TOOLS[2]], True, Reasoning.of(template)))
+    assert follows(make(), template, "Just text, with < and {.\n\nMore.")
+    assert follows(make(), template, "")
+    right = {"city": "Zürich", "days": 3, "near": [1, None]}
+    for calls in ([("get_weather", right)], [("search-2", {"query": "x", "exact": True}), ("get_weather", right)]):
+        for content in ("", "Let me see."):
+            if not form.single or len(calls) == 1:
+                assert follows(make(), template, written(template, form, calls, content)), calls
+    for wrong in ({"city": "Paris", "days": 3}, {"city": "Zürich", "days": "x"}, {"city": "Zürich", "days": 10}):
+        assert not follows(make(), template, written(template, form, [("get_weather", wrong)], "Well:"))
+    assert not follows(make(), template, written(template, form, [("search-2", {"query": "12345"})]))
+
+
+def test_only_a_strict_function_is_held_to_its_schema_where_calls_are_free() -> None:
+    template, format = learned("tags around JSON")
+    served = Served(
+        "m", None, template.tokenizer, template, frozenset({template.end_id}), template.tokenizer.n_vocab, ""
+    )
+    make = Guide(served).grammar(format.strict_grammar(TOOLS))
+    form = FORMS["tags around JSON"]
+    assert follows(make(), template, written(template, form, [("get_weather", {"x": 1})]))
+    assert not follows(make(), template, written(template, form, [("other", {})]))
+
+
+def test_a_pattern_holds_for_a_string_without_quotes() -> None:
+    template, format = learned("XML")
+    served = Served(
+        "m", None, template.tokenizer, template, frozenset({template.end_id}), template.tokenizer.n_vocab, ""
+    )
+    for pattern, right, wrong in (("^[a-c]+/$", "abc/", "abd/"), ("b", "abc", "acc")):
+        schema = {"type": "object", "properties": {"at": {"type": "string", "pattern": pattern, "maxLength": 4}}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        make = Guide(served).grammar(format.grammar(tools))
+        for value, fits in ((right, True), (wrong, False), (right * 4, False)):
+            text = f"<tool_call>\n<function=f>\n<parameter=at>\n{value}\n</parameter>\n</function>\n</tool_call>"
+            assert follows(make(), template, text) is fits, (pattern, value)
+
+
 def walk(constraint: Any, template: Template, ends: frozenset[int], random: np.random.Generator) -> str:
     """A text of tokens drawn evenly among those that are allowed, ended as soon as it may end every other time."""
     ids: list[int] = []

@@ -24,15 +24,21 @@ PREFILL = 512  # tokens of a prompt that pass through the model at once
 HEAD = 256  # tokens a row whose logits are held at once when a text is scored
 
 
-def prepare(model: Model) -> None:
+def prepare(model: Model, *others: Model) -> None:
     """Stores matrices by columns, on the CPU: the product of a single row and W^T then reads them a fourth faster.
 
-    Names, shapes and values stay. For a model that will only generate: an update would undo it.
+    Names, shapes and values stay. For a model that will only generate: an update would undo it. ``others`` go on
+    to share the matrices that they share with it; what is theirs alone stays by rows.
     """
     if model.device.type == "cpu":
-        for weight in model.parameters():
+        held = [dict(each.named_parameters()) for each in (model, *others)]
+        for name, weight in model.named_parameters():
             if weight.ndim == 2:
-                weight.data = weight.data.T.contiguous().T
+                found = [weights[name] for weights in held if name in weights]
+                same = [each for each in found if each.data_ptr() == weight.data_ptr()]
+                columns = weight.data.T.contiguous().T
+                for each in same:
+                    each.data = columns
 
 
 def gumbel(keys: Array, size: int) -> Array:

@@ -55,19 +55,17 @@ def load(
     given = [(adapter_folder.read_adapter(each, place, base, force), weight) for each, weight in found]
     both = add_up(base, given)
     model = Model(both.config, getattr(torch, dtype), seed=None)
-    stored, _ = quantize_base.widen(model_folder.read_stored(place, base), devices.room(where), dequantize)
+    names = None if beside is None else both.changed(base)
+    stored, _ = quantize_base.widen(model_folder.read_stored(place, base, names), devices.room(where), dequantize)
     arrays = both.onto(stored)
     for name in params.table(both.config):
-        (module, _, kind), each = name.rpartition("."), arrays.pop(name)
-        like = beside.at(module) if beside is not None and each is stored.get(name) else None
-        if like is not None and not isinstance(like, quant.Words):
-            getattr(model.at(module), kind).data = getattr(like, kind).data
-        elif isinstance(each, Quantized):
+        module, _, kind = name.rpartition(".")
+        each = arrays.pop(name) if name in arrays else quant.taken(beside, module, kind)
+        if isinstance(each, Quantized | quant.Words):
             quant.place(model, module, each)
-            for part in ("words", "scales", "biases") if like is not None else ():
-                setattr(model.at(module), part, getattr(like, part))
         else:
-            getattr(model.at(module), kind).data = torch.from_numpy(each).to(model.dtype)
+            array = each if isinstance(each, torch.Tensor) else torch.from_numpy(each).to(model.dtype)
+            getattr(model.at(module), kind).data = array.data
     adapters.adapt(model, both.targets, both.params)
     if found:
         whole = set(both.whole) & set(params.table(both.config))

@@ -20,7 +20,7 @@ class Words(Matrix):
     scales: Array
     biases: Array
 
-    def __init__(self, matrix: Quantized):
+    def __init__(self, matrix: "Quantized | Words"):
         nn.Module.__init__(self)
         self.bits, self.group_size = matrix.bits, matrix.group_size
         for name, part in zip(("words", "scales", "biases"), parts(matrix), strict=True):
@@ -43,7 +43,7 @@ class Words(Matrix):
 class QuantizedLinear(Words, Linear):
     """y = x W^T + b."""
 
-    def __init__(self, matrix: Quantized, bias: nn.Parameter | None):
+    def __init__(self, matrix: Quantized | Words, bias: nn.Parameter | None):
         super().__init__(matrix)
         self.bias = bias
 
@@ -56,8 +56,10 @@ class QuantizedEmbedding(Words, Embedding):
         return dequantize(self.words[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
-def parts(matrix: Quantized) -> list[Array]:
+def parts(matrix: Quantized | Words) -> list[Array]:
     """Words (as int32), scales and biases, scales and biases in the dtype that they have."""
+    if isinstance(matrix, Words):
+        return matrix.tensors()
     made = [torch.from_numpy(np.ascontiguousarray(matrix.words).view(np.int32))]
     for array in (matrix.scales, matrix.biases):
         narrow = array.dtype == ml_dtypes.bfloat16
@@ -93,8 +95,17 @@ class Product(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def place(model: Model, path: str, matrix: Quantized) -> None:
-    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays."""
+def taken(model: Any, path: str, kind: str) -> Any:
+    """A tensor of a model, for another one: the array, or the module of a matrix that is quantized."""
+    module = model.at(path)
+    return module if kind == "weight" and isinstance(module, Words) else getattr(module, kind)
+
+
+def place(model: Model, path: str, matrix: Quantized | Words) -> None:
+    """Puts a quantized matrix where ``path`` says, in place of the module there; its bias stays.
+
+    Of the module of another model the arrays are taken, not copied.
+    """
     above, _, name = path.rpartition(".")
     owner: Any = model.at(above) if above else model
     module = getattr(owner, name)

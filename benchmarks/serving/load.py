@@ -97,15 +97,21 @@ def body_of(arrived: Sequence[tuple[float, bytes]]) -> tuple[int, list[tuple[flo
     return status, found
 
 
+def events_of(pieces: Sequence[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
+    """The data of server-sent events, each with the time at which it was whole."""
+    found, rest = [], b""
+    for at, piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        found += [(at, line[5:].strip()) for line in lines if line.startswith(b"data:")]
+    return found
+
+
 def read(arrived: Sequence[tuple[float, bytes]], began: float) -> Answer:
     """The events of a stream, put together."""
     answer = Answer(began)
     answer.status, pieces = body_of(arrived)
     answer.seconds = (arrived[-1][0] if arrived else began) - began
-    events, rest = [], b""
-    for at, piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        events += [(at, line[5:].strip()) for line in lines if line.startswith(b"data:")]
+    events = events_of(pieces)
     if not events:
         answer.body = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
     for at, event in events:

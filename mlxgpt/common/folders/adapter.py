@@ -39,10 +39,22 @@ class Together:
     targets: dict[str, Target]
     params: dict[str, np.ndarray]  # tensors of the updates
     whole: dict[str, np.ndarray]  # tensors that replace the base's, and PATH.rows with PATH.tokens
+    apart: bool = False  # its base is tied, and its head is not
+
+    def changed(self, base: ModelConfig) -> set[str]:
+        """Tensors of a base of config ``base`` out of which ``onto`` makes others; the rest stay, or are replaced."""
+        names = {name.replace(".rows", ".weight") for name in self.whole if name.endswith(".rows")}
+        if self.config.vocab_size > base.vocab_size:
+            names |= {"wte.weight", "lm_head.weight", "lm_head.bias"}
+        return names | ({"wte.weight"} if self.apart else set())
 
     def onto(self, weights: Mapping[str, adapters.Weight]) -> dict[str, adapters.Weight]:
-        """The base's ``weights``, on which the updates act: with the head of its own, the new rows, and ``whole``."""
-        made = params.resize_vocab(params.with_head(weights, self.config), self.config.vocab_size)
+        """The base's ``weights``, on which the updates act: with the head of its own, the new rows, and ``whole``.
+
+        ``weights`` may be those alone that ``changed`` names.
+        """
+        made = params.with_head(weights, self.config) if self.apart else dict(weights)
+        made = params.resize_vocab(made, self.config.vocab_size)
         for name in params.table(self.config):
             if name in self.whole:
                 made[name] = self.whole[name]
@@ -84,7 +96,7 @@ def add_up(base: ModelConfig, given: Sequence[tuple[Adapter, float]]) -> Togethe
     for name, array in whole.items():
         if name in shapes and array.shape != shapes[name]:
             raise UserError(f"adapters: {name} has shape {list(array.shape)}, expected {list(shapes[name])}")
-    return Together(config, targets, arrays, whole)
+    return Together(config, targets, arrays, whole, base.tied and not config.tied)
 
 
 def _apart(adapter: Adapter) -> Adapter:

@@ -36,6 +36,7 @@ CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "mlx-lm")
 FORMAT_VERSION = 1
 _BLOCK = 1 << 22
+_ROUNDED = 2.0**-22  # of an element of scale b: that factor, rounded twice
 _AGREES = 1e-6  # of the largest weight of an update: the factor that mlx-lm's file has in b is rounded
 
 
@@ -311,14 +312,25 @@ def _check_same(path: Path, ours: Adapter, theirs: Adapter) -> None:
     for name in sorted(set(ours.targets) - set(theirs.targets)):
         raise UserError(f"{stale}: {name} is adapted in the second alone; remove the one that is old")
     for name in theirs.targets:
+        m, n = (each.params.get(f"{name}.magnitude") for each in (ours, theirs))
+        if m is not None and n is not None and not np.array_equal(m, n):
+            raise UserError(f"{stale} in the magnitude of {name}; remove the one that is old")
+        if name in ours.targets and _same_factors(ours, theirs, name):
+            continue
         other = _update(theirs.targets, theirs.params, name)
         own = _update(ours.targets, ours.params, name) if name in ours.targets else np.zeros_like(other)
         same = own.shape == other.shape
         if not same or not np.abs(other - own).max() <= _AGREES * max(np.abs(own).max(), np.abs(other).max(), 1e-30):
             raise UserError(f"{stale} in {name}; remove the one that is old")
-        m, n = (each.params.get(f"{name}.magnitude") for each in (ours, theirs))
-        if m is not None and n is not None and not np.array_equal(m, n):
-            raise UserError(f"{stale} in the magnitude of {name}; remove the one that is old")
+
+
+def _same_factors(ours: Adapter, theirs: Adapter, name: str) -> bool:
+    """Whether A is equal and scale B equal but for rounding, which is quicker to see than the same of B A."""
+    a, b = f"{name}.lora_a", f"{name}.lora_b"
+    if not np.array_equal(ours.params[a], theirs.params[a]) or ours.params[b].shape != theirs.params[b].shape:
+        return False
+    own, other = (each.targets[name].scale * each.params[b] for each in (ours, theirs))
+    return bool((np.abs(own - other) <= _ROUNDED * np.abs(own)).all())
 
 
 def _check_base(path: Path, base: Path, adapter: Adapter, force: bool) -> None:
@@ -389,18 +401,19 @@ def base_of(adapter: Path) -> Path:
     return place
 
 
-def base_sha256(base: Path | str) -> str:
+def base_sha256(base: Path | str, most: int | None = None) -> str:
     """What identifies a model's weights: sha256 over name, dtype, shape and bytes of every tensor, sorted by name.
 
     Independent of how they are spread over files. A head that is the embedding's copy, and buffers, do not count.
+    ``most``: bytes of each tensor that count, for who has no time; training changes the first ones, too. None: all.
     """
     base = Path(base)
     files = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("model*")))
-    return _hashed(base, files)
+    return _hashed(base, files, most)
 
 
 @functools.lru_cache(maxsize=8)
-def _hashed(base: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+def _hashed(base: Path, files: tuple[tuple[str, int, int], ...], most: int | None) -> str:
     config = model_folder.read_config(base)
     head = families.to_foreign(config, "lm_head.weight")[0] if config.tied else None
     own = quantization_methods.is_mlx_lm(read_json(base / "config.json"))  # then names are those of mlx-lm's modules
@@ -413,6 +426,7 @@ def _hashed(base: Path, files: tuple[tuple[str, int, int], ...]) -> str:
         with open(entry.path, "rb") as file:
             file.seek(entry.start)
             rest = entry.stop - entry.start
+            rest = rest if most is None else min(rest, most)
             while rest:
                 block = file.read(min(rest, _BLOCK))
                 if not block:

@@ -5,7 +5,7 @@ config asks for, in its shape, finite, and nothing else.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,7 +146,7 @@ def read_params(folder: Path | str, config: ModelConfig, dtype: Any = np.float32
         UserError: a tensor is missing, unexpected, of another shape or dtype, or not finite; a bias that config.json
             calls zero is not; or the files are damaged.
     """
-    made = read_stored(folder, config, dtype)
+    made = read_stored(folder, config, dtype=dtype)
     return {name: _widened(each, dtype) if isinstance(each, Quantized) else each for name, each in made.items()}
 
 
@@ -155,17 +155,19 @@ def _widened(matrix: Quantized, dtype: Any) -> np.ndarray:
 
 
 def read_stored(
-    folder: Path | str, config: ModelConfig, dtype: Any = np.float32
+    folder: Path | str, config: ModelConfig, names: Collection[str] | None = None, dtype: Any = np.float32
 ) -> dict[str, np.ndarray] | dict[str, np.ndarray | Quantized]:
-    """``read_params``, but what mlx-lm quantized in affine mode stays as it is."""
+    """``read_params``, but what mlx-lm quantized in affine mode stays as it is; of ``names`` only, if given."""
     folder = Path(folder)
     values = read_values(folder)
     entries = read_entries(folder, values, config)
     if mlx_lm_folder.is_own(config, values, entries):
-        return _read_mlx_lm(folder, config, values, entries, dtype)
+        return _read_mlx_lm(folder, config, values, entries, names, dtype)
     located = locate(folder, config, entries)
     wanted, made = params.table(config), {}
     for name, (foreign, entry, transposed) in located.items():
+        if names is not None and name not in names:
+            continue
         array = entry.read()
         bad = np.count_nonzero(~np.isfinite(array))
         if bad:
@@ -175,16 +177,23 @@ def read_stored(
                 raise UserError(f"{entry.path}: {foreign} is not zero, but config.json says so under mlxgpt")
             continue
         made[name] = np.ascontiguousarray(array.T if transposed else array, dtype=dtype)
-    return {name: made[name] for name in wanted}
+    return {name: made[name] for name in wanted if names is None or name in made}
 
 
 def _read_mlx_lm(
-    folder: Path, config: ModelConfig, values: Mapping[str, Any], entries: Mapping[str, Stored], dtype: Any
+    folder: Path,
+    config: ModelConfig,
+    values: Mapping[str, Any],
+    entries: Mapping[str, Stored],
+    names: Collection[str] | None,
+    dtype: Any,
 ) -> dict[str, np.ndarray | Quantized]:
     """The parameters of a folder with mlx-lm's names, some of them quantized as config.json says."""
     made: dict[str, np.ndarray | Quantized] = {}
     plain = mlx_lm_folder.plain_names(folder, config, entries)
     for name, where in mlx_lm_folder.locate(folder, config, plain, values.get("quantization")).items():
+        if names is not None and name not in names:
+            continue
         each = where.read()
         floats = (each.scales, each.biases) if isinstance(each, Quantized) else (each,)
         bad = sum(int(np.count_nonzero(~np.isfinite(array))) for array in floats)

@@ -1,6 +1,7 @@
 """The models of a server: the base and its adapters, under names, with the base's weights in memory once."""
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,17 @@ from typing import Any
 
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.model import params
+from mlxgpt.common.plan import memory
 from mlxgpt.common.serve.work import Served
 from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-SAMPLE = 2**20  # bytes of a file's beginning and end that its digest reads
+Adapters = Sequence[tuple[Path, float]]
+"""Folders, with the weights that their updates are added with."""
+SAMPLE = 4096  # bytes of a tensor that a digest reads
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Options:
 
     model: str
     name: str = ""  # of the model; default: its folder's last name, or the hub's id
-    adapters: Sequence[str] = ()  # NAME=DIR
+    adapters: Sequence[str] = ()  # NAME=DIR, NAME=DIR:WEIGHT, NAME=DIR:WEIGHT+DIR:WEIGHT
     device: str = "auto"
     force: bool = False
     template: str = ""  # a file with a chat template for all
@@ -32,24 +37,27 @@ class Options:
     stop_tokens: Sequence[str] = ()
 
 
-def names_of(options: Options) -> list[tuple[str, list[Path]]]:
-    """The names that requests may give, what requests get by default first, and the adapter of each, if any.
+def check(options: Options) -> list[tuple[str, Adapters]]:
+    """What can be known before anything is loaded: names that requests may give, and the adapters of each.
 
-    A model that is an adapter, or a run that trained one, is served with it; its base is there under its own name.
+    The first is what requests get by default. A model that is an adapter, or a run that trained one, is served with
+    it, and its base beside it under its own name.
 
     Raises:
-        UserError: no such model or adapter, or a name that is taken or none.
+        UserError: no such model or adapter, a name that is taken or none, a classifier, no such template.
     """
     base, own = base_and_adapters.find_base(options.model)
-    found = [(options.name or _called(options.model), [path for path, _ in own])]
+    base_and_adapters.expect_task(model_folder.read_config(base), str(base))
+    _template_text(options.template)
+    found: list[tuple[str, Adapters]] = [(options.name or _called(options.model), own)]
     if own:
-        found.append((base.name, []))
+        found.append((_called(base), []))
     for item in options.adapters:
         name, equals, folder = item.partition("=")
         if not equals or not folder:
             raise UserError(f"--adapter {item}: expected NAME=DIR, such as {_called(item)}={item}")
-        _, path = base_and_adapters.find_base(base, folder)
-        found.append((name, [each for each, _ in path]))
+        parts = [folder] if Path(folder).expanduser().exists() else folder.split("+")
+        found.append((name, base_and_adapters.find_base(base, base_and_adapters.parse_adapters(parts))[1]))
     for number, (name, _) in enumerate(found):
         if not name.strip() or name != name.strip() or not name.isprintable() or len(name) > 200:
             raise UserError(f"model name {name!r}: expected 1 to 200 printable characters, no space around them")
@@ -58,39 +66,51 @@ def names_of(options: Options) -> list[tuple[str, list[Path]]]:
     return found
 
 
-def _called(model: str) -> str:
-    """What a model is called by default."""
+def _called(model: str | Path) -> str:
+    """What a model is called by default: a run's name, the hub's id, else the folder's name."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
+    if not path.exists():
+        return str(model)
+    path = path.resolve()
+    if path.parent.name == "checkpoints":
+        return path.parent.parent.name
+    if path.parent.name == "snapshots":  # of huggingface_hub's cache
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def load_all(backend: Backend, options: Options) -> list[Served]:
-    """Loads everything, in the order of ``names_of``; in the thread that will run the models.
+    """Loads everything, in the order of ``check``; in the thread that will run the models.
 
     Raises:
         UserError: a model is damaged, a classifier, or its chat template not one.
     """
     base, _ = base_and_adapters.find_base(options.model)
-    listed = names_of(options)
-    load = backend.load.load
-    model, tokenizer = load(base, device=options.device, force=options.force)
-    base_and_adapters.expect_task(model.config, str(base))
-    backend.generate.prepare(model)  # before the others take its weights
-    made = []
+    listed = check(options)
+    load, prepare = backend.load.load, backend.generate.prepare
+    plain = load(base, device=options.device, force=options.force)
+    loaded = []
     for name, adapters in listed:
-        ours, reads = model, tokenizer
+        ours = plain
         if adapters:
-            given = [(path, 1.0) for path in adapters]
-            ours, reads = load(base, given, options.device, force=options.force, beside=model)
-            base_and_adapters.expect_task(ours.config, name)
-        made.append(_served(name, ours, reads, base, adapters, options))
+            ours = load(base, adapters, options.device, force=options.force, beside=plain[0])
+            base_and_adapters.expect_task(ours[0].config, name)
+        loaded.append(ours)
+    others = [model for model, _ in loaded if model is not plain[0]]
+    prepare(plain[0], *others)
+    for model in others:
+        prepare(model)  # what is its own
+    made = [
+        _served(name, model, tokenizer, base, adapters, options)
+        for (name, adapters), (model, tokenizer) in zip(listed, loaded, strict=True)
+    ]
     if options.template_kwargs and not any(each.template for each in made):
         raise UserError("--template-kwargs: is for a chat template, and none of the models has one")
-    return made
+    return _with_stops(made, options.stop_tokens)
 
 
 def _served(
-    name: str, model: Any, tokenizer: Tokenizer | None, base: Path, adapters: Sequence[Path], options: Options
+    name: str, model: Any, tokenizer: Tokenizer | None, base: Path, adapters: Adapters, options: Options
 ) -> Served:
     """A model that is loaded, with everything around it."""
     template = _template(name, tokenizer, options)
@@ -98,12 +118,6 @@ def _served(
     if template:
         with contextlib.suppress(UserError):  # a template may end an answer with plain text
             ends.add(template.end_id)
-    if tokenizer:
-        ends |= set(text_ends.named(options.stop_tokens, tokenizer, "--stop-token"))
-    elif word := next((word for word in options.stop_tokens if not word.isdecimal()), None):
-        raise UserError(f"--stop-token {word!r}: text needs a tokenizer, and {name} has none; expected an id")
-    else:
-        ends |= set(map(int, options.stop_tokens))
     size = model.config.vocab_size
     return Served(
         name,
@@ -112,39 +126,77 @@ def _served(
         template,
         frozenset(end for end in ends if end is not None),
         min(tokenizer.n_vocab, size) if tokenizer else size,
-        _digest([base, *adapters], template),
+        _digest(base, adapters, template),
     )
+
+
+def _with_stops(served: Sequence[Served], tokens: Sequence[str]) -> list[Served]:
+    """The models with the tokens of --stop-token that each has.
+
+    Raises:
+        UserError: a token that none of them has.
+    """
+    refused: dict[str, UserError] = {}
+    ends = [set(each.ends) for each in served]
+    for token in tokens:
+        found = False
+        for each, theirs in zip(served, ends, strict=True):
+            try:
+                theirs |= set(_stops(each, token))
+                found = True
+            except UserError as error:
+                refused.setdefault(token, error)
+        if not found:
+            raise refused[token]
+    return [dataclasses.replace(each, ends=frozenset(theirs)) for each, theirs in zip(served, ends, strict=True)]
+
+
+def _stops(served: Served, token: str) -> list[int]:
+    if served.tokenizer:
+        return text_ends.named([token], served.tokenizer, "--stop-token")
+    if not token.isdecimal():
+        raise UserError(f"--stop-token {token!r}: text needs a tokenizer, and {served.name} has none; expected an id")
+    if int(token) >= served.n_vocab:
+        raise UserError(f"--stop-token {token}: expected an id below {served.n_vocab}, the size of {served.name}")
+    return [int(token)]
 
 
 def _template(name: str, tokenizer: Tokenizer | None, options: Options) -> Template | None:
     """The chat template of a file, else the tokenizer's own."""
     if tokenizer is None:
         return None
-    if not options.template:
-        return template_of(tokenizer, f"{name}: chat template", kwargs=options.template_kwargs)
-    try:
-        text = Path(options.template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {options.template}: {getattr(error, 'strerror', None) or error}") from None
     kwargs = options.template_kwargs
+    if not options.template:
+        return template_of(tokenizer, f"{name}: chat template", kwargs=kwargs)
+    text = _template_text(options.template)
     return Template({"default": text}, tokenizer, tokenizer.named, options.template, kwargs=kwargs)
 
 
-def _digest(folders: Sequence[Path], template: Template | None) -> str:
-    """sha256 over the files' names, sizes and a MiB of each end, and over the template.
+def _template_text(name: str) -> str:
+    """The text of --template.
 
-    Whole files take a second a GB, which nobody waits for before the first answer.
+    Raises:
+        UserError: it cannot be read.
     """
-    digest = hashlib.sha256()
-    for folder in folders:
-        files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
+    if not name:
+        return ""
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _digest(base: Path, adapters: Adapters, template: Template | None) -> str:
+    """sha256 of what each of the base's tensors begins with, of the adapters' files, and of the template.
+
+    All bytes of a base would take about a second a GB, before the first answer.
+    """
+    digest = hashlib.sha256(adapter_folder.base_sha256(base, SAMPLE).encode())
+    for folder, weight in adapters:
+        digest.update(f"{weight}\n".encode())
+        for path in sorted(path for path in folder.glob("adapter*") if path.is_file()):
             with path.open("rb") as file:
-                digest.update(file.read(SAMPLE))
-                file.seek(max(SAMPLE, size - SAMPLE))
-                digest.update(file.read(SAMPLE))
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     for key, source in sorted(template.sources.items()) if template else ():
         digest.update(f"{key}\n{source}\n".encode())
     return digest.hexdigest()
@@ -152,5 +204,10 @@ def _digest(folders: Sequence[Path], template: Template | None) -> str:
 
 def cache_bytes(served: Sequence[Served], rows: int) -> int:
     """Bytes of keys and values of so many rows whose context is full, in float32, of the largest model."""
-    configs = [each.model.config for each in served]
-    return max(8 * c.n_layer * c.n_kv_head * c.head_dim * c.block_size * rows for c in configs)
+    return max(memory.kv_cache(each.model.config, rows, each.context, 4) for each in served)
+
+
+def weight_bytes(options: Options) -> int:
+    """Bytes of the model's weights in float32, before anything is loaded."""
+    base, _ = base_and_adapters.find_base(options.model)
+    return 4 * params.count(model_folder.read_config(base))

@@ -55,10 +55,11 @@ def text_prompt(served: Served, text: str) -> Prompt:
     tokenizer = served.tokenizer
     if tokenizer is None:
         raise UserError("text needs a tokenizer, and this model has none: expected token ids")
-    ids = beginning.start(tokenizer, text)
+    own = tokenizer.encode(text)
+    ids = beginning.begin(tokenizer, own).tolist()
     if not ids and tokenizer.eos_id is not None:
         ids = [tokenizer.eos_id]
-    return Prompt(ids, text, len(ids) - len(tokenizer.encode(text)))
+    return Prompt(ids, text, len(ids) - len(own))
 
 
 def ids_prompt(served: Served, ids: list[int], echo: bool) -> Prompt:

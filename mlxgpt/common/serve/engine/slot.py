@@ -10,6 +10,7 @@ from mlxgpt.common.inference.choosing import Choice, Chosen
 from mlxgpt.common.inference.generation import Row
 from mlxgpt.common.serve.work import Drawn, Piece, Work
 
+
 class Slot:
     """A row of the batch."""
 
@@ -44,7 +45,9 @@ class Slot:
         step = len(self.row.tokens)
         if step % sampling.KEYS == 0:
             self._keys = sampling.keys(self.work.sample.seed, self.row.copy, step, sampling.KEYS)
-        return Choice(self._settings, int(self._keys[step % sampling.KEYS]), self._seen, self._added(), self.work.logprobs)
+        return Choice(
+            self._settings, int(self._keys[step % sampling.KEYS]), self._seen, self._added(), self.work.logprobs
+        )
 
     def _added(self) -> np.ndarray | None:
         """Onto the logits: penalties and bias, -inf where the constraint forbids a token."""

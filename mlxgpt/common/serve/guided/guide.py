@@ -4,11 +4,12 @@ A grammar is compiled once and copied for each choice. White space in JSON is at
 comma, as json.dumps writes it: a small model finds no way into endless blanks.
 """
 
+import contextlib
 import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,11 +41,11 @@ def _limits() -> llguidance.LLParserLimits:
 class Guided:
     """An answer on its way through a grammar: a Constraint."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: Any) -> None:
+    def __init__(self, vocabulary: Vocabulary, ends: Collection[int], matcher: Any) -> None:
         self._vocabulary, self._matcher = vocabulary, matcher
+        self._ends = np.array(sorted(i for i in ends if 0 <= i < vocabulary.n_vocab), np.intp)
         self._bits = np.zeros(vocabulary.n_vocab // 32 + 1, np.int32)  # of the vocabulary and the end behind it
         self._address, self._size = self._bits.ctypes.data, self._bits.nbytes
-        self._text = b""
 
     @property
     def over(self) -> bool:
@@ -66,7 +67,7 @@ class Guided:
             bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=vocabulary.n_vocab)
             made = bits.view(bool)
             made[vocabulary.copies] = made[vocabulary.originals]
-        made[vocabulary.ends] = over or self._matcher.is_accepting()
+        made[self._ends] = over or self._matcher.is_accepting()
         return made
 
     def take(self, token: int) -> None:
@@ -75,7 +76,7 @@ class Guided:
         Raises:
             RunError: it was not.
         """
-        if token in self._vocabulary.ends:
+        if token in self._ends:
             return
         self._matcher.consume_token(self._vocabulary.same.get(token, token))
         self._check()
@@ -89,6 +90,15 @@ class Guided:
         raise RunError(f"the answer's grammar: {said}")
 
 
+def _json(schema: Any, shared: "_Shared") -> str:
+    """The body of a rule: JSON of a JSON Schema."""
+    made = schemas.enforceable(schema)
+    shared.expect(_SIGNS, "JSON")
+    for text in schemas.literals(made):
+        shared.expect(json.dumps(text, ensure_ascii=False), repr(text))
+    return f"%json {json.dumps({'x-guidance': _JSON, **({} if isinstance(made, bool) else made)})}"
+
+
 class Guide:
     """The grammars of a served model's answers; cheap to make, what is costly is shared by equal tokenizers."""
 
@@ -96,8 +106,12 @@ class Guide:
         self._served = served
 
     def ready(self) -> None:
-        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens."""
-        self._shared()
+        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens.
+
+        Python's lock is held meanwhile, so it is best done before anything is served.
+        """
+        with contextlib.suppress(UserError):  # a request that needs it is told
+            self._shared()
 
     def schema(self, schema: Any, closing: str = "") -> Callable[[], Constraint]:
         """Answers that are JSON of a JSON Schema; ``closing`` ends the reasoning that the prompt has opened.
@@ -107,7 +121,7 @@ class Guide:
         """
         shared = self._shared()
         before, rules = shared.reasoning(closing) if closing else ("", "")
-        return self._compiled(shared, f"start: {before}answer\n{rules}answer: {self.rule(schema)}")
+        return self._compiled(shared, f"start: {before}answer\n{rules}answer: {_json(schema, shared)}")
 
     def json_object(self, closing: str = "") -> Callable[[], Constraint]:
         """Answers that are any JSON object.
@@ -117,43 +131,34 @@ class Guide:
         """
         return self.schema({"type": "object"}, closing)
 
-    def rule(self, schema: Any) -> str:
-        """JSON of a JSON Schema as the body of a rule, for a grammar: ``arguments: {guide.rule(schema)}``.
-
-        Raises:
-            UserError: as ``schema`` does; what llguidance refuses is said when the grammar is made.
-        """
-        made, shared = schemas.enforceable(schema), self._shared()
-        shared.expect(_SIGNS, "JSON")
-        for text in schemas.literals(made):
-            shared.expect(json.dumps(text, ensure_ascii=False), repr(text))
-        return f"%json {json.dumps({'x-guidance': _JSON, **({} if isinstance(made, bool) else made)})}"
-
-    def grammar(self, lark: str) -> Callable[[], Constraint]:
+    def grammar(self, lark: str, answer: Any = None) -> Callable[[], Constraint]:
         """Answers of a grammar in llguidance's Lark syntax; a special token is written ``<[id]>``.
 
+        ``answer``: the JSON Schema that a rule of this name stands for.
+
         Raises:
-            UserError: no grammar, or one that no answer fits.
+            UserError: no grammar, or one that no answer fits; or what ``schema`` refuses.
         """
-        return self._compiled(self._shared(), lark)
+        shared = self._shared()
+        return self._compiled(shared, lark if answer is None else f"{lark}\nanswer: {_json(answer, shared)}\n")
 
     def _shared(self) -> "_Shared":
         served = self._served
         if served.tokenizer is None:
             raise UserError(f"{served.name} has no tokenizer: no grammar of text without one")
-        return _shared(served.tokenizer, served.n_vocab, served.ends)
+        return _shared(served.tokenizer, served.n_vocab, served.tokenizer.special | served.ends)
 
     def _compiled(self, shared: "_Shared", grammar: str) -> Callable[[], Constraint]:
-        matcher = shared.compiled(_HEAD + grammar)
-        return lambda: Guided(shared.vocabulary, matcher.deep_copy())
+        matcher, ends = shared.compiled(_HEAD + grammar), self._served.ends
+        return lambda: Guided(shared.vocabulary, ends, matcher.deep_copy())
 
 
 class _Shared:
     """A vocabulary and the grammars compiled for it."""
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, special: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self.vocabulary = Vocabulary(tokenizer, n_vocab, ends)
+        self.vocabulary = Vocabulary(tokenizer, n_vocab, special)
         self._matchers: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -194,7 +199,7 @@ class _Shared:
         if matcher.is_error():
             raise UserError(_line(matcher.get_error()))
         try:
-            begun = Guided(self.vocabulary, matcher.deep_copy())
+            begun = Guided(self.vocabulary, (), matcher.deep_copy())
             if not begun.allowed().any() and not begun.over:
                 raise UserError("no answer fits")
         except RunError as error:
@@ -221,12 +226,12 @@ _known: dict[tuple[str, int, frozenset[int]], _Shared] = {}
 _making = threading.Lock()
 
 
-def _shared(tokenizer: Tokenizer, n_vocab: int, ends: frozenset[int]) -> _Shared:
+def _shared(tokenizer: Tokenizer, n_vocab: int, special: frozenset[int]) -> _Shared:
     """One for every tokenizer, whoever asks."""
-    key = tokenizer.digest, n_vocab, frozenset(ends)
+    key = tokenizer.digest, n_vocab, special
     with _making:
         if key not in _known:
-            _known[key] = _Shared(tokenizer, n_vocab, frozenset(ends))
+            _known[key] = _Shared(tokenizer, n_vocab, special)
         return _known[key]
 
 

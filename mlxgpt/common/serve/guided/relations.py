@@ -165,9 +165,39 @@ def _plain(value: Node) -> Node:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def satisfiable(root: Node, made: Mapping[str, Node]) -> bool:
-    """Whether a value with an end fits: what only ever requires itself has none."""
-    return _ends(root, _settled(made, _ends, False))
+def pruned(root: Node, made: dict[str, Node]) -> Node:
+    """The schema without choices that no value with an end can take: what only ever requires itself is false.
+
+    Changes ``made`` and what is in ``root``.
+    """
+    known = _settled(made, _ends, False)
+    stack = [holder for holder in (root, *made.values()) if isinstance(holder, dict)]
+    while stack:
+        schema = stack.pop()
+        for key, value in schema.items():
+            if key in ("const", "enum"):
+                continue
+            holder, names = (schema, [key]) if _is_one(key, value) else (value, _places(value))
+            for name in names:
+                if not _ends(holder[name], known):
+                    holder[name] = False
+                elif isinstance(holder[name], dict):
+                    stack.append(holder[name])
+    for name in made:
+        made[name] = made[name] if known[name] else False
+    return _ends(root, known) and root
+
+
+def _is_one(key: str, value: Node) -> bool:
+    """Whether a keyword's value is a schema itself."""
+    return isinstance(value, bool | Mapping) and key in ("items", "additionalItems", "additionalProperties")
+
+
+def _places(value: Node) -> list[Any]:
+    """The places of the schemas in a keyword's value."""
+    if isinstance(value, dict):
+        return list(value)
+    return [i for i, one in enumerate(value) if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _ends(schema: Node, known: Mapping[str, bool]) -> bool:

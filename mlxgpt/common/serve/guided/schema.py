@@ -61,7 +61,8 @@ def enforceable(schema: Node) -> dict[str, Any] | bool:
     for at, node in reader.choices:
         relations.as_any_of(node, reader.made, at)
     relations.check_together(root, reader.made)
-    if not relations.satisfiable(root, reader.made):
+    root = relations.pruned(root, reader.made)
+    if root is False:
         raise UserError("#: no value fits: what is required is false, or refers to itself without another choice")
     if isinstance(root, bool):
         return root
@@ -113,7 +114,7 @@ def _limit(schema: Node) -> None:
             raise UserError(f"#: {_shown(value)}: expected a number of at most 300 digits")
 
 
-_ENDLESS, _HUGE, _EXACT = float("inf"), 10**300, 10**15
+_ENDLESS, _HUGE, _EXACT, _LEAST = float("inf"), 10**300, 10**15, 1e-12
 
 
 class _Reader:
@@ -151,6 +152,8 @@ class _Reader:
         """Whether a keyword restricts nothing, by its name or its value."""
         if key in ("uniqueItems", "nullable") and value is False:
             return True
+        if key == "propertyNames" and value in (True, {}, {"type": "string"}):
+            return True
         return key in _SAID or (key.startswith("x-") and key != "x-guidance")
 
     def _refusal(self, key: str) -> str:
@@ -169,6 +172,18 @@ class _Reader:
                 made.update(texts)
         if "oneOf" in made:
             self.choices.append((at, made))
+        if name in formats.BOUNDS:
+            del made["format"]
+            if bounds := formats.BOUNDS[name]:
+                made["minimum"] = max(made.get("minimum", bounds[0]), bounds[0])
+                made["maximum"] = min(made.get("maximum", bounds[1]), bounds[1])
+        for bound, edge in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if isinstance(made.get(bound), bool):  # draft 4 has a flag, and the bound beside it
+                exclusive = made.pop(bound) and edge in made
+                made |= {bound: made.pop(edge)} if exclusive else {}
+        if made.get("exclusiveMaximum") == 0:  # llguidance takes -0 for less than 0
+            made["maximum"] = min(made.get("maximum", 0), -_LEAST)
+            del made["exclusiveMaximum"]
         required, named = made.get("required", []), made.get("properties", {})
         optional = len([name for name in named if name not in required])
         if optional > MOST_OPTIONAL:

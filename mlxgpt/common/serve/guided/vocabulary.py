@@ -10,11 +10,11 @@ from typing import Any
 import llguidance
 import numpy as np
 
-from mlxgpt.common.errors import RunError
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 1000  # bytes of a token; llguidance's tree has no room for longer ones
-_NEVER = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))  # bytes that are in no UTF-8
+_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}  # of UTF-8
 _VISIBLE = frozenset(range(0x20, 0x7F))
 
 
@@ -24,16 +24,15 @@ class Vocabulary:
     Args:
         tokenizer: whose tokens they are.
         n_vocab: tokens that may be drawn, (n_vocab,) the shape of masks.
-        ends: tokens that end a text, and are never a part of one.
+        special: tokens that are never a part of a text.
 
     Raises:
-        RunError: llguidance refuses the vocabulary.
+        UserError: llguidance refuses the vocabulary.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, special: Collection[int]) -> None:
         self.n_vocab = n_vocab
-        self.ends = np.array(sorted(i for i in set(ends) if 0 <= i < n_vocab), np.intp)
-        self._special = tokenizer.special | {int(i) for i in self.ends}
+        self._special = frozenset(special)
         tokens = [_usable(tokenizer.bytes_of(i), i in self._special) for i in range(n_vocab)]
         self._known = {token for i, token in enumerate(tokens) if i not in self._special and token}
         self._longest = max(map(len, self._known), default=1)
@@ -47,14 +46,13 @@ class Vocabulary:
                 tokens[i] = b""
         self.copies = np.fromiter(self.same, np.intp)
         self.originals = np.fromiter(self.same.values(), np.intp)
-        special = [i for i in sorted(self._special) if 0 <= i < n_vocab and tokens[i]]
-        given: Any = _Given(tokens, special)
+        given: Any = _Given(tokens, [i for i in sorted(self._special) if 0 <= i < n_vocab and tokens[i]])
         try:
             self.tokenizer = llguidance.LLTokenizer(given, slices=llguidance.LLTokenizer.json_slices())
         except BaseException as error:  # a panic of its Rust is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise RunError(
+            raise UserError(
                 f"no grammar over this vocabulary: llguidance says: {' '.join(str(error).split())}"
             ) from None
 
@@ -64,7 +62,7 @@ class Vocabulary:
 
     def unwritable(self, text: str) -> str | None:
         """The first character of ``text`` that no row of tokens reaches; None where the tokens can write the text."""
-        if self._one >= _VISIBLE and (text.isascii() or len(self._one) >= 256 - len(_NEVER)):
+        if self._one >= _VISIBLE and (text.isascii() or self._one >= _BYTES):
             return None
         data, reached = text.encode(), {0}
         for at in range(len(data)):
@@ -82,7 +80,7 @@ def _usable(token: bytes, special: bool) -> bytes:
     """The token as llguidance's tree takes it; b"" for one that no text has."""
     if special:
         return token[:_LONGEST]
-    return b"" if len(token) > _LONGEST or not _NEVER.isdisjoint(token) else token
+    return b"" if len(token) > _LONGEST else token
 
 
 class _Given:

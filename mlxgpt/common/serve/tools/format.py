@@ -52,9 +52,22 @@ class ToolFormat:
         """The grammar, in llguidance's Lark, of an answer that calls tools: any, or the ``named`` one once.
 
         ``opened``: the reasoning that the prompt ends in; it comes to its end first.
+
+        Raises:
+            UserError: a schema that is not enforceable.
         """
         chosen = [tool for tool in tools if named in (None, tool["function"]["name"])]
         return Grammar(self.shape, self.template).calls(chosen, parallel and named is None, opened)
+
+    def strict_grammar(
+        self, tools: Sequence[dict[str, Any]], parallel: bool = True, reasoning: Reasoning | None = None
+    ) -> str:
+        """The grammar of any answer, whose calls, if any, are of these tools and fit the schema where that is strict.
+
+        Raises:
+            UserError: a schema that is not enforceable.
+        """
+        return Grammar(self.shape, self.template).free(tools, parallel, reasoning)
 
     def id_of(self, seed: int, prompt: Sequence[int], copy: int = 0) -> Callable[[int, str], str]:
         """What gives a call its id, by its index and the id that the model wrote: the same for the same request."""

@@ -6,17 +6,19 @@ A control token of the template's literals is asked for as that token (``<[id]>`
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlxgpt.common.serve.guided.schema import enforceable
 from mlxgpt.common.serve.tools.reasoning import Reasoning
 from mlxgpt.common.serve.tools.shape import ARGS, ID, NAME, Parameters, Shape
-from mlxgpt.common.serve.tools.values import resolved, types_of
+from mlxgpt.common.serve.tools.values import resolved, type_of, types_of
 from mlxgpt.common.sft.template import Template
 
 # as tojson writes it, which is what a model was trained on
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KINDS = ("integer", "number", "boolean", "array", "object", "null")
+_DEEP = 12  # underscores in a rule's name: what lies deeper is JSON
 
 
 class Grammar:
@@ -27,22 +29,46 @@ class Grammar:
 
     def calls(self, tools: Sequence[dict[str, Any]], many: bool, behind: Reasoning | None = None) -> str:
         """One call of the tools, or ``many``; ``behind`` the end of a reasoning that the prompt opened."""
-        shape = self._shape
-        rules = [rule for n, tool in enumerate(tools) for rule in self._call(f"f{n}", tool["function"])]
-        again = f" ({self._text(shape.between)} call)*" if many and shape.parallel else ""
-        start = f"start: {self._text(shape.opens)} call{again} {self._text(shape.closes)}"
-        if behind is not None:
-            start = start.replace("start: ", "start: thought SPACE ", 1)
-            rules += self._thought(behind)
-        return "\n".join([start, "call: " + " | ".join(f"f{n}" for n in range(len(tools))), *rules, ""])
+        rules = self._calls(tools, many)
+        if behind is None:
+            return _lines("start: calls", f"calls: {self._text(self._shape.opens)} section", *rules)
+        thought = self._upto("thought", behind.closes)
+        begins = f"calls: {self._text(self._shape.opens)} section"
+        return _lines("start: thought GAP calls", "GAP: /[ \\n]{0,2}/", begins, *thought, *rules)
 
-    def _thought(self, reasoning: Reasoning) -> list[str]:
-        """Any text up to the end of the reasoning."""
-        token = self._template.id_of(reasoning.closes)
-        made = ["SPACE: /[ \\n]{0,2}/"]
-        if token is not None:
-            return [*made, f"thought: ANY <[{token}]>", "ANY: /(.|\\n)*/"]
-        return [*made, f"thought[lazy]: ANY {_quoted(reasoning.closes)}", "ANY: /(.|\\n)*/"]
+    def free(self, tools: Sequence[dict[str, Any]], many: bool, reasoning: Reasoning | None = None) -> str:
+        """Any text, in which calls of strict functions follow their schemas; also tags of reasoning and content."""
+        shape, opens = self._shape, self._shape.opens.lstrip()
+        tags = (reasoning.opens, reasoning.closes, *reasoning.around) if reasoning else ()
+        ids = dict.fromkeys(token for tag in tags for token in self._special(tag))
+        before = f"(TEXT ({' | '.join(f'<[{token}]>' for token in ids)}))*" if ids else ""
+        rules = ["TEXT: /(?s:.*)/", *self._calls(tools, many, loose=True)]
+        if not shape.mark:
+            start = f"start: {before} (PLAIN | {self._text(opens)} section)"
+            return _lines(start, "PLAIN: /(?s:\\s*[^\\s{].*)?/", *rules)
+        first = next((token for token in self._template.control.leading(opens)[:1] if self._special(token)), shape.mark)
+        part = f"part: {before} begins {self._text(opens.removeprefix(first))} section"
+        start = f"start: part{'*' if many else '?'} {before} TEXT"
+        return _lines(start, part, *self._upto("begins", first), *rules)
+
+    def _calls(self, tools: Sequence[dict[str, Any]], many: bool, loose: bool = False) -> list[str]:
+        """The rules of calls behind what opens them; ``loose``: only a strict function's schema counts."""
+        shape = self._shape
+        again = f" ({self._text(shape.between)} call)*" if many and shape.parallel else ""
+        call = "call: " + " | ".join(f"f{n}" for n in range(len(tools)))
+        rules = [rule for n, tool in enumerate(tools) for rule in self._call(f"f{n}", tool["function"], loose)]
+        return [f"section: call{again} {self._text(shape.closes)}", call, *rules]
+
+    def _special(self, text: str) -> list[int]:
+        """The token of a text, if it is one that no other text contains."""
+        token = self._template.id_of(text) if text else None
+        return [token] if token is not None and token in self._template.tokenizer.special else []
+
+    def _upto(self, rule: str, closes: str) -> list[str]:
+        """The rule of any text up to and with what closes it."""
+        if token := self._special(closes):
+            return [f"{rule}: ANY <[{token[0]}]>", "ANY: /(?s:.*)/"]
+        return [f"{rule}[suffix={_quoted(closes)}]: /(?s:.*)/"]
 
     def _text(self, text: str) -> str:
         """A literal: its control tokens as tokens."""
@@ -53,7 +79,7 @@ class Grammar:
             at = place + len(token)
         return " ".join(part for part in [*made, _quoted(text[at:])] if part)
 
-    def _call(self, rule: str, function: dict[str, Any]) -> list[str]:
+    def _call(self, rule: str, function: dict[str, Any], loose: bool) -> list[str]:
         """The rules of a call of one function."""
         made, more = [], []
         for part in self._shape.parts:
@@ -64,7 +90,8 @@ class Grammar:
             elif part.kind != ARGS:
                 made.append("/[a-zA-Z0-9]{9}/" if part.kind == ID else "/[0-9]{1,3}/")
             elif self._shape.parameters is None:
-                made.append(_json(arguments_schema(function)))
+                any_object = loose and not function.get("strict")
+                made.append(_json({"type": "object"} if any_object else arguments_schema(function)))
             else:
                 made.append(f"{rule}_a0")
                 more = self._one_by_one(f"{rule}_", self._shape.parameters, arguments_schema(function))
@@ -90,31 +117,61 @@ class Grammar:
         self, rule: str, form: Parameters, given: dict[str, Any], shared: dict[str, Any]
     ) -> tuple[str, list[str]]:
         """What stands behind a key, and its rules: a string as the template writes it, else JSON."""
+        deep = rule.count("_")
         given, kinds = resolved(given, shared), types_of(given, shared)
+        listed = [given["const"]] if "const" in given else given.get("enum")
+        if listed is not None and not any(isinstance(each, dict | list) for each in listed):
+            texts = [f"{form.begins(type_of(each))}{_literal(each, form)}{form.after}" for each in listed]
+            return rule, [f"{rule}: " + " | ".join(self._text(text) for text in texts)]
+        if kinds and kinds <= {"boolean", "null"}:
+            words = [
+                word for word, kind in zip(form.words, ("boolean", "boolean", "null"), strict=True) if kind in kinds
+            ]
+            begins = self._text(form.begins(min(kinds)))
+            return f"{begins} ({' | '.join(map(_quoted, words))}) {self._text(form.after)}", []
         if kinds and "string" not in kinds:
             begins = form.begins(next(kind for kind in _KINDS if kind in kinds))
-            return f"{self._text(begins)} {rule} {self._text(form.after)}", [f"{rule}: {_json(given | shared)}"]
+            held, rules = self._held(rule, form, given, shared) if deep < _DEEP else (None, [])
+            rules = rules if held else [f"{rule}: {_json(given | shared)}"]
+            return f"{self._text(begins)} {held or rule} {self._text(form.after)}", rules
         begins, quote = self._text(form.begins("string")), form.quotes[0] if form.quotes else ""
-        listed = [given["const"]] if "const" in given else given.get("enum")
-        if listed is not None and all(isinstance(each, str) for each in listed):
-            texts = [f"{quote}{_escaped(each, quote)}{quote}{form.after}" for each in listed]
-            return f"{begins} {rule}", [f"{rule}: " + " | ".join(self._text(text) for text in texts)]
         least, most = given.get("minLength", 0), given.get("maxLength", "")
         if len(quote) == 1:
             inside = f"/([^{quote}\\\\\\x00-\\x1f]|\\\\[{quote}\\\\nt]){{{least},{most}}}/"
             return f"{begins} {_quoted(quote)} {rule} {self._text(quote + form.after)}", [f"{rule}: {inside}"]
         stop = quote + form.after
-        made, restricted = f"/(?s:.{{{least},{most}}})/", least or most != ""
+        made = f"/(?s:.{{{least},{most}}})/"
         if "pattern" in given:
-            made, restricted = f"{_pattern(given['pattern'])} & {made}", True
+            made = f"{_pattern(given['pattern'])} & {made}"
         term = rule.upper()
-        token = next(iter(self._template.control.all(stop)), "")
+        token = next((token for token in self._template.control.all(stop) if self._special(token)), "")
         free = stop[: stop.index(token)] if token else stop
-        if restricted or not free:
+        if not free:
             return f"{begins} {self._text(quote)} {term} {self._text(stop)}", [f"{term}: {made}"]
         return f"{begins} {self._text(quote)} {rule} {self._text(stop.removeprefix(free))}", [
             f"{rule}[suffix={_quoted(free)}]: {made}"
         ]
+
+    def _held(
+        self, rule: str, form: Parameters, given: dict[str, Any], shared: dict[str, Any]
+    ) -> tuple[str | None, list[str]]:
+        """A list or an object whose strings stand between marks of the template's; None for what JSON writes."""
+        if not form.quotes or len(form.quotes[0]) == 1:
+            return None, []
+        inside = replace(form, before="", after="")
+        properties, items = given.get("properties"), given.get("items")
+        if given.get("type") == "object" and properties:
+            rules = self._one_by_one(f"{rule}_", inside, given | shared)
+            return f'"{{" {rule}_a0 "}}"', rules
+        if given.get("type") == "array" and isinstance(items, dict) and "prefixItems" not in given:
+            alone = replace(inside, between=tuple((kind, "") for kind, _ in form.between))
+            item, rules = self._value(f"{rule}_i", alone, items, shared)
+            least, most = given.get("minItems", 0), given.get("maxItems")
+            if most == 0:
+                return '"[]"', []
+            more = f"({self._text(form.apart)} {item}){{{max(0, least - 1)},{'' if most is None else most - 1}}}"
+            return f'"[" ({item} {more}){"" if least else "?"} "]"', rules
+        return None, []
 
 
 def arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +183,10 @@ def arguments_schema(function: dict[str, Any]) -> dict[str, Any]:
     given = function.get("parameters") or {}
     made = enforceable({"type": "object", "properties": {}, "additionalProperties": False} | given)
     return made if isinstance(made, dict) else {}
+
+
+def _lines(*rules: str) -> str:
+    return "\n".join([*rules, ""])
 
 
 def _json(schema: dict[str, Any]) -> str:
@@ -144,6 +205,16 @@ def _pattern(pattern: str) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _literal(value: Any, form: Parameters) -> str:
+    """A value as the template writes it."""
+    if isinstance(value, str):
+        quote = form.quotes[0] if form.quotes else ""
+        return f"{quote}{_escaped(value, quote)}{quote}"
+    if value is None or isinstance(value, bool):
+        return form.words[2] if value is None else form.words[not value]
+    return json.dumps(value)
 
 
 def _escaped(text: str, quote: str) -> str:

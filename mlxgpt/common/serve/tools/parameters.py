@@ -55,6 +55,7 @@ def learn(probe: Probe, one: str, two: str) -> tuple[Parameters, list[Found], li
         tuple((kind, begins.get(kind, begins["integer"])) for kind in _VALUES),
         "".join(after),
         "".join(between[len(after) :]),
+        _words(told, places),
         (quotes, '"', "'") if quotes else (),
     )
     made = [_slots(text, calls, form) for text, calls in ((one, CALLS[:1]), (two, CALLS if two else ()))]
@@ -94,6 +95,12 @@ def _quotes(text: str, begins: dict[str, str], place: tuple[int, int, int]) -> s
     """What encloses strings and not numbers."""
     quote = begins["string"].removeprefix(begins["integer"])
     return quote if quote != begins["string"] and text.startswith(quote, place[2]) else ""
+
+
+def _words(told: dict[str, str], places: dict[str, tuple[int, int, int]]) -> tuple[str, str, str]:
+    """How true, false and null are written."""
+    true, null = (told[kind][slice(*places[kind][1:])] if kind in places else "" for kind in ("boolean", "null"))
+    return true or "true", "False" if true == "True" else "false", null or "null"
 
 
 def _atoms(text: str) -> list[str]:

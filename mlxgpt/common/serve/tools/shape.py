@@ -24,6 +24,7 @@ class Parameters:
     between: tuple[tuple[str, str], ...]  # by the value's type in JSON Schema: most templates write the same for all
     after: str
     apart: str
+    words: tuple[str, str, str]  # true, false and null, as JSON or Python has them
     quotes: tuple[str, ...]  # around strings; (): strings stand as they are, other values as JSON or Python has them
 
     def begins(self, kind: str) -> str:

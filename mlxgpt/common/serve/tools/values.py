@@ -121,10 +121,11 @@ def types_of(schema: Any, whole: Mapping[str, Any], deep: int = 20) -> set[str]:
         for each in schema.get(key) or ():
             kinds |= types_of(each, whole, deep - 1)
     listed = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
-    return kinds or {_type(each) for each in listed}
+    return kinds or {type_of(each) for each in listed}
 
 
-def _type(value: Any) -> str:
+def type_of(value: Any) -> str:
+    """The type of a value in JSON Schema."""
     return "null" if value is None else _TYPES.get(type(value), "")
 
 
@@ -141,6 +142,6 @@ def meant(raw: str, kinds: set[str]) -> Any:
                 return raw
         except (Partial, ValueError):
             return raw
-    if "string" in kinds and not (_type(value) in kinds and not isinstance(value, str)):
+    if "string" in kinds and not (type_of(value) in kinds and not isinstance(value, str)):
         return raw
     return raw if isinstance(value, str) and not kinds else value
