@@ -1,5 +1,6 @@
 """What `mlxgpt serve` serves: the base and its adapters in memory once; the verb's refusals, and the process's life."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -166,9 +167,24 @@ def test_a_run_gives_its_name_and_a_hub_folder_its_id(tmp_path: Path) -> None:
     assert models._called("Org/Other") == "Org/Other"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_added_with_weights(backend: str, place: Path) -> None:
+    one = place / "one"
+    given = [f"{name}={text}" for name, text in (("half", f"{one}:0.5"), ("sum", f"{one}:0.25+{one}:0.25"))]
+    base, half, both = models.load_all(backends.load(backend), Options(str(place / "base"), adapters=given))
+    alone, _ = backends.load(backend).load.load(place / "base", [(one, 0.5)])
+    logits = [
+        np.asarray(model(tensor(backend, [[5, 6, 7]])).tolist())
+        for model in (base.model, half.model, both.model, alone)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+    assert max(np.abs(logits[1] - each).max() for each in logits[2:]) < 1e-4
+    assert len({each.digest for each in (base, half, both)}) == 3
+
+
 def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
     found = models.check(Options(str(place / "one"), adapters=[f"other={place / 'two'}"]))
-    assert found == [("one", [place / "one"]), ("base", []), ("other", [place / "two"])]
+    assert found == [("one", [(place / "one", 1.0)]), ("base", []), ("other", [(place / "two", 1.0)])]
     assert models.check(Options(str(place / "base"), name="mine"))[0] == ("mine", [])
 
 
@@ -180,6 +196,7 @@ def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
         (" x={one}", "expected 1 to 200 printable characters"),
         ("x={base}", "a model, expected an adapter"),
         ("x=/nowhere", "/nowhere: no such folder"),
+        ("x={one}:much", "weight 'much': expected a number"),
     ),
 )
 def test_a_name_that_is_none_is_refused(adapter: str, said: str, place: Path) -> None:
@@ -259,7 +276,7 @@ SCHEMA = {
 def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     flags = ["-p", "a", "-p", "a", "-n", "90", "--temperature", "1.5", "--seed", "3", "--json", "--logprobs", "1"]
-    made = []
+    made, command = [], []
     for backend in BACKENDS:
         command = ["generate", "-m", str(place / "chats"), *flags, "--json-schema", str(tmp_path / "schema.json")]
         assert cli.main([*command, "--backend", backend]) == 0
@@ -272,7 +289,7 @@ def test_generate_follows_a_schema_alike_in_both_frameworks(place: Path, tmp_pat
     ]
     assert len(made[0][0]["logprobs"]) == made[0][0]["tokens"]
     (tmp_path / "schema.json").write_text("{")
-    assert cli.main(command) == 2  # pyright: ignore[reportPossiblyUnbound]
+    assert cli.main(command) == 2
     assert "schema.json: not JSON" in capsys.readouterr().err
 
 
@@ -338,6 +355,34 @@ def test_a_server_that_is_told_to_end_finishes_what_it_began(place: Path) -> Non
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
         code, said = server.end()
     assert code == 0, said
+
+
+def test_what_outlasts_the_grace_is_told(place: Path) -> None:
+    with Server(place / "base", "--grace", "0.3", code=SLOW) as server:
+        with server.ask(100) as answer:
+            answer.readline()
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in answer.read().decode().splitlines() if line][-1]
+        assert '"message":"the server is ending"' in last
+        code, said = server.end()
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("told", (SystemExit(143), KeyboardInterrupt()))
+def test_a_thread_that_computes_is_not_outlived(place: Path, monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.web import life
+
+    computes, codes = True, []
+    monkeypatch.setattr(Engine, "join", lambda *_: not computes)
+    monkeypatch.setattr(life.os, "_exit", codes.append)
+    monkeypatch.setattr(Engine, "start", lambda _: (_ for _ in ()).throw(told))
+    with pytest.raises(SystemExit) if isinstance(told, SystemExit) else contextlib.nullcontext():
+        cli.main(["serve", "-m", str(place / "base"), "--port", "0"])
+    assert codes == [143 if isinstance(told, SystemExit) else 130]
+    computes = False
+    life.leave(Engine(backends.load("torch"), list), 0)
+    assert len(codes) == 1
 
 
 def test_a_second_signal_ends_at_once(place: Path) -> None:

@@ -28,8 +28,8 @@ def chat(**given: Any) -> ChatRequest:
 NUMBERS = [
     ("max_tokens", 1, 1 << 40, (0, -1, 1.5, "5", True, [1], {})),
     ("max_completion_tokens", 1, 7, (0, "7", False)),
-    ("temperature", 0, 2, (-0.1, 2.01, 1e-11, 5e-324, "1", True, [])),
-    ("temperature", 1e-10, 2.0, ("0",)),
+    ("temperature", 0, 2, (-0.1, 2.01, "1", True, [])),
+    ("temperature", 5e-324, 2.0, ("0",)),
     ("top_p", 0.01, 1, (0, 1.1, "1", True)),
     ("top_k", -1, 1000, (-2, 0.5, "1", True)),
     ("min_p", 0, 1, (-0.1, 1.1, "0")),

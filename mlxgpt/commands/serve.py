@@ -10,7 +10,7 @@ from pathlib import Path
 from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes, units
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.plan import machine
+from mlxgpt.common.plan import gate
 
 NEEDS = ("starlette", "uvicorn", "pydantic", "llguidance")
 LEAST_KEY = 8  # characters
@@ -34,6 +34,7 @@ def serve_command(args: argparse.Namespace) -> int:
         raise UserError(f"serve: {', '.join(missing)} is not installed: pip install 'mlxgpt[serve]'")
     from mlxgpt.common.serve import models
     from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.guided.guide import Guide
     from mlxgpt.common.serve.web import life
     from mlxgpt.common.serve.web.settings import Settings
 
@@ -53,26 +54,51 @@ def serve_command(args: argparse.Namespace) -> int:
             f"--host {args.host}: other machines could reach it without a key: expected --api-key-file FILE, or "
             "--host 127.0.0.1"
         )
-    held = 0 if args.cache_bytes == "0" else _default_cache()
-    if args.cache_bytes not in (None, "0"):
-        held = units.read_size(args.cache_bytes, "--cache-bytes")
+    given = args.cache_bytes
+    held = 0 if given in (None, "0") else units.read_size(given, "--cache-bytes")
     body = units.read_size(args.max_body, "--max-body")
-    models.check(options)
+    listed = models.check(options)
     with life.bind(args.host, args.port) as sock:
         port = sock.getsockname()[1]
-        settings = Settings(args.host, port, keys, tuple(args.allow_origin), body, backend=args.backend)
+        prompts = max(1, min(Settings.max_prompts, args.max_queue))
+        connections = max(Settings.max_connections, 2 * (args.max_batch + args.max_queue))
+        settings = Settings(
+            args.host,
+            port,
+            keys,
+            tuple(args.allow_origin),
+            body,
+            max_prompts=prompts,
+            max_connections=connections,
+            backend=args.backend,
+        )
         backend = backends.load(args.backend)
+        free = gate.room(backend, backend.engine.devices.find(args.device))["limit"] - models.weight_bytes(options)
+        held = max(0, min(MOST, int(SHARE * free))) if given is None else held
         engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
-        engine.start()
+        try:
+            engine.start()
+            for each in engine.served.values():
+                Guide(each).ready()
+        except (KeyboardInterrupt, SystemExit) as told:
+            life.leave(engine, told.code if isinstance(told, SystemExit) else 130)  # type: ignore[arg-type]
+            raise
         served = list(engine.served.values())
-        print(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on", file=sys.stderr)
-        for each in served:
-            chats = "" if each.template else ", no chat template: completions only"
-            print(f"  {each.name}: a context of {each.context:,} tokens{chats}", file=sys.stderr)
-        most = units.size(models.cache_bytes(served, args.max_batch))
-        print(f"  {args.max_batch} answers at once take at most {most} for keys and values,", file=sys.stderr)
-        print(f"  what earlier requests held {units.size(held)}; Ctrl-C ends", file=sys.stderr)
+        _say(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on")
+        for each, (_, adapters) in zip(served, listed, strict=True):
+            what = "an adapter" if adapters else "the model"
+            chats = "" if each.template else "; no chat template: completions only"
+            _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
+        most = models.cache_bytes(served, args.max_batch)
+        _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
+        _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
+        if most + held > free:
+            _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
         return life.run(engine, settings, sock, args.grace)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _shown(host: str) -> str:
@@ -113,7 +139,3 @@ def _keys(name: str | None) -> tuple[str, ...]:
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         print(f"mlxgpt: warning: --api-key-file {name}: others can read it; chmod 600 {name}", file=sys.stderr)
     return keys
-
-
-def _default_cache() -> int:
-    return min(MOST, int(SHARE * machine.free()))

@@ -96,8 +96,9 @@ def _broken(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return _ROSETTA if name == "mlx" and translated() else f"not installed: {_INSTALL[name]}"
     try:
-        # the device module imports the framework, and before MLX its BLAS
-        importlib.import_module(f"{PACKAGES[name]}.device")
+        # the device module imports the framework, and before MLX its BLAS; a signal amid that would leave half a module
+        with without_signals():
+            importlib.import_module(f"{PACKAGES[name]}.device")
     except ImportError as error:
         return f"does not import ({error}): {_INSTALL[name]}"
     return ""

@@ -23,7 +23,6 @@ from mlxgpt.common.serve.api.values import (
     Ids,
     Prompts,
     Stop,
-    Temperature,
     Whole,
     wrong,
 )  # fmt: skip
@@ -90,7 +89,7 @@ class Sampling(Body):
     model: str | None = Field(None, description="a name of /v1/models; default: the base")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream")
-    temperature: Temperature | None = Field(None, description="default 1; 0: always the likeliest token")
+    temperature: Float | None = Field(None, ge=0, le=2, description="default 1; 0: always the likeliest token")
     top_p: Float | None = Field(None, gt=0, le=1, description="default 1")
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Whole] | None = Field(
         None, description="default 0; 0 and -1: all"

@@ -5,12 +5,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlxgpt.common.config import LARGEST
-
 STOPS, STOP_SIZE = 16, 1024  # stop strings of a request; characters of one
 CHOICES = 16  # of a prompt
 TOP = 20  # likeliest tokens that a place may name
-HOTTEST = 2.0  # temperature, as OpenAI has it
 SEEDS = (-(2**63), 2**64 - 1)
 NAME = r"^[a-zA-Z0-9_.:-]{1,64}$"
 
@@ -34,13 +31,6 @@ def wrong(expected: str, param: str = "") -> PydanticCustomError:
 def _whole(value: Any) -> Any:
     """JSON has one kind of number: 5.0 is 5."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _temperature(value: Any) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value == 0 or 1 / LARGEST <= value <= HOTTEST):
-        raise wrong(f"0, or a number from {1 / LARGEST:g} to {HOTTEST:g}")
-    return value
 
 
 def is_whole(value: object) -> bool:
@@ -100,11 +90,6 @@ _NULL = {"type": "null"}
 
 Whole = BeforeValidator(_whole)
 Float = Annotated[float, Field(allow_inf_nan=False)]
-Temperature = Annotated[
-    float,
-    BeforeValidator(_temperature),
-    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": 1 / LARGEST, "maximum": HOTTEST}]}),
-]
 Stop = Annotated[
     list[str],
     BeforeValidator(_stops),

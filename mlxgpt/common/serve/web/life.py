@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import math
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +21,7 @@ from mlxgpt.common.serve.web.log import Log
 from mlxgpt.common.serve.web.settings import Settings
 
 LOOKS = 0.2  # seconds between looks at the engine
-LAST_WORDS = 1.0  # seconds in which a dead engine's requests are answered, and /health says 503
+LAST_WORDS = 1.0  # seconds in which requests of an engine that died or was stopped are answered
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -50,7 +53,8 @@ class _Server(uvicorn.Server):
 def run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
     """Serves until a signal comes.
 
-    SIGTERM and Ctrl-C: no new connections; what runs may take ``grace`` seconds more. A second one ends at once.
+    SIGTERM and Ctrl-C: no new connections; what runs may take ``grace`` seconds more, and is told if it took longer.
+    A second one ends at once.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C, 143 or 130 after a second signal.
@@ -58,23 +62,34 @@ def run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -
     Raises:
         RunError: the engine died.
     """
-    return asyncio.run(_run(engine, settings, sock, grace))
+    code = asyncio.run(_run(engine, settings, sock, grace))
+    leave(engine, code)
+    return code
+
+
+def leave(engine: Engine, code: int) -> None:
+    """Ends the process here if the engine's thread still computes: PyTorch aborts if Python ends under it."""
+    if not engine.join(0):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
     log = Log()
     app: Any = make_app(engine, settings, log)
     server = _Server(make_server(app, settings, log).config)
-    server.config.timeout_graceful_shutdown = round(grace)
+    server.config.timeout_graceful_shutdown = math.ceil(grace + LAST_WORDS)
     got: list[int] = []
+    loop = asyncio.get_running_loop()
 
     def told(number: int) -> None:
         got.append(number)
         app.state.draining = server.should_exit = True
         server.force_exit = len(got) > 1
         engine.stop(drain=len(got) == 1)
+        loop.call_later(grace, engine.stop, False)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told, number)
     watch = asyncio.create_task(_watch(engine, server))
@@ -96,4 +111,5 @@ async def _watch(engine: Engine, server: uvicorn.Server) -> None:
     while engine.death is None:
         await asyncio.sleep(LOOKS)
     await asyncio.sleep(LAST_WORDS)
+    server.config.timeout_graceful_shutdown = math.ceil(LAST_WORDS)
     server.should_exit = True
