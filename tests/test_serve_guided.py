@@ -374,6 +374,16 @@ def test_a_vocabulary_that_no_grammar_has_room_for_is_a_request_s_error(monkeypa
         guide.json_object()
 
 
+def test_few_compiled_grammars_are_kept_the_latest() -> None:
+    shared = BYTES._shared()
+    for i in range(40):
+        BYTES.schema({"const": i})
+    kept = [*shared._matchers]
+    assert len(kept) == 16 and '"const": 39' in kept[-1]
+    BYTES.schema({"const": 24})
+    assert len(shared._matchers) == 16 and '"const": 24' in [*shared._matchers][-1]
+
+
 def test_every_end_is_allowed_where_the_answer_may_end_and_nowhere_else() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     ends = [tokenizer.encode("%")[0], tokenizer.eos_id, tokenizer.n_vocab - 1]

@@ -92,7 +92,7 @@ def test_stop_ends_the_request_and_keeps_the_text_so_far(tab: Tab, fake: Fake) -
             tab.page.keyboard.press("Escape")
         tab.wait()
         assert "stopped" in tab.texts(".meta")[-1] and tab.texts()[-1].startswith("word word")
-    for _ in range(100):
+    for _ in range(1000):
         if fake.left == 2:
             break
         tab.page.wait_for_timeout(20)

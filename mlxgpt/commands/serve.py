@@ -61,8 +61,17 @@ def serve_command(args: argparse.Namespace) -> int:
     with life.bind(args.host, args.port) as sock:
         port = sock.getsockname()[1]
         prompts = max(1, min(Settings.max_prompts, args.max_queue))
-        origins = tuple(args.allow_origin)
-        settings = Settings(args.host, port, keys, origins, body, max_prompts=prompts, backend=args.backend)
+        connections = max(Settings.max_connections, 2 * (args.max_batch + args.max_queue))
+        settings = Settings(
+            args.host,
+            port,
+            keys,
+            tuple(args.allow_origin),
+            body,
+            max_prompts=prompts,
+            max_connections=connections,
+            backend=args.backend,
+        )
         backend = backends.load(args.backend)
         free = gate.room(backend, backend.engine.devices.find(args.device))["limit"] - models.weight_bytes(options)
         held = max(0, min(MOST, int(SHARE * free))) if given is None else held

@@ -25,7 +25,7 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 _JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # the model chooses the tokens of a text that is certain, too
 _HEAD = '%llguidance {"no_forcing": true}\n'
-_KEPT = 64  # compiled grammars of a vocabulary
+_KEPT = 16  # compiled grammars of a vocabulary; a large one takes 40 MB
 _LONGEST = 1 << 20  # bytes of a grammar
 # Bytes. llguidance follows references by recursion, at up to 10 KB a schema, and a stack that is too small ends the
 # process: only what is touched is taken.
@@ -35,7 +35,7 @@ _SIGNS = '{}[]":,-0123456789 truefalsn'  # what any JSON may need
 
 def _limits() -> llguidance.LLParserLimits:
     """What a grammar may cost: work of a compilation and of a mask, and memory of its automaton."""
-    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 
 
 class Guided:
