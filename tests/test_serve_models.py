@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -366,6 +367,21 @@ def test_what_outlasts_the_grace_is_told(place: Path) -> None:
         assert '"message":"the server is ending"' in last
         code, said = server.end()
     assert code == 0, said
+
+
+def test_who_still_sends_holds_nothing_up(place: Path) -> None:
+    code = "from mlxgpt.common.serve.web import life\nlife.LAST_BYTES = 0.2"
+    with Server(place / "base", code=code) as server:
+        host = server.url.removeprefix("http://")
+        with socket.create_connection(host.split(":")) as client:
+            lines = ["GET /health HTTP/1.1", f"Host: {host}", "", "POST /tokenize HTTP/1.1", f"Host: {host}"]
+            lines += ["Content-Type: application/json", "Content-Length: 9", "", ""]
+            client.sendall("\r\n".join(lines).encode())
+            assert client.recv(20).startswith(b"HTTP/1.1 200")
+            time.sleep(0.2)  # the second request is read behind the first
+            server.process.send_signal(signal.SIGTERM)
+            code, said = server.end()
+    assert code == 0 and "30 s" not in said, said
 
 
 @pytest.mark.parametrize("told", (SystemExit(143), KeyboardInterrupt()))

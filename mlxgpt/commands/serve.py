@@ -83,18 +83,21 @@ def serve_command(args: argparse.Namespace) -> int:
         except (KeyboardInterrupt, SystemExit) as told:
             life.leave(engine, told.code if isinstance(told, SystemExit) else 130)  # type: ignore[arg-type]
             raise
-        served = list(engine.served.values())
-        _say(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on")
-        for each, (_, adapters) in zip(served, listed, strict=True):
-            what = "an adapter" if adapters else "the model"
-            chats = "" if each.template else "; no chat template: completions only"
-            _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
-        most = models.cache_bytes(served, args.max_batch)
-        _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
-        _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
-        if most + held > free:
-            _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
-        return life.run(engine, settings, sock, args.grace)
+
+        def ready() -> None:
+            served = list(engine.served.values())
+            _say(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on")
+            for each, (_, adapters) in zip(served, listed, strict=True):
+                what = "an adapter" if adapters else "the model"
+                chats = "" if each.template else "; no chat template: completions only"
+                _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
+            most = models.cache_bytes(served, args.max_batch)
+            _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
+            _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
+            if most + held > free:
+                _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
+
+        return life.run(engine, settings, sock, args.grace, ready)
 
 
 def _say(line: str) -> None:

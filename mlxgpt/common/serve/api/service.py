@@ -213,6 +213,10 @@ class Service:
             yield f"{last}data: [DONE]\n\n".encode()
         except ApiError as error:
             yield b"data: " + dumps(error.content).encode() + b"\n\n"
+        except Exception:  # a fault of ours: the client is told, as it is without a stream
+            LOG.exception("a stream broke")
+            error = ApiError(500, "the server has a fault; its log says which", code="internal_error")
+            yield b"data: " + dumps(error.content).encode() + b"\n\n"
 
     def _ignored(self, names: list[str]) -> dict[str, str]:
         """The header that names fields that nobody read; each is logged once, those of a request in one line."""
