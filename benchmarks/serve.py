@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.report import Row, finish
 from benchmarks.serving import load, servers
-from benchmarks.serving.model import SIZES, question, write_folder
+from benchmarks.serving.model import SIZES, SMALL, question, write_folder
 from benchmarks.serving.servers import Server
 
 TOKENS = 64  # new, a request
@@ -160,11 +160,12 @@ def cold(size: str, folder: str, rounds: int, python: str) -> list[Row]:
     return rows
 
 
-def memory(size: str, folder: str, requests: int = 1000, leaving: int = 200) -> list[Row]:
-    """Resident memory before and after many requests, of which some are left in the middle."""
+def memory(folder: str, requests: int = 1000, leaving: int = 200) -> list[Row]:
+    """Resident memory before and after many requests, of which some are left in the middle; of a small model."""
+    write_folder(Path(folder), SMALL)
     rows = []
     for backend in ("mlx", "torch"):
-        side = servers.ours(folder, backend, "--cache-bytes", str(32 * 2**20)).start(FIRST)
+        side = servers.ours(folder, backend, "--cache-bytes", "32MiB").start(FIRST)
 
         def some(count: int, side: Server = side) -> None:
             each = max(count // 8, 1)
@@ -179,7 +180,7 @@ def memory(size: str, folder: str, requests: int = 1000, leaving: int = 200) -> 
         code = side.stop()
         assert code == 0, code
         name = "MLX" if backend == "mlx" else backend
-        what = f"{name}, {size}, resident after {requests:,} requests, {leaving} more left"
+        what = f"{name}, small, resident after {requests:,} requests, {leaving} more left"
         rows.append(Row(what, "before them", "MiB", after, before, [after / before], "flat"))
     return rows
 
@@ -203,7 +204,7 @@ def measure(parts: Sequence[str], sizes: Sequence[str], rounds: int, counts: Seq
             if "cold" in parts:
                 rows += cold(size, folder, rounds, python)
             if "memory" in parts:
-                rows += memory(size, folder)
+                rows += memory(str(Path(temporary) / "small"))
     return rows
 
 

@@ -223,8 +223,9 @@ def serve(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     add = parser.add_argument
     add("--name", help="what requests call the model; default: its folder's name, or the hub's id")
-    add("--adapter", action="append", default=[], metavar="NAME=DIR",
-        help="serve the model with this adapter, too, under this name; repeatable")  # fmt: skip
+    add("--adapter", action="append", default=[], metavar="NAME=DIR[:WEIGHT]",
+        help="serve the model with this adapter, too, under this name; with several: NAME=DIR:0.5+DIR:0.5; "
+        "repeatable")  # fmt: skip
     add("--force", action="store_true", help="apply an adapter that was trained on other base weights")
     add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a key")
     add("--port", type=_port, default=8000, help="default: 8000; 0: any that is free")

@@ -34,7 +34,7 @@ def first(layers: Layers, tokens: int) -> Layers:
 
 
 def leave() -> None:
-    """Called at the end of a thread that computed: its streams end before it, else one process in ten aborts at exit."""
+    """Called at the end of a thread that computed: its streams end first, else one process in ten aborts at exit."""
     if hasattr(mx, "clear_streams"):
         mx.clear_streams()
 

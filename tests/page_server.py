@@ -77,15 +77,17 @@ class Fake:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.left = 0  # clients that went before the end
+        self.open, self.most = 0, 0  # streams, and the most at once
         self.key = ""
         self.pause = 0.0  # seconds between two pieces
+        self.together = 1  # streams that must be open before any goes on, if they come within seconds
         self.say: Callable[[dict[str, Any]], Any] = lambda body: f"I am {body['model']} with seed {body['seed']}."
         self.reset()
 
     def reset(self) -> None:
         """As it was made."""
         self.bodies.clear()
-        self.left, self.key, self.pause = 0, "", 0.0
+        self.left, self.most, self.key, self.pause, self.together = 0, 0, "", 0.0, 1
         self.say = lambda body: f"I am {body['model']} with seed {body['seed']}."
 
     def _refused(self, request: Request) -> Response | None:
@@ -116,13 +118,19 @@ class Fake:
     async def _stream(self, body: dict[str, Any], said: str | list[bytes]) -> AsyncIterator[bytes]:
         sent = said if isinstance(said, list) else [*(event(one) for one in chunks(body, said)), event("[DONE]")]
         done = False
+        self.open += 1
+        self.most = max(self.most, self.open)
         try:
+            for _ in range(500):
+                if self.most < self.together:
+                    await asyncio.sleep(0.01)
             for piece in sent:
                 yield piece
                 await asyncio.sleep(self.pause)
             done = True
         finally:
             self.left += not done
+            self.open -= 1
 
     def app(self) -> Starlette:
         """Its routes."""
@@ -163,7 +171,7 @@ class Tab:
         self.asked: list[str] = []
         self.said: list[str] = []
         self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | options)
-        self.context.set_default_timeout(5000)
+        self.context.set_default_timeout(30000)
         self.page = self.context.new_page()
         self.url = url
         self.page.on("request", lambda request: self.asked.append(request.url))

@@ -364,6 +364,13 @@ def test_a_failure_is_an_error_and_ends_the_request(piece: Piece, dead: bool, st
     assert worker.cancelled == worker.works
 
 
+def test_a_fault_of_the_server_ends_the_stream_with_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    worker = FakeWorker(script=lambda work: [Begun(0), Piece(0, "a", (Drawn(97),)), Piece(7, "b", (Drawn(98),))])
+    events, _ = streamed(worker, "chat", messages=ASK)
+    assert events[-1]["error"]["code"] == "internal_error" and worker.cancelled == worker.works
+    assert "IndexError" in caplog.text
+
+
 def test_silence_is_filled_with_comments() -> None:
     async def read() -> list[bytes]:
         worker = FakeWorker()

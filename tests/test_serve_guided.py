@@ -221,6 +221,7 @@ def written(text: str, constraint: Constraint, tokenizer: Tokenizer = TOKENIZERS
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a":1}'),
     ({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}, '{"a": -12}'),
     ({"type": "array", "items": {"type": "boolean"}}, "[true, false,true]"),
+    ({"propertyNames": {"type": "string"}, "additionalProperties": {"format": "password"}}, '{"a":"b"}'),
     ({"const": "\u00e9\n"}, '"\u00e9\\n"'),
     (Everything.model_json_schema(), '{"color": "red", "pet": {"kind": "dog", "name": "ab"}, "ratio": 1, "tags": [], '
                                      '"times": null}'),
@@ -247,6 +248,9 @@ def test_what_fits_can_be_written(schema: Any, text: str) -> None:
     ({"type": "array", "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}}, "[0]", "]"),
     ({"type": "array", "items": {"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}}, "[1]", "]"),
     ({"type": "array", "items": {"type": "number", "minimum": -5.5, "exclusiveMaximum": -5}}, "[-5]", "]"),
+    ({"type": "integer", "format": "int32"}, "2147483648", "8"),
+    ({"type": "integer", "format": "int32", "maximum": 5}, "6", "6"),
+    ({"type": "number", "format": "double"}, "1.5e", ""),
     ({"type": "number", "maximum": 3, "exclusiveMaximum": True}, "3", "3"),
     ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"items": {"$ref": "#/$defs/a"}, "minItems": 1,
       "type": "array"}}, "additionalProperties": False}, '{"a', '"a'),
@@ -358,6 +362,29 @@ def test_what_the_tokenizer_cannot_write_is_refused() -> None:
         constraint.allowed()
     with pytest.raises(UserError, match="tiny has no tokenizer"):
         Guide(Served("tiny", None, None, None, frozenset(), 300, "")).json_object()
+    Guide(Served("tiny", None, None, None, frozenset(), 300, "")).ready()
+
+
+def test_a_vocabulary_that_no_grammar_has_room_for_is_a_request_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panics(*_: Any, **__: Any) -> None:
+        raise type("PanicException", (BaseException,), {})("assertion failed: size")
+
+    monkeypatch.setattr("llguidance.LLTokenizer", panics)
+    monkeypatch.setattr("llguidance.LLTokenizer.json_slices", list, raising=False)
+    guide = Guide(served(CharTokenizer(PRINTED + "\u00a3")))
+    guide.ready()
+    with pytest.raises(UserError, match="no grammar over this vocabulary: llguidance says: assertion failed: size"):
+        guide.json_object()
+
+
+def test_few_compiled_grammars_are_kept_the_latest() -> None:
+    shared = BYTES._shared()
+    for i in range(40):
+        BYTES.schema({"const": i})
+    kept = [*shared._matchers]
+    assert len(kept) == 16 and '"const": 39' in kept[-1]
+    BYTES.schema({"const": 24})
+    assert len(shared._matchers) == 16 and '"const": 24' in [*shared._matchers][-1]
 
 
 def test_every_end_is_allowed_where_the_answer_may_end_and_nowhere_else() -> None:

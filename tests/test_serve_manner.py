@@ -111,6 +111,25 @@ def test_a_call_that_is_asked_for_is_enforced(choice: Any) -> None:
     assert named.allowed()[ord("n")] == (choice == "required")
 
 
+@pytest.mark.parametrize("text", [CALL, '{"city": "Oslo"}'])
+def test_tools_and_json_together_are_calls_or_json(text: str) -> None:
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "it", "schema": {"properties": {"city": {"enum": ["Oslo"]}}}},
+    }
+    own = worker(text)
+    message = whole(own, "chat", messages=ASK, tools=[ADD], response_format=form)[0]["choices"][0]["message"]
+    assert (message["content"], "tool_calls" in message) == ((None, True) if text == CALL else (text, False))
+    constrain = own.works[0].constrain
+    assert constrain is not None
+    guided = constrain()
+    for byte in text.encode():
+        assert guided.allowed()[byte]
+        guided.take(byte)
+    assert guided.allowed()[257]
+    assert not constrain().allowed()[ord("I")]
+
+
 def test_reasoning_is_apart_from_content() -> None:
     text = "<think>\nhm\n</think>\n\nThree."
     value, _ = whole(worker(text, QWEN3), "chat", messages=ASK)
@@ -138,7 +157,6 @@ def test_results_of_tools_follow_their_calls() -> None:
     ("template", "given", "param"),
     [
         (CHATML, {"tools": [ADD]}, "tools"),
-        (QWEN25, {"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format"),
         (QWEN25, {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
          "response_format.json_schema.schema"),
     ],

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,9 +168,24 @@ def test_a_run_gives_its_name_and_a_hub_folder_its_id(tmp_path: Path) -> None:
     assert models._called("Org/Other") == "Org/Other"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_added_with_weights(backend: str, place: Path) -> None:
+    one = place / "one"
+    given = [f"{name}={text}" for name, text in (("half", f"{one}:0.5"), ("sum", f"{one}:0.25+{one}:0.25"))]
+    base, half, both = models.load_all(backends.load(backend), Options(str(place / "base"), adapters=given))
+    alone, _ = backends.load(backend).load.load(place / "base", [(one, 0.5)])
+    logits = [
+        np.asarray(model(tensor(backend, [[5, 6, 7]])).tolist())
+        for model in (base.model, half.model, both.model, alone)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+    assert max(np.abs(logits[1] - each).max() for each in logits[2:]) < 1e-4
+    assert len({each.digest for each in (base, half, both)}) == 3
+
+
 def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
     found = models.check(Options(str(place / "one"), adapters=[f"other={place / 'two'}"]))
-    assert found == [("one", [place / "one"]), ("base", []), ("other", [place / "two"])]
+    assert found == [("one", [(place / "one", 1.0)]), ("base", []), ("other", [(place / "two", 1.0)])]
     assert models.check(Options(str(place / "base"), name="mine"))[0] == ("mine", [])
 
 
@@ -181,6 +197,7 @@ def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
         (" x={one}", "expected 1 to 200 printable characters"),
         ("x={base}", "a model, expected an adapter"),
         ("x=/nowhere", "/nowhere: no such folder"),
+        ("x={one}:much", "weight 'much': expected a number"),
     ),
 )
 def test_a_name_that_is_none_is_refused(adapter: str, said: str, place: Path) -> None:
@@ -350,6 +367,21 @@ def test_what_outlasts_the_grace_is_told(place: Path) -> None:
         assert '"message":"the server is ending"' in last
         code, said = server.end()
     assert code == 0, said
+
+
+def test_who_still_sends_holds_nothing_up(place: Path) -> None:
+    code = "from mlxgpt.common.serve.web import life\nlife.LAST_BYTES = 0.2"
+    with Server(place / "base", code=code) as server:
+        host = server.url.removeprefix("http://")
+        with socket.create_connection(host.split(":")) as client:
+            lines = ["GET /health HTTP/1.1", f"Host: {host}", "", "POST /tokenize HTTP/1.1", f"Host: {host}"]
+            lines += ["Content-Type: application/json", "Content-Length: 9", "", ""]
+            client.sendall("\r\n".join(lines).encode())
+            assert client.recv(20).startswith(b"HTTP/1.1 200")
+            time.sleep(0.2)  # the second request is read behind the first
+            server.process.send_signal(signal.SIGTERM)
+            code, said = server.end()
+    assert code == 0 and "30 s" not in said, said
 
 
 @pytest.mark.parametrize("told", (SystemExit(143), KeyboardInterrupt()))

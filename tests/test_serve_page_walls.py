@@ -54,6 +54,7 @@ ATTACKS = [
     "[x](data:text/html,<script>hit(1)</script>)",
     "[x](vbscript:hit(1))",
     "<javascript:hit(1)>",
+    "[x](ftp://evil.example/d) [x](/v1/models) [x](#talk) [x](blob:https://evil.example/e) [x](//evil.example/f)",
     "[x](https://a.example \"\" onmouseover=hit(1))",
     "<svg onload=hit(1)><animate onbegin=hit(1) attributeName=x></svg>",
     "<math><mtext><table><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror=hit(1)&gt;\">",
@@ -102,9 +103,10 @@ def test_what_a_model_writes_can_do_nothing(tab: Tab, fake: Fake, tmp_path: Path
     allowed = {*drawn.split(), *attributes.split()}
     assert set(inside) <= allowed
     assert tab.page.evaluate("window.hits") == 0
-    links = tab.page.evaluate("[...document.querySelectorAll('#talk a')].map(a => [a.protocol, a.target, a.rel])")
-    good = [protocol for protocol, *rest in links if rest == ["_blank", "noopener noreferrer"]]
-    assert len(good) == len(links) > 2 and set(good) <= {"http:", "https:", ":"}  # ":": no href is left
+    of_link = "a => [a.getAttribute('href') ?? '', a.target, a.rel]"
+    links = tab.page.evaluate(f"[...document.querySelectorAll('#talk a')].map({of_link})")
+    assert all(rest == ["_blank", "noopener noreferrer"] for _, *rest in links) and len(links) > 4
+    assert {href.split("//")[0] for href, *_ in links} <= {"https:", ""}
     # the list can do harm where nothing is cleaned: the browser's own rule is the second wall
     walls = tab.page.evaluate("""() => { try { document.createElement('p').innerHTML = '<b>'; return '' }
         catch (error) { return error.name } }""")
@@ -189,9 +191,11 @@ def test_a_phone_shows_all_without_scrolling_sideways(fake: Fake, address: str, 
     tab.send("u" * 300)
 
     def wide() -> list[str]:
-        return tab.page.evaluate("""() => [...document.querySelectorAll('body *')].filter(one =>
-            one.checkVisibility() && !one.closest('.code, .scrolls, .away, .skip') &&
-            one.getBoundingClientRect().right > 390.5).map(one => one.className || one.localName)""")
+        return tab.page.evaluate("""() => [...document.querySelectorAll('body *')].filter(one => {
+            const { left, right } = one.getBoundingClientRect();
+            const scrolls = one.closest('.code, .scrolls, .away, .skip');
+            return one.checkVisibility() && !scrolls && (right > 390.5 || left < -0.5);
+        }).map(one => one.className || one.localName)""")
 
     assert tab.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390] and not wide()
     boxes = [side.bounding_box() for side in tab.page.locator(".side").all()]

@@ -14,6 +14,7 @@ from serving import running, served_model
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.serve.api.service import Service
 from mlxgpt.common.serve.engine import Engine
+from mlxgpt.common.serve.web.settings import Settings
 from mlxgpt.common.sft.template import CHATML, Template, with_chatml
 from mlxgpt.common.tokenizers.hf import made_of_bytes
 
@@ -161,3 +162,9 @@ def test_nothing_is_drawn_for_a_prompt_that_is_only_scored(engine: Engine) -> No
     answer = ask(engine, "completions", {"prompt": "hi", "echo": True, "logprobs": 1, "max_tokens": 0})[0]
     assert answer["choices"][0]["text"] == "hi" and len(answer["choices"][0]["logprobs"]["tokens"]) == 2
     assert engine.counts.generated_tokens == before.generated_tokens
+
+
+def test_as_many_prompts_as_may_be_asked_fit_into_the_queue(engine: Engine) -> None:
+    answer = ask(engine, "completions", {"prompt": ["ab"] * Settings.max_prompts, "max_tokens": 1, "seed": 2})[0]
+    alone = expected(engine, ["ab"] * Settings.max_prompts, SampleConfig(max_tokens=1, temperature=1, seed=2))
+    assert [one["text"] for one in answer["choices"]] == [one.text for one in alone]

@@ -38,9 +38,10 @@ def test_schemathesis_finds_nothing(site: Site, tmp_path: Path, examples: int) -
     assert site.worker.death is None
 
 
-# what it cannot say: lengths in tokens, names of this model, equal names
+# what it cannot say: lengths in tokens, names of this model, what a text must hold, schemas in schemas
 UNSAID = {"a prompt past the context", "1,000 prompts", "10,000 messages", "logit_bias past the vocabulary",
-          "kwargs of the template", "every token forbidden"}  # fmt: skip
+          "kwargs of the template", "every token forbidden", "arguments that are no JSON", "a schema of a file",
+          "a schema of itself", "a schema of nothing", "a pattern that is none"}  # fmt: skip
 
 
 def test_the_schema_refuses_what_the_server_refuses(site: Site) -> None:

@@ -158,7 +158,8 @@ def test_a_strict_function_is_called_by_its_schema_or_not_at_all(name: str) -> N
     assert follows(make(), template, "Just text, with < and {.\n\nMore.")
     assert follows(make(), template, "")
     right = {"city": "Zürich", "days": 3, "near": [1, None]}
-    for calls in ([("get_weather", right)], [("search-2", {"query": "x", "exact": True}), ("get_weather", right)]):
+    three = [("search-2", {"query": "x", "exact": True}), ("get_weather", right), ("stop", {})]
+    for calls in (three[1:2], three):
         for content in ("", "Let me see."):
             if not form.single or len(calls) == 1:
                 assert follows(make(), template, written(template, form, calls, content)), calls
@@ -373,6 +374,12 @@ def test_a_value_may_hold_what_closes_it() -> None:
     assert split(format, [text]) == split(format, list(text)) == ("", "", [("search-2", {"query": value})])
 
 
+def test_escapes_in_a_python_string_are_characters() -> None:
+    _, format = learned("Python's calls")
+    text = r"<|call_start|>[search-2(query='\ud83c\udf88 it\'s \x41\n')]<|call_end|>"
+    assert split(format, [text]) == split(format, list(text)) == ("", "", [("search-2", {"query": "🎈 it's A\n"})])
+
+
 def test_a_long_call_is_not_read_again_with_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxgpt.common.serve.tools import split as module
 
@@ -454,6 +461,14 @@ def test_calls_that_are_described_are_read_and_written_into_the_content(source: 
         (templates.GEMMA.replace("{{ bos_token }}", ""), "does not write the tools of a request"),
         (DESCRIBED.replace("tool_call", "x"), "writes tools and no tool calls"),
         (Form("{%- for c in calls -%}{{- c.function.name + '!' -}}{%- endfor -%}").template, "is not known here"),
+        (
+            Form(
+                "{%- for c in calls -%}{{- '<call name=\"' + c.function.name + '\">' -}}{%- for k, v in "
+                "c.function.arguments.items() -%}{{- '<' + k + '>' + v | string + '</' + k + '>' -}}{%- endfor -%}"
+                "{{- '</call>' -}}{%- endfor -%}"
+            ).template,
+            "is not known here",
+        ),
         (
             Form("{{- '<|im_end|>\\n<|im_start|>call\\n' + (calls[0].function | tojson) -}}").template,
             "is not known here",

@@ -1,5 +1,6 @@
 """Servers in processes of their own: ours and its peers, started on a free port and ended."""
 
+import atexit
 import json
 import os
 import re
@@ -45,7 +46,7 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     ready: float = 0.0  # seconds from the start to the first answer
 
-    def start(self, first: dict[str, Any], limit: float = 120.0) -> "Server":
+    def start(self, first: dict[str, Any], limit: float = 300.0) -> "Server":
         """Starts it, and waits until it answers ``first``."""
         self.port = free_port()
         words = [word.format(port=self.port, model=self.model) for word in self.words]
@@ -54,6 +55,7 @@ class Server:
         self.process = subprocess.Popen(
             [self.python, *words], stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **self.env}
         )
+        atexit.register(self.process.kill)  # where the benchmark fails before stop
         while time.perf_counter() - began < limit:
             if self.process.poll() is not None:
                 raise SystemExit(f"{self.name}: exit code {self.process.returncode}: {self.said()[-800:]}")

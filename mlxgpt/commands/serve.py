@@ -34,6 +34,7 @@ def serve_command(args: argparse.Namespace) -> int:
         raise UserError(f"serve: {', '.join(missing)} is not installed: pip install 'mlxgpt[serve]'")
     from mlxgpt.common.serve import models
     from mlxgpt.common.serve.engine import Engine
+    from mlxgpt.common.serve.guided.guide import Guide
     from mlxgpt.common.serve.web import life
     from mlxgpt.common.serve.web.settings import Settings
 
@@ -59,28 +60,44 @@ def serve_command(args: argparse.Namespace) -> int:
     listed = models.check(options)
     with life.bind(args.host, args.port) as sock:
         port = sock.getsockname()[1]
-        settings = Settings(args.host, port, keys, tuple(args.allow_origin), body, backend=args.backend)
+        prompts = max(1, min(Settings.max_prompts, args.max_queue))
+        connections = max(Settings.max_connections, 2 * (args.max_batch + args.max_queue))
+        settings = Settings(
+            args.host,
+            port,
+            keys,
+            tuple(args.allow_origin),
+            body,
+            max_prompts=prompts,
+            max_connections=connections,
+            backend=args.backend,
+        )
         backend = backends.load(args.backend)
         free = gate.room(backend, backend.engine.devices.find(args.device))["limit"] - models.weight_bytes(options)
         held = max(0, min(MOST, int(SHARE * free))) if given is None else held
         engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
         try:
             engine.start()
+            for each in engine.served.values():
+                Guide(each).ready()
         except (KeyboardInterrupt, SystemExit) as told:
             life.leave(engine, told.code if isinstance(told, SystemExit) else 130)  # type: ignore[arg-type]
             raise
-        served = list(engine.served.values())
-        _say(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on")
-        for each, (_, adapters) in zip(served, listed, strict=True):
-            what = "an adapter" if adapters else "the model"
-            chats = "" if each.template else "; no chat template: completions only"
-            _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
-        most = models.cache_bytes(served, args.max_batch)
-        _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
-        _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
-        if most + held > free:
-            _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
-        return life.run(engine, settings, sock, args.grace)
+
+        def ready() -> None:
+            served = list(engine.served.values())
+            _say(f"http://{_shown(args.host)}:{port} serves OpenAI's API at /v1, and a page to chat on")
+            for each, (_, adapters) in zip(served, listed, strict=True):
+                what = "an adapter" if adapters else "the model"
+                chats = "" if each.template else "; no chat template: completions only"
+                _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
+            most = models.cache_bytes(served, args.max_batch)
+            _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
+            _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
+            if most + held > free:
+                _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
+
+        return life.run(engine, settings, sock, args.grace, ready)
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,8 @@ from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers import ends as text_ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
+Adapters = Sequence[tuple[Path, float]]
+"""Folders, with the weights that their updates are added with."""
 SAMPLE = 4096  # bytes of a tensor that a digest reads
 
 
@@ -27,7 +29,7 @@ class Options:
 
     model: str
     name: str = ""  # of the model; default: its folder's last name, or the hub's id
-    adapters: Sequence[str] = ()  # NAME=DIR
+    adapters: Sequence[str] = ()  # NAME=DIR, NAME=DIR:WEIGHT, NAME=DIR:WEIGHT+DIR:WEIGHT
     device: str = "auto"
     force: bool = False
     template: str = ""  # a file with a chat template for all
@@ -35,7 +37,7 @@ class Options:
     stop_tokens: Sequence[str] = ()
 
 
-def check(options: Options) -> list[tuple[str, list[Path]]]:
+def check(options: Options) -> list[tuple[str, Adapters]]:
     """What can be known before anything is loaded: names that requests may give, and the adapters of each.
 
     The first is what requests get by default. A model that is an adapter, or a run that trained one, is served with
@@ -47,16 +49,15 @@ def check(options: Options) -> list[tuple[str, list[Path]]]:
     base, own = base_and_adapters.find_base(options.model)
     base_and_adapters.expect_task(model_folder.read_config(base), str(base))
     _template_text(options.template)
+    found: list[tuple[str, Adapters]] = [(options.name or _called(options.model), own)]
     if own:
-        found = [(options.name or _called(options.model), [path for path, _ in own]), (_called(base), [])]
-    else:
-        found = [(options.name or _called(options.model), [])]
+        found.append((_called(base), []))
     for item in options.adapters:
         name, equals, folder = item.partition("=")
         if not equals or not folder:
             raise UserError(f"--adapter {item}: expected NAME=DIR, such as {_called(item)}={item}")
-        _, path = base_and_adapters.find_base(base, folder)
-        found.append((name, [each for each, _ in path]))
+        parts = [folder] if Path(folder).expanduser().exists() else folder.split("+")
+        found.append((name, base_and_adapters.find_base(base, base_and_adapters.parse_adapters(parts))[1]))
     for number, (name, _) in enumerate(found):
         if not name.strip() or name != name.strip() or not name.isprintable() or len(name) > 200:
             raise UserError(f"model name {name!r}: expected 1 to 200 printable characters, no space around them")
@@ -92,8 +93,7 @@ def load_all(backend: Backend, options: Options) -> list[Served]:
     for name, adapters in listed:
         ours = plain
         if adapters:
-            given = [(path, 1.0) for path in adapters]
-            ours = load(base, given, options.device, force=options.force, beside=plain[0])
+            ours = load(base, adapters, options.device, force=options.force, beside=plain[0])
             base_and_adapters.expect_task(ours[0].config, name)
         loaded.append(ours)
     others = [model for model, _ in loaded if model is not plain[0]]
@@ -110,7 +110,7 @@ def load_all(backend: Backend, options: Options) -> list[Served]:
 
 
 def _served(
-    name: str, model: Any, tokenizer: Tokenizer | None, base: Path, adapters: Sequence[Path], options: Options
+    name: str, model: Any, tokenizer: Tokenizer | None, base: Path, adapters: Adapters, options: Options
 ) -> Served:
     """A model that is loaded, with everything around it."""
     template = _template(name, tokenizer, options)
@@ -186,13 +186,14 @@ def _template_text(name: str) -> str:
         raise UserError(f"--template {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _digest(base: Path, adapters: Sequence[Path], template: Template | None) -> str:
+def _digest(base: Path, adapters: Adapters, template: Template | None) -> str:
     """sha256 of what each of the base's tensors begins with, of the adapters' files, and of the template.
 
     All bytes of a base would take about a second a GB, before the first answer.
     """
     digest = hashlib.sha256(adapter_folder.base_sha256(base, SAMPLE).encode())
-    for folder in adapters:
+    for folder, weight in adapters:
+        digest.update(f"{weight}\n".encode())
         for path in sorted(path for path in folder.glob("adapter*") if path.is_file()):
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.serve.api.errors import ApiError
@@ -15,8 +15,11 @@ from mlxgpt.common.serve.tools.reasoning import Reasoning
 from mlxgpt.common.serve.tools.split import Splitter
 from mlxgpt.common.serve.work import Constraint, Served, Work
 
+_SCHEMA = "response_format.json_schema.schema"
 _TAIL = 32  # tokens at the end of a prompt that could open a reasoning
 _NOT_VALUES = ("generation", "typed", "marks")  # keywords of Template.encode
+
+T = TypeVar("T")
 
 
 class Skills:
@@ -105,30 +108,15 @@ def manner(request: ChatRequest, given: dict[str, Any], skills: Skills) -> Manne
     reasoning = skills.reasoning
     opened = bool(reasoning and reasoning.opened(served.tokenizer.decode(ids[-_TAIL:])))
     behind = reasoning if opened else None
-    kind = request.response_format
-    json = kind is not None and kind.type != "text"
     if not tools:
-        constrain = _json(request, Guide(served), behind) if json else None
+        constrain = _json(request, Guide(served), behind) if _wants_json(request) else None
         if reasoning is None:
             return Manner(served, ids, constrain, None)
         return Manner(served, ids, constrain, lambda work, choice: Splitter(None, reasoning, opened))
-    if json:
-        message = "response_format: with tools, an answer would be one or the other: expected one of both"
-        raise ApiError(400, message, "response_format", "unsupported_parameter")
     form = skills.tools()
     served = replace(served, ends=served.ends | set(form.ends))
-    parallel, choice = request.parallel_tool_calls is not False, request.tool_choice
-    constrain, free = None, choice in (None, "auto")
-    if not free or any(tool["function"].get("strict") for tool in tools):
-        named = choice[0] if isinstance(choice, tuple) else None
-        try:
-            if free:
-                lark = form.strict_grammar(tools, parallel, reasoning)
-            else:
-                lark = form.grammar(tools, named, parallel, behind)
-            constrain = Guide(served).grammar(lark)
-        except UserError as error:
-            raise ApiError(400, f"tools: {error}", "tools", "invalid_value") from None
+    parallel = request.parallel_tool_calls is not False
+    constrain = _calls(request, tools, form, Guide(served), reasoning, behind)
 
     def splitter(work: Work, choice: int) -> Splitter:
         id_of = form.id_of(work.sample.seed, ids, work.copies[choice])
@@ -137,13 +125,51 @@ def manner(request: ChatRequest, given: dict[str, Any], skills: Skills) -> Manne
     return Manner(served, ids, constrain, splitter)
 
 
+def _calls(
+    request: ChatRequest,
+    tools: list[dict[str, Any]],
+    form: ToolFormat,
+    guide: Guide,
+    reasoning: Reasoning | None,
+    behind: Reasoning | None,
+) -> Callable[[], Constraint] | None:
+    """What allows the calls that are asked for; or, where the model may choose, calls or JSON; None: anything."""
+    parallel, choice = request.parallel_tool_calls is not False, request.tool_choice
+    if choice not in (None, "auto"):
+        named = choice[0] if isinstance(choice, tuple) else None
+        return _parsed(lambda: guide.grammar(form.grammar(tools, named, parallel, behind)), "tools")
+    if _wants_json(request):
+        first, rest = _parsed(lambda: form.grammar(tools, None, parallel, behind), "tools").split("\n", 1)
+        either = f"{first.replace('calls', '(calls | answer)')}\n{rest}"
+        return _parsed(lambda: guide.grammar(either, _schema(request)), _SCHEMA)
+    if any(tool["function"].get("strict") for tool in tools):
+        return _parsed(lambda: guide.grammar(form.strict_grammar(tools, parallel, reasoning)), "tools")
+    return None
+
+
+def _wants_json(request: ChatRequest) -> bool:
+    return request.response_format is not None and request.response_format.type != "text"
+
+
 def _json(request: ChatRequest, guide: Guide, behind: Reasoning | None) -> Callable[[], Constraint]:
     """What allows JSON alone, behind the reasoning that the prompt has opened."""
-    kind, closing = request.response_format, behind.closes if behind else ""
+    return _parsed(lambda: guide.schema(_schema(request), behind.closes if behind else ""), _SCHEMA)
+
+
+def _schema(request: ChatRequest) -> dict[str, Any]:
+    """What the answer must be; any object where nothing is said."""
+    kind = request.response_format
+    given = kind.json_schema.schema_ if kind and kind.json_schema else None
+    return {"type": "object"} if given is None else given
+
+
+def _parsed(make: Callable[[], T], param: str) -> T:
+    """What is made of a grammar.
+
+    Raises:
+        ApiError: 400, nothing is.
+    """
     try:
-        if kind is None or kind.json_schema is None or kind.json_schema.schema_ is None:
-            return guide.json_object(closing)
-        return guide.schema(kind.json_schema.schema_, closing)
+        return make()
     except UserError as error:
-        param = "response_format" if kind is None or kind.json_schema is None else "response_format.json_schema.schema"
         raise ApiError(400, f"{param}: {error}", param, "invalid_value") from None

@@ -16,7 +16,6 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.serve.api import asked
 from mlxgpt.common.serve.api.errors import ApiError
 from mlxgpt.common.serve.api.forms import ChatForm, Form, TextForm, dumps
-from mlxgpt.common.serve.api.gather import Bridge, Disconnected
 from mlxgpt.common.serve.api.manner import Skills, manner
 from mlxgpt.common.serve.api.messages import without_nulls
 from mlxgpt.common.serve.api.requests import (
@@ -27,7 +26,7 @@ from mlxgpt.common.serve.api.requests import (
     TokenizeRequest,
     parse,
 )  # fmt: skip
-from mlxgpt.common.serve.api.run import Run
+from mlxgpt.common.serve.api.run import Bridge, Disconnected, Run
 from mlxgpt.common.serve.api.values import Body
 from mlxgpt.common.serve.work import Constraint, Served, Work, Worker
 
@@ -213,6 +212,10 @@ class Service:
             last = form.usage(run) if usage else ""
             yield f"{last}data: [DONE]\n\n".encode()
         except ApiError as error:
+            yield b"data: " + dumps(error.content).encode() + b"\n\n"
+        except Exception:  # a fault of ours: the client is told, as it is without a stream
+            LOG.exception("a stream broke")
+            error = ApiError(500, "the server has a fault; its log says which", code="internal_error")
             yield b"data: " + dumps(error.content).encode() + b"\n\n"
 
     def _ignored(self, names: list[str]) -> dict[str, str]:

@@ -21,4 +21,6 @@ PATTERNS = {
     "date-time": f"^{_DAY}T{_CLOCK}{_ZONE}$",
     "duration": rf"^P(?:{_COUNT}W|{_DATES}(?:{_TIMES})?|{_TIMES})$",
 }
-KNOWN = (*PATTERNS, "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
+# of numbers, as OpenAPI has them: the bounds; of 64 bits those up to which doubles are exact
+BOUNDS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(10**15), 10**15), "float": (), "double": (), "password": ()}
+KNOWN = (*PATTERNS, *BOUNDS, "email", "hostname", "ipv4", "ipv6", "uri", "uuid")

@@ -4,6 +4,7 @@ A grammar is compiled once and copied for each choice. White space in JSON is at
 comma, as json.dumps writes it: a small model finds no way into endless blanks.
 """
 
+import contextlib
 import json
 import re
 import threading
@@ -24,7 +25,7 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 _JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # the model chooses the tokens of a text that is certain, too
 _HEAD = '%llguidance {"no_forcing": true}\n'
-_KEPT = 64  # compiled grammars of a vocabulary
+_KEPT = 16  # compiled grammars of a vocabulary; a large one takes 40 MB
 _LONGEST = 1 << 20  # bytes of a grammar
 # Bytes. llguidance follows references by recursion, at up to 10 KB a schema, and a stack that is too small ends the
 # process: only what is touched is taken.
@@ -34,7 +35,7 @@ _SIGNS = '{}[]":,-0123456789 truefalsn'  # what any JSON may need
 
 def _limits() -> llguidance.LLParserLimits:
     """What a grammar may cost: work of a compilation and of a mask, and memory of its automaton."""
-    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 
 
 class Guided:
@@ -105,8 +106,12 @@ class Guide:
         self._served = served
 
     def ready(self) -> None:
-        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens."""
-        self._shared()
+        """Prepares the tokenizer, which the first grammar else does: a second where there are 150,000 tokens.
+
+        Python's lock is held meanwhile, so it is best done before anything is served.
+        """
+        with contextlib.suppress(UserError):  # a request that needs it is told
+            self._shared()
 
     def schema(self, schema: Any, closing: str = "") -> Callable[[], Constraint]:
         """Answers that are JSON of a JSON Schema; ``closing`` ends the reasoning that the prompt has opened.
@@ -126,13 +131,16 @@ class Guide:
         """
         return self.schema({"type": "object"}, closing)
 
-    def grammar(self, lark: str) -> Callable[[], Constraint]:
+    def grammar(self, lark: str, answer: Any = None) -> Callable[[], Constraint]:
         """Answers of a grammar in llguidance's Lark syntax; a special token is written ``<[id]>``.
 
+        ``answer``: the JSON Schema that a rule of this name stands for.
+
         Raises:
-            UserError: no grammar, or one that no answer fits.
+            UserError: no grammar, or one that no answer fits; or what ``schema`` refuses.
         """
-        return self._compiled(self._shared(), lark)
+        shared = self._shared()
+        return self._compiled(shared, lark if answer is None else f"{lark}\nanswer: {_json(answer, shared)}\n")
 
     def _shared(self) -> "_Shared":
         served = self._served

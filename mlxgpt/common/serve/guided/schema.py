@@ -152,6 +152,8 @@ class _Reader:
         """Whether a keyword restricts nothing, by its name or its value."""
         if key in ("uniqueItems", "nullable") and value is False:
             return True
+        if key == "propertyNames" and value in (True, {}, {"type": "string"}):
+            return True
         return key in _SAID or (key.startswith("x-") and key != "x-guidance")
 
     def _refusal(self, key: str) -> str:
@@ -170,6 +172,11 @@ class _Reader:
                 made.update(texts)
         if "oneOf" in made:
             self.choices.append((at, made))
+        if name in formats.BOUNDS:
+            del made["format"]
+            if bounds := formats.BOUNDS[name]:
+                made["minimum"] = max(made.get("minimum", bounds[0]), bounds[0])
+                made["maximum"] = min(made.get("maximum", bounds[1]), bounds[1])
         for bound, edge in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
             if isinstance(made.get(bound), bool):  # draft 4 has a flag, and the bound beside it
                 exclusive = made.pop(bound) and edge in made

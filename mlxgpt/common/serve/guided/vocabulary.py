@@ -10,7 +10,7 @@ from typing import Any
 import llguidance
 import numpy as np
 
-from mlxgpt.common.errors import RunError
+from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _LONGEST = 1000  # bytes of a token; llguidance's tree has no room for longer ones
@@ -27,7 +27,7 @@ class Vocabulary:
         special: tokens that are never a part of a text.
 
     Raises:
-        RunError: llguidance refuses the vocabulary.
+        UserError: llguidance refuses the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, special: Collection[int]) -> None:
@@ -52,7 +52,7 @@ class Vocabulary:
         except BaseException as error:  # a panic of its Rust is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise RunError(
+            raise UserError(
                 f"no grammar over this vocabulary: llguidance says: {' '.join(str(error).split())}"
             ) from None
 

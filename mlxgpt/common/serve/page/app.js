@@ -47,7 +47,7 @@ function show(toEnd = true) {
   });
   while (list.children.length > made.length) list.lastChild.remove();
   $("empty").hidden = talk.messages.length > 0;
-  document.body.classList.toggle("text", talk.asText);
+  document.body.classList.toggle("writes", talk.asText);
   acts.grown(toEnd);
   used();
   keep();

@@ -1,7 +1,7 @@
 "use strict";
 // Tokens of an answer with their probabilities: over the text when it is pointed at, and one by one.
 
-const LEVELS = [0.9, 0.6, 0.3, 0.1]; // a token that was likelier than the first needs no color
+const LEVELS = [0.5, 0.1, 0.01, 0.001]; // a token that was likelier than the first needs no color
 
 // null: of a token that could not be drawn
 const likelihood = (logprob) => (logprob === null ? 0 : Math.exp(logprob));

@@ -5,7 +5,7 @@ const acts = {};
 const SLOW = 100; // ms between two renderings of an answer that grows, at the least
 
 const REASONS = {
-  length: "cut off: no more tokens were allowed, or the context is full",
+  length: "cut off: max tokens, or the context is full",
   stopped: "stopped",
   tool_calls: "calls tools",
 };
@@ -30,8 +30,8 @@ class AnswerView {
     this.tokens.setAttribute("role", "group");
     this.tokens.setAttribute("aria-label", "Tokens of this answer; arrow keys go from one to the next");
     this.legend = make("p", "legend", "Probability ");
-    ["90 %", "60 %", "30 %", "10 %", "less"].forEach((words, place) => {
-      this.legend.append(make("span", `token level${place}`, place < 4 ? `≥ ${words}` : words));
+    [...LEVELS.map((border) => `≥ ${100 * border} %`), "less"].forEach((words, place) => {
+      this.legend.append(make("span", `token level${place}`, words));
     });
     this.calls = make("div", "calls");
     this.error = make("div", "error");

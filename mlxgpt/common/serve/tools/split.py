@@ -99,7 +99,7 @@ class Splitter:
             self._rest = self._rest.lstrip()
         place = self._rest.find(closes)
         if place >= 0:
-            thought, self._rest = self._rest[:place].rstrip(), self._rest[place + len(closes) :].lstrip()
+            thought, self._rest = self._rest[:place].rstrip(), self._rest[place + len(closes) :]
             self._state = "behind"
             self._begun = False
             return [Delta(reasoning=thought)]

@@ -131,8 +131,6 @@ def type_of(value: Any) -> str:
 
 def meant(raw: str, kinds: set[str]) -> Any:
     """The value that a text stands for: text where no other type may be, else JSON or Python's form of a value."""
-    if kinds == {"string"}:
-        return raw
     try:
         value = json_value(raw)
     except ValueError:

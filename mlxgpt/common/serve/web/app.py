@@ -30,7 +30,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 def make_app(worker: Worker, settings: Settings, log: Log | None = None) -> Starlette:
     """The app; ``app.state.draining`` is set to True when the server is told to end."""
-    log, service = log or Log(), Service(worker, keep_alive=settings.keep_alive_seconds)
+    log, service = log or Log(), Service(worker, settings.max_prompts, settings.keep_alive_seconds)
     html, html_headers = page()
 
     @functools.cache

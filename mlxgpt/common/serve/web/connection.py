@@ -118,11 +118,8 @@ class Connection(H11Protocol):
             self._wait_for_headers()
 
     def on_response_complete(self) -> None:
-        answered = self.cycle
         super().on_response_complete()
-        if answered.more_body and not self.transport.is_closing():
-            self.transport.close()
-        elif self.conn.trailing_data[0]:
+        if self.conn.trailing_data[0]:
             self._unset_keepalive_if_required()  # part of a next request has come
         self._wait_for_headers()
 

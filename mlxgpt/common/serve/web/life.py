@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -21,6 +21,7 @@ from mlxgpt.common.serve.web.log import Log
 from mlxgpt.common.serve.web.settings import Settings
 
 LOOKS = 0.2  # seconds between looks at the engine
+LAST_BYTES = 5.0  # seconds in which the last answers of an engine that has ended go out
 LAST_WORDS = 1.0  # seconds in which requests of an engine that died or was stopped are answered
 
 
@@ -50,11 +51,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
+def run(
+    engine: Engine, settings: Settings, sock: socket.socket, grace: float, ready: Callable[[], None] = lambda: None
+) -> int:
     """Serves until a signal comes.
 
     SIGTERM and Ctrl-C: no new connections; what runs may take ``grace`` seconds more, and is told if it took longer.
-    A second one ends at once.
+    A second one ends at once. ``ready`` is called when signals mean that.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C, 143 or 130 after a second signal.
@@ -62,7 +65,7 @@ def run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -
     Raises:
         RunError: the engine died.
     """
-    code = asyncio.run(_run(engine, settings, sock, grace))
+    code = asyncio.run(_run(engine, settings, sock, grace, ready))
     leave(engine, code)
     return code
 
@@ -75,7 +78,7 @@ def leave(engine: Engine, code: int) -> None:
         os._exit(code)
 
 
-async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: float) -> int:
+async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: float, ready: Callable[[], None]) -> int:
     log = Log()
     app: Any = make_app(engine, settings, log)
     server = _Server(make_server(app, settings, log).config)
@@ -93,6 +96,7 @@ async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: f
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told, number)
     watch = asyncio.create_task(_watch(engine, server))
+    ready()
     try:
         await server.serve([sock])
     finally:
@@ -107,9 +111,13 @@ async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: f
 
 
 async def _watch(engine: Engine, server: uvicorn.Server) -> None:
-    """Ends the server some time after its engine died."""
-    while engine.death is None:
+    """Ends the server some time after its engine died; where it was drained, clients that still send are left."""
+    while not engine.join(0):
         await asyncio.sleep(LOOKS)
+    if engine.death is None:
+        await asyncio.sleep(LAST_BYTES)
+        server.force_exit = True
+        return
     await asyncio.sleep(LAST_WORDS)
     server.config.timeout_graceful_shutdown = math.ceil(LAST_WORDS)
     server.should_exit = True

@@ -1,5 +1,6 @@
 """What /metrics says, in Prometheus' text format 0.0.4."""
 
+import math
 import resource
 import sys
 import time
@@ -69,18 +70,13 @@ def _labels(labels: Mapping[str, str]) -> str:
 
 
 def _number(value: float) -> str:
-    return (
-        repr(float(value))
-        if isinstance(value, float) and value == value
-        else "NaN"
-        if value != value
-        else str(int(value))
-    )
+    """A whole number, or a float; NaN, as Prometheus spells it."""
+    return "NaN" if math.isnan(value) else repr(value) if isinstance(value, float) else str(int(value))
 
 
 def _quantile(ordered: list[float], q: float) -> float:
     """The smallest value that at least this share does not exceed; NaN of none, as Prometheus has it."""
-    return ordered[max(0, -(-len(ordered) * q // 1).__int__() - 1)] if ordered else float("nan")
+    return ordered[max(0, math.ceil(len(ordered) * q) - 1)] if ordered else math.nan
 
 
 def _peak() -> int:

@@ -24,6 +24,7 @@ class Settings:
     body_seconds: float = 30.0  # from there to the end of the body
     stalled_seconds: float = 60.0  # that a client may leave an answer unread
     idle_seconds: int = 30  # that a connection is kept for a next request
+    max_prompts: int = 64  # of a request: no more than fit into the queue, or it could never be answered
     keep_alive_seconds: float = 10.0  # between comments in a stream that has nothing to say
     retry_seconds: int = 5  # Retry-After where nothing better is known
     backend: str = ""  # mlx or torch, for /metrics
