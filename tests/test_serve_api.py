@@ -14,8 +14,10 @@ from mlxgpt.common.serve.api.answers import checked
 from mlxgpt.common.serve.api.errors import ApiError, Gone
 from mlxgpt.common.serve.api.openapi import openapi
 from mlxgpt.common.serve.api.service import Answer, Service
+from mlxgpt.common.serve.api.tokens import Placing
 from mlxgpt.common.serve.work import Begun, Busy, Drawn, Piece, Stopped, Work
 from mlxgpt.common.sft.template import CHATML
+from mlxgpt.common.tokenizers.hf import made_of_bytes
 
 ASK = [{"role": "user", "content": "Hi"}]
 BROKEN = {"function": {"name": "f", "arguments": "{"}}
@@ -267,6 +269,7 @@ def test_what_the_model_cannot_is_refused(kind: str, given: Any, status: int, pa
     error = refusal(kind, worker, **given)
     assert (error.status, error.param, error.code) == (status, param, code)
     assert "\n" not in error.message and worker.works == []
+    assert not error.message.startswith(f"{param}: {param}: ")
 
 
 def test_a_model_without_a_template_has_no_chat() -> None:
@@ -513,3 +516,15 @@ def test_the_schema_names_every_field_and_answer() -> None:
     references = json.dumps(made).split('"#/components/schemas/')[1:]
     assert {one.split('"')[0] for one in references} <= schemas.keys()
     assert all("ge" not in one for name in fields for one in fields[name].get("anyOf", ()))
+
+
+@pytest.mark.parametrize(("tokens", "placed"), [
+    (b"\xe2a", [("bytes:\\xe2", 0), ("a", 1)]),
+    (b"\xe2\xe2ab", [("bytes:\\xe2", 0), ("bytes:\\xe2", 0), ("a", 2), ("b", 3)]),
+    (b"\xc3\xa9a", [("bytes:\\xc3", 0), ("bytes:\\xa9", 0), ("a", 1)]),
+])  # fmt: skip
+def test_a_token_stands_behind_what_was_no_character(tokens: bytes, placed: list[tuple[str, int]]) -> None:
+    placing = Placing(made_of_bytes())
+    for token in tokens:
+        placing.add(Drawn(token))
+    assert [(one.text, one.start) for one in placing.take(0, last=True)] == placed

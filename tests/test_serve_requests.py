@@ -174,6 +174,11 @@ def test_what_does_not_go_together_is_refused_by_name(given: dict[str, Any], par
     assert refused(ChatRequest, messages=ASK, **given)[0] == param
 
 
+def test_a_schema_that_is_missing_is_asked_for() -> None:
+    said = refused(ChatRequest, messages=ASK, response_format={"type": "json_schema"})[2]
+    assert '"schema": ...' in said and "found none" in said
+
+
 def test_what_goes_together_is_taken() -> None:
     assert chat(max_tokens=2, max_completion_tokens=2).limit == chat(max_completion_tokens=2).limit == 2
     assert (chat(logprobs=True).likeliest, chat(logprobs=True, top_logprobs=3).likeliest, chat().likeliest) == (

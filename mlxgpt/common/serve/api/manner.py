@@ -82,7 +82,8 @@ class Skills:
             if wrong := next((name for name in values if name in _NOT_VALUES), None):
                 raise UserError(f"{param}: {wrong}: it cannot be given")
         except UserError as error:
-            raise ApiError(400, str(error), param, "unsupported_parameter") from None
+            said = str(error).removeprefix(f"{param}: ") if param in values else str(error)
+            raise ApiError(400, said, param, "unsupported_parameter") from None
 
 
 @dataclass(frozen=True)

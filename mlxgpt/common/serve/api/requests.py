@@ -53,8 +53,10 @@ class ResponseFormat(Body):
 
     @model_validator(mode="after")
     def _whole(self) -> "ResponseFormat":
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise wrong(f"it with type json_schema alone; found type {self.type}", "json_schema")
+        if self.type == "json_schema" and self.json_schema is None:
+            raise wrong('{"name": ..., "schema": ...} with type json_schema; found none', "json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise wrong(f"it only with type json_schema; found type {self.type}", "json_schema")
         return self
 
 

@@ -1,5 +1,6 @@
 """Tokens as text: how they are spelled in log-probabilities, and where they stand in an answer."""
 
+import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from mlxgpt.common.inference.generation import CONTEXT
 from mlxgpt.common.serve.work import Drawn
 from mlxgpt.common.tokenizers.protocol import StreamDecoder, Tokenizer
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 LEAST = -9999.0  # what OpenAI's API says for a token that is as good as impossible
 
 
@@ -51,7 +53,6 @@ class Placing:
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._size = 0  # characters that are certain
         self._waiting: deque[Placed] = deque()
-        self._whole = True  # no part of a character waits
         for token in before[-CONTEXT:]:
             if self._decoder:
                 self._decoder.add(token)
@@ -62,10 +63,13 @@ class Placing:
         if self._decoder:
             piece = self._decoder.add(drawn.token)
             self._size += len(piece)
-            # a whole token is as long as what it adds, but for the space that a text's beginning lacks
-            if self._whole and piece and not text.startswith("bytes:"):
+            data = bytes_of(self._tokenizer, drawn.token) or b""
+            if data and data[0] & 0xC0 != 0x80:  # it begins a character: broken ones before it are behind their tokens
+                start = max(start, self._size - len(_UTF8("replace").decode(data)))
+            if (
+                piece and not text.startswith("bytes:") and text.endswith(piece)
+            ):  # at the beginning of a text without its space
                 text = piece
-            self._whole = bool(piece) or not (self._tokenizer and self._tokenizer.bytes_of(drawn.token))
         self._waiting.append(Placed(drawn, text, start))
 
     def take(self, size: int, last: bool = False) -> list[Placed]:
