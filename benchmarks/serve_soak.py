@@ -66,6 +66,16 @@ def json_metrics(server: servers.Server) -> dict[str, float]:
     return clients.metrics(server.ask("/metrics").decode())
 
 
+def settled(server: servers.Server, seconds: float = 30.0) -> tuple[dict[str, float], list[str]]:
+    """What the server counts when its clients have gone, and what is wrong with that after so long at the most."""
+    until = time.monotonic() + seconds
+    while wrong := clients.lost(counted := json_metrics(server)):  # a row leaves before the next step, not at once
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    return counted, wrong
+
+
 def soak(
     backend: str, minutes: float, count: int, seed: int
 ) -> tuple[clients.Tally, dict[str, float], np.ndarray, list[str]]:
@@ -94,8 +104,7 @@ def soak(
             return tally
 
         tally = asyncio.run(run())
-        counted = json_metrics(server)
-        wrong = clients.lost(counted)
+        counted, wrong = settled(server)
         long = [case for case in cases if case.expected and len(case.expected[0].text) > 20][:6]
         if code := asyncio.run(end(server, long, tally)):
             wrong.append(f"exit code {code} after SIGTERM, expected 0")

@@ -181,9 +181,12 @@ class _Reader:
             if isinstance(made.get(bound), bool):  # draft 4 has a flag, and the bound beside it
                 exclusive = made.pop(bound) and edge in made
                 made |= {bound: made.pop(edge)} if exclusive else {}
-        if made.get("exclusiveMaximum") == 0:  # llguidance takes -0 for less than 0
-            made["maximum"] = min(made.get("maximum", 0), -_LEAST)
-            del made["exclusiveMaximum"]
+            value, least = made.get(bound), bound == "exclusiveMinimum"
+            if value is not None and made.get("type") != "integer" and float(value).is_integer():
+                # llguidance lets such a bound itself through where the other is near, and -0 for less than 0
+                inside = value + (_LEAST if least else -_LEAST) * max(1, abs(value))
+                made[edge] = (max if least else min)(made.get(edge, inside), inside)
+                del made[bound]
         required, named = made.get("required", []), made.get("properties", {})
         optional = len([name for name in named if name not in required])
         if optional > MOST_OPTIONAL:
