@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mlxgpt import arguments
+from mlxgpt.arguments import data, inference, looking, models, training
 
 
 class Verb(NamedTuple):
@@ -24,7 +24,7 @@ VERBS = {
     "train": Verb(
         "train a GPT on your texts or from a recipe, or resume a run",
         "mlxgpt.commands.train:train",
-        arguments.train,
+        training.train,
         (
             "train --data books/",
             "train pydocs --out runs/first",
@@ -35,7 +35,7 @@ VERBS = {
     "finetune": Verb(
         "fine-tune a model: LoRA, DoRA or all weights",
         "mlxgpt.commands.finetune:finetune",
-        arguments.finetune,
+        training.finetune,
         (
             "finetune --model runs/first --data pydocs-qa --out runs/qa",
             "finetune --model Qwen/Qwen3-0.6B --data rows.jsonl --rank 16 --epochs 2 --lr 1e-4",
@@ -46,7 +46,7 @@ VERBS = {
     "plan": Verb(
         "predict memory, time and cost before anything runs",
         "mlxgpt.commands.plan:plan_command",
-        arguments.plan,
+        training.plan,
         (
             "plan llama-10m --calibrate",
             "plan --model runs/first --data rows.jsonl --method lora --set adapter.rank=16",
@@ -57,7 +57,7 @@ VERBS = {
     "generate": Verb(
         "continue a prompt",
         "mlxgpt.commands.generate:generate_command",
-        arguments.generate,
+        inference.generate,
         (
             "generate -m runs/first -p 'The list is'",
             "generate -m runs/first -p 'A' -p 'B' -n 50 --temperature 0 --json",
@@ -66,7 +66,7 @@ VERBS = {
     "chat": Verb(
         "chat with a model that has a chat template",
         "mlxgpt.commands.chat:chat_command",
-        arguments.chat,
+        inference.chat,
         (
             "chat -m runs/qa",
             "chat -m model --adapter runs/qa --system 'Answer briefly.' --temperature 0",
@@ -76,7 +76,7 @@ VERBS = {
     "serve": Verb(
         "serve OpenAI's API, and a page to chat on",
         "mlxgpt.commands.serve:serve_command",
-        arguments.serve,
+        inference.serve,
         (
             "serve -m runs/qa",
             "serve -m model --adapter qa=runs/qa --adapter style=runs/style --port 8080",
@@ -86,7 +86,7 @@ VERBS = {
     "eval": Verb(
         "loss, perplexity and bits per byte on data",
         "mlxgpt.commands.eval:evaluate_command",
-        arguments.evaluate,
+        inference.evaluate,
         (
             "eval -m runs/first -d book.txt",
             "eval -m runs/first -d book.txt --backend torch --json",
@@ -95,7 +95,7 @@ VERBS = {
     "classify": Verb(
         "classify texts",
         "mlxgpt.commands.classify:classify_command",
-        arguments.classify,
+        inference.classify,
         (
             "classify -m runs/spam -t 'You have won a prize'",
             "classify -m models/small --adapter runs/spam -f test.csv --json",
@@ -104,7 +104,7 @@ VERBS = {
     "data fetch": Verb(
         "download a known corpus and check its sha256",
         "mlxgpt.commands.data:fetch_command",
-        arguments.data_fetch,
+        data.data_fetch,
         (
             "data fetch tinyshakespeare",
             "data fetch tinyshakespeare --from input.txt",
@@ -113,7 +113,7 @@ VERBS = {
     "data inspect": Verb(
         "show what a corpus contains",
         "mlxgpt.commands.data:inspect_command",
-        arguments.data_inspect,
+        data.data_inspect,
         (
             "data inspect pydocs",
             "data inspect corpus/ --tokenizer runs/first --json",
@@ -123,31 +123,31 @@ VERBS = {
     "data prepare": Verb(
         "tokenize a corpus into shards",
         "mlxgpt.commands.data:prepare_command",
-        arguments.data_prepare,
+        data.data_prepare,
         ("data prepare corpus.jsonl --out shards --vocab-size 8192",),
     ),
     "data export": Verb(
         "pack a run's shards for another machine",
         "mlxgpt.commands.data:export_command",
-        arguments.data_export,
+        data.data_export,
         ("data export runs/first --out first.tar",),
     ),
     "tokenizer train": Verb(
         "train a tokenizer on a corpus",
         "mlxgpt.commands.tokenizer:train_tokenizer",
-        arguments.tokenizer_train,
+        data.tokenizer_train,
         ("tokenizer train corpus/ --out tok --kind sp-unigram --vocab-size 4096",),
     ),
     "tokenizer inspect": Verb(
         "describe a tokenizer, and show how it splits a text",
         "mlxgpt.commands.tokenizer:inspect_tokenizer",
-        arguments.tokenizer_inspect,
+        data.tokenizer_inspect,
         ("tokenizer inspect runs/first --text 'Hello world'",),
     ),
     "keys": Verb(
         "list every recipe key: default, meaning",
         "mlxgpt.commands.keys:keys_command",
-        arguments.keys,
+        looking.keys,
         (
             "keys",
             "keys learning rate",
@@ -157,13 +157,13 @@ VERBS = {
     "completion": Verb(
         "print what makes TAB complete commands in a shell",
         "mlxgpt.commands.completion:completion_command",
-        arguments.completion,
+        looking.completion,
         ("completion zsh",),
     ),
     "runs": Verb(
         "list runs: status, best loss, size, age",
         "mlxgpt.commands.look.runs:list_command",
-        arguments.runs,
+        looking.runs,
         (
             "runs",
             "runs experiments --json",
@@ -172,13 +172,13 @@ VERBS = {
     "runs check": Verb(
         "check every file of a run against its checksums",
         "mlxgpt.commands.look.runs:check_command",
-        arguments.runs_check,
+        looking.runs_check,
         ("runs check runs/first",),
     ),
     "diagnose": Verb(
         "why a run's loss is bad: each reason with its number and what to change",
         "mlxgpt.commands.look.diagnose:diagnose_command",
-        arguments.diagnose,
+        looking.diagnose,
         (
             "diagnose runs/first",
             "diagnose runs/first --quick --json",
@@ -187,7 +187,7 @@ VERBS = {
     "report": Verb(
         "write one page about runs: curves, settings, samples",
         "mlxgpt.commands.look.report:report_command",
-        arguments.report,
+        looking.report,
         (
             "report runs/first",
             "report runs/mlx runs/torch --out both.html --export figures",
@@ -197,7 +197,7 @@ VERBS = {
     "convert": Verb(
         "convert a model from one format to another",
         "convert.commands:convert_command",
-        arguments.convert,
+        models.convert,
         (
             "convert out/ckpt.pt model",
             "convert runs/first first-q4 --to mlx-lm --bits 4 --verify",
@@ -208,7 +208,7 @@ VERBS = {
     "adopt": Verb(
         "take in a GPT of your own: find out what it is, with proof",
         "convert.adoption:adopt_command",
-        arguments.adopt,
+        models.adopt,
         (
             "adopt ckpt.pt",
             "adopt ckpt.pt --like sample.npz --out model",
@@ -220,7 +220,7 @@ VERBS = {
     "fuse": Verb(
         "merge adapters into a model",
         "convert.commands:fuse_command",
-        arguments.fuse,
+        models.fuse,
         (
             "fuse -m runs/qa -o tuned",
             "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
@@ -229,7 +229,7 @@ VERBS = {
     "verify": Verb(
         "compare two models",
         "convert.commands:verify_command",
-        arguments.verify,
+        models.verify,
         (
             "verify out/ckpt.pt model",
             "verify model transformers:model --html report.html",
@@ -239,7 +239,7 @@ VERBS = {
     "inspect": Verb(
         "show what is inside a model on a text: losses, attention, logit lens",
         "mlxgpt.commands.look.inspect:inspect_command",
-        arguments.inspect,
+        looking.inspect,
         (
             "inspect runs/first --text 'Return a list of the names'",
             "inspect runs/qa --text 'What does os.path.join do?' --chat --out page.html",
@@ -249,13 +249,13 @@ VERBS = {
     "probe": Verb(
         "write what a framework computes from a model, as .npz",
         "mlxgpt.commands.probe:probe_command",
-        arguments.probe,
+        looking.probe,
         ("probe model --tokens ids.npy --out .",),
     ),
     "doctor": Verb(
         "check this machine: chip, parity with the CPU, speed",
         "mlxgpt.commands.doctor:doctor_command",
-        arguments.doctor,
+        looking.doctor,
         (
             "doctor",
             "doctor --quick --backend torch --device mps",
@@ -263,7 +263,7 @@ VERBS = {
         ),
     ),
     "demo": Verb(
-        "train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", arguments.demo, ("demo",)
+        "train and fine-tune in MLX and in PyTorch, compare", "mlxgpt.commands.demo:demo", looking.demo, ("demo",)
     ),
 }
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mlxgpt import arguments, cli
+from mlxgpt import cli
+from mlxgpt.arguments import training
 from mlxgpt.common import recipes
 from mlxgpt.common.config import DataConfig, Recipe
 from mlxgpt.common.data import prepare
@@ -42,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begun(*words: str) -> tuple[Recipe, str, Pretraining]:
     """The recipe of ``train WORDS`` before any training, the name of its run, and its kind."""
     parser = cli.Parser(prog="train")
-    arguments.train(parser)
+    training.train(parser)
     kind = Pretraining(parser.parse_args(words))
     _, name = kind.read_settings()
     kind.open_model()
@@ -115,7 +116,7 @@ def test_a_size_has_the_parameters_that_it_says(size: str, parameters: float) ->
 
 
 def test_the_sizes_of_the_flag_are_those_there_are() -> None:
-    assert tuple(made.SIZES) == arguments._SIZES
+    assert tuple(made.SIZES) == training._SIZES
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def serve_command(args: argparse.Namespace) -> int:
     """Serves until a signal comes.
 
     Args:
-        args: of arguments.serve.
+        args: of arguments.inference.serve.
 
     Returns:
         0 after SIGTERM, 130 after Ctrl-C.

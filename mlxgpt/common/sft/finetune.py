@@ -33,7 +33,7 @@ _BASE = "base model"  # among the digests
 
 
 class Finetuning(Kind[SftSource]):
-    """See job.Kind. ``args``: those of the verb finetune (mlxgpt/arguments.py)."""
+    """See job.Kind. ``args``: those of the verb finetune (mlxgpt/arguments/training.py)."""
 
     verb = "finetune"
     begin_only = ("out", "adapter", "config", "method", "task", "epochs", "train_on_prompt", "lr", "batch_size", "rank")

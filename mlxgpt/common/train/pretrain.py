@@ -34,7 +34,7 @@ _FLAGS = {"data": "data.source", "lr": "optim.lr", "batch_size": "train.batch_si
 
 
 class Pretraining(Kind[TokenSource]):
-    """See job.Kind. ``args``: those of the verb train (mlxgpt/arguments.py)."""
+    """See job.Kind. ``args``: those of the verb train (mlxgpt/arguments/training.py)."""
 
     verb = "train"
     begin_only = ("out", "init_from", "size", "lr", "batch_size")

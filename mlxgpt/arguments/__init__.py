@@ -1,0 +1,1 @@
+"""The arguments of every verb, one function each; verbs.py says which verb uses which."""
