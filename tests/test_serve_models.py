@@ -409,6 +409,7 @@ def test_a_second_signal_ends_at_once(place: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         code, said = server.end()
     assert code == 130, said
+    assert "ending: 1 answer may take 30 s more; Ctrl-C again ends at once\n" in said
 
 
 def test_a_dead_engine_ends_the_process(place: Path) -> None:

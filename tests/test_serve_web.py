@@ -185,6 +185,7 @@ def test_json_alone_is_read(site: Site, kind: str, status: int) -> None:
 def test_what_is_not_there_is_said_in_the_shape_of_the_api(site: Site) -> None:
     reply = site.get("/v1/embeddings", **with_key())
     assert (reply.status, reply.error["code"]) == (404, "not_found")
+    assert "base URL ends in /v1" in site.post("/chat/completions", ASKED, **with_key()).error["message"]
     reply = site.ask("DELETE", "/v1/models", None, with_key())
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
     assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD"}
