@@ -320,5 +320,10 @@ def test_the_clients_of_the_page_about_serving_get_answers(client: str, site: Si
     for written, here in (("http://127.0.0.1:8000/v1", url(site)), ('"none"', repr(KEY)), ('"qa"', '"tiny"')):
         assert written in shown
         shown = shown.replace(written, here)
-    exec(shown.replace("seed=7", "seed=7, max_tokens=8"), {})
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(shown.replace("seed=7", "seed=7, max_tokens=8"), names)
     assert capsys.readouterr().out.strip()
+    if client == "Python":
+        (parsed,) = re.findall(r"```\n(from typing import Literal\n.*?)\n```", page, re.DOTALL)
+        exec(parsed.replace('"qa"', '"tiny"'), names)
+        assert re.fullmatch(r"kind='(rain|snow|sun)' cold=(True|False)\n", capsys.readouterr().out)
