@@ -165,16 +165,20 @@ def memory(folder: str, requests: int = 1000, leaving: int = 200) -> list[Row]:
     write_folder(Path(folder), SMALL)
     rows = []
     for backend in ("mlx", "torch"):
-        side = servers.ours(folder, backend, "--cache-bytes", "32MiB").start(FIRST)
+        side = servers.ours(folder, backend, "--cache-bytes", "4MiB").start(FIRST)
 
         def some(count: int, side: Server = side) -> None:
             each = max(count // 8, 1)
             load.run(side.port, [[body | {"max_tokens": 8} for body in own] for own in chats(side, 8, False, each)])
 
+        def hang_up(side: Server = side) -> None:
+            load.leave(side.port, [body for own in chats(side, 8, False, leaving // 8) for body in own], 8)
+
         some(300)  # the cache of prefixes is full, and every width was computed once
+        hang_up()
         before = side.resident()
         some(requests // 2)
-        load.leave(side.port, [body for own in chats(side, 8, False, leaving // 8) for body in own], 8)
+        hang_up()
         some(requests // 2)
         after = side.resident()
         code = side.stop()

@@ -174,3 +174,7 @@ def _check_flags(parser: argparse.ArgumentParser, argv: list[str], verb: str = "
 
             value = value if equals or following.startswith("-") else following
             raise UserError(f"unknown flag {flag}{flag_meant(flag, value, verb, known)} (see {parser.prog} --help)")
+    model = parser._option_string_actions.get("--model")
+    given = any(word.startswith(("-m", "--model")) for word in words)
+    if model and model.required and not given and words and os.path.isdir(words[0]):
+        raise UserError(f"{words[0]}: expected --model {shlex.quote(words[0])} (see {parser.prog} --help)")

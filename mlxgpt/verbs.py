@@ -79,8 +79,8 @@ VERBS = {
         inference.serve,
         (
             "serve -m runs/qa",
-            "serve -m model --adapter qa=runs/qa --adapter style=runs/style --port 8080",
-            "serve -m model --host 0.0.0.0 --api-key-file keys.txt",
+            "serve -m runs/books --adapter qa=runs/qa --port 8080",
+            "serve -m runs/qa --host 0.0.0.0 --api-key-file keys.txt",
         ),
     ),
     "eval": Verb(

@@ -193,6 +193,7 @@ def test_the_examples_parse(name: str) -> None:
         (["train", "a", "b"], ["b"]),
         (["train", "--backend", "jax"], ["'jax'", "mlx", "torch"]),
         (["generate", "--prompt", "x"], ["--model"]),
+        (["serve", "tests", "--port", "80"], ["tests: expected --model tests (see mlxgpt serve"]),
         (["tokenizer", "train", "x", "--out", "y", "--kind", "wordpiece"], ["'wordpiece'", "sp-unigram"]),
     ],
     ids=" ".join,

@@ -1,6 +1,7 @@
 """Answers of mlxgpt serve's API, whole and streamed, from an engine that says what a test lets it say."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from typing import Any
@@ -462,7 +463,7 @@ def test_what_a_step_says_of_many_wakes_the_loop_once() -> None:
 
 
 def test_models_are_the_base_and_each_adapter() -> None:
-    service = Service(FakeWorker(served("base"), served("tuned", chat=False)))
+    service = Service(FakeWorker(served("base"), dataclasses.replace(served("tuned", chat=False), parent="base")))
     checked("Models", listed := service.models())
     assert [(one["id"], one["parent"]) for one in listed["data"]] == [("base", None), ("tuned", "base")]
     checked("Model", service.model("tuned"))

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +18,7 @@ from serve_fakes import FakeWorker
 from serve_site import Site, serving_site
 from serving import running, served_model
 
+from book.page import ROOT
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.serve.web.settings import Settings
 from mlxgpt.common.serve.work import Busy, Served, Stopped
@@ -299,3 +303,27 @@ def test_llm_prompts_streams_and_follows_a_schema(
     City.model_validate_json(found)
     chat = model.conversation()
     assert chat.prompt("Hi", **given).text() == expected and chat.prompt("It is.", **given).text()
+
+
+@ONE
+@pytest.mark.parametrize("client", ("Python", "LangChain", "curl"))
+def test_the_clients_of_the_page_about_serving_get_answers(client: str, site: Site, capsys: Any) -> None:
+    page = (ROOT / "docs" / "serve.md").read_text()
+    shown = textwrap.dedent(re.findall(rf'=== "{client}"\n\n    ```\n(.*?)\n    ```', page, re.DOTALL)[0])
+    if client == "curl":
+        body = json.loads(shlex.split(shown)[-1])
+        with openai.OpenAI(base_url=url(site), api_key=KEY) as asked:
+            assert asked.chat.completions.create(**body | {"model": "tiny", "max_tokens": 8}).choices[0].message.content
+        return
+    if client == "LangChain":
+        pytest.importorskip("langchain_openai")
+    for written, here in (("http://127.0.0.1:8000/v1", url(site)), ('"none"', repr(KEY)), ('"qa"', '"tiny"')):
+        assert written in shown
+        shown = shown.replace(written, here)
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(shown.replace("seed=7", "seed=7, max_tokens=8"), names)
+    assert capsys.readouterr().out.strip()
+    if client == "Python":
+        (parsed,) = re.findall(r"```\n(from typing import Literal\n.*?)\n```", page, re.DOTALL)
+        exec(parsed.replace('"qa"', '"tiny"'), names)
+        assert re.fullmatch(r"kind='(rain|snow|sun)' cold=(True|False)\n", capsys.readouterr().out)

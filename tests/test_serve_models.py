@@ -88,6 +88,7 @@ def test_adapters_share_what_they_leave_as_it_is(backend: str, place: Path) -> N
     options = Options(str(place / "base"), adapters=[f"{name}={place / name}" for name in ("one", "two", "chats")])
     base, one, two, chats = models.load_all(backends.load(backend), options)
     assert [each.name for each in (base, one, two, chats)] == ["base", "one", "two", "chats"]
+    assert [each.parent for each in (base, one, two, chats)] == [None, "base", "base", "base"]
     held = flat(backend, base.model)
     for each in (one, two):
         theirs = flat(backend, each.model)
@@ -187,6 +188,8 @@ def test_an_adapter_is_served_with_its_base_beside_it(place: Path) -> None:
     found = models.check(Options(str(place / "one"), adapters=[f"other={place / 'two'}"]))
     assert found == [("one", [(place / "one", 1.0)]), ("base", []), ("other", [(place / "two", 1.0)])]
     assert models.check(Options(str(place / "base"), name="mine"))[0] == ("mine", [])
+    loaded = models.load_all(backends.load("torch"), Options(str(place / "one")))
+    assert [(each.name, each.parent) for each in loaded] == [("one", "base"), ("base", None)]
 
 
 @pytest.mark.parametrize(
@@ -409,6 +412,7 @@ def test_a_second_signal_ends_at_once(place: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         code, said = server.end()
     assert code == 130, said
+    assert "ending: 1 answer may take 30 s more; Ctrl-C again ends at once\n" in said
 
 
 def test_a_dead_engine_ends_the_process(place: Path) -> None:

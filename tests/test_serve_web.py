@@ -185,6 +185,7 @@ def test_json_alone_is_read(site: Site, kind: str, status: int) -> None:
 def test_what_is_not_there_is_said_in_the_shape_of_the_api(site: Site) -> None:
     reply = site.get("/v1/embeddings", **with_key())
     assert (reply.status, reply.error["code"]) == (404, "not_found")
+    assert "base URL ends in /v1" in site.post("/chat/completions", ASKED, **with_key()).error["message"]
     reply = site.ask("DELETE", "/v1/models", None, with_key())
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
     assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD"}
@@ -229,13 +230,16 @@ def test_a_full_queue_says_when_to_come_again(site: Site) -> None:
 
 def test_each_request_is_a_line_without_its_secrets(site: Site) -> None:
     site.post(TEXT + "?key=secret-query", ASKED | {"prompt": "secret-prompt"}, **with_key())
+    wrong = site.post(TEXT, ASKED | {"prompt": {"secret-part": 1}}, **with_key())
+    assert "found {'secret-part': 1}" in wrong.error["message"]
     site.get("/%0a%1b[2Jx", **with_key())
     site.get("/v1/models?x=1", **with_key("secret-key"))
-    one, two, three = site.take_lines(3)
+    one, bad, two, three = site.take_lines(4)
+    assert " POST /v1/completions 400 " in bad and ": prompt: " in bad
     assert re.fullmatch(r"127\.0\.0\.1 POST /v1/completions 200 \d+ ms 13\+5 tokens req_[0-9a-f]{16}", one)
     assert " GET /\\n\\x1b[2Jx 404 " in two and two.isprintable()
     assert " GET /v1/models 401 " in three
-    assert not re.search("secret|Hello", one + two + three)
+    assert not re.search("secret|Hello", one + bad + two + three)
 
 
 def test_a_fault_of_ours_is_one_line_and_json(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

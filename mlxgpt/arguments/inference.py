@@ -77,12 +77,13 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", metavar="FILE", help="a file of keys, a line each; requests must give one of them")
     add("--allow-origin", action="append", default=[], metavar="ORIGIN",
         help="a page that may ask from a browser, such as https://chat.example.com; repeatable")  # fmt: skip
-    add("--max-batch", type=positive, default=16, metavar="N", help="answers that are drawn together; default: 16")
-    add("--max-queue", type=positive, default=64, metavar="N", help="requests that may wait for that; default: 64")
-    add("--max-body", default="4MiB", metavar="SIZE", help="of a request; default: 4MiB")
+    add("--max-batch", type=positive, default=16, metavar="N", help="answers that are written at once; default: 16")
+    add("--max-queue", type=positive, default=64, metavar="N",
+        help="requests that may wait for their turn; default: 64")  # fmt: skip
+    add("--max-body", default="4MiB", metavar="SIZE", help="what a request may have; default: 4MiB")
     add("--cache-bytes", metavar="SIZE",
-        help="memory for what later requests begin with, such as 2GiB; 0: none; default: a fourth of what is free, "
-        "at most 4GiB")  # fmt: skip
+        help="memory for prompts, so that a later request that begins alike starts sooner, such as 2GiB; 0: none; "
+        "default: a fourth of what is free, at most 4GiB")  # fmt: skip
     add("--grace", type=positive_number, default=30.0, metavar="SECONDS",
         help="how long answers may still run when the server is told to end; default: 30")  # fmt: skip
     add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")

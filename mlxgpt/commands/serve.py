@@ -93,7 +93,7 @@ def serve_command(args: argparse.Namespace) -> int:
                 _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
             most = models.cache_bytes(served, args.max_batch)
             _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
-            _say(f"  memory for what requests may begin with again: at most {units.size(held)}")
+            _say(f"  memory for the prompts of earlier requests: at most {units.size(held)}")
             if most + held > free:
                 _say(f"  only {units.size(max(0, free))} are free: --max-batch and --cache-bytes lower it")
 

@@ -106,6 +106,11 @@ def load_all(backend: Backend, options: Options) -> list[Served]:
     ]
     if options.template_kwargs and not any(each.template for each in made):
         raise UserError("--template-kwargs: is for a chat template, and none of the models has one")
+    plain_name = next(name for name, adapters in listed if not adapters)
+    made = [
+        dataclasses.replace(each, parent=plain_name if adapters else None)
+        for each, (_, adapters) in zip(made, listed, strict=True)
+    ]
     return _with_stops(made, options.stop_tokens)
 
 

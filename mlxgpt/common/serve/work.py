@@ -23,6 +23,7 @@ class Served:
     ends: frozenset[int]  # every token that ends a text: the tokenizer's, the folder's, the template's, --stop-token's
     n_vocab: int  # tokens that may be drawn: the tokenizer's, at most the model's
     digest: str  # sha256 of weights, adapter and template
+    parent: str | None = None  # the name of the base that it adapts; None: it is the base
 
     @property
     def context(self) -> int:

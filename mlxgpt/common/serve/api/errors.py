@@ -16,6 +16,7 @@ class ApiError(Exception):
         param: the field of the request, such as ``messages[0].content``.
         code: a word for programs, such as ``model_not_found``.
         headers: such as Retry-After.
+        logged: the line without what the request said, for the log; default: the message.
     """
 
     def __init__(
@@ -25,9 +26,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
+        logged: str = "",
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers)
+        self.logged = logged or message
 
     @property
     def type(self) -> str:

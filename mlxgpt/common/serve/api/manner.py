@@ -60,7 +60,10 @@ class Skills:
         """
         template = self.served.template
         if template is None:
-            message = f"model {self.served.name!r} has no chat template: expected /v1/completions"
+            message = (
+                f"model {self.served.name!r} has no chat template: expected /v1/completions, a model that /v1/models "
+                "lists with chat, or a server with --template FILE"
+            )
             raise ApiError(400, message, "messages", "invalid_value")
         values = dict(request.chat_template_kwargs or {})
         self._check_values(values, "chat_template_kwargs")

@@ -249,9 +249,11 @@ def _as_api(error: ValidationError) -> ApiError:
     for part in (*first["loc"], *filter(None, [first.get("ctx", {}).get("param")])):
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     found, said = repr(first["input"]), first["msg"][:1].lower() + first["msg"][1:]
+    said = f"{path}: {said}" if path else said
+    message = said
     if first["type"] != "missing" and "found" not in said:
-        said += f", found {found if len(found) < 60 else found[:57] + '...'}"
-    return ApiError(400, f"{path}: {said}" if path else said, path or None, "invalid_value")
+        message += f", found {found if len(found) < 60 else found[:57] + '...'}"
+    return ApiError(400, message, path or None, "invalid_value", logged=said)
 
 
 def _unknown(model: BaseModel, path: str = "") -> Iterator[str]:

@@ -142,14 +142,13 @@ class Service:
         return self._model(asked.find(self.worker, name))
 
     def _model(self, served: Served) -> dict[str, Any]:
-        base = next(iter(self.worker.served))
         return {
             "id": served.name,
             "object": "model",
             "created": self._created,
             "owned_by": "mlxgpt",
             "max_model_len": served.context,
-            "parent": None if served.name == base else base,
+            "parent": served.parent,
             "chat": served.template is not None,
         }
 

@@ -69,7 +69,8 @@ function used() {
   const last = talk.messages.findLast((message) => message.sides);
   const answer = last && chosen(last);
   const room = modelOf(answer?.model)?.max_model_len;
-  const total = answer?.usage?.total_tokens;
+  const all = answer?.usage?.total_tokens; // the last one drawn needs no room
+  const total = all && room ? Math.min(all, room) : all;
   const many = (count) => count.toLocaleString("en");
   $("used").textContent = total ? `${many(total)}${room ? ` of ${many(room)}` : ""} tokens` : "";
 }

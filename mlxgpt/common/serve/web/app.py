@@ -130,4 +130,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"{request.method} is not for this path: expected {allowed}"
         raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-    raise ApiError(404, "there is nothing at this path; /openapi.json lists what there is", code="not_found")
+    message = "nothing at this path: expected one of /openapi.json, such as /v1/models; a client's base URL ends in /v1"
+    raise ApiError(404, message, code="not_found")

@@ -59,7 +59,7 @@ class Door:
             self._guard.check_key(scope)
             await self._app(scope, hear, say)
         except ApiError as error:
-            line.note = error.message
+            line.note = error.logged
             if not started:
                 await answer(error, say)
         except Gone:

@@ -88,6 +88,10 @@ async def _run(engine: Engine, settings: Settings, sock: socket.socket, grace: f
 
     def told(number: int) -> None:
         got.append(number)
+        if len(got) == 1 and (left := engine.counts.running + engine.counts.waiting):
+            answers, again = "answer" if left == 1 else "answers", "Ctrl-C" if number == signal.SIGINT else "a signal"
+            line = f"ending: {left} {answers} may take {grace:g} s more; {again} again ends at once"
+            print(line, file=sys.stderr, flush=True)
         app.state.draining = server.should_exit = True
         server.force_exit = len(got) > 1
         engine.stop(drain=len(got) == 1)
