@@ -282,13 +282,22 @@ class Wall:
         self.taken.append(token)
 
 
+class Bug(Wall):
+    """A constraint whose code is wrong."""
+
+    def take(self, token: int) -> None:
+        raise KeyError("a bug")
+
+
 def test_a_bad_row_ends_alone(engine: Engine) -> None:
     served, prompt, sample = engine.served["tiny"], some_tokens(5), SampleConfig(max_tokens=8, seed=5)
     good = submit(engine, served, prompt, sample)
     bad = submit(engine, served, prompt, sample, constrain=Wall)
+    wrong = submit(engine, served, prompt, sample, constrain=Bug)
     worse = submit(engine, served, prompt, sample, bias={3: float("nan")})
     assert good.wait().tokens == [alone(name_of(engine), engine, prompt, sample, {}).tokens]
     assert bad.wait().errors == ["no way on"]
+    assert "a bug" in wrong.wait().errors[0]
     assert all(token % 2 for token in bad.tokens[0]) and len(bad.tokens[0]) == 2
     assert "logit_bias" in worse.wait().errors[0]
 

@@ -314,8 +314,8 @@ class Engine:
         for slot, chosen in zip(before, drawn.read(), strict=True):
             try:
                 piece = slot.take(chosen)
-            except (RunError, UserError) as error:
-                piece = Piece(slot.index, "", (), "", str(error))
+            except Exception as error:  # not finite, or of a constraint: of this row alone
+                piece = Piece(slot.index, "", (), "", self._meaning(error))
             self.counts.generated_tokens += len(piece.drawn)
             if piece.reason or piece.error:
                 ended.add(slot)
