@@ -39,7 +39,7 @@ def streamed(worker: FakeWorker, kind: str, **given: Any) -> tuple[list[Any], di
     """The events' values, [DONE] left out, and the headers."""
 
     async def read() -> tuple[Any, dict[str, str]]:
-        answer = await getattr(Service(worker), kind)({**given, "stream": True})
+        answer = await getattr(Service(worker, keep_alive=600), kind)({**given, "stream": True})
         assert answer.streams
         text = "".join([part.decode() async for part in answer.body])
         assert text.endswith("\n\n")
