@@ -12,7 +12,7 @@ from test_tokenizer_folders import SHAPES, TEXTS
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from mlxgpt.common.tokenizers import token_bytes
+from mlxgpt.common.tokenizers.folder import token_bytes
 from mlxgpt.common.tokenizers.foreign.ranks import of_ranks
 from mlxgpt.common.tokenizers.hf import made, made_of_bytes
 from mlxgpt.common.tokenizers.load import load_tokenizer, train_tokenizer

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tokenizers import separator, token_bytes
+from mlxgpt.common.tokenizers import separator
 from mlxgpt.common.tokenizers.fast_bpe import FastBPE, bytes_of_characters
-from mlxgpt.common.tokenizers.folder import pipelines, sp_model, specification
+from mlxgpt.common.tokenizers.folder import pipelines, sp_model, specification, token_bytes
 from mlxgpt.common.tokenizers.folder.classes import PLAIN, class_of
 from mlxgpt.common.tokenizers.protocol import EOS_NAMES, checked, read_json, sha256_of, write_files
 

@@ -96,4 +96,4 @@ class _Given:
 
     def __call__(self, text: str) -> list[int]:
         """Asked for forced texts only, which no grammar here has: the model chooses among all tokens that fit."""
-        raise NotImplementedError
+        raise AssertionError("no grammar here forces a text")

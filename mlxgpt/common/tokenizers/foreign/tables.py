@@ -11,8 +11,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tokenizers import char
 from mlxgpt.common.tokenizers.char import CharTokenizer
+from mlxgpt.common.tokenizers.folder.token_bytes import decoder_of
 from mlxgpt.common.tokenizers.hf import EOS, JsonTokenizer, made
-from mlxgpt.common.tokenizers.token_bytes import decoder_of
 
 SPLITS = ("characters", "spaces", "words")
 """How a text becomes entries: each character; at white space; at white space and punctuation, which are entries."""
