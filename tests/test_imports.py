@@ -63,13 +63,13 @@ def test_an_import_inside_a_function_is_seen() -> None:
 # What mlxgpt/common consists of, and convert, from the bottom up: a place imports from itself and from those before it.
 COMMON = (
     "errors", "files", "units", "failures", "rng", "fields", "model_config", "config", "keys", "batch", "scores",
-    "model", "recipes", "tf32", "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "train", "chat",
+    "model", "recipes", "tf32", "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "tasks", "train", "chat",
     "sft", "inference", "user_code", "evaluate", "doctor", "serve",
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,
     "mlxgpt.common.serve": ("work", "engine", "models", "guided", "alone", "tools", "api", "page", "web"),
-    "convert": ("formats", "adopt", "verify", "conversion", "adoption", "fuse", "adapters", "commands"),
+    "convert": ("formats", "adopt", "verify", "conversion", "adoption", "fuse", "adapters", "quantize", "commands"),
     "convert.formats": ("opened", "stream", "", "gguf", "torch_files", "adapter", "registry"),
 }
 

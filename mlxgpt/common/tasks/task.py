@@ -1,0 +1,100 @@
+"""What a task asks, and what is said of a model that was asked: plain values, whoever reads or scores them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mlxgpt.common.config import SampleConfig
+
+KINDS = ("choice", "cloze", "text", "pair", "answer", "code")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a task; which fields count is its kind's."""
+
+    where: str  # file and row, for messages
+    text: str = ""  # what the model sees before the answer, without examples
+    choices: tuple[str, ...] = ()  # choice: what may follow; pair: the sentence that stereotypes, and the other
+    texts: tuple[str, ...] = ()  # choice: a text for each choice, where the texts differ and ``target`` follows all
+    gold: tuple[int, ...] = ()  # choice: the right ones
+    target: str = ""  # cloze: what follows; answer: the right answer; what an example of this row ends with
+    tests: str = ""  # code: is run behind the program
+    group: str = ""  # a subject, a kind of bias: scored apart as well
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one kind, and how they are asked."""
+
+    name: str
+    kind: str  # of KINDS
+    questions: Sequence[Question]
+    examples: Sequence[Question] = ()  # what few-shot examples are drawn from; (): the questions, never one for itself
+    shots: int = 0  # examples before each question
+    first: bool = False  # the first ``shots`` examples for every question; else drawn for each
+    description: str = ""  # before everything
+    before_target: str = " "  # between text and answer
+    between: str = "\n\n"  # behind each example
+    stop: tuple[str, ...] = ()  # answer, code: ends the answer
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0, max_tokens=256))
+    metrics: tuple[str, ...] = ()  # (): all of the kind
+    filters: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # answer: what of it is compared, by name
+    notes: tuple[str, ...] = ()  # what reading left out or changed, one line each
+
+
+class Continued(NamedTuple):
+    """What a model says of tokens behind others."""
+
+    logprob: float  # natural, summed over the tokens
+    greedy: bool  # whether each is the likeliest at its place
+
+
+class Scorer(Protocol):
+    """A model that tasks ask, of either framework."""
+
+    context: int  # tokens that a row may have
+    cut: int  # rows so far that were longer, whose first tokens were left out
+
+    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both; white space at the end of ``context`` counts to what follows; BOS where the tokenizer puts it."""
+        ...
+
+    def continuations(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], say: Callable[[str], None] = ...
+    ) -> list[Continued]:
+        """What follows, of (context, continuation) in ids, in their order; what contexts share is read once."""
+        ...
+
+    def texts(self, texts: Sequence[str], say: Callable[[str], None] = ...) -> list[float]:
+        """Log-probability of each text whole, every token once, in windows of the context."""
+        ...
+
+    def answers(
+        self, contexts: Sequence[str], stop: Sequence[str], sample: SampleConfig, say: Callable[[str], None] = ...
+    ) -> list[str]:
+        """What the model writes behind each context, each as it would alone."""
+        ...
+
+
+class Metric(NamedTuple):
+    """A mean over questions."""
+
+    value: float
+    stderr: float | None  # standard error; None: fewer than two questions, or unknown
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task says of a model."""
+
+    task: str
+    kind: str
+    questions: int
+    metrics: Mapping[str, Metric]  # such as acc, acc_per_byte
+    each: Mapping[str, np.ndarray]  # metric -> (questions,) float64: what it is the mean of
+    groups: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
+    cut: int = 0  # rows longer than the context, whose first tokens were left out
+    notes: tuple[str, ...] = ()
