@@ -59,7 +59,7 @@ class Scorer(Protocol):
     cut: int  # rows so far that were longer, whose first tokens were left out
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both; white space at the end of ``context`` counts to what follows; BOS where the tokenizer puts it."""
+        """Ids of both, BOS where the tokenizer puts it; white space at the end of ``context`` goes to what follows."""
         ...
 
     def continuations(
