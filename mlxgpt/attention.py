@@ -19,8 +19,8 @@ BLOCK = 256  # tokens by which a cache grows
 class Cache:
     """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks.
 
-    ``starts`` (B,): how many tokens each row holds, where they hold unequal numbers; ``offset`` is then the largest, and
-    what stands behind a row's tokens is not looked at.
+    ``starts`` (B,): how many tokens each row holds, where these differ; ``offset`` is then the largest of them, and
+    what is behind a row's tokens is not looked at.
     """
 
     starts: Array | None = None
