@@ -190,6 +190,18 @@ class Batch:
             lengths = mx.array([length + count for length, count in zip(self.lengths, counts, strict=True)])[:, None]
         return self._model.hidden(tokens, cache=self._cache, lengths=lengths)
 
+    def read(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Reads one or more tokens of each row; the next is drawn behind the last of them. No row may pass the context
+        by the longest."""
+        read = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+        for row, each in enumerate(tokens):
+            read[row, : len(each)] = each
+        hidden = self._read(mx.array(read), [len(each) for each in tokens])
+        last = mx.array([len(each) - 1 for each in tokens])
+        self._logits = self._model.head(hidden[mx.arange(len(tokens)), last][:, None])[:, 0, : self._n_vocab]
+        self.lengths = [length + len(each) for length, each in zip(self.lengths, tokens, strict=True)]
+        mx.async_eval(self._logits)
+
     def ahead(
         self, tokens: Sequence[int], drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]
     ) -> list[list[Chosen]]:

@@ -187,6 +187,18 @@ class Batch:
         return self._model.hidden(tokens, cache=self._cache, lengths=lengths)
 
     @torch.no_grad()
+    def read(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Reads one or more tokens of each row; the next is drawn behind the last of them. No row may pass the context
+        by the longest."""
+        read = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+        for row, each in enumerate(tokens):
+            read[row, : len(each)] = each
+        hidden = self._read(torch.tensor(read, device=self._device), [len(each) for each in tokens])
+        last = self._index([len(each) - 1 for each in tokens])
+        self._logits = self._model.head(hidden[self._index(range(len(tokens))), last][:, None])[:, 0, : self._n_vocab]
+        self.lengths = [length + len(each) for length, each in zip(self.lengths, tokens, strict=True)]
+
+    @torch.no_grad()
     def ahead(
         self, tokens: Sequence[int], drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]
     ) -> list[list[Chosen]]:
