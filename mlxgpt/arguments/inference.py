@@ -6,6 +6,7 @@ from mlxgpt.arguments.shared import (
     Once,
     add_adapter,
     add_backend,
+    add_drafts,
     add_json,
     add_model,
     add_sampling,
@@ -32,6 +33,7 @@ def chat(parser: argparse.ArgumentParser) -> None:
     add_template_kwargs(parser)
     add_stop_token(parser)
     add_sampling(parser, max_tokens=1024)
+    add_drafts(parser)
     add_backend(parser)
 
 
@@ -58,6 +60,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     add("--json-schema", metavar="FILE", help="a file with a JSON Schema, which the answers follow")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     add_stop_token(parser)
+    add_drafts(parser)
     add("--logprobs", type=natural, metavar="N",
         help="with --json: the log-probability of each token, and the N likeliest tokens with theirs")  # fmt: skip
     add_json(parser)
@@ -80,6 +83,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=positive, default=16, metavar="N", help="answers that are written at once; default: 16")
     add("--max-queue", type=positive, default=64, metavar="N",
         help="requests that may wait for their turn; default: 64")  # fmt: skip
+    add_drafts(parser)
     add("--max-body", default="4MiB", metavar="SIZE", help="what a request may have; default: 4MiB")
     add("--cache-bytes", metavar="SIZE",
         help="memory for prompts, so that a later request that begins alike starts sooner, such as 2GiB; 0: none; "

@@ -58,6 +58,14 @@ def add_stop_token(parser: argparse.ArgumentParser) -> None:
         help="a token that ends a text besides the model's own, by its text or its id; repeatable")  # fmt: skip
 
 
+def add_drafts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--lookup", action="store_true",
+        help="read several tokens at once where the text repeats itself: the same tokens, sooner")  # fmt: skip
+    group.add_argument("--draft", metavar="DIR",
+        help="a smaller model of the same tokenizer, which guesses what comes: the same tokens, sooner")  # fmt: skip
+
+
 def add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 

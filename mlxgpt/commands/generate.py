@@ -38,6 +38,12 @@ def summary(results: list[Result], seconds: float, first: float, block_size: int
     return f"{rate}; ended: {ended}"
 
 
+def drafted(counts: Any) -> str:
+    """How many tokens were drafted and accepted, and what a step of the batch gave."""
+    tokens = counts.generated_tokens / max(1, counts.steps)
+    return f"{counts.accepted_tokens} of {counts.drafted_tokens} drafted tokens accepted, {tokens:.2f} tokens a step"
+
+
 def as_json(result: Result, tokenizer: Tokenizer | None, logprobs: bool) -> dict[str, object]:
     """The pinned keys text (null without a tokenizer), tokens and prompt_tokens (counts), and further ones."""
     made: dict[str, object] = {
@@ -99,10 +105,12 @@ def generate_command(args: argparse.Namespace) -> int:
     if not texts and not ids:
         raise UserError("expected --prompt TEXT or --prompt-file FILE, or --prompt-ids IDS")
     backend = backends.load(args.backend)
-    if args.json_schema:
-        return _constrained(args, backend, sample, texts, ids, bias)
+    if args.json_schema and importlib.util.find_spec("llguidance") is None:
+        raise UserError("--json-schema: llguidance is not installed: pip install 'mlxgpt[serve]'")
     model, tokenizer = _load(args, backend)
     asked = _prompts(args, texts, ids, tokenizer)
+    if args.json_schema or args.lookup or args.draft:
+        return _alone(args, backend, sample, model, tokenizer, asked, bias)
     screen = _Screen(len(asked) == 1 and not args.json)
     results = backend.generate.generate(
         model, tokenizer, asked, sample, args.stop, screen.on_text, _ends(args, tokenizer), bias, args.logprobs
@@ -137,48 +145,51 @@ class _Screen:
         return time.perf_counter() - self._start
 
 
-def _constrained(
+def _alone(
     args: argparse.Namespace,
     backend: Backend,
     sample: SampleConfig,
-    texts: list[str],
-    ids: list[list[int]],
+    model: Any,
+    tokenizer: Tokenizer | None,
+    asked: list[str | list[int]],
     bias: dict[int, float],
 ) -> int:
-    """Answers that are JSON of --json-schema, drawn by the server's engine."""
-    if importlib.util.find_spec("llguidance") is None:
-        raise UserError("--json-schema: llguidance is not installed: pip install 'mlxgpt[serve]'")
-    from mlxgpt.common.serve.alone import Alone
-    from mlxgpt.common.serve.work import Served
+    """Answers drawn by the server's engine: with drafts, or as JSON of --json-schema."""
+    from mlxgpt.common.serve import alone
 
-    schema = parse_json(prompts.read_text(args.json_schema, "--json-schema"), f"--json-schema {args.json_schema}")
+    config, constrain = model.config, None
+    drafter = alone.drafter_of(args.lookup, args.draft, backend, config, tokenizer, args.device)
+    rows = generation.start_rows(config, tokenizer, asked, args.stop, _ends(args, tokenizer))
+    served = alone.served_alone(model, tokenizer, rows[0].ends, drafter)
+    sampling.biases(bias, served.n_vocab)
+    if args.json_schema:
+        from mlxgpt.common.serve.guided.guide import Guide
 
-    def load() -> Served:
-        model, tokenizer = _load(args, backend)
-        size = model.config.vocab_size
-        n_vocab = min(tokenizer.n_vocab, size) if tokenizer else size
-        return Served(args.model, model, tokenizer, None, frozenset(), n_vocab, "")
-
-    alone = Alone(backend, load, len(texts) + len(ids))
-    with alone as served:
-        config, tokenizer = served.model.config, served.tokenizer
-        asked = _prompts(args, texts, ids, tokenizer)
-        rows = generation.start_rows(config, tokenizer, asked, args.stop, _ends(args, tokenizer))
-        served = dataclasses.replace(served, ends=frozenset(end for end in rows[0].ends if end is not None))
-        sampling.biases(bias, served.n_vocab)
-        screen = _Screen(len(asked) == 1 and not args.json)
-        results = alone.generate(served, rows, sample, schema, screen.on_text, bias, args.logprobs)
-    return _show(args, results, tokenizer, config.block_size, screen)
+        schema = parse_json(prompts.read_text(args.json_schema, "--json-schema"), f"--json-schema {args.json_schema}")
+        constrain = Guide(served).schema(schema)
+    engine, screen = alone.Alone(backend, served, len(rows)), _Screen(len(rows) == 1 and not args.json)
+    results = engine.generate(rows, sample, screen.on_text, bias, args.logprobs, constrain)
+    return _show(args, results, tokenizer, config.block_size, screen, engine.counts if drafter else None)
 
 
 def _show(
-    args: argparse.Namespace, results: list[Result], tokenizer: Tokenizer | None, block_size: int, screen: _Screen
+    args: argparse.Namespace,
+    results: list[Result],
+    tokenizer: Tokenizer | None,
+    block_size: int,
+    screen: _Screen,
+    counts: Any = None,
 ) -> int:
-    """Prints what was not shown while it came."""
+    """Prints what was not shown while it came; ``counts``: of an engine that had drafts."""
     seconds = screen.seconds
     if args.json:
         made = [as_json(result, tokenizer, args.logprobs is not None) for result in results]
-        print(json.dumps(made[0] if len(made) == 1 else {"results": made}))
+        whole = made[0] if len(made) == 1 else {"results": made}
+        if counts:
+            whole["drafts"] = {
+                "drafted": counts.drafted_tokens, "accepted": counts.accepted_tokens, "steps": counts.steps
+            }  # fmt: skip
+        print(json.dumps(whole))
         return 0
     shown = [result.text if tokenizer else ",".join(map(str, result.tokens)) for result in results]
     if len(results) == 1:
@@ -186,5 +197,6 @@ def _show(
     else:
         for index, text in enumerate(shown):
             print(f"--- prompt {index + 1}\n{text}")
-    print(summary(results, seconds, screen.first or seconds, block_size), file=sys.stderr)
+    line = summary(results, seconds, screen.first or seconds, block_size)
+    print(f"{line}; {drafted(counts)}" if counts else line, file=sys.stderr)
     return 0
