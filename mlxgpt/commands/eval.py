@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,42 +18,11 @@ from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.model import rotary
 from mlxgpt.common.tasks import named, requests, shots, show
-from mlxgpt.common.tasks.task import Continued
+from mlxgpt.common.tasks.scorer import ModelScorer
 from mlxgpt.common.tokenizers import beginning
-from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
 _TASKS = ("limit", "shots", "log")
-
-
-class _OneByOne:
-    """A scorer without a cache, one row at a time."""
-
-    def __init__(self, backend: backends.Backend, model: Any, tokenizer: Tokenizer):
-        self.context, self.cut = model.config.block_size, 0
-        self._score, self._model, self._tokenizer = backend.generate.score, model, tokenizer
-
-    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        before = beginning.start(self._tokenizer, context)
-        return before, beginning.start(self._tokenizer, context + continuation)[len(before) :]
-
-    def continuations(self, pairs: Any, say: Any = None) -> list[Continued]:
-        found = []
-        for context, continuation in pairs:
-            ids = np.array([[*context, *continuation][-self.context - 1 :]], np.int32)
-            losses = self._score(self._model, ids[:, :-1], ids[:, 1:], None)[0, -len(continuation) :]
-            found.append(Continued(-float(losses.astype(np.float64).sum()), False))
-        return found
-
-    def texts(self, texts: Any, say: Any = None) -> list[float]:
-        pairs = [([], beginning.start(self._tokenizer, text)) for text in texts]
-        return [one.logprob for one in self.continuations(pairs)]
-
-    def answers(self, contexts: Any, stop: Any, sample: Any, say: Any = None) -> list[str]:
-        return ["" for _ in contexts]
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -82,8 +50,8 @@ def _tasks(args: argparse.Namespace) -> int:
     )
     base_and_adapters.expect_task(model.config, args.model)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
-    scorer = _OneByOne(backend, model, tokenizer)
-    begins = beginning.begins_with(tokenizer)
+    scorer = ModelScorer(backend, model, tokenizer)
+    begins = scorer.begins_with
     logged: list[dict[str, object]] = []
     outcomes = []
     for task in tasks:
