@@ -17,7 +17,13 @@ BLOCK = 256  # tokens by which a cache grows
 
 
 class Cache:
-    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks."""
+    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks.
+
+    ``starts`` (B,): how many tokens each row holds, where these differ; ``offset`` is then the largest of them, and
+    what is behind a row's tokens is not looked at.
+    """
+
+    starts: Array | None = None
 
     def __init__(self, batch: int, length: int, config: ModelConfig, dtype: mx.Dtype):
         self.length, self.offset = length, 0
@@ -29,8 +35,13 @@ class Cache:
         assert self.offset <= self.length
         if self.offset > self.keys.shape[2]:
             self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
-        self.keys[:, :, start : self.offset] = k
-        self.values[:, :, start : self.offset] = v
+        if self.starts is None:
+            self.keys[:, :, start : self.offset] = k
+            self.values[:, :, start : self.offset] = v
+        else:
+            rows, places = mx.arange(len(k))[:, None], self.starts[:, None] + mx.arange(k.shape[2])
+            self.keys[rows, :, places] = k.swapaxes(1, 2)
+            self.values[rows, :, places] = v.swapaxes(1, 2)
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def grown(self, held: Array, tokens: int) -> Array:
@@ -59,7 +70,9 @@ def weigh(q: Array, k: Array, mask: Array | None, scale: float, softcap: float, 
         scores = softcap * mx.tanh(scores / softcap)
     if slopes is not None:
         scores = scores + fast.lean(slopes, T, S, scores.dtype).reshape(K, H // K, T, S)
-    if mask is not None:
+    if mask is not None and mask.dtype != mx.bool_:
+        scores = scores + mask.reshape(B, K, H // K, T, S)
+    elif mask is not None:
         scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, -float("inf"))
     return mx.softmax(scores, axis=-1, precise=True)
 
@@ -77,10 +90,12 @@ def attend(
 ) -> Array:
     """softmax(scale q k^T) v; q (B, H, T, D), k and v (B, K, S, D), mask True where a query may look.
 
-    ``slopes`` (H,): a head's scores fall with the distance in tokens times its slope (Press et al. 2022, ALiBi).
+    Or a mask (B, H, T, S) of floats, which are added to scores. ``slopes`` (H,): a head's scores fall with the distance
+    in tokens times its slope (Press et al. 2022, ALiBi).
     """
     if not (drop and drop.rate) and not softcap:
-        if isinstance(mask, Array) and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
+        boolean = isinstance(mask, Array) and mask.dtype == mx.bool_
+        if isinstance(mask, Array) and boolean and q.shape[2] * k.shape[2] >= fast.MANY and fast.helps(q):
             return fast.attention(q, k, v, mask, scale, slopes)
         if slopes is not None:
             assert not isinstance(mask, str)
@@ -154,8 +169,10 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rope, drop)
         if cache is not None:
             k, v = cache.append(k, v)
-        softcap = self._config.attn_softcap
-        fused = not self.training and fast.fuses(q.shape[-1], softcap) and self._slopes is None
+        softcap, slopes = self._config.attn_softcap, self._slopes
+        if isinstance(mask, Array) and mask.dtype != mx.bool_:
+            slopes = None  # the mask has what they add
+        fused = not self.training and fast.fuses(q.shape[-1], softcap) and slopes is None
         run = attend if fused else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._scale, softcap, self._slopes)
+        y = run(q, k, v, mask, drop, self._scale, softcap, slopes)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)

@@ -75,9 +75,14 @@ def exp_or_zero(x: Array) -> Array:
     return mx.where(x < -80.0, 0.0, exp(x))
 
 
-def lean(slopes: Array, T: int, S: int, dtype: mx.Dtype) -> Array:
-    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S)."""
+def lean(slopes: Array, T: int, S: int, dtype: mx.Dtype, starts: Array | None = None) -> Array:
+    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S).
+
+    With ``starts`` (B,), where the first query of each row stands: (B, H, T, S).
+    """
     i, j = mx.arange(S - T, S)[:, None], mx.arange(S)
+    if starts is not None:
+        i = starts[:, None, None, None] + mx.arange(T)[:, None]
     return (slopes[:, None, None] * (j - i)).astype(dtype)
 
 

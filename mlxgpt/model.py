@@ -225,19 +225,29 @@ class Model(nn.Module):
         return found
 
     def mask(
-        self, T: int, S: int, segments: Array | None, pad: Array | None, window: int = 0, fused: bool = True
+        self,
+        T: int,
+        S: int,
+        segments: Array | None,
+        pad: Array | None,
+        window: int = 0,
+        fused: bool = True,
+        starts: Array | None = None,
     ) -> Array | str | None:
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
-        None if every query may look everywhere; "causal" where a fused kernel knows that by itself.
+        None if every query may look everywhere; "causal" where a fused kernel knows that by itself. The first query of
+        each row is ``starts`` (B,), else S - T; with ALiBi and ``starts`` it is what is added to scores, (B, H, T, S).
         """
         slides = 0 < window < S
-        if segments is None and pad is None and not slides:
+        if segments is None and pad is None and starts is None and not slides:
             if T == 1:
                 return None
             if fused and self._config.position != "alibi" and mx.default_device() == mx.Device(mx.gpu):
                 return "causal"  # the CPU has no causal kernel and is faster with an array
         i, j = mx.arange(S - T, S)[:, None], mx.arange(S)[None, :]
+        if starts is not None:
+            i = starts[:, None, None, None] + mx.arange(T)[:, None]
         mask = j <= i
         if slides:
             mask = mask & (i - j < window)
@@ -245,6 +255,9 @@ class Model(nn.Module):
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         if pad is not None:
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
+        if starts is not None and self._config.position == "alibi":
+            slopes = mx.array(places.slopes(self._config.n_head))
+            return mx.where(mask, fast.lean(slopes, T, S, self._dtype, starts), -float("inf"))
         return mask
 
     def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
@@ -290,15 +303,15 @@ class Model(nn.Module):
         the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
-        start = cache[0].offset if cache else 0
+        start, starts = (cache[0].offset, cache[0].starts) if cache else (0, None)
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
-            positions = mx.arange(start, start + T)
+            positions = mx.arange(start, start + T) if starts is None else starts[:, None] + mx.arange(T)
         config, windows = self._config, set(self._config.window_layers)
         fused = not (drop and drop.rate) and not config.attn_softcap
         masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused)
+            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, starts)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)

@@ -14,7 +14,13 @@ BLOCK = 256  # tokens by which a cache grows
 
 
 class Cache:
-    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks."""
+    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks.
+
+    ``starts`` (B,): how many tokens each row holds, where these differ; ``offset`` is then the largest of them, and
+    what is behind a row's tokens is not looked at.
+    """
+
+    starts: Array | None = None
 
     def __init__(self, batch: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         self.length, self.offset = length, 0
@@ -26,8 +32,14 @@ class Cache:
         assert self.offset <= self.length
         if self.offset > self.keys.shape[2]:
             self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
-        self.keys[:, :, start : self.offset] = k
-        self.values[:, :, start : self.offset] = v
+        if self.starts is None:
+            self.keys[:, :, start : self.offset] = k
+            self.values[:, :, start : self.offset] = v
+        else:
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            places = self.starts[:, None] + torch.arange(k.shape[2], device=k.device)
+            self.keys[rows, :, places] = k.swapaxes(1, 2)
+            self.values[rows, :, places] = v.swapaxes(1, 2)
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def grown(self, held: Array, tokens: int) -> Array:

@@ -1,7 +1,7 @@
 """Continuous batching, in PyTorch: a prompt is read alone, joins the rows that draw, and a row leaves when it is done.
 
-Rows end at a common place of the cache and are padded on its left; ``pad`` and positions tell the model where each
-begins. Sizes in the comments: B rows, K key and value heads, S places of the cache, D head_dim, V vocabulary.
+Rows begin at the first place of the cache; ``starts`` tell the model where each goes on. Sizes in the comments: B rows,
+T tokens, K key and value heads, S places of the cache, D head_dim, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -100,22 +100,18 @@ class Batch:
         self.lengths: list[int] = []  # tokens of each row that the cache holds
         self._cache: list[Cache] = []
         self._logits = torch.zeros((0, n_vocab), device=model.device)  # (B, V) of each row's last token
-        self._pads = torch.zeros(1, dtype=torch.int64, device=model.device)
 
     def join(self, prompt: Prompt, count: int) -> None:
         """Adds a prompt that was read, ``count`` times."""
-        old, new = self._cache[0].offset if self.lengths else 0, len(prompt.ids)
-        ends = max(old, new)
-        room = min(self._model.config.block_size, -(-(ends + 1) // BLOCK) * BLOCK)
+        old, new = max(self.lengths, default=0), len(prompt.ids)
+        room = min(self._model.config.block_size, -(-(max(old, new) + 1) // BLOCK) * BLOCK)
         made = make_cache(self._model, len(self.lengths) + count, self._model.config.block_size)
         for n, (layer, (keys, values)) in enumerate(zip(made, prompt.layers(), strict=True)):
             held = self._cache[n] if self.lengths else None
-            layer.keys = _joined(held and held.keys[:, :, :old], keys, count, ends, room)
-            layer.values = _joined(held and held.values[:, :, :old], values, count, ends, room)
-            layer.offset = ends
+            layer.keys = _joined(held and held.keys[:, :, :old], keys, count, room)
+            layer.values = _joined(held and held.values[:, :, :old], values, count, room)
         self._cache, self.lengths = made, self.lengths + [new] * count
         self._logits = torch.cat([self._logits, prompt.logits.expand(count, -1)])
-        self._place()
 
     def keep(self, rows: Sequence[int]) -> None:
         """The rows that stay; the others leave."""
@@ -125,16 +121,14 @@ class Batch:
         if not rows:
             self._cache, self._logits = [], self._logits[:0]
             return
-        index, start = self._index(rows), self._cache[0].offset - max(self.lengths)
+        index = self._index(rows)
         self._logits = self._logits[index]
         for layer in self._cache:
-            layer.keys, layer.values = layer.keys[index][:, :, start:], layer.values[index][:, :, start:]
-            layer.offset -= start
-        self._place()
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
 
-    def _place(self) -> None:
-        """Says where the rows begin."""
-        self._pads = self._index([self._cache[0].offset - length for length in self.lengths])
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Leaves each row its first tokens; what is drawn next comes after others are read."""
+        self.lengths = list(lengths)
 
     def _index(self, values: Sequence[int]) -> Array:
         """Whole numbers on the device."""
@@ -142,18 +136,20 @@ class Batch:
 
     def layers(self, row: int) -> Layers:
         """Keys and values of a row, in memory of their own."""
-        start, end, rows = self._cache[0].offset - self.lengths[row], self._cache[0].offset, slice(row, row + 1)
-        return [
-            (layer.keys[rows, :, start:end].clone(), layer.values[rows, :, start:end].clone()) for layer in self._cache
-        ]
+        end, rows = self.lengths[row], slice(row, row + 1)
+        return [(layer.keys[rows, :, :end].clone(), layer.values[rows, :, :end].clone()) for layer in self._cache]
 
     @torch.no_grad()
     def draw(self, choices: Sequence[Choice]) -> Drawn:
         """The next token of every row."""
+        return self._drawn(self._logits, choices)
+
+    def _drawn(self, source: Array, choices: Sequence[Choice]) -> Drawn:
+        """The next tokens under logits (n, V), a choice each."""
         pieces, found = [], choosing.groups(choices)
         for rows in found:
             ours = [choices[row] for row in rows]
-            logits = self._logits if len(found) == 1 else self._logits[self._index(rows)]
+            logits = source if len(found) == 1 else source[self._index(rows)]
             seen, added = (choosing.stacked(ours, name) for name in ("seen", "added"))
             keys = torch.tensor(np.array([each.key for each in ours], np.uint32).view(np.int32), device=self._device)
             seen, added = (None if each is None else torch.tensor(each, device=self._device) for each in (seen, added))
@@ -165,7 +161,7 @@ class Batch:
         names: tuple[Array, ...] = ()
         if asked := [row for row, choice in enumerate(choices) if choice.top is not None]:
             index = self._index(asked)
-            names = logprobs(self._logits[index], tokens[index], max(choices[row].top or 0 for row in asked))
+            names = logprobs(source[index], tokens[index], max(choices[row].top or 0 for row in asked))
         return Drawn(tokens, choices, names)
 
     @torch.no_grad()
@@ -177,23 +173,55 @@ class Batch:
             self.keep(rows)
         if not self.lengths:
             return
-        offset, config, pad, positions = self._cache[0].offset, self._model.config, None, None
-        if min(self.lengths) < offset:
-            pad = self._pads
-            positions = (offset - pad)[:, None]
+        self._logits = self._model.head(self._read(tokens[:, None], [1] * len(self.lengths)))[:, -1, : self._n_vocab]
         self.lengths = [length + 1 for length in self.lengths]
-        lengths = self._index(self.lengths)[:, None] if rotary.by_length(config) else None
-        hidden = self._model.hidden(tokens[:, None], positions, pad=pad, cache=self._cache, lengths=lengths)
-        self._logits = self._model.head(hidden)[:, -1, : self._n_vocab]
+
+    def _read(self, tokens: Array, counts: Sequence[int]) -> Array:
+        """Hidden states (B, T, C) of the next tokens (B, T) of every row; the first ``counts`` of them count."""
+        starts = self._index(self.lengths) if min(self.lengths) < max(self.lengths) else None
+        for layer in self._cache:
+            layer.offset, layer.starts = max(self.lengths), starts
+        lengths = None
+        if rotary.by_length(self._model.config):
+            lengths = self._index([length + count for length, count in zip(self.lengths, counts, strict=True)])[:, None]
+        return self._model.hidden(tokens, cache=self._cache, lengths=lengths)
+
+    @torch.no_grad()
+    def ahead(
+        self, tokens: Sequence[int], drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]
+    ) -> list[list[Chosen]]:
+        """Reads a token of every row and what may follow it, and tells how much of that is what the row draws.
+
+        Args:
+            tokens: the last that each row drew.
+            drafts: what may follow, () for nothing; no row may pass the context by the longest of them.
+            choices: how each token of a draft would be drawn.
+        """
+        width = 1 + max(map(len, drafts))
+        read = np.zeros((len(tokens), width), np.int64)
+        for row, (token, draft) in enumerate(zip(tokens, drafts, strict=True)):
+            read[row, : 1 + len(draft)] = [token, *draft]
+        hidden = self._read(torch.tensor(read, device=self._device), [1 + len(draft) for draft in drafts])
+        places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft))]
+        told: list[Chosen] = []
+        if places:
+            rows, columns = (self._index(each) for each in zip(*places, strict=True))
+            logits = self._model.head(hidden[rows, columns][None])[0, :, : self._n_vocab]
+            told = self._drawn(logits, [choice for each in choices for choice in each]).read()
+        accepted = choosing.accepted(drafts, told)
+        last = self._index([len(each) for each in accepted])
+        self._logits = self._model.head(hidden[self._index(range(len(last))), last][:, None])[:, 0, : self._n_vocab]
+        self.lengths = [length + 1 + len(each) for length, each in zip(self.lengths, accepted, strict=True)]
+        return accepted
 
 
-def _joined(old: Array | None, new: Array, count: int, ends: int, room: int) -> Array:
-    """Rows (B, K, S, D) and ``count`` times a row, all ending at one place, in an array with room for more."""
+def _joined(old: Array | None, new: Array, count: int, room: int) -> Array:
+    """Rows (B, K, S, D) and ``count`` times a row, in an array with room for more."""
     parts = [] if old is None else [old]
     parts.append(new.expand(count, -1, -1, -1))
     made = new.new_zeros((sum(len(each) for each in parts), new.shape[1], room, new.shape[3]))
     row = 0
     for each in parts:
-        made[row : row + len(each), :, ends - each.shape[2] : ends] = each
+        made[row : row + len(each), :, : each.shape[2]] = each
         row += len(each)
     return made

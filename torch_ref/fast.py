@@ -91,9 +91,14 @@ def block_mask(T: int, window: int, segments: Array | None, device: torch.device
     return call(create_block_mask, sees, rows, None, T, T, device=device)
 
 
-def lean(slopes: Array, T: int, S: int, dtype: torch.dtype) -> Array:
-    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S)."""
+def lean(slopes: Array, T: int, S: int, dtype: torch.dtype, starts: Array | None = None) -> Array:
+    """What ALiBi adds to scores: slope (j - i) <= 0 of query i, the last T of S, at key j; slopes (H,) -> (H, T, S).
+
+    With ``starts`` (B,), where the first query of each row stands: (B, H, T, S).
+    """
     i, j = torch.arange(S - T, S, device=slopes.device)[:, None], torch.arange(S, device=slopes.device)
+    if starts is not None:
+        i = starts[:, None, None, None] + torch.arange(T, device=slopes.device)[:, None]
     return (slopes[:, None, None] * (j - i)).to(dtype)
 
 

@@ -234,15 +234,16 @@ class Model(nn.Module):
         window: int = 0,
         fused: bool = True,
         flexible: bool = False,
+        starts: Array | None = None,
     ) -> Mask:
         """True where query i may look at key j: i - window < j <= i, one segment, not padding. (T, S) or (B, 1, T, S).
 
         None if every query may look everywhere; "causal" where a fused kernel knows that by itself; blocks of it if
         it is ``flexible``. With ALiBi what is added to scores, (1 or B, H, T, S): one for all blocks, whose gradients
-        keep it.
+        keep it. The first query of each row is ``starts`` (B,), else S - T.
         """
         slides, slopes = 0 < window < S, self._slopes
-        if segments is None and pad is None and not slides:
+        if segments is None and pad is None and starts is None and not slides:
             if T == 1 and slopes is None:
                 return None
             if fused and slopes is None and T == S:
@@ -250,6 +251,8 @@ class Model(nn.Module):
         if flexible:
             return fast.block_mask(T, window if slides else 0, segments, self.device)
         i, j = torch.arange(S - T, S, device=self.device)[:, None], torch.arange(S, device=self.device)[None, :]
+        if starts is not None:
+            i = starts[:, None, None, None] + torch.arange(T, device=self.device)[:, None]
         mask = j <= i
         if slides:
             mask = mask & (i - j < window)
@@ -258,7 +261,8 @@ class Model(nn.Module):
         if pad is not None:
             mask = mask & ((j >= pad[:, None, None, None]) | (i == j))
         if slopes is not None:
-            return torch.where(mask, fast.lean(slopes, T, S, self._dtype)[None], -float("inf"))
+            added = fast.lean(slopes, T, S, self._dtype, starts)
+            return torch.where(mask, added if starts is not None else added[None], -float("inf"))
         return mask
 
     def rope(self, positions: Array, local: bool, lengths: Array | None) -> tuple[Array, Array]:
@@ -304,11 +308,13 @@ class Model(nn.Module):
         the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
-        start = cache[0].offset if cache else 0
+        start, starts = (cache[0].offset, cache[0].starts) if cache else (0, None)
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
+            if starts is not None:
+                positions = starts[:, None] + torch.arange(T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
         drops = bool(drop and drop.rate)
         fused = not drops and not config.attn_softcap
@@ -316,7 +322,7 @@ class Model(nn.Module):
         # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k; ALiBi was not measured
         flexible = flexible and not (recompute and (config.attn_softcap or config.position == "alibi"))
         masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible)
+            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible, starts)
             for local in {n in windows for n in range(config.n_layer)}
         }
         x = self.wte(tokens)

@@ -9,16 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlxgpt.common.inference.calibration import Inputs
 from mlxgpt.common.model.affine import Quantized
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a matrix was given by the calibration text."""
-
-    gram: np.ndarray  # (n_in, n_in) float64: the sum of x^T x
-    mean: np.ndarray  # (n_in,) float64: the mean of |x|
-    tokens: int
+__all__ = ["Inputs", "Method", "Scheme", "cost"]
 
 
 @dataclass(frozen=True)

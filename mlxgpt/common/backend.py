@@ -29,6 +29,7 @@ class Backend:
     generate: ModuleType
     footprint: ModuleType
     batching: ModuleType
+    calibrate: ModuleType
 
 
 def resolve(name: str | None, device: str | None = None) -> str:
@@ -58,7 +59,7 @@ def presumed(name: str | None) -> str:
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)
-    parts = ("engine", "load", "generate", "footprint", "batching")
+    parts = ("engine", "load", "generate", "footprint", "batching", "calibrate")
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
 
 

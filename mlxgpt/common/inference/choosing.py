@@ -53,6 +53,17 @@ def stacked(choices: Sequence[Choice], name: str) -> np.ndarray | None:
     return None if arrays[0] is None else np.stack(arrays)
 
 
+def accepted(drafts: Sequence[Sequence[int]], told: Sequence[Chosen]) -> list[list[Chosen]]:
+    """Of each draft the tokens that were drawn as drafted, up to the first that was not; ``told``: of all drafts."""
+    made, at = [], 0
+    for draft in drafts:
+        drawn = told[at : at + len(draft)]
+        same = next((n for n, (one, two) in enumerate(zip(draft, drawn, strict=True)) if one != two.token), len(draft))
+        made.append(list(drawn[:same]))
+        at += len(draft)
+    return made
+
+
 def told(tokens: np.ndarray, choices: Sequence[Choice], names: Sequence[np.ndarray]) -> list[Chosen]:
     """What the rows drew: ``tokens`` (B,); ``names``: of the rows that asked, log-probabilities (n,), the likeliest
     tokens (n, k) and theirs (n, k)."""

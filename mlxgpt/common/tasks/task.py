@@ -21,6 +21,7 @@ class Question:
     texts: tuple[str, ...] = ()  # choice: a text for each choice, where the texts differ and ``target`` follows all
     gold: tuple[int, ...] = ()  # choice: the right ones
     target: str = ""  # cloze: what follows; answer: the right answer; what an example of this row ends with
+    program: str = ""  # code: what of the program stands before the answer, such as the head of a function
     tests: str = ""  # code: is run behind the program
     group: str = ""  # a subject, a kind of bias: scored apart as well
 
@@ -42,6 +43,8 @@ class Task:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.0, max_tokens=256))
     metrics: tuple[str, ...] = ()  # (): all of the kind
     filters: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # answer: what of it is compared, by name
+    alike: Callable[[str], str] = str  # answer: what is done to both before they are compared, such as lower case
+    draws: int = 1  # code: programs a question
     notes: tuple[str, ...] = ()  # what reading left out or changed, one line each
 
 
