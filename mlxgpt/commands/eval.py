@@ -23,7 +23,8 @@ from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.model import rotary
 from mlxgpt.common.rows.files import read_values
 from mlxgpt.common.tasks import code, compare, named, requests, shots, show
-from mlxgpt.common.tasks.task import Continued, Outcome, Task
+from mlxgpt.common.tasks.scorer import ModelScorer
+from mlxgpt.common.tasks.task import Outcome, Task
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.user_code import limited
@@ -31,36 +32,6 @@ from mlxgpt.common.user_code import limited
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
 _KEPT = {"files": "files outside their folder", "processes": "other processes"}
 _TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
-
-
-class _OneByOne:
-    """A scorer without a cache, one row at a time."""
-
-    def __init__(self, backend: backends.Backend, model: Any, tokenizer: Tokenizer):
-        self.context, self.cut = model.config.block_size, 0
-        self._score, self._model, self._tokenizer = backend.generate.score, model, tokenizer
-
-    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        before = beginning.start(self._tokenizer, context)
-        return before, beginning.start(self._tokenizer, context + continuation)[len(before) :]
-
-    def continuations(self, pairs: Any, say: Any = None) -> list[Continued]:
-        found = []
-        for context, continuation in pairs:
-            ids = np.array([[*context, *continuation][-self.context - 1 :]], np.int32)
-            losses = self._score(self._model, ids[:, :-1], ids[:, 1:], None)[0, -len(continuation) :]
-            found.append(Continued(-float(losses.astype(np.float64).sum()), False))
-        return found
-
-    def texts(self, texts: Any, say: Any = None) -> list[float]:
-        pairs = [([], beginning.start(self._tokenizer, text)) for text in texts]
-        return [one.logprob for one in self.continuations(pairs)]
-
-    def answers(self, contexts: Any, stop: Any, sample: Any, say: Any = None) -> list[str]:
-        return ["" for _ in contexts]
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -124,8 +95,8 @@ def _ask(
     model, tokenizer = backend.load.load(path, adapter=adapters, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, path)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, path)
-    scorer = _OneByOne(backend, model, tokenizer)
-    made = _Asked([], [], tokenizer, beginning.begins_with(tokenizer))
+    scorer = ModelScorer(backend, model, tokenizer)
+    made = _Asked([], [], tokenizer, scorer.begins_with)
     for task in tasks:
         with _progress(args, f"{task.name}: ") as say:
             run = functools.partial(limited.run_all, say=say) if args.run_code else None

@@ -36,7 +36,8 @@ def read(name: str, data: Path, shots: int) -> Task:
     wanted = [subject for subject, area in SUBJECTS.items() if part in ("", area, subject)]
     questions = _split(name, data, "test", wanted)
     missing = [subject for subject in wanted if not any(_subject(each) == subject for each in questions)]
-    notes = (f"subjects that are not here: {', '.join(missing)}",) if missing else ()
+    few = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
+    notes = (f"{len(missing)} of {len(wanted)} subjects are not here: {few}",) if missing else ()
     return Task(
         name,
         "choice",
