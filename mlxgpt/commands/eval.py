@@ -59,11 +59,9 @@ def _tasks(args: argparse.Namespace) -> int:
     if args.log:
         with atomic_write(Path(args.log)) as file:
             file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in asked.logged)
-    others = (
-        {each.task: each.each for each in _ask(args, tasks, backend, args.against, None).outcomes}
-        if (args.against and not earlier)
-        else earlier
-    )
+    others = earlier
+    if args.against and not earlier:
+        others = {each.task: each.each for each in _ask(args, tasks, backend, args.against, None).outcomes}
     apart = {each.task: compare.compare(each.each, others[each.task]) for each in asked.outcomes if others}
     if args.json:
         found: dict[str, Any] = {"tasks": {outcome.task: show.described(outcome) for outcome in asked.outcomes}}
