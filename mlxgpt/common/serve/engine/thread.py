@@ -113,12 +113,16 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def open(self) -> None:
+        """Loads the models in the calling thread, which is the engine's then: without ``start``, ``turn`` computes."""
+        self._served = MappingProxyType({served.name: served for served in self._load()})
+        self._rows = {name: Rows(served, self._backend.batching) for name, served in self._served.items()}
+
     def _main(self) -> None:
         try:
-            self._served = MappingProxyType({served.name: served for served in self._load()})
-            self._rows = {name: Rows(served, self._backend.batching) for name, served in self._served.items()}
+            self.open()
             self._ready.set()
-            while self._turn():
+            while self.turn():
                 pass
             self._leave("cancelled", "")
         except BaseException as error:
@@ -144,7 +148,7 @@ class Engine:
                 self._telling.say(slot.work, Piece(slot.index, "", (), reason, error))
             rows.slots.clear()
 
-    def _turn(self) -> bool:
+    def turn(self) -> bool:
         """Some tokens of prompts, and a step of each batch; False at the end."""
         with self._lock:
             while not (self._queue or self._busy() or self._ending or self._cancelled):
