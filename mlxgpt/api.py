@@ -21,6 +21,7 @@ from mlxgpt.common.inference import prompts as prompting
 from mlxgpt.common.inference.generation import OnText, Result
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build
+from mlxgpt.common.serve import alone
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train import own
 from mlxgpt.load import load
@@ -71,6 +72,8 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     logit_bias: Mapping[int, float] = MappingProxyType({}),
+    lookup: bool = False,
+    draft: Model | None = None,
     **settings: Any,
 ) -> Result: ...
 @overload
@@ -83,6 +86,8 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     logit_bias: Mapping[int, float] = MappingProxyType({}),
+    lookup: bool = False,
+    draft: Model | None = None,
     **settings: Any,
 ) -> Result | list[Result]: ...
 def generate(
@@ -94,6 +99,8 @@ def generate(
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
     logit_bias: Mapping[int, float] = MappingProxyType({}),
+    lookup: bool = False,
+    draft: Model | None = None,
     **settings: Any,
 ) -> Result | list[Result]:
     """What follows a prompt: ``generate(model, tokenizer, "Once", max_tokens=50).text``. Nothing is dropped meanwhile.
@@ -107,6 +114,8 @@ def generate(
         stop: texts, or one, that end the answer and are left out of it.
         on_text: called with the prompt's index and each new piece of text.
         logit_bias: what is added to the logits of tokens, by id.
+        lookup: read several tokens at once where the text repeats itself; the tokens are the same.
+        draft: a smaller model of the same tokenizer, which guesses what comes; the tokens are the same.
         settings: fields of SampleConfig, such as max_tokens, temperature, top_k, top_p, min_p, seed.
 
     Returns:
@@ -115,14 +124,17 @@ def generate(
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has what the vocabulary does not; such an
-            id in logit_bias; an unknown setting; a classifier, or a tokenizer of another library.
+            id in logit_bias; an unknown setting; a classifier, or a tokenizer of another library; a draft of other ids.
         RunError: the model's logits are not finite.
     """
     prompting.check_model(model, tokenizer)
     rows, alone = prompting.rows_of(prompts)
     texts = (stop,) if isinstance(stop, str) else stop
     drawn = prompting.sampling_of(sample, settings)
-    found = generation.generate(model, tokenizer, rows, drawn, texts, on_text, bias=logit_bias)
+    if lookup or draft is not None:
+        found = alone.generate("mlx", model, tokenizer, rows, drawn, texts, on_text, logit_bias, draft)
+    else:
+        found = generation.generate(model, tokenizer, rows, drawn, texts, on_text, bias=logit_bias)
     return found[0] if alone else found
 
 

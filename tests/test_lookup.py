@@ -64,7 +64,9 @@ def test_a_match_is_the_longest_and_latest_or_goes_on(text: list[int]) -> None:
             continue
         length = 0
         for size in lookup.SIZES:
-            found = [at for at in range(size, end) if text[at - size : at] == text[end - size : end]] if size < end else []
+            found = (
+                [at for at in range(size, end) if text[at - size : at] == text[end - size : end]] if size < end else []
+            )
             if found and not length:
                 place, length = found[-1], size
     row = watched(text)._rows[0]
@@ -145,13 +147,13 @@ MADE = {(backend, name): make_model(backend, MODELS[name]) for backend in BACKEN
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_tokens_are_those_of_generate(backend: str, data: st.DataObject) -> None:
     model = MADE[backend, data.draw(st.sampled_from(sorted(MODELS)))]
     prompts, sample = data.draw(ragged()), data.draw(st.sampled_from(SETTINGS))
     bias = data.draw(st.sampled_from([{}, {1: 6.0, 2: 6.0, 3: 5.0}]))  # a model that repeats itself
-    drawn = SampleConfig(max_tokens=data.draw(st.integers(1, 60)), seed=data.draw(st.integers(0, 9)), **sample)
+    drawn = SampleConfig(max_tokens=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 9)), **sample)
     more = {"bias": bias, "ends": (4,), "top": 2}
     rows = data.draw(st.integers(1, 4))
     with pytest.MonkeyPatch.context() as patch:
@@ -166,14 +168,14 @@ def test_a_stop_string_may_end_inside_a_draft(backend: str) -> None:
     tokenizer = train_tokenizer("char", ["abcdef "], 310)
     model = make_model(backend, make_config("llama", vocab=tokenizer.n_vocab, block_size=256))
     ids = tokenizer.encode("ab")
-    sample = SampleConfig(temperature=1.0, max_tokens=200, seed=2)
+    sample = SampleConfig(temperature=1.0, max_tokens=80, seed=2)
     bias = {ids[0]: 30.0, ids[1]: 31.0}
-    for stop in ((), ("bbbab",), ("aaaa", "zz")):
-        prompts = ["abba" * 20, "ab"]
+    for stop in ((), ("bbbab", "zz")):
+        prompts = ["abba" * 9, "ab"]
         found, counts = drafted(backend, model, tokenizer, prompts, sample, Lookup, 2, bias=bias, stop=stop)
         same(found, plain(backend, model, tokenizer, prompts, sample, bias=bias, stop=stop))
         if not stop:
-            assert counts.accepted_tokens > 20
+            assert counts.accepted_tokens > 10
         assert counts.generated_tokens >= counts.steps
 
 

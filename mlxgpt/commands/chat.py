@@ -8,17 +8,21 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common import recipes
+from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import base_and_adapters
-from mlxgpt.common.inference.conversation import Answer, Conversation
+from mlxgpt.common.inference import drafters
+from mlxgpt.common.inference.conversation import Answer, Conversation, Draw
+from mlxgpt.common.inference.generation import Result, Row
+from mlxgpt.common.plan import memory
 from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -40,7 +44,7 @@ def chat_command(args: argparse.Namespace) -> int:
     """Talks until /quit or the end of the input.
 
     Args:
-        args: model, adapter, force, system, template, template_kwargs, stop_token, backend, device, and the fields of
+        args: model, adapter, force, system, template, template_kwargs, stop_token, lookup, draft, backend, device, and the fields of
             SampleConfig.
 
     Returns:
@@ -57,8 +61,33 @@ def chat_command(args: argparse.Namespace) -> int:
     template = _template(args.template, tokenizer, str(args.model), kwargs)
     backend.generate.prepare(model)
     stop = set(ends.named(args.stop_token, tokenizer, "--stop-token"))
-    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "")
+    draw = _drafting(args, backend, model, tokenizer, template, stop) if args.lookup or args.draft else None
+    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "", draw)
     return Chat(conversation, sample, sys.stdin.isatty()).run()
+
+
+def _drafting(
+    args: argparse.Namespace, backend: Backend, model: Any, tokenizer: Tokenizer, template: Template, stop: set[int]
+) -> Draw:
+    """What draws answers with drafts: the server's engine, which keeps what a conversation has read."""
+    from mlxgpt.common.serve import alone
+
+    config = model.config
+    (drafter,) = drafters.load(backend, args.lookup, args.draft, [(config, tokenizer)], args.device)
+    ends = {tokenizer.eos_id, *tokenizer.ends, template.end_id, *stop}
+    served = alone.served_alone(model, tokenizer, ends, drafter)
+    engine = alone.Alone(backend, served, 1, 2 * memory.kv_cache(config, 1, config.block_size, 4))
+
+    def draw(
+        row: Row, sample: SampleConfig, on_text: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> tuple[Result, int]:
+        before = engine.counts.cached_tokens
+        (result,) = engine.generate([row], sample, lambda _, piece: on_text(piece), {}, stopped=stopped)
+        if result.finish_reason == "cancelled":
+            result = dataclasses.replace(result, finish_reason="interrupted")
+        return result, engine.counts.cached_tokens - before
+
+    return draw
 
 
 def _template(given: str | None, tokenizer: Tokenizer, model: str, kwargs: dict[str, Any]) -> Template:

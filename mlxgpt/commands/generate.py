@@ -17,7 +17,7 @@ from mlxgpt.common.data.corpus import parse_json
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.folders.base_and_adapters import expect_tokenizer
-from mlxgpt.common.inference import generation, prompts, sampling
+from mlxgpt.common.inference import drafters, generation, prompts, sampling
 from mlxgpt.common.inference.generation import Result
 from mlxgpt.common.sft.template import template_of
 from mlxgpt.common.tokenizers import ends as text_ends
@@ -158,7 +158,7 @@ def _alone(
     from mlxgpt.common.serve import alone
 
     config, constrain = model.config, None
-    drafter = alone.drafter_of(args.lookup, args.draft, backend, config, tokenizer, args.device)
+    (drafter,) = drafters.load(backend, args.lookup, args.draft, [(config, tokenizer)], args.device)
     rows = generation.start_rows(config, tokenizer, asked, args.stop, _ends(args, tokenizer))
     served = alone.served_alone(model, tokenizer, rows[0].ends, drafter)
     sampling.biases(bias, served.n_vocab)

@@ -47,6 +47,8 @@ def serve_command(args: argparse.Namespace) -> int:
         args.template or "",
         recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs"),
         args.stop_token,
+        args.lookup,
+        args.draft or "",
     )
     keys = _keys(args.api_key_file)
     if not keys and not _is_loopback(args.host):

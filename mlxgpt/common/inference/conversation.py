@@ -16,6 +16,10 @@ from mlxgpt.common.model import rotary
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
+Draw = Callable[
+    [generation.Row, SampleConfig, Callable[[str], None], Callable[[], bool]], tuple[generation.Result, int]
+]
+"""What draws an answer instead of the conversation's own cache: the answer, and how much of its prompt was held."""
 RESERVE = 0.25  # of the context, at the most, that is kept free for an answer
 
 
@@ -32,16 +36,24 @@ class Answer:
 
 
 class Conversation:
-    """Messages and the model that answers them; ``system`` is the first message, if any."""
+    """Messages and the model that answers them; ``system`` is the first message, if any, and ``draw`` draws instead."""
 
     def __init__(
-        self, backend: Backend, model: Any, tokenizer: Tokenizer, template: Template, ends: set[int], system: str = ""
+        self,
+        backend: Backend,
+        model: Any,
+        tokenizer: Tokenizer,
+        template: Template,
+        ends: set[int],
+        system: str = "",
+        draw: Draw | None = None,
     ) -> None:
         self._backend, self._model, self._tokenizer, self._template = backend, model, tokenizer, template
         self._ends = ends | {template.end_id}
         self._cache = backend.generate.make_cache(model, 1, model.config.block_size)
         self._held: list[int] = []  # ids whose keys and values are in the cache
         self._n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
+        self._other = draw
         self.system = system
         self.messages: list[dict[str, Any]] = []  # user and assistant in turns
 
@@ -66,13 +78,17 @@ class Conversation:
             row.ends |= self._ends
             # the seed moves on with the turns, so that a question asked twice draws anew
             turn = dataclasses.replace(sample, seed=sample.seed + len(self.messages) // 2)
-            held = self._cut(ids)
-            reason = self._draw(row, turn, on_text, stopped)
+            if self._other:
+                result, held = self._other(row, turn, on_text, stopped)
+            else:
+                held = self._cut(ids)
+                result = self._draw(row, turn, on_text, stopped)
         except (UserError, RunError):
             self.messages = before
             raise
-        self.messages.append({"role": "assistant", "content": row.text})
-        return Answer(row.text, reason, len(row.tokens), len(ids) - held, held, dropped)
+        self.messages.append({"role": "assistant", "content": result.text})
+        reason = result.finish_reason
+        return Answer(result.text, reason, len(result.tokens), len(ids) - held, held, dropped)
 
     def _prompt(self, sample: SampleConfig) -> tuple[list[int], int]:
         """The ids to answer, and how many of the oldest messages were dropped so that an answer has room."""
@@ -102,8 +118,8 @@ class Conversation:
 
     def _draw(
         self, row: generation.Row, sample: SampleConfig, on_text: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> str:
-        """Draws until the answer ends, and why it did."""
+    ) -> generation.Result:
+        """Draws until the answer ends."""
         config, drawn = self._model.config, list(row.prompt)
         steps = self._backend.generate.decode(self._model, [row], sample, self._n_vocab, self._cache)
         try:
@@ -116,7 +132,7 @@ class Conversation:
             self._held = drawn[: self._cache[0].offset]
             for layer in self._cache:
                 layer.offset = len(self._held)  # a step that was queued ahead does not count
-        return row.reason or "interrupted"
+        return dataclasses.replace(row.result(), finish_reason=row.reason or "interrupted")
 
     def save(self) -> dict[str, Any]:
         """The conversation as a row of chat data."""

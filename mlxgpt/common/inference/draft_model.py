@@ -10,13 +10,9 @@ from typing import Any
 
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import UserError
-from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.inference import worth
 from mlxgpt.common.inference.drafting import Drawing
 from mlxgpt.common.model import params, rotary
-from mlxgpt.common.tokenizers import load as tokenizers
-from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 FIRST, WEIGHT = 0.7, 8  # how often a guess is right before anything was seen, and how many tries that weighs
 WINDOW = 128  # tries, after which what was learned weighs half
@@ -152,35 +148,6 @@ class DraftModel:
                 self._order.append(row)
         for row in self._order:
             row.known = len(texts[row])
-
-
-def load(backend: Backend, name: str, config: ModelConfig, tokenizer: Tokenizer | None, device: str) -> Any:
-    """The model of --draft, ready to draw; ``config`` and ``tokenizer`` are of the model that drafts are for.
-
-    Raises:
-        UserError: there is none, it is an adapter or a classifier, or it has another tokenizer or other token ids.
-    """
-    where = f"--draft {name}"
-    place, adapters = base_and_adapters.find_base(name)
-    if adapters:
-        raise UserError(f"{where}: an adapter of {place}; expected a model: mlxgpt fuse makes one of both")
-    check(model_folder.read_config(place), tokenizers.load_last([place]), config, tokenizer, where)
-    model, _ = backend.load.load(name, device=device)
-    backend.generate.prepare(model)
-    return model
-
-
-def check(
-    draft: ModelConfig, draft_tokenizer: Tokenizer | None, config: ModelConfig, tokenizer: Tokenizer | None, where: str
-) -> None:
-    """Raises UserError where a model cannot draft for another: their tokens must be the same."""
-    base_and_adapters.expect_task(draft, where)
-    found, expected = (each and f"tokenizer {each.digest[:12]}" for each in (draft_tokenizer, tokenizer))
-    if found != expected:
-        raise UserError(f"{where}: {found or 'no tokenizer'}; expected the model's own, {expected or 'none'}")
-    drawn = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size
-    if draft.vocab_size < drawn or (tokenizer is None and draft.vocab_size != drawn):
-        raise UserError(f"{where}: {draft.vocab_size} token ids; expected the model's {drawn}")
 
 
 def _weight(config: ModelConfig) -> float:

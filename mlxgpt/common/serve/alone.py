@@ -1,15 +1,15 @@
 """The engine without a server, in the thread that calls it: for one command, or one conversation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from mlxgpt.common import backend as backends
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.config import ModelConfig, SampleConfig
+from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError
-from mlxgpt.common.inference import draft_model
+from mlxgpt.common.inference import drafters, generation, sampling
 from mlxgpt.common.inference.choosing import Chosen
-from mlxgpt.common.inference.draft_model import DraftModel
-from mlxgpt.common.inference.drafting import Drafter
+from mlxgpt.common.inference.drafters import Make, n_vocab_of
 from mlxgpt.common.inference.generation import OnText, Result, Row
 from mlxgpt.common.inference.lookup import Lookup
 from mlxgpt.common.serve.engine import Engine
@@ -17,16 +17,11 @@ from mlxgpt.common.serve.work import Begun, Constraint, Counts, Piece, Served, W
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 
-def n_vocab_of(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    """How many tokens may be drawn."""
-    return min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size
-
-
 def served_alone(
     model: Any,
     tokenizer: Tokenizer | None,
-    ends: Sequence[int | None] | set[int | None],
-    drafter: Callable[[], Drafter] | None = None,
+    ends: Collection[int | None],
+    drafter: Make | None = None,
 ) -> Served:
     """A model that nobody asks for by name; ``ends``: every token that ends a text."""
     n_vocab = n_vocab_of(model.config, tokenizer)
@@ -34,18 +29,42 @@ def served_alone(
     return Served("", model, tokenizer, None, known, n_vocab, "", drafter=drafter)
 
 
-def drafter_of(
-    lookup: bool, draft: str | None, backend: Backend, config: ModelConfig, tokenizer: Tokenizer | None, device: str
-) -> Callable[[], Drafter] | None:
-    """What --lookup and --draft make: drafts for a model of ``config`` and ``tokenizer``.
+def generate(
+    name: str,
+    model: Any,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | Sequence[int]],
+    sample: SampleConfig,
+    stop: Sequence[str],
+    on_text: OnText | None,
+    bias: Mapping[int, float],
+    draft: Any,
+) -> list[Result]:
+    """What generate of the backend ``name`` gives, with drafts: from the model ``draft``, or of None from the text.
 
     Raises:
-        UserError: the model of --draft cannot draft for it.
+        UserError: as generate's; or ``draft`` has other token ids.
+        RunError: the model's logits are not finite.
     """
-    if draft:
-        model = draft_model.load(backend, draft, config, tokenizer, device)
-        return lambda: DraftModel(backend, model, n_vocab_of(config, tokenizer), config)
-    return Lookup if lookup else None
+    backend, config = backends.load(name), model.config
+    make: Make = Lookup
+    if draft is not None:
+        drafters.check_ids(draft.config, (config, tokenizer), "draft")
+        make = drafters.of(backend, draft, (config, tokenizer))
+    rows = generation.start_rows(config, tokenizer, prompts, stop)
+    sampling.biases(bias, n_vocab_of(config, tokenizer))
+    if not rows:
+        return []
+    models = [each for each in (model, draft) if each is not None]
+    before = [each.training for each in models]
+    for each in models:
+        each.eval()
+    try:
+        served = served_alone(model, tokenizer, rows[0].ends, make)
+        return Alone(backend, served, len(rows)).generate(rows, sample, on_text, bias)
+    finally:
+        for each, training in zip(models, before, strict=True):
+            each.train(training)
 
 
 class Alone:

@@ -11,6 +11,7 @@ from typing import Any
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.inference import drafters
 from mlxgpt.common.model import params
 from mlxgpt.common.plan import memory
 from mlxgpt.common.serve.work import Served
@@ -35,6 +36,8 @@ class Options:
     template: str = ""  # a file with a chat template for all
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: Sequence[str] = ()
+    lookup: bool = False  # drafts from the text itself
+    draft: str = ""  # a smaller model that drafts
 
 
 def check(options: Options) -> list[tuple[str, Adapters]]:
@@ -111,7 +114,10 @@ def load_all(backend: Backend, options: Options) -> list[Served]:
         dataclasses.replace(each, parent=plain_name if adapters else None)
         for each, (_, adapters) in zip(made, listed, strict=True)
     ]
-    return _with_stops(made, options.stop_tokens)
+    made = _with_stops(made, options.stop_tokens)
+    targets = [(each.model.config, each.tokenizer) for each in made]
+    found = drafters.load(backend, options.lookup, options.draft, targets, options.device)
+    return [dataclasses.replace(each, drafter=drafter) for each, drafter in zip(made, found, strict=True)]
 
 
 def _served(

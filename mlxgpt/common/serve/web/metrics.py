@@ -35,7 +35,9 @@ def text(worker: Worker, backend: str, statuses: Mapping[int, int]) -> str:
     say("choices_failed_total", "counter", "Choices that ended with an error.", ("", counts.failed))
     say("prompt_tokens_total", "counter", "Tokens of prompts.", ("", counts.prompt_tokens))
     say("generated_tokens_total", "counter", "Tokens that were generated.", ("", counts.generated_tokens))
-    say("steps_total", "counter", "Steps of the batch, a token a row each.", ("", counts.steps))
+    say("steps_total", "counter", "Steps of the batch, a token a row each, with drafts more.", ("", counts.steps))
+    say("drafted_tokens_total", "counter", "Tokens that were guessed.", ("", counts.drafted_tokens))
+    say("accepted_tokens_total", "counter", "Of those, tokens that were drawn.", ("", counts.accepted_tokens))
     say(
         "prefix_cache_tokens_total",
         "counter",
