@@ -16,7 +16,6 @@ from lm_eval.api.task import ConfigurableTask  # type: ignore[import-not-found]
 from lm_eval.tasks._yaml_loader import load_yaml  # type: ignore[import-not-found]
 from task_rows import YAMLS, datasets, write_yamls
 
-
 PLAIN = ConfigurableTask.download
 
 
