@@ -128,14 +128,16 @@ def generate(
         RunError: the model's logits are not finite.
     """
     prompting.check_model(model, tokenizer)
-    rows, alone = prompting.rows_of(prompts)
+    rows, single = prompting.rows_of(prompts)
     texts = (stop,) if isinstance(stop, str) else stop
     drawn = prompting.sampling_of(sample, settings)
+    if lookup and draft is not None:
+        raise UserError("lookup and draft: expected one of them")
     if lookup or draft is not None:
         found = alone.generate("mlx", model, tokenizer, rows, drawn, texts, on_text, logit_bias, draft)
     else:
         found = generation.generate(model, tokenizer, rows, drawn, texts, on_text, bias=logit_bias)
-    return found[0] if alone else found
+    return found[0] if single else found
 
 
 class Trainer(own.Trainer):

@@ -63,7 +63,7 @@ FLAGS = {
     }
     | RUNS_A_MODEL,
     "serve": {"--name", "--adapter", "--host", "--port", "--api-key-file", "--allow-origin", "--max-batch"}
-    | {"--max-queue", "--max-body", "--cache-bytes", "--backend", "--template", "--stop-token"},
+    | {"--max-queue", "--max-body", "--cache-bytes", "--backend", "--template", "--stop-token", "--lookup", "--draft"},
     "generate": {
         "--model",
         "--adapter",
@@ -74,13 +74,15 @@ FLAGS = {
         "--system",
         "--template-kwargs",
         "--logit-bias",
+        "--lookup",
+        "--draft",
         "--logprobs",
         "--stop",
         "--json",
     }
     | SAMPLING
     | RUNS_A_MODEL,
-    "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
+    "chat": {"--model", "--adapter", "--system", "--template", "--lookup", "--draft"} | SAMPLING | RUNS_A_MODEL,
     "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
     "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
     | {"--dtype", "--tokens", "--text-key", "--json"}

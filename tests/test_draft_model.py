@@ -1,5 +1,6 @@
 """Drafts from a smaller model: the same tokens whatever it guesses, and no drafts where they do not pay."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from drafts import SETTINGS, Row, always, drafted, plain, ragged, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mlxgpt.api
+import torch_ref.api
 from mlxgpt import cli
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
@@ -17,6 +20,9 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.inference import draft_model, drafters
 from mlxgpt.common.inference.draft_model import DraftModel
+from mlxgpt.common.inference.lookup import Lookup
+from mlxgpt.common.serve import models
+from mlxgpt.common.sft.template import with_chatml
 from mlxgpt.common.tokenizers.hf import made_of_bytes
 from mlxgpt.common.tokenizers.load import train_tokenizer
 
@@ -126,3 +132,69 @@ def test_what_cannot_draft_is_refused_in_a_line(tmp_path: Path, capsys: Any) -> 
 def test_other_token_ids_are_refused() -> None:
     with pytest.raises(UserError, match="60 token ids; expected the model's 61"):
         drafters.check((make_config("llama", vocab=60), None), (CONFIG, None), "--draft x")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that chats, and a smaller one."""
+    place, tokenizer = tmp_path_factory.mktemp("chatty"), with_chatml(made_of_bytes())
+    for name, layers in (("model", 2), ("small", 1)):
+        config = make_config("llama", vocab=tokenizer.n_vocab, block_size=512, n_layer=layers)
+        write_model(place / name, config, make_weights(config), tokenizer=tokenizer)
+    return place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chat_says_the_same_with_drafts(
+    backend: str, chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    always(monkeypatch)
+    command = ["chat", "-m", str(chatty / "model"), "-n", "20", "--seed", "4", "--backend", backend]
+    said = []
+    for flags in ([], ["--lookup"], ["--draft", str(chatty / "small")]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hi there\nabab\n"))
+        assert cli.main([*command, *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert len(said[0]) > 20
+    assert said == [said[0]] * 3
+
+
+def test_a_server_drafts_for_every_model_it_has(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch)
+    backend, loaded = backends.load("torch"), []
+    load = backend.load.load
+    monkeypatch.setattr(backend.load, "load", lambda *args, **more: loaded.append(args[0]) or load(*args, **more))
+    options = models.Options(str(chatty / "model"), draft=str(chatty / "small"))
+    (served,) = models.load_all(backend, options)
+    assert isinstance(served.drafter and served.drafter(), DraftModel)
+    assert len(loaded) == 2
+    (served,) = models.load_all(backend, models.Options(str(chatty / "model"), lookup=True))
+    assert isinstance(served.drafter and served.drafter(), Lookup)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_python(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch)
+    api: Any = {"mlx": mlxgpt.api, "torch": torch_ref.api}[backend]
+    model, small = MODELS[backend], SMALL[backend, "small"]
+    model.train()
+    made = [
+        api.generate(model, None, [[1, 2, 1, 2], [3]], max_tokens=20, seed=1, **more)
+        for more in ({}, {"lookup": True}, {"draft": small})
+    ]
+    assert [each.tokens for each in made[0]] == [each.tokens for each in made[1]] == [each.tokens for each in made[2]]
+    assert model.training
+    assert not small.training
+    model.eval()
+    with pytest.raises(UserError, match="expected one of them"):
+        api.generate(model, None, [1], lookup=True, draft=small)
+    with pytest.raises(UserError, match="draft: 60 token ids"):
+        api.generate(model, None, [1], draft=make_model(backend, make_config("llama", vocab=60)))
+
+    def broken(_: int, text: str) -> None:
+        raise ValueError(text)
+
+    tokenizer = made_of_bytes()
+    tall = make_model(backend, make_config("llama", vocab=tokenizer.n_vocab))
+    with pytest.raises(ValueError, match="."):
+        api.generate(tall, tokenizer, "ab", max_tokens=20, lookup=True, on_text=broken)

@@ -44,8 +44,8 @@ def chat_command(args: argparse.Namespace) -> int:
     """Talks until /quit or the end of the input.
 
     Args:
-        args: model, adapter, force, system, template, template_kwargs, stop_token, lookup, draft, backend, device, and the fields of
-            SampleConfig.
+        args: model, adapter, force, system, template, template_kwargs, stop_token, lookup, draft, backend, device, and
+            the fields of SampleConfig.
 
     Returns:
         0, or 1 if input from a script held a message that could not be answered.

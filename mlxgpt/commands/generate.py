@@ -184,7 +184,7 @@ def _show(
     seconds = screen.seconds
     if args.json:
         made = [as_json(result, tokenizer, args.logprobs is not None) for result in results]
-        whole = made[0] if len(made) == 1 else {"results": made}
+        whole: dict[str, Any] = made[0] if len(made) == 1 else {"results": made}
         if counts:
             whole["drafts"] = {
                 "drafted": counts.drafted_tokens, "accepted": counts.accepted_tokens, "steps": counts.steps

@@ -11,8 +11,8 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of a draft
 LEAST = 1.05  # times the speed without drafts, below which there are none
 
 # A pass over n rows of one token takes 1. `python -m benchmarks speculate` measures what more tokens add.
-ALONE = 0.06  # each further token, of one row: most of a pass is to fetch the weights
-CROWD = 0.35  # each further token of each row, of many rows: products are what a pass computes
+ALONE = 0.1  # each further token, of one row: most of a pass is to fetch the weights
+CROWD = 0.33  # each further token of each row, of many rows: products are what a pass computes
 FIXED = 0.1  # the first further token, whatever the rows: products of matrices begin, nothing is queued ahead
 
 
