@@ -85,7 +85,9 @@ FLAGS = {
     "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
     | {"--dtype", "--tokens", "--text-key", "--json"}
     | RUNS_A_MODEL,
-    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
+    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json", "--task", "--limit"}
+    | {"--shots", "--log"}
+    | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
     "data inspect": {"--text-key", "--tokenizer", "--json", "--model", "--rows", "--set"},
