@@ -95,8 +95,9 @@ class Conversation:
         config = self._model.config
         if rotary.by_length(config) and max(len(self._held), len(ids) - 1) >= config.rope_original:
             same = 0  # keys of another length turn at other frequencies
+        same = same if all(layer.reaches(same) for layer in self._cache) else 0  # a window has passed what it needs
         for layer in self._cache:
-            layer.offset = same
+            layer.cut(same)
         del self._held[same:]
         return same
 
@@ -115,7 +116,7 @@ class Conversation:
             steps.close()
             self._held = drawn[: self._cache[0].offset]
             for layer in self._cache:
-                layer.offset = len(self._held)  # a step that was queued ahead does not count
+                layer.cut(len(self._held))  # a step that was queued ahead does not count
         return row.reason or "interrupted"
 
     def save(self) -> dict[str, Any]:
