@@ -96,22 +96,25 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_adapter(parser)
     add = parser.add_argument
-    add("-d", "--data", action=Once, required=True, metavar="PATH",
-        help="a text or .jsonl file, shards, a flat .bin, or fine-tuning examples")  # fmt: skip
-    add("--text-key", default="text", metavar="KEY", help="key or column that holds the text; default: text")
-    add(
-        "--split",
-        choices=["train", "val", "test"],
-        default="val",
-        help="split of shards or of a folder of examples; default: val",
-    )
+    add("-d", "--data", action=Once, metavar="PATH",
+        help="a text or .jsonl file, shards, a flat .bin, or fine-tuning examples; "
+        "with --task NAME: its files")  # fmt: skip
+    add("--task", action="append", default=[], metavar="TASK",
+        help="a .jsonl of questions, a YAML of lm-evaluation-harness, or a published task, such as hellaswag; "
+        "repeatable")  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="with --task: the first N questions")
+    add("--shots", type=natural, metavar="N", help="with --task: examples before each question; default: the task's")
+    add("--log", action=Once, metavar="FILE", help="with --task: a new .jsonl, the outcome of each question")
+    add("--text-key", metavar="KEY", help="with --data: key or column that holds the text; default: text")
+    add("--split", choices=["train", "val", "test"],
+        help="with --data: split of shards or of a folder of examples; default: val")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="how examples are read, such as tune.prompt_key=question; repeatable")  # fmt: skip
+        help="with --data: how examples are read, such as tune.prompt_key=question; repeatable")  # fmt: skip
     add(
         "--stride",
         type=positive,
         metavar="N",
-        help="tokens scored in each window after the first; default: the whole context",
+        help="with --data: tokens scored in each window after the first; default: the whole context",
     )
     add_json(parser)
     add_backend(parser)

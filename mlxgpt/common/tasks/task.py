@@ -17,13 +17,15 @@ class Question:
 
     where: str  # file and row, for messages
     text: str = ""  # what the model sees before the answer, without examples
-    choices: tuple[str, ...] = ()  # choice: what may follow; pair: the sentence that stereotypes, and the other
+    choices: tuple[str, ...] = ()  # choice: what may follow; pair: more and less of a stereotype; answer: others right
     texts: tuple[str, ...] = ()  # choice: a text for each choice, where the texts differ and ``target`` follows all
     gold: tuple[int, ...] = ()  # choice: the right ones
     target: str = ""  # cloze: what follows; answer: the right answer; what an example of this row ends with
     program: str = ""  # code: what of the program stands before the answer, such as the head of a function
     tests: str = ""  # code: is run behind the program
-    group: str = ""  # a subject, a kind of bias: scored apart as well
+    group: str = ""  # a subject, a kind of bias: scored apart as well; a/b: part of a
+    before: str = ""  # stands before everything, in place of the task's description
+    key: str = ""  # the same for the same rows; "": the fields above say so
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Task:
     name: str
     kind: str  # of KINDS
     questions: Sequence[Question]
-    examples: Sequence[Question] = ()  # what few-shot examples are drawn from; (): the questions, never one for itself
+    examples: Sequence[Question] = ()  # what examples are drawn from; (): the questions
     shots: int = 0  # examples before each question
     first: bool = False  # the first ``shots`` examples for every question; else drawn for each
+    leave_out: bool = True  # a question is none of its own examples: one more is drawn, as in lm-evaluation-harness
+    apart: bool = False  # each group is a task of its own: its examples, its --limit
     description: str = ""  # before everything
     before_target: str = " "  # between text and answer
     between: str = "\n\n"  # behind each example
@@ -82,6 +86,14 @@ class Scorer(Protocol):
         ...
 
 
+class Asked(NamedTuple):
+    """What came of the questions of one kind, before it is summed up."""
+
+    each: dict[str, np.ndarray]  # as Outcome's
+    answers: list[dict[str, object]]  # what the model said of each question, for --log
+    notes: list[str]
+
+
 class Metric(NamedTuple):
     """A mean over questions."""
 
@@ -97,7 +109,9 @@ class Outcome:
     kind: str
     questions: int
     metrics: Mapping[str, Metric]  # such as acc, acc_per_byte
-    each: Mapping[str, np.ndarray]  # metric -> (questions,) float64: what it is the mean of
+    each: Mapping[str, np.ndarray]  # such as acc, logprob -> (questions,) float64: what metrics are means of
     groups: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # questions of each group
+    shots: int = 0  # examples before each question
     cut: int = 0  # rows longer than the context, whose first tokens were left out
     notes: tuple[str, ...] = ()
