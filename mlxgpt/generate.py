@@ -255,10 +255,16 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
     return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
 
 
-def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
+def score(
+    model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None, kv_bits: int = 0
+) -> np.ndarray:
+    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory.
+
+    With ``kv_bits`` 8 or 4 queries see keys and values as a cache of so many bits gives them.
+    """
+    cache = make_cache(model, *tokens.shape, kv_bits=kv_bits) if kv_bits else None
     places = None if positions is None else mx.array(positions)
-    hidden, labels = model.hidden(mx.array(tokens), places), mx.array(targets)
+    hidden, labels = model.hidden(mx.array(tokens), places, cache=cache), mx.array(targets)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):
         piece = slice(start, start + HEAD)

@@ -1,6 +1,8 @@
 """A cache in 8 or 4 bits: MLX's format in both frameworks, each token rounded once, and the bytes that it says."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,15 +14,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from decoding import BACKENDS, GENERATE, logits_of, make_config, make_model, some_tokens
+from decoding import BACKENDS, GENERATE, logits_of, make_config, make_model, make_weights, some_tokens
+from serving import running, served_model, submit
 
 import mlxgpt.cache
 import mlxgpt.model
 import torch_ref.affine
 import torch_ref.cache
 import torch_ref.model
+from mlxgpt import cli
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.folders.model_folder import write_model
 from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import affine
 
@@ -153,3 +158,44 @@ def test_scales_of_another_group_are_caught(backend: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "dequantize", shifted)
     with pytest.raises(AssertionError):
         test_a_prompt_in_pieces_is_the_whole_one(backend, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_any_company_draw_what_they_draw_alone(backend: str) -> None:
+    """Rows join, leave and begin with what others held, and all of it is words."""
+    config = wide_config()
+    model = make_model(backend, config)
+    with running(backend, lambda: served_model(backend, config), cache_bytes=1 << 20, kv_bits=8) as engine:
+        served = engine.served["tiny"]
+        cases = [(some_tokens(size, size), SampleConfig(max_tokens=10, seed=size)) for size in (3, 12, 19, 25)]
+        answers = [submit(engine, served, *case).wait() for case in cases]
+        again = submit(engine, served, [*cases[3][0], 1, 2, 3], cases[3][1]).wait()
+    assert again.begun is not None and again.begun.cached == 25
+    cases.append(([*cases[3][0], 1, 2, 3], cases[3][1]))
+    for (prompt, sample), answer in zip(cases, [*answers, again], strict=True):
+        assert answer.tokens == [GENERATE[backend].generate(model, None, [prompt], sample, kv_bits=8)[0].tokens]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_commands_hold_a_cache_in_bits(backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
+    for folder, config in ((narrow, make_config("llama")), (wide, wide_config())):
+        write_model(folder, config, make_weights(config))
+    text = tmp_path / "text.bin"
+    np.array(some_tokens(120), np.uint16).tofile(text)
+    losses, ids = {}, ",".join(map(str, some_tokens(9)))
+    for bits in ("", "8", "4"):
+        flags = ["--backend", backend, "--json", *(["--kv-bits", bits] if bits else [])]
+        assert cli.main(["generate", "-m", str(wide), "--prompt-ids", ids, "--seed", "3", "-n", "8", *flags]) == 0
+        sample = SampleConfig(max_tokens=8, seed=3)
+        model = make_model(backend, wide_config())
+        right = GENERATE[backend].generate(model, None, [some_tokens(9)], sample, kv_bits=int(bits or 0))[0].tokens
+        assert json.loads(capfd.readouterr().out)["token_ids"] == right
+        assert cli.main(["eval", "-m", str(wide), "-d", str(text), *flags]) == 0
+        losses[bits] = json.loads(capfd.readouterr().out)["loss"]
+    assert len(set(losses.values())) == 3 and np.ptp(list(losses.values())) < 0.05
+    commands = (["generate", "--prompt-ids", "1"], ["eval", "-d", str(text)], ["serve", "--port", "0"])
+    for command in commands:
+        assert cli.main([*command, "-m", str(narrow), "--backend", backend, "--kv-bits", "8"]) == 2
+        told = capfd.readouterr()
+        assert told.out == "" and "head_dim of 8: expected" in told.err and told.err.count("\n") == 1

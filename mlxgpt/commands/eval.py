@@ -17,13 +17,14 @@ from mlxgpt.common.evaluate.score import evaluate, evaluate_rows
 from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import rotary
 from mlxgpt.common.tasks import named, requests, shots, show
 from mlxgpt.common.tasks.task import Continued
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
-_DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
+_DATA = ("text_key", "split", "set", "stride", "kv_bits")  # flags of --data without --task
 _TASKS = ("limit", "shots", "log")
 
 
@@ -114,10 +115,12 @@ def _data(args: argparse.Namespace) -> int:
         raise UserError(
             f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens would be skipped"
         )
+    kv_cache.group_size(config.head_dim, args.kv_bits or 0)
     rows = evaluation_rows.is_rows(args.data, args.text_key or "text") or bool(args.set)
 
     def score(tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
-        return backend.generate.score(model, tokens, targets, positions if rotary.by_length(config) else None)
+        positions = positions if rotary.by_length(config) else None
+        return backend.generate.score(model, tokens, targets, positions, args.kv_bits or 0)
 
     with _progress(args) as say:
         if rows:

@@ -32,14 +32,21 @@ class Answer:
 
 
 class Conversation:
-    """Messages and the model that answers them; ``system`` is the first message, if any."""
+    """Messages and the model that answers them; ``system`` is the first message, if any; ``kv_bits`` of the cache."""
 
     def __init__(
-        self, backend: Backend, model: Any, tokenizer: Tokenizer, template: Template, ends: set[int], system: str = ""
+        self,
+        backend: Backend,
+        model: Any,
+        tokenizer: Tokenizer,
+        template: Template,
+        ends: set[int],
+        system: str = "",
+        kv_bits: int = 0,
     ) -> None:
         self._backend, self._model, self._tokenizer, self._template = backend, model, tokenizer, template
         self._ends = ends | {template.end_id}
-        self._cache = backend.generate.make_cache(model, 1, model.config.block_size)
+        self._cache = backend.generate.make_cache(model, 1, model.config.block_size, kv_bits=kv_bits)
         self._held: list[int] = []  # ids whose keys and values are in the cache
         self._n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
         self.system = system

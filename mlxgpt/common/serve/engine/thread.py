@@ -35,6 +35,7 @@ class Engine:
         max_batch: choices that are drawn together.
         max_queue: requests that may wait for a place among them.
         cache_bytes: memory for keys and values that later requests may begin with; 0: none.
+        kv_bits: of keys and values: 8 or 4; 0 holds them as they are.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class Engine:
         max_batch: int = 16,
         max_queue: int = 64,
         cache_bytes: int = 0,
+        kv_bits: int = 0,
     ) -> None:
         self._backend, self._load, self._max_batch, self._max_queue = backend, load, max_batch, max_queue
         self.counts = Counts()
         self._prefixes = Prefixes(cache_bytes, backend.batching)
-        self._keeps = cache_bytes > 0
+        self._keeps, self._kv_bits = cache_bytes > 0, kv_bits
         self._served: Mapping[str, Served] = MappingProxyType({})
         self._lock = threading.Condition()  # guards what follows
         self._queue: deque[Task] = deque()
@@ -120,7 +122,7 @@ class Engine:
         try:
             self._served = MappingProxyType({served.name: served for served in self._load()})
             self._rows = {
-                name: (self._backend.batching.Batch(served.model, served.n_vocab), [])
+                name: (self._backend.batching.Batch(served.model, served.n_vocab, self._kv_bits), [])
                 for name, served in self._served.items()
             }
             self._ready.set()
@@ -248,7 +250,8 @@ class Engine:
                 self.counts.cache_hits += held is not None
                 self.counts.cache_misses += held is None
         top = (work.logprobs or 0) if work.score_prompt else None
-        task.prompt = self._backend.batching.Prompt(served.model, task.ids, served.n_vocab, held, top)
+        new = self._backend.batching.Prompt
+        task.prompt = new(served.model, task.ids, served.n_vocab, held, top, self._kv_bits)
 
     def _begin(self, task: Task) -> None:
         """Says that the prompt was read; once."""
