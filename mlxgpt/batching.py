@@ -145,9 +145,9 @@ class Batch:
         """Leaves each row its first tokens; what is drawn next comes after others are read."""
         self.lengths = list(lengths)
 
-    def layers(self, row: int) -> Layers:
-        """Keys and values of a row, in memory of their own."""
-        made = [layer.row(row, self.lengths[row]) for layer in self._cache]
+    def layers(self, row: int, end: int) -> Layers:
+        """Keys and values of a row's first tokens, in memory of their own."""
+        made = [layer.row(row, end) for layer in self._cache]
         mx.async_eval([layer.parts for layer in made])
         return made
 

@@ -100,10 +100,11 @@ def test_generation_far_beyond_the_window_draws_the_tokens_of_full_passes(
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "alibi"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_unequal_length_join_and_leave(backend: str, name: str) -> None:
+def test_rows_of_unequal_length_join_and_leave(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And begin with what others left, where a window still holds it; else they are read anew."""
     config = windowed(name)
     model = make_model(backend, config)
+    monkeypatch.setattr(GENERATE[backend], "PREFILL", 16)
     with running(backend, lambda: served_model(backend, config), max_batch=3, cache_bytes=1 << 20) as engine:
         served = engine.served["tiny"]
         sizes = ((4, 60), (90, 20), (23, 40), (41, 30), (60, 9))

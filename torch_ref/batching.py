@@ -145,9 +145,9 @@ class Batch:
         """Whole numbers on the device."""
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def layers(self, row: int) -> Layers:
-        """Keys and values of a row, in memory of their own."""
-        return [layer.row(row, self.lengths[row]) for layer in self._cache]
+    def layers(self, row: int, end: int) -> Layers:
+        """Keys and values of a row's first tokens, in memory of their own."""
+        return [layer.row(row, end) for layer in self._cache]
 
     @torch.no_grad()
     def draw(self, choices: Sequence[Choice]) -> Drawn:

@@ -145,6 +145,12 @@ class Cache:
         self.lengths = self.lengths + [held.begin + new] * count
         self.begins = self.begins + [held.begin] * count
 
+    def take(self, source: "Cache", rows: Sequence[int], index: Array, lengths: Sequence[int]) -> None:
+        """Begins each row with the first tokens, ``lengths``, of a row of another cache; ``index`` are its rows."""
+        self.begins, self.lengths = [source.begins[row] for row in rows], list(lengths)
+        end = self.held
+        self.parts = [part[:, :, :end][index] for part in source.parts]
+
     def keep(self, rows: Sequence[int], index: Array) -> None:
         """The rows that stay; ``index`` (n,) are the same on the device."""
         self.parts = [part[index] for part in self.parts]

@@ -29,6 +29,7 @@ class Backend:
     generate: ModuleType
     footprint: ModuleType
     batching: ModuleType
+    scoring: ModuleType
     calibrate: ModuleType
 
 
@@ -59,7 +60,7 @@ def presumed(name: str | None) -> str:
 def load(name: str | None) -> Backend:
     """The modules of a backend; ``name`` as in ``resolve``."""
     name = resolve(name)
-    parts = ("engine", "load", "generate", "footprint", "batching", "calibrate")
+    parts = ("engine", "load", "generate", "footprint", "batching", "scoring", "calibrate")
     return Backend(name, *(importlib.import_module(f"{PACKAGES[name]}.{part}") for part in parts))
 
 
