@@ -76,12 +76,16 @@ FLAGS = {
         "--logit-bias",
         "--logprobs",
         "--stop",
+        "--kv-bits",
         "--json",
     }
     | SAMPLING
     | RUNS_A_MODEL,
     "chat": {"--model", "--adapter", "--system", "--template", "--kv-bits"} | SAMPLING | RUNS_A_MODEL,
     "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
+    "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
+    | {"--dtype", "--tokens", "--text-key", "--json"}
+    | RUNS_A_MODEL,
     "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--kv-bits", "--json"}
     | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
