@@ -89,8 +89,9 @@ class Side:
 
     def drafted(self, given: Sequence[Any], sample: Any, counts: list[Any] | None) -> Draw:
         """By the server's engine, with drafts: of the draft model, else of the text; without ``counts`` with none."""
-        from mlxgpt.common.inference import drafters, generation
-        from mlxgpt.common.inference.lookup import Lookup
+        from mlxgpt.common.inference import generation
+        from mlxgpt.common.inference.drafts import drafters
+        from mlxgpt.common.inference.drafts.lookup import Lookup
         from mlxgpt.common.serve.alone import Alone, served_alone
 
         target = (self.model.config, self.tokenizer)

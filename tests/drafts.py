@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
-from mlxgpt.common.inference import generation, worth
+from mlxgpt.common.inference import generation
+from mlxgpt.common.inference.drafts import worth
 from mlxgpt.common.inference.generation import Result
 from mlxgpt.common.serve.alone import Alone, served_alone
 from mlxgpt.common.serve.work import Counts

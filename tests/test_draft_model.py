@@ -18,9 +18,9 @@ from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders.model_folder import write_model
-from mlxgpt.common.inference import draft_model, drafters
-from mlxgpt.common.inference.draft_model import DraftModel
-from mlxgpt.common.inference.lookup import Lookup
+from mlxgpt.common.inference.drafts import draft_model, drafters
+from mlxgpt.common.inference.drafts.draft_model import DraftModel
+from mlxgpt.common.inference.drafts.lookup import Lookup
 from mlxgpt.common.serve import models
 from mlxgpt.common.sft.template import with_chatml
 from mlxgpt.common.tokenizers.hf import made_of_bytes

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxgpt.common.config import SampleConfig
-from mlxgpt.common.inference import lookup, worth
-from mlxgpt.common.inference.lookup import Lookup
+from mlxgpt.common.inference.drafts import lookup, worth
+from mlxgpt.common.inference.drafts.lookup import Lookup
 from mlxgpt.common.tokenizers.load import train_tokenizer
 
 

@@ -66,6 +66,11 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         help="a smaller model of the same tokenizer, which guesses what comes: the same tokens, sooner")  # fmt: skip
 
 
+def add_kv_bits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv-bits", type=int, choices=[8, 4], default=0,
+        help="hold keys and values of a text in so many bits; default: as they are")  # fmt: skip
+
+
 def add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 

@@ -19,10 +19,10 @@ from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError, UserError, nearest
 from mlxgpt.common.files import read_json, write_json
 from mlxgpt.common.folders import base_and_adapters
-from mlxgpt.common.inference import drafters
+from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.inference.conversation import Answer, Conversation, Draw
+from mlxgpt.common.inference.drafts import drafters
 from mlxgpt.common.inference.generation import Result, Row
-from mlxgpt.common.plan import memory
 from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers import ends
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -62,7 +62,7 @@ def chat_command(args: argparse.Namespace) -> int:
     backend.generate.prepare(model)
     stop = set(ends.named(args.stop_token, tokenizer, "--stop-token"))
     draw = _drafting(args, backend, model, tokenizer, template, stop) if args.lookup or args.draft else None
-    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "", draw)
+    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "", args.kv_bits, draw)
     return Chat(conversation, sample, sys.stdin.isatty()).run()
 
 
@@ -76,7 +76,8 @@ def _drafting(
     (drafter,) = drafters.load(backend, args.lookup, args.draft, [(config, tokenizer)], args.device)
     ends = {tokenizer.eos_id, *tokenizer.ends, template.end_id, *stop}
     served = alone.served_alone(model, tokenizer, ends, drafter)
-    engine = alone.Alone(backend, served, 1, 2 * memory.kv_cache(config, 1, config.block_size, 4))
+    held = 2 * kv_cache.size(config, 1, config.block_size, 4, args.kv_bits)
+    engine = alone.Alone(backend, served, 1, held, args.kv_bits)
 
     def draw(
         row: Row, sample: SampleConfig, on_text: Callable[[str], None], stopped: Callable[[], bool]

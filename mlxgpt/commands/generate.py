@@ -17,7 +17,8 @@ from mlxgpt.common.data.corpus import parse_json
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.folders.base_and_adapters import expect_tokenizer
-from mlxgpt.common.inference import drafters, generation, prompts, sampling
+from mlxgpt.common.inference import generation, prompts, sampling
+from mlxgpt.common.inference.drafts import drafters
 from mlxgpt.common.inference.generation import Result
 from mlxgpt.common.sft.template import template_of
 from mlxgpt.common.tokenizers import ends as text_ends
@@ -113,7 +114,16 @@ def generate_command(args: argparse.Namespace) -> int:
         return _alone(args, backend, sample, model, tokenizer, asked, bias)
     screen = _Screen(len(asked) == 1 and not args.json)
     results = backend.generate.generate(
-        model, tokenizer, asked, sample, args.stop, screen.on_text, _ends(args, tokenizer), bias, args.logprobs
+        model,
+        tokenizer,
+        asked,
+        sample,
+        args.stop,
+        screen.on_text,
+        _ends(args, tokenizer),
+        bias,
+        args.logprobs,
+        args.kv_bits,
     )
     return _show(args, results, tokenizer, model.config.block_size, screen)
 
@@ -167,7 +177,8 @@ def _alone(
 
         schema = parse_json(prompts.read_text(args.json_schema, "--json-schema"), f"--json-schema {args.json_schema}")
         constrain = Guide(served).schema(schema)
-    engine, screen = alone.Alone(backend, served, len(rows)), _Screen(len(rows) == 1 and not args.json)
+    engine = alone.Alone(backend, served, len(rows), kv_bits=args.kv_bits)
+    screen = _Screen(len(rows) == 1 and not args.json)
     results = engine.generate(rows, sample, screen.on_text, bias, args.logprobs, constrain)
     return _show(args, results, tokenizer, config.block_size, screen, engine.counts if drafter else None)
 

@@ -7,11 +7,12 @@ from mlxgpt.common import backend as backends
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError
-from mlxgpt.common.inference import drafters, generation, sampling
+from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.choosing import Chosen
-from mlxgpt.common.inference.drafters import Make, n_vocab_of
+from mlxgpt.common.inference.drafts import drafters
+from mlxgpt.common.inference.drafts.drafters import Make, n_vocab_of
+from mlxgpt.common.inference.drafts.lookup import Lookup
 from mlxgpt.common.inference.generation import OnText, Result, Row
-from mlxgpt.common.inference.lookup import Lookup
 from mlxgpt.common.serve.engine import Engine
 from mlxgpt.common.serve.work import Begun, Constraint, Counts, Piece, Served, Work
 from mlxgpt.common.tokenizers.protocol import Tokenizer
@@ -75,10 +76,13 @@ class Alone:
         served: in evaluation mode, and prepared.
         rows: answers that are drawn together.
         cache_bytes: as the Engine's.
+        kv_bits: of the cache: 8 or 4; 0 holds keys and values as they are.
     """
 
-    def __init__(self, backend: Backend, served: Served, rows: int, cache_bytes: int = 0) -> None:
-        self._engine = Engine(backend, lambda: [served], max_batch=rows, max_queue=rows, cache_bytes=cache_bytes)
+    def __init__(self, backend: Backend, served: Served, rows: int, cache_bytes: int = 0, kv_bits: int = 0) -> None:
+        self._engine = Engine(
+            backend, lambda: [served], max_batch=rows, max_queue=rows, cache_bytes=cache_bytes, kv_bits=kv_bits
+        )
         self._served = served
         self._engine.open()
 

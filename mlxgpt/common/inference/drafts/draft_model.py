@@ -10,8 +10,8 @@ from typing import Any
 
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.inference import worth
 from mlxgpt.common.inference.drafting import Drawing
+from mlxgpt.common.inference.drafts import worth
 from mlxgpt.common.model import params, rotary
 
 FIRST, WEIGHT = 0.7, 8  # how often a guess is right before anything was seen, and how many tries that weighs

@@ -7,9 +7,9 @@ from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters, model_folder
-from mlxgpt.common.inference.draft_model import DraftModel
 from mlxgpt.common.inference.drafting import Drafter
-from mlxgpt.common.inference.lookup import Lookup
+from mlxgpt.common.inference.drafts.draft_model import DraftModel
+from mlxgpt.common.inference.drafts.lookup import Lookup
 from mlxgpt.common.tokenizers import load as tokenizers
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 

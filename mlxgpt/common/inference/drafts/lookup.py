@@ -6,8 +6,8 @@ few lookups a token how often a match of some length goes on.
 
 from collections.abc import Sequence
 
-from mlxgpt.common.inference import worth
 from mlxgpt.common.inference.drafting import Drawing
+from mlxgpt.common.inference.drafts import worth
 
 SIZES = (4, 3, 2)  # tokens that two places must share at their ends, longest first
 LATEST = 2**16  # places of each size that are remembered at least, and half of those at most
