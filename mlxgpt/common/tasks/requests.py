@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mlxgpt.common.errors import RunError
+from mlxgpt.common.errors import RunError, UserError
 from mlxgpt.common.tasks import answers, code, compare, metrics, shots
 from mlxgpt.common.tasks.task import Asked, Continued, Outcome, Question, Scorer, Task
 
@@ -60,7 +60,12 @@ def _scored(
     pairs: Sequence[tuple[str, str]], where: Sequence[str], scorer: Scorer, say: Say
 ) -> tuple[list[Continued], list[int]]:
     """What the model says of each continuation behind its context, and its tokens; ``where`` is for errors."""
-    ids = [scorer.encode(*pair) for pair in pairs]
+    ids = []
+    for place, pair in zip(where, pairs, strict=True):
+        try:
+            ids.append(scorer.encode(*pair))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     found = scorer.continuations(ids, say)
     for place, one in zip(where, found, strict=True):
         _finite(place, one.logprob)
