@@ -37,9 +37,10 @@ _TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, or scores on each --task, as lines or as one JSON object."""
     needed, others = ("--task", _DATA) if args.task else ("--data without --task", _TASKS)
-    unfit = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [], False)]
-    if unfit:
-        raise UserError(f"{unfit[0]}: does nothing with {needed}")
+    for name in others:
+        value = getattr(args, name)
+        if value not in (None, []) and value is not False:
+            raise UserError(f"--{name.replace('_', '-')}: does nothing with {needed}")
     if args.task:
         return _tasks(args)
     if not args.data:
