@@ -246,13 +246,13 @@ def asked(generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stopped
 
 def test_a_signal_ends_the_questions(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [Result("cat", [], 1, "stop")] * 2
-    assert asked(lambda *given: results, monkeypatch) == {"says": {"exact_match": 0.5}}
+    assert asked(lambda *given, **more: results, monkeypatch) == {"says": {"exact_match": 0.5}}
     with pytest.raises(tasks.Stopped):
-        asked(lambda *given: results, monkeypatch, stopped=True)
+        asked(lambda *given, **more: results, monkeypatch, stopped=True)
 
 
 def test_numbers_that_are_not_finite_end_no_run(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any) -> Any:
+    def broken(*given: Any, **more: Any) -> Any:
         raise RunError("the model's logits are not finite")
 
     found = asked(broken, monkeypatch)

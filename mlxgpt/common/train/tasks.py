@@ -126,10 +126,10 @@ def _parts(given: str) -> tuple[str, str]:
 def _try(task: Task, limit: int | None, model: ModelConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     """Asks a model that says nothing, so that whatever cannot be asked is found before training."""
 
-    def nothing(model: Any, groups: Any, rows: int, say: Any) -> list[list[Continued]]:
+    def nothing(model: Any, groups: Any, *others: Any) -> list[list[Continued]]:
         return [[Continued(0.0, False)] * len(group.continuations) for group in groups]
 
-    def silence(model: Any, tokenizer: Any, prompts: Sequence[Any], *others: Any) -> list[Any]:
+    def silence(model: Any, tokenizer: Any, prompts: Sequence[Any], *others: Any, **more: Any) -> list[Any]:
         return [SimpleNamespace(text="")] * len(prompts)
 
     backend: Any = SimpleNamespace(
