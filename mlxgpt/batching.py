@@ -134,9 +134,9 @@ class Batch:
         """Leaves each row its first tokens; what is drawn next comes after others are read."""
         self.lengths = list(lengths)
 
-    def layers(self, row: int) -> Layers:
-        """Keys and values of a row, in memory of their own."""
-        end, rows = self.lengths[row], slice(row, row + 1)
+    def layers(self, row: int, end: int) -> Layers:
+        """Keys and values of a row's first tokens, in memory of their own."""
+        rows = slice(row, row + 1)
         made = [
             (mx.contiguous(layer.keys[rows, :, :end]), mx.contiguous(layer.values[rows, :, :end]))
             for layer in self._cache

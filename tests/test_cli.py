@@ -82,6 +82,9 @@ FLAGS = {
     | RUNS_A_MODEL,
     "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
     "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
+    "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
+    | {"--dtype", "--tokens", "--text-key", "--json"}
+    | RUNS_A_MODEL,
     "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},

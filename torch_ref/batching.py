@@ -134,9 +134,9 @@ class Batch:
         """Whole numbers on the device."""
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def layers(self, row: int) -> Layers:
-        """Keys and values of a row, in memory of their own."""
-        end, rows = self.lengths[row], slice(row, row + 1)
+    def layers(self, row: int, end: int) -> Layers:
+        """Keys and values of a row's first tokens, in memory of their own."""
+        rows = slice(row, row + 1)
         return [(layer.keys[rows, :, :end].clone(), layer.values[rows, :, :end].clone()) for layer in self._cache]
 
     @torch.no_grad()

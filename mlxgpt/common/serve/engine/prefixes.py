@@ -32,7 +32,7 @@ class Prefixes:
     """
 
     def __init__(self, limit: int, batching: Any) -> None:
-        self._limit, self._batching = limit, batching
+        self.limit, self._batching = limit, batching
         self._entries: list[_Entry] = []
         self._clock = 0
 
@@ -66,7 +66,7 @@ class Prefixes:
     def add(self, name: str, ids: Sequence[int], layers: Any) -> None:
         """Holds a sequence; those that it begins with are no longer needed."""
         made, size = np.array(ids, np.int64), self._batching.size(layers)
-        if size > self._limit:
+        if size > self.limit:
             return
         self._clock += 1
         kept = []
@@ -80,7 +80,7 @@ class Prefixes:
         self._entries = [*kept, _Entry(name, made, layers, size, self._clock)]
         total = self.bytes
         for entry in sorted(self._entries, key=lambda entry: entry.used):
-            if total <= self._limit:
+            if total <= self.limit:
                 break
             self._entries.remove(entry)
             total -= entry.bytes
