@@ -308,7 +308,7 @@ def main() -> None:
             if subject is None:
                 print("stories260K is not here: MLXGPT_STORIES260K names no folder with it", file=sys.stderr)
                 continue
-            head = "| bits | method | perplexity | loss | KL | bits per weight | KiB | s |\n" + "|---" * 8 + "|"
+            head = "| bits | method | perplexity | loss | KL | bits per weight | KiB | s |\n|" + "---|" * 8
             made += [f"\n### {subject.name}\n", head]
             print(*made[-2:], sep="\n", flush=True)
             whole = 0.0

@@ -85,12 +85,13 @@ def clip(weight: np.ndarray, inputs: Inputs, scheme: Scheme) -> np.ndarray:
     best, least = groups.copy(), np.full(groups.shape[:2], np.inf, np.float32)
     for shrink in SHRINKS:
         cut = np.clip(groups, low * np.float32(shrink), high * np.float32(shrink))
-        rounded = Quantized.of(cut.reshape(weight.shape), scheme.bits, size).dequantize().reshape(groups.shape)
+        stored = cut.reshape(weight.shape).astype(weight.dtype)
+        rounded = Quantized.of(stored, scheme.bits, size).dequantize().reshape(groups.shape)
         change = (rounded - groups).swapaxes(0, 1)  # (groups, n_out, size)
         cost = ((change @ own) * change).sum(-1).T
         better = cost < least
         best[better], least[better] = cut[better], cost[better]
-    return best.reshape(weight.shape)
+    return best.reshape(weight.shape).astype(weight.dtype)
 
 
 def quantize(weight: np.ndarray, inputs: Inputs, scheme: Scheme) -> Quantized:
