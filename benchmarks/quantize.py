@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.__main__ import THREADS, describe
 from benchmarks.report import DOCS, replace_section
 
-GROUP, WINDOW, CALIBRATION, MEASURED, BATCH = 64, 256, 96, 48, 16
+GROUP, WINDOW, CALIBRATION, MEASURED, BATCH = 64, 256, 64, 32, 8
 PEERS = ("convert", "gptq", "awq", "dwq", "dwq-1e-4", "dynamic_quant")
 PAGE, HEADING = DOCS / "benchmarks.md", "Quantization"
 TRAINED = ["family=llama", "n_layer=4", "n_head=4", "n_kv_head=2", "n_embd=128", "n_hidden=384", "block_size=256"]
@@ -239,7 +239,7 @@ def rows_of(subject: Subject, all_bits: list[int], place: Path) -> Iterator[tupl
     yield "32", "float32", evaluator.whole, 0.0
     for bits in all_bits:
         uniform, size = None, 0.0
-        for method in ("rtn", "gptq", "awq", "rtn, mixed", "gptq, mixed", "awq, mixed"):
+        for method in ("rtn", "gptq", "awq", "rtn, mixed", "gptq, mixed"):
             name, _, mixed = method.partition(", ")
             if mixed and (not uniform or bits > 4):
                 continue
@@ -274,10 +274,10 @@ def recovered(
         text = subject.text.read_text(encoding="utf-8")
         for at in range(0, len(text), 700):
             print(json.dumps({"text": text[at : at + 700]}), file=file)
-    words = ("--rank", 8, "-n", 300, "--lr", 1e-3, "--batch-size", 4, "-s", "train.eval_every=100")
+    words = ("--rank", 8, "-n", 200, "--lr", 1e-3, "--batch-size", 4, "-s", "train.eval_every=100")
     length = ("-s", f"tune.block_size={WINDOW}", "-s", "tune.overflow=truncate")
     seconds, wrong = mlxgpt("finetune", "-m", base, "-d", data, "-o", run, *words, *length)
-    yield str(bits), "gptq, then LoRA (300 steps)", wrong or evaluator.measure(base, run), seconds
+    yield str(bits), "gptq, then LoRA, 200 steps", wrong or evaluator.measure(base, run), seconds
 
 
 def line(bits: str, method: str, found: Figures | str, seconds: float, whole: float) -> str:
