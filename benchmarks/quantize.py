@@ -197,7 +197,6 @@ def peer(method: str, folder: str, made: str, bits: str, text: str) -> None:
     rows = windows(Path(folder), Path(text))[:CALIBRATION]
     model, tokenizer, config = load(folder, return_config=True)  # type: ignore[misc]
     data, count = mx.array(rows[:, :-1]), int(float(bits))
-    scheme = {"bits": count, "group_size": GROUP}
     if method == "convert":
         model, config = quantize_model(model, config, GROUP, count)
     elif method == "gptq":
@@ -212,7 +211,7 @@ def peer(method: str, folder: str, made: str, bits: str, text: str) -> None:
         import mlx.optimizers as optimizers
 
         whole, rate = copy.deepcopy(model), float(method.partition("-")[2] or 1e-6)
-        model, config = quantize_model(model, config, **scheme)
+        model, config = quantize_model(model, config, GROUP, count)
         parts = [(row.tolist(), 0) for row in rows]
         dwq.dwq_quantize(
             model, lambda batch, n, split: whole(batch), optimizers.Adam(rate, bias_correction=True),

@@ -56,7 +56,7 @@ def schemes(
         for name in modules
     }
     weights = params.count(source.config)
-    least = {name: dict.fromkeys(BITS, 0.0) for name in modules}
+    least: dict[str, dict[int, float]] = {name: {bits: 0.0 for bits in BITS} for name in modules}
     choose(least, sizes, other, weights, target)  # refuses before it measures
     few = rows[: max(1, TOKENS // (rows.shape[1] - 1))]
     losses = expected_losses(walk, source, few, modules, group_size, lambda name: say(f"sensitivity of {name}"))
