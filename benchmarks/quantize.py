@@ -3,7 +3,7 @@
     python -m benchmarks.quantize [--models stories,trained] [--bits 2,3,4,8] [--steps 300] [--write]
     MLXGPT_STORIES260K=FOLDER python -m benchmarks.quantize       with llama2.c's stories260K.bin and tok512.bin
 
-Two models: stories260K, on stories that it wrote itself, and a llama of 0.9 M parameters trained here on Python's own
+Two models: stories260K, on stories that it wrote itself, and a llama of 0.5 M parameters trained here on Python's own
 docstrings. Calibration and measuring take windows of different documents; every result is a folder that mlx-lm loads,
 and is measured by mlxgpt from that folder: perplexity, KL(float32 || quantized) in nats a token, bits per weight of all
 tensors. All matrices are quantized in groups of 64, embedding and head too, by mlx_lm's methods at the same bits.
@@ -32,7 +32,7 @@ from benchmarks.report import DOCS, replace_section
 GROUP, WINDOW, CALIBRATION, MEASURED, BATCH = 64, 256, 64, 32, 8
 PEERS = ("convert", "gptq", "awq", "dwq", "dwq-1e-4", "dynamic_quant")
 PAGE, HEADING = DOCS / "benchmarks.md", "Quantization"
-TRAINED = ["family=llama", "n_layer=4", "n_head=4", "n_kv_head=2", "n_embd=128", "n_hidden=384", "block_size=256"]
+TRAINED = ["family=llama", "n_layer=2", "n_head=4", "n_kv_head=2", "n_embd=128", "n_hidden=384", "block_size=256"]
 
 
 @dataclass
@@ -81,6 +81,8 @@ def stories(place: Path) -> Subject | None:
     if not (source / "stories260K.bin").is_file():
         return None
     folder = place / "stories"
+    if folder.exists():
+        return Subject("stories260K", folder, place / "stories-calibration.txt", place / "stories-held.txt")
     words = ("convert", source / "stories260K.bin", folder, "--to", "hf", "--tokenizer", source / "tok512.bin")
     needed(mlxgpt(*words))
     for name, seed, rows in (("calibration", 1, CALIBRATION), ("held", 2, MEASURED)):
@@ -119,11 +121,12 @@ def trained(place: Path, steps: int) -> Subject:
     for name, chosen in parts.items():
         (place / f"docs-{name}.txt").write_text("\n".join(texts[n] for n in chosen), encoding="utf-8")
     sizes = [word for size in TRAINED for word in ("-s", f"model.{size}")]
-    words = ("-s", "data.vocab_size=1024", "-s", "train.eval_every=0", "--batch-size", 16, "--lr", 3e-3)
+    words = ("-s", "data.vocab_size=512", "-s", "train.eval_every=0", "--batch-size", 8, "--lr", 4e-3)
     run = place / "run"
     text = place / "docs-train.txt"
-    needed(mlxgpt("train", "pydocs", "-d", text, "-o", run, "-n", steps, *words, *sizes, "--backend", "torch"))
-    needed(mlxgpt("convert", run, place / "trained", "--to", "hf"))
+    if not (place / "trained").exists():
+        needed(mlxgpt("train", "pydocs", "-d", text, "-o", run, "-n", steps, *words, *sizes, "--backend", "torch"))
+        needed(mlxgpt("convert", run, place / "trained", "--to", "hf"))
     return Subject("trained", place / "trained", place / "docs-calibration.txt", place / "docs-held.txt")
 
 
@@ -294,6 +297,7 @@ def main() -> None:
     parser.add_argument("--models", default="stories,trained")
     parser.add_argument("--bits", default="2,3,4,8")
     parser.add_argument("--steps", type=int, default=300, help="of training the second model")
+    parser.add_argument("--place", type=Path, help="a folder that keeps models and texts for another run")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--peer", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -301,7 +305,7 @@ def main() -> None:
         return peer(*args.peer)
     start, made = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        place = args.place or Path(folder)
         for name in args.models.split(","):
             subject = stories(place) if name == "stories" else trained(place, args.steps)
             if subject is None:

@@ -12,7 +12,7 @@ WIDE: dict[str, Any] = dict(n_embd=64, n_hidden=96, block_size=32, vocab_size=80
 CONFIGS = {
     "llama": tiny(family="llama", **WIDE),
     "qwen3": tiny(family="qwen3", n_kv_head=2, head_dim=16, tied=False, **WIDE),
-    "gpt2": tiny(family="gpt2", **WIDE),
+    "gpt2": tiny(family="gpt2", **WIDE | {"n_hidden": 256}),  # mlx-lm has no other
 }
 
 
