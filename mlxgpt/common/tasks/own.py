@@ -49,19 +49,22 @@ def read(path: Path) -> Task:
     if kind == "code":
         return replace(task, before_target="", stop=code.STOP)
     if kind == "answer":
-        lines = any("\n" in each.target.strip() for each in questions)
-        return replace(task, stop=("\n\n",) if lines else ("\n",), alike=str.strip)
+        right = [answer for each in questions for answer in (each.target, *each.choices)]
+        stop = ("\n\n",) if any("\n" in answer.strip() for answer in right) else ("\n",)
+        # a token is a character at least, and what is longer than every right answer is wrong
+        sample = replace(task.sample, max_tokens=min(256, max(map(len, right)) + 8))
+        return replace(task, stop=stop, alike=str.strip, sample=sample)
     return task
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
-    for kind, (needed, optional) in _KEYS.items():
-        if all(key in row for key in needed) and (not optional or any(key in row for key in optional)):
-            return kind
     known = {key for needed, optional in _KEYS.values() for key in (*needed, *optional)}
     meant = next((f"; {key}{near}" for key in row if key not in known and (near := nearest(key, known))), "")
     if "choices" in row and "answer" not in row:
         raise UserError(f"{where}: no answer{meant}: expected the index, the text or the letter of a choice")
+    for kind, (needed, optional) in _KEYS.items():
+        if all(key in row for key in needed) and (not optional or any(key in row for key in optional)):
+            return kind
     raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}{meant}: expected {_FORMS}")
 
 

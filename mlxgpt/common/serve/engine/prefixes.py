@@ -51,7 +51,8 @@ class Prefixes:
         for entry in self._entries:
             if entry.name == name and self._usable(config, len(entry.ids), len(ids)):
                 same = _alike(entry.ids, wanted)
-                best, most = (entry, same) if same > most else (best, most)
+                if same > most and self._batching.reaches(entry.layers, same):
+                    best, most = entry, same
         if best is None:
             return 0, None
         self._clock += 1
@@ -72,10 +73,10 @@ class Prefixes:
         kept = []
         for entry in self._entries:
             same = _alike(entry.ids, made) if entry.name == name else 0
-            if same == len(made):  # nothing new
+            if same == len(made) and self._batching.reaches(entry.layers, same):  # nothing new
                 entry.used = self._clock
                 return
-            if same < len(entry.ids):
+            if same < len(entry.ids) or not self._batching.reaches(layers, same):
                 kept.append(entry)
         self._entries = [*kept, _Entry(name, made, layers, size, self._clock)]
         total = self.bytes

@@ -16,11 +16,12 @@ class Rows:
     Args:
         served: the model.
         batching: the backend's module.
+        kv_bits: of the cache: 8 or 4; 0 holds keys and values as they are.
     """
 
-    def __init__(self, served: Served, batching: Any) -> None:
+    def __init__(self, served: Served, batching: Any, kv_bits: int = 0) -> None:
         self.served, self.slots = served, list[Slot]()
-        self.batch = batching.Batch(served.model, served.n_vocab)
+        self.batch = batching.Batch(served.model, served.n_vocab, kv_bits)
         self._drafter = served.drafter() if served.drafter else None
 
     @property

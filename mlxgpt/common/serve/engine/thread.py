@@ -32,6 +32,7 @@ class Engine:
         max_batch: choices that are drawn together.
         max_queue: requests that may wait for a place among them.
         cache_bytes: memory for keys and values that later requests may begin with; 0: none.
+        kv_bits: of keys and values: 8 or 4; 0 holds them as they are.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Engine:
         max_batch: int = 16,
         max_queue: int = 64,
         cache_bytes: int = 0,
+        kv_bits: int = 0,
     ) -> None:
         self._backend, self._load, self._max_batch, self._max_queue = backend, load, max_batch, max_queue
         self._prefixes = Prefixes(cache_bytes, backend.batching)
+        self._kv_bits = kv_bits
         self._telling = Telling(self.cancel, self._prefixes.clear)
         self._steps = Steps(self._telling, self._prefixes)
         self.counts: Counts = self._telling.counts
@@ -116,7 +119,9 @@ class Engine:
     def _main(self) -> None:
         try:
             self._served = MappingProxyType({served.name: served for served in self._load()})
-            self._rows = {name: Rows(served, self._backend.batching) for name, served in self._served.items()}
+            self._rows = {
+                name: Rows(served, self._backend.batching, self._kv_bits) for name, served in self._served.items()
+            }
             self._ready.set()
             while self._turn():
                 pass
@@ -239,7 +244,8 @@ class Engine:
                 self.counts.cache_hits += held is not None
                 self.counts.cache_misses += held is None
         top = (work.logprobs or 0) if work.score_prompt else None
-        task.prompt = self._backend.batching.Prompt(served.model, task.ids, served.n_vocab, held, top)
+        new = self._backend.batching.Prompt
+        task.prompt = new(served.model, task.ids, served.n_vocab, held, top, self._kv_bits)
 
     def _begin(self, task: Task) -> None:
         """Says that the prompt was read; once."""
