@@ -105,6 +105,13 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=positive, metavar="N", help="with --task: the first N questions")
     add("--shots", type=natural, metavar="N", help="with --task: examples before each question; default: the task's")
     add("--log", action=Once, metavar="FILE", help="with --task: a new .jsonl, the outcome of each question")
+    add("--against", action=Once, metavar="MODEL",
+        help="with --task: another model, or the --log of one, for the differences and how sure they are")  # fmt: skip
+    add("--run-code", action="store_true",
+        help="run programs that the model writes for tasks such as humaneval, each in a process without network, "
+        "with little time and memory and a folder of its own")  # fmt: skip
+    add("--draws", type=positive, metavar="N",
+        help="with --run-code: programs a question, at temperature 0.8; default: 1, greedy")  # fmt: skip
     add("--text-key", metavar="KEY", help="with --data: key or column that holds the text; default: text")
     add("--split", choices=["train", "val", "test"],
         help="with --data: split of shards or of a folder of examples; default: val")  # fmt: skip

@@ -2,14 +2,18 @@
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.evaluate import rows as evaluation_rows
 from mlxgpt.common.evaluate.score import evaluate, evaluate_rows
@@ -17,18 +21,23 @@ from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.model import rotary
-from mlxgpt.common.tasks import named, requests, shots, show
+from mlxgpt.common.rows.files import read_values
+from mlxgpt.common.tasks import code, compare, named, requests, shots, show
 from mlxgpt.common.tasks.scorer import ModelScorer
+from mlxgpt.common.tasks.task import Outcome, Task
 from mlxgpt.common.tokenizers import beginning
+from mlxgpt.common.tokenizers.protocol import Tokenizer
+from mlxgpt.common.user_code import limited
 
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
-_TASKS = ("limit", "shots", "log")
+_KEPT = {"files": "files outside their folder", "processes": "other processes"}
+_TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, or scores on each --task, as lines or as one JSON object."""
     needed, others = ("--task", _DATA) if args.task else ("--data without --task", _TASKS)
-    unfit = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [])]
+    unfit = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [], False)]
     if unfit:
         raise UserError(f"{unfit[0]}: does nothing with {needed}")
     if args.task:
@@ -39,35 +48,94 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    tasks = named.read_all(args.task, args.data, args.shots)
+    tasks = _with_draws(named.read_all(args.task, args.data, args.shots), args)
     if args.log and Path(args.log).exists():
         raise UserError(f"--log {args.log}: exists already: expected a new file")
     for task in tasks:  # examples that are missing are refused before a model is loaded
         shots.before(task, requests.first(task, args.limit))
+    earlier = _read_log(args, tasks) if args.against and Path(args.against).is_file() else {}
     backend = backends.load(args.backend)
-    model, tokenizer = backend.load.load(
-        args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
-    )
-    base_and_adapters.expect_task(model.config, args.model)
-    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
-    scorer = ModelScorer(backend, model, tokenizer)
-    begins = scorer.begins_with
-    logged: list[dict[str, object]] = []
-    outcomes = []
-    for task in tasks:
-        with _progress(args, f"{task.name}: ") as say:
-            outcomes.append(requests.ask(task, scorer, args.limit, say, logged.append))
-        if not args.json:
-            print("\n".join(show.lines(outcomes[-1])), flush=True)
+    asked = _ask(args, tasks, backend, args.model, base_and_adapters.parse_adapters(args.adapter) or None)
     if args.log:
         with atomic_write(Path(args.log)) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in logged)
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in asked.logged)
+    others = (
+        {each.task: each.each for each in _ask(args, tasks, backend, args.against, None).outcomes}
+        if (args.against and not earlier)
+        else earlier
+    )
+    apart = {each.task: compare.compare(each.each, others[each.task]) for each in asked.outcomes if others}
     if args.json:
-        found = {"tasks": {outcome.task: show.described(outcome) for outcome in outcomes}}
-        print(json.dumps({**found, "limit": args.limit, **beginning.described(tokenizer, begins)}))
-    else:
-        print(f"begins with    {beginning.shown(tokenizer, begins)}")
+        found: dict[str, Any] = {"tasks": {outcome.task: show.described(outcome) for outcome in asked.outcomes}}
+        for name, differences in apart.items():
+            found["tasks"][name]["against"] = {key: dataclasses.asdict(each) for key, each in differences.items()}
+        print(json.dumps({**found, "limit": args.limit, **beginning.described(asked.tokenizer, asked.begins)}))
+        return 0
+    for outcome in asked.outcomes:
+        if outcome.task in apart:
+            names = args.model, args.against
+            print("\n".join(compare.lines(apart[outcome.task], outcome.task, outcome.questions, names)))
+    print(f"begins with    {beginning.shown(asked.tokenizer, asked.begins)}")
     return 0
+
+
+class _Asked(NamedTuple):
+    """What a model said to every task."""
+
+    outcomes: list[Outcome]
+    logged: list[dict[str, object]]
+    tokenizer: Tokenizer
+    begins: list[int]
+
+
+def _ask(
+    args: argparse.Namespace, tasks: Sequence[Task], backend: backends.Backend, path: str, adapters: Any
+) -> _Asked:
+    """Loads a model and asks it; prints what came of each task, unless --json."""
+    model, tokenizer = backend.load.load(path, adapter=adapters, device=args.device, force=args.force)
+    base_and_adapters.expect_task(model.config, path)
+    tokenizer = base_and_adapters.expect_tokenizer(tokenizer, path)
+    scorer = ModelScorer(backend, model, tokenizer)
+    made = _Asked([], [], tokenizer, scorer.begins_with)
+    for task in tasks:
+        with _progress(args, f"{task.name}: ") as say:
+            run = functools.partial(limited.run_all, say=say) if args.run_code else None
+            made.outcomes.append(requests.ask(task, scorer, args.limit, say, made.logged.append, run))
+        if not args.json:
+            print("\n".join([path] * bool(args.against) + show.lines(made.outcomes[-1])), flush=True)
+    return made
+
+
+def _with_draws(tasks: list[Task], args: argparse.Namespace) -> list[Task]:
+    """The tasks, those of code with --draws; refuses those without --run-code, and flags that none of them needs."""
+    of_code = [task for task in tasks if task.kind == "code"]
+    for name, given in (("--run-code", args.run_code), ("--draws", args.draws)):
+        if given and not of_code:
+            raise UserError(f"{name}: no task here has programs to run: expected such as --task humaneval")
+    if of_code:
+        closed = limited.check() if args.run_code else ()
+        code.expect_run(limited.run_all if args.run_code else None, of_code[0].name)
+        kept = " and ".join(f"{_KEPT[each]}" for each in closed) or "nothing: docs/evaluate.md says what still does"
+        sample = SampleConfig(temperature=0.8, top_p=0.95)
+        for at, task in enumerate(tasks):
+            if task.kind == "code":
+                draws = args.draws or task.draws
+                drawn = dataclasses.replace(sample, max_tokens=task.sample.max_tokens) if draws > 1 else task.sample
+                notes = (*task.notes, f"programs were run; the kernel kept them from {kept}")
+                tasks[at] = dataclasses.replace(task, draws=draws, sample=drawn, notes=notes)
+                code.check_draws(tasks[at])
+    return tasks
+
+
+def _read_log(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, dict[str, np.ndarray]]:
+    """Task -> its values by question in the log of --against, whose questions must be those of the tasks."""
+    rows = [row for _, row in read_values(Path(args.against))]
+    found = {}
+    for task in tasks:
+        asked = [compare.digest(each) for each in requests.first(task, args.limit)]
+        digests, found[task.name] = compare.logged(rows, task.name, args.against)
+        compare.expect_same(asked, digests, (args.model, args.against), task.name)
+    return found
 
 
 def _data(args: argparse.Namespace) -> int:

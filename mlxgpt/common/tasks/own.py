@@ -2,12 +2,14 @@
 
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.rows.files import read_values
 from mlxgpt.common.rows.values import shown, string_at, value_at
+from mlxgpt.common.tasks import code
 from mlxgpt.common.tasks.task import Question, Task
 
 # What makes a row one of a kind, and what it may have besides; the first kind that fits.
@@ -43,7 +45,13 @@ def read(path: Path) -> Task:
         raise UserError(f"{path}: empty: expected a question a line: {_FORMS}")
     notes = (f"keys that are not read: {', '.join(unused)}",) if unused else ()
     ready = kind == "cloze" or all(each.text[-1:].isspace() or not each.text for each in questions)
-    return Task(path.stem, kind, questions, before_target="" if ready else " ", notes=notes)
+    task = Task(path.stem, kind, questions, before_target="" if ready else " ", notes=notes)
+    if kind == "code":
+        return replace(task, before_target="", stop=code.STOP)
+    if kind == "answer":
+        lines = any("\n" in each.target.strip() for each in questions)
+        return replace(task, stop=("\n\n",) if lines else ("\n",), alike=str.strip)
+    return task
 
 
 def _kind(row: dict[str, Any], where: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mlxgpt.common.errors import RunError
-from mlxgpt.common.tasks import metrics, shots
+from mlxgpt.common.errors import RunError, UserError
+from mlxgpt.common.tasks import answers, code, compare, metrics, shots
 from mlxgpt.common.tasks.task import Asked, Continued, Outcome, Question, Scorer, Task
 
 Say = Callable[[str], None]
@@ -19,21 +19,27 @@ def ask(
     limit: int | None = None,
     say: Say = lambda text: None,
     log: Callable[[dict[str, object]], None] = lambda row: None,
+    run: code.Run | None = None,
 ) -> Outcome:
     """Asks the first ``limit`` questions (of each group, if apart) and sums up; ``log`` is told of each question.
 
     Raises:
-        UserError: too few examples for the task's shots, or a character that the tokenizer does not have.
+        UserError: programs and no ``run`` to run them; too few examples for the task's shots, or a character that the
+            tokenizer does not have.
         RunError: a log-probability that is not finite.
     """
     questions = first(task, limit)
     before = shots.before(task, questions)
     cut = scorer.cut
-    asked = _KINDS[task.kind](task, questions, before, scorer, say)
+    if task.kind == "code":
+        asked = code.ask(task, questions, before, scorer, code.expect_run(run, task.name), say)
+    else:
+        asked = _KINDS[task.kind](task, questions, before, scorer, say)
     for at, (question, answer) in enumerate(zip(questions, asked.answers, strict=True)):
         group = {"group": question.group} if question.group else {}
         values = {name: float(values[at]) for name, values in asked.each.items()}
-        log({"task": task.name, "question": question.where, **group, **answer, **values})
+        place = {"task": task.name, "question": question.where, "sha256": compare.digest(question)}
+        log({**place, **group, **answer, **values})
     return metrics.summed_up(task, questions, asked, scorer.cut - cut)
 
 
@@ -53,7 +59,12 @@ def _scored(
     pairs: Sequence[tuple[str, str]], where: Sequence[str], scorer: Scorer, say: Say
 ) -> tuple[list[Continued], list[int]]:
     """What the model says of each continuation behind its context, and its tokens; ``where`` is for errors."""
-    ids = [scorer.encode(*pair) for pair in pairs]
+    ids = []
+    for place, pair in zip(where, pairs, strict=True):
+        try:
+            ids.append(scorer.encode(*pair))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     found = scorer.continuations(ids, say)
     for place, one in zip(where, found, strict=True):
         _finite(place, one.logprob)
@@ -135,4 +146,4 @@ def _arrays(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, np.
     return {name: np.asarray(each, np.float64) for name, each in values.items()}
 
 
-_KINDS = {"choice": _choice, "cloze": _cloze, "text": _text, "pair": _pair}
+_KINDS = {"choice": _choice, "cloze": _cloze, "text": _text, "pair": _pair, "answer": answers.ask}
