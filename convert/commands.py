@@ -1,4 +1,4 @@
-"""The verbs ``convert``, ``fuse`` and ``verify``."""
+"""The verbs ``convert``, ``fuse``, ``quantize`` and ``verify``."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,7 @@ from convert import adapters
 from convert.conversion import convert, line
 from convert.formats.rounding import Rounding
 from convert.fuse import fuse
+from convert.quantize import run as quantizing
 from convert.verify import html as verify_html
 from convert.verify import text as verify_text
 from convert.verify import verify
@@ -104,6 +105,36 @@ def fuse_command(args: argparse.Namespace) -> int:
     for told in filter(None, (loss, str(rounding))):
         print(told)
     print(line(report))
+    return 0
+
+
+def quantize_command(args: argparse.Namespace) -> int:
+    """Quantizes and says in the last line what was written.
+
+    Args:
+        args: src, dst, bits, method, data, eval_data, text_key, tokens, adapter, group_size, dtype, hessians, force,
+            json, backend, device.
+    """
+    live = sys.stderr.isatty() and not args.json
+
+    def say(place: str) -> None:
+        if live:
+            print(f"\r{place}\033[K", end="", file=sys.stderr, flush=True)
+
+    report = quantizing.quantize(
+        args.src, args.dst, args.bits, args.method,
+        data=args.data, eval_data=args.eval_data, adapters=base_and_adapters.parse_adapters(args.adapter),
+        group_size=args.group_size, dtype=args.dtype, hessians=args.hessians, tokens=args.tokens,
+        text_key=args.text_key, force=args.force, backend=args.backend, device=args.device, say=say,
+    )  # fmt: skip
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    if args.json:
+        print(quantizing.to_json(report))
+        return 0
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(quantizing.show(report))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Attention and its cache, in MLX. Sizes in the comments are those of model.py."""
+"""Attention, in MLX. Sizes in the comments are those of model.py."""
 
 from functools import partial
 
@@ -9,46 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxgpt import fast, noise
+from mlxgpt.cache import Cache
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model import positions
 from mlxgpt.layers import Array, Dropout, Linear, Norm
-
-BLOCK = 256  # tokens by which a cache grows
-
-
-class Cache:
-    """Keys and values of one layer, of which ``offset`` tokens are held; room for ``length``, taken in blocks.
-
-    ``starts`` (B,): how many tokens each row holds, where these differ; ``offset`` is then the largest of them, and
-    what is behind a row's tokens is not looked at.
-    """
-
-    starts: Array | None = None
-
-    def __init__(self, batch: int, length: int, config: ModelConfig, dtype: mx.Dtype):
-        self.length, self.offset = length, 0
-        self.keys = self.values = mx.zeros((batch, config.n_kv_head, 0, config.head_dim), dtype)
-
-    def append(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Holds k and v (B, K, T, D) as well, and returns all that is held (B, K, S, D)."""
-        start, self.offset = self.offset, self.offset + k.shape[2]
-        assert self.offset <= self.length
-        if self.offset > self.keys.shape[2]:
-            self.keys, self.values = (self.grown(each, start) for each in (self.keys, self.values))
-        if self.starts is None:
-            self.keys[:, :, start : self.offset] = k
-            self.values[:, :, start : self.offset] = v
-        else:
-            rows, places = mx.arange(len(k))[:, None], self.starts[:, None] + mx.arange(k.shape[2])
-            self.keys[rows, :, places] = k.swapaxes(1, 2)
-            self.values[rows, :, places] = v.swapaxes(1, 2)
-        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
-
-    def grown(self, held: Array, tokens: int) -> Array:
-        """The first ``tokens`` of keys or values in an array of whole blocks that has room for ``offset``."""
-        room = min(self.length, -(-self.offset // BLOCK) * BLOCK)
-        more = mx.zeros((*held.shape[:2], room - tokens, held.shape[3]), held.dtype)
-        return mx.concatenate([held[:, :, :tokens], more], axis=2) if tokens else more
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

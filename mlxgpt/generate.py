@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxgpt import noise
+from mlxgpt.cache import Cache
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.inference import generation, sampling
 from mlxgpt.common.inference.generation import OnText, Result, Row
@@ -22,7 +23,7 @@ from mlxgpt.common.model import rotary
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.layers import Array
 from mlxgpt.losses import cross_entropy
-from mlxgpt.model import Cache, Model, make_cache
+from mlxgpt.model import Model, make_cache
 
 PREFILL = 512  # tokens of a prompt that pass through the model at once
 HEAD = 256  # tokens a row whose logits are held at once when a text is scored
@@ -136,6 +137,7 @@ def decode(
     cache: list[Cache] | None = None,
     bias: np.ndarray | None = None,
     top: int | None = None,
+    kv_bits: int = 0,
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Yields the next token of every row, step by step, as far as max_tokens and the context go; with ``top`` also what
     ``logprobs`` says of them and of so many others.
@@ -150,7 +152,7 @@ def decode(
     tokens = mx.array([[0] * (width - len(row.prompt)) + row.prompt for row in rows])  # (B, T)
     pads = [width - len(row.prompt) for row in rows]
     pad = mx.array(pads) if any(pads) else None
-    cache = cache or make_cache(model, len(rows), width + steps)
+    cache = cache or make_cache(model, len(rows), width + steps, kv_bits=kv_bits)
     held, by_length, fed = cache[0].offset, rotary.by_length(model.config), []
     keys = sampling.each_step_keys(sample.seed, [row.copy for row in rows], steps)
     seen = None
@@ -174,7 +176,7 @@ def decode(
         width = tokens.shape[1]
         logits = forward(tokens[:, start : start + PREFILL], width)
         for at in range(start + PREFILL, width, PREFILL):
-            mx.async_eval([layer.keys for layer in cache], [layer.values for layer in cache])
+            mx.async_eval([layer.parts for layer in cache])
             logits = forward(tokens[:, at : at + PREFILL], width)
         return logits
 
@@ -185,7 +187,7 @@ def decode(
         if not generation.switches(model.config, rows, step):
             return forward(token, width + step)
         for layer in cache:
-            layer.offset = 0
+            layer.cut(0)
         return read(mx.concatenate([tokens, *fed], axis=1), 0)
 
     def draw(logits: Array) -> tuple[Array, ...]:
@@ -220,15 +222,17 @@ def generate(
     ends: Collection[int] = (),
     bias: Mapping[int, float] = MappingProxyType({}),
     top: int | None = None,
+    kv_bits: int = 0,
 ) -> list[Result]:
     """What follows each prompt (text, or token ids); a prompt gets in a batch what it gets alone. Nothing is dropped.
 
     ``ends`` are tokens that end a text besides those of ``tokenizer``; ``bias`` is added to the logits of its ids;
-    with ``top`` the log-probability of each token is told, and so many of the likeliest.
+    with ``top`` the log-probability of each token is told, and so many of the likeliest. ``kv_bits`` 8 or 4
+    holds keys and values in so many bits; 0 as they are.
 
     Raises:
         UserError: a prompt that is empty, longer than the context, or has ids outside the vocabulary; a bias of such
-            an id, or one that is no finite number.
+            an id, or one that is no finite number; kv_bits that the model cannot have.
         RunError: the model's logits are not finite.
     """
     rows = generation.start_rows(model.config, tokenizer, prompts, stop, ends)
@@ -238,7 +242,7 @@ def generate(
     model.eval()
     try:
         if rows and sample.max_tokens:
-            for tokens, names in decode(model, rows, sample, n_vocab, bias=biases, top=top):
+            for tokens, names in decode(model, rows, sample, n_vocab, bias=biases, top=top, kv_bits=kv_bits):
                 if generation.advance(model.config, rows, tokens, sample, on_text, names):
                     break
     finally:
@@ -251,10 +255,16 @@ def sample_text(model: Model, tokenizer: Tokenizer, sample: SampleConfig) -> str
     return sample.prompt + generate(model, tokenizer, [sample.prompt], sample)[0].text
 
 
-def score(model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory."""
+def score(
+    model: Model, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None, kv_bits: int = 0
+) -> np.ndarray:
+    """Next-token losses (B, T) float32 of host arrays (B, T), the head a few tokens at a time to save memory.
+
+    With ``kv_bits`` 8 or 4 queries see keys and values as a cache of so many bits gives them.
+    """
+    cache = make_cache(model, *tokens.shape, kv_bits=kv_bits) if kv_bits else None
     places = None if positions is None else mx.array(positions)
-    hidden, labels = model.hidden(mx.array(tokens), places), mx.array(targets)
+    hidden, labels = model.hidden(mx.array(tokens), places, cache=cache), mx.array(targets)
     pieces = []
     for start in range(0, hidden.shape[1], HEAD):
         piece = slice(start, start + HEAD)

@@ -16,7 +16,8 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
 from mlxgpt import fast, inputs, noise, rope
-from mlxgpt.attention import Attention, Cache
+from mlxgpt.attention import Attention
+from mlxgpt.cache import Cache, make_room
 from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import params, rotary
@@ -127,9 +128,15 @@ class Block(nn.Module):
         return after + z
 
 
-def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None) -> list[Cache]:
-    """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    return [Cache(batch, length, model.config, dtype or model.dtype) for _ in model.h]
+def make_cache(model: "Model", batch: int, length: int, dtype: mx.Dtype | None = None, kv_bits: int = 0) -> list[Cache]:
+    """One empty cache a layer; dtype defaults to the model's compute dtype.
+
+    Raises:
+        UserError: ``kv_bits`` is not 8, 4 or 0, or no group of them divides head_dim.
+    """
+    config, dtype = model.config, dtype or model.dtype
+    windows = [config.window if layer in config.window_layers else 0 for layer in range(config.n_layer)]
+    return [Cache(batch, length, config, dtype, window, kv_bits) for window in windows]
 
 
 class Model(nn.Module):
@@ -303,17 +310,25 @@ class Model(nn.Module):
         the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
-        start, starts = (cache[0].offset, cache[0].starts) if cache else (0, None)
+        start, read = (cache[0].offset, cache[0].lengths) if cache else (0, [])
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
-            positions = mx.arange(start, start + T) if starts is None else starts[:, None] + mx.arange(T)
+            positions = mx.arange(start, start + T)
+            if len(set(read)) > 1:
+                positions = mx.array(read)[:, None] + mx.arange(T)
         config, windows = self._config, set(self._config.window_layers)
         fused = not (drop and drop.rate) and not config.attn_softcap
-        masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, starts)
-            for local in {n in windows for n in range(config.n_layer)}
-        }
+        make_room(cache or [], T)
+        masks = {}
+        for local in {n in windows for n in range(config.n_layer)}:
+            held, begin, starts = 0, 0, None
+            if cache:
+                layer = next(layer for n, layer in enumerate(cache) if (n in windows) == local)
+                held, begin, starts = layer.held, layer.begins[0], layer.starts
+            padding = pad - begin if pad is not None and begin else pad  # a place in what the layer holds
+            window = config.window if local else 0
+            masks[local] = self.mask(T, held + T, segments, padding, window, fused, starts)
         x = self.wte(tokens)
         if inside is not None:
             x = mx.where(inside[..., None], x, float("nan"))

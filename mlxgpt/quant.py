@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxgpt.affine import dequantize
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.layers import Array, Embedding, Linear, Matrix
 from mlxgpt.model import Model
@@ -70,12 +71,6 @@ def parts(matrix: Quantized | Words) -> list[Array]:
         narrow = array.dtype == ml_dtypes.bfloat16
         made.append(mx.array(array.astype(np.float32)).astype(mx.bfloat16) if narrow else mx.array(array))
     return made
-
-
-def dequantize(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
-    """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
 
 @cache

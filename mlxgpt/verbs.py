@@ -226,6 +226,17 @@ VERBS = {
             "fuse -m model --adapter runs/qa --adapter style:0.5 -o tuned --dtype bfloat16",
         ),
     ),
+    "quantize": Verb(
+        "store a model in fewer bits, and measure what that costs",
+        "convert.commands:quantize_command",
+        models.quantize,
+        (
+            "quantize runs/books books-q4 --bits 4 --data books/",
+            "quantize model small --bits mixed:4.5 --data text.txt --eval-data other.txt --json",
+            "quantize model model-q8 --bits 8 --method rtn",
+            "quantize model tuned-q4 --bits 4 --adapter runs/qa --data text.txt --hessians kept",
+        ),
+    ),
     "verify": Verb(
         "compare two models",
         "convert.commands:verify_command",
@@ -277,7 +288,8 @@ CALLED = {
     "classify": "predict",
     "data prepare": "prepare tokenize preprocess shard",
     "data fetch": "fetch download",
-    "convert": "export quantize gguf convert_to_litgpt convert_from_litgpt convert_pretrained_checkpoint",
+    "quantize": "gptq awq dwq compress",
+    "convert": "export gguf convert_to_litgpt convert_from_litgpt convert_pretrained_checkpoint",
     "adopt": "import ingest load",
     "fuse": "merge merge_lora",
     "verify": "compare diff check",

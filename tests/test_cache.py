@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from decoding import BACKENDS, GENERATE, P, logits_of, make_config, make_model, some_tokens
 
-import mlxgpt.attention
+import mlxgpt.cache
 import mlxgpt.model
-import torch_ref.attention
+import torch_ref.cache
 import torch_ref.model
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig
@@ -17,7 +17,7 @@ from mlxgpt.common.inference import generation
 from mlxgpt.common.inference.conversation import Conversation
 
 MODULES: dict[str, Any] = {"mlx": mlxgpt.model, "torch": torch_ref.model}
-GROWN: dict[str, Any] = {"mlx": mlxgpt.attention, "torch": torch_ref.attention}
+GROWN: dict[str, Any] = {"mlx": mlxgpt.cache, "torch": torch_ref.cache}
 LONG = 131_072
 EDGES = [0, 5, 8, 9, 20, 21, 31, 32, 33, P]  # of chunks: into, up to and over the ends of blocks of 8
 
@@ -33,7 +33,7 @@ def chunks(backend: str, model: Any, tokens: list[list[int]], pads: list[int] | 
             places = np.clip(np.arange(start, stop)[None] - np.array(pads)[:, None], 0, P - 1).astype(np.int32)
             more = {"positions": array(places), "pad": array(pads)}
         made.append(logits_of(backend, model, [row[start:stop] for row in tokens], cache=cache, **more))
-    held = [each[:, :, :P] for layer in cache for each in (layer.keys, layer.values)]
+    held = [each[:, :, :P] for layer in cache for each in layer.parts]
     return made + [np.array(each) if backend == "mlx" else each.numpy() for each in held]
 
 
@@ -81,7 +81,7 @@ def test_a_long_context_costs_nothing_until_it_is_used(backend: str) -> None:
     for _ in range(GROWN[backend].BLOCK):  # over the end of the first block
         next(steps)
     steps.close()
-    held = sum(each.nbytes for layer in cache for each in (layer.keys, layer.values))
+    held = sum(each.nbytes for layer in cache for each in layer.parts)
     assert held == whole * 2 * GROWN[backend].BLOCK // LONG
     assert mx.get_peak_memory() - before < whole / 8
 
@@ -96,5 +96,5 @@ def test_a_conversation_begins_with_an_empty_cache(backend: str) -> None:
 
     model = make_model(backend, make_config("llama", block_size=LONG))
     talk: Any = Conversation(backends.load(backend), model, Tokens(), Template(), set())  # type: ignore[arg-type]
-    assert sum(each.nbytes for layer in talk._cache for each in (layer.keys, layer.values)) == 0
+    assert sum(each.nbytes for layer in talk._cache for each in layer.parts) == 0
     assert talk._cache[0].length == LONG

@@ -62,7 +62,7 @@ FLAGS = {
         "--json",
     }
     | RUNS_A_MODEL,
-    "serve": {"--name", "--adapter", "--host", "--port", "--api-key-file", "--allow-origin", "--max-batch"}
+    "serve": {"--name", "--adapter", "--host", "--port", "--api-key-file", "--allow-origin", "--max-batch", "--kv-bits"}
     | {"--max-queue", "--max-body", "--cache-bytes", "--backend", "--template", "--stop-token"},
     "generate": {
         "--model",
@@ -76,13 +76,18 @@ FLAGS = {
         "--logit-bias",
         "--logprobs",
         "--stop",
+        "--kv-bits",
         "--json",
     }
     | SAMPLING
     | RUNS_A_MODEL,
-    "chat": {"--model", "--adapter", "--system", "--template"} | SAMPLING | RUNS_A_MODEL,
+    "chat": {"--model", "--adapter", "--system", "--template", "--kv-bits"} | SAMPLING | RUNS_A_MODEL,
     "fuse": {"--model", "--adapter", "--out", "--dtype", "--dequantize", "--force", "--json"},
-    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json"} | RUNS_A_MODEL,
+    "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
+    | {"--dtype", "--tokens", "--text-key", "--json"}
+    | RUNS_A_MODEL,
+    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--kv-bits", "--json"}
+    | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
     "data inspect": {"--text-key", "--tokenizer", "--json", "--model", "--rows", "--set"},

@@ -132,6 +132,10 @@ def test_the_least_used_are_forgotten_and_beginnings_are_held_once() -> None:
         def first(layers: int, tokens: int) -> int:
             return tokens
 
+        @staticmethod
+        def reaches(layers: int, tokens: int) -> bool:
+            return True
+
     config, held = make_config("llama"), Prefixes(100, Sizes)
     a, b, c = (some_tokens(40, seed) for seed in (1, 2, 3))
     held.add("m", a[:20], 20)

@@ -12,22 +12,27 @@ import torch
 from mlxgpt.common.inference import choosing
 from mlxgpt.common.inference.choosing import Choice, Chosen
 from mlxgpt.common.model import rotary
-from torch_ref.attention import BLOCK
+from torch_ref.cache import Held
 from torch_ref.generate import logprobs, sample_tokens, scores
 from torch_ref.layers import Array
-from torch_ref.model import Cache, Model, make_cache
+from torch_ref.model import Model, make_cache
 
-Layers = list[tuple[Array, Array]]  # keys and values (1, K, S, D) of each layer
+Layers = list[Held]  # keys and values of each layer
 
 
 def size(layers: Layers) -> int:
     """Bytes of keys and values."""
-    return sum(keys.nbytes + values.nbytes for keys, values in layers)
+    return sum(layer.nbytes for layer in layers)
 
 
 def first(layers: Layers, tokens: int) -> Layers:
     """Keys and values of the first tokens."""
-    return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers]
+    return [layer.first(tokens) for layer in layers]
+
+
+def reaches(layers: Layers, tokens: int) -> bool:
+    """Whether a prompt may go on after the first tokens; layers with a window hold the last tokens only."""
+    return all(layer.reaches(tokens) for layer in layers)
 
 
 def leave() -> None:
@@ -43,15 +48,22 @@ class Prompt:
         n_vocab: tokens that may be drawn.
         held: keys and values of the first tokens, fewer than all.
         top: names so many likeliest tokens at each place, with log-probabilities; None: none.
+        kv_bits: of the cache: 8 or 4; 0 holds keys and values as they are.
     """
 
     def __init__(
-        self, model: Model, ids: Sequence[int], n_vocab: int, held: Layers | None = None, top: int | None = None
+        self,
+        model: Model,
+        ids: Sequence[int],
+        n_vocab: int,
+        held: Layers | None = None,
+        top: int | None = None,
+        kv_bits: int = 0,
     ):
         self.ids, self._model, self._n_vocab, self._top = list(ids), model, n_vocab, top
-        self.cache = make_cache(model, 1, len(self.ids))
-        for layer, (keys, values) in zip(self.cache, held or (), strict=False):
-            layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
+        self.cache = make_cache(model, 1, len(self.ids), kv_bits=kv_bits)
+        for layer, theirs in zip(self.cache, held or (), strict=False):
+            layer.hold(theirs)
         self.logits = torch.zeros((1, n_vocab), device=model.device)  # (1, V) of the last token, when all were read
         self.scores: list[tuple[np.ndarray, ...]] = []  # as generate.scores gives them, of each piece
 
@@ -78,7 +90,7 @@ class Prompt:
 
     def layers(self) -> Layers:
         """Keys and values of what was read."""
-        return [(layer.keys[:, :, : layer.offset], layer.values[:, :, : layer.offset]) for layer in self.cache]
+        return [layer.only() for layer in self.cache]
 
 
 class Drawn:
@@ -95,36 +107,35 @@ class Drawn:
 class Batch:
     """Rows of one model that draw together, in the order in which they joined."""
 
-    def __init__(self, model: Model, n_vocab: int):
+    def __init__(self, model: Model, n_vocab: int, kv_bits: int = 0):
         self._model, self._n_vocab, self._device = model, n_vocab, model.device
         self.lengths: list[int] = []  # tokens of each row that the cache holds
-        self._cache: list[Cache] = []
+        self._cache = make_cache(model, 0, model.config.block_size, kv_bits=kv_bits)
         self._logits = torch.zeros((0, n_vocab), device=model.device)  # (B, V) of each row's last token
 
     def join(self, prompt: Prompt, count: int) -> None:
         """Adds a prompt that was read, ``count`` times."""
-        old, new = max(self.lengths, default=0), len(prompt.ids)
-        room = min(self._model.config.block_size, -(-(max(old, new) + 1) // BLOCK) * BLOCK)
-        made = make_cache(self._model, len(self.lengths) + count, self._model.config.block_size)
-        for n, (layer, (keys, values)) in enumerate(zip(made, prompt.layers(), strict=True)):
-            held = self._cache[n] if self.lengths else None
-            layer.keys = _joined(held and held.keys[:, :, :old], keys, count, room)
-            layer.values = _joined(held and held.values[:, :, :old], values, count, room)
-        self._cache, self.lengths = made, self.lengths + [new] * count
+        self._align()
+        for layer, held in zip(self._cache, prompt.layers(), strict=True):
+            layer.join(held, count)
+        self.lengths = self.lengths + [len(prompt.ids)] * count
         self._logits = torch.cat([self._logits, prompt.logits.expand(count, -1)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """The rows that stay; the others leave."""
         if len(rows) == len(self.lengths):
             return
+        self._align()
         self.lengths = [self.lengths[row] for row in rows]
-        if not rows:
-            self._cache, self._logits = [], self._logits[:0]
-            return
         index = self._index(rows)
         self._logits = self._logits[index]
         for layer in self._cache:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.keep(rows, index)
+
+    def _align(self) -> None:
+        """Tells the layers of what was cut."""
+        for layer in self._cache:
+            layer.lengths = list(self.lengths)
 
     def cut(self, lengths: Sequence[int]) -> None:
         """Leaves each row its first tokens; what is drawn next comes after others are read."""
@@ -134,10 +145,9 @@ class Batch:
         """Whole numbers on the device."""
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def layers(self, row: int) -> Layers:
-        """Keys and values of a row, in memory of their own."""
-        end, rows = self.lengths[row], slice(row, row + 1)
-        return [(layer.keys[rows, :, :end].clone(), layer.values[rows, :, :end].clone()) for layer in self._cache]
+    def layers(self, row: int, end: int) -> Layers:
+        """Keys and values of a row's first tokens, in memory of their own."""
+        return [layer.row(row, end) for layer in self._cache]
 
     @torch.no_grad()
     def draw(self, choices: Sequence[Choice]) -> Drawn:
@@ -178,9 +188,7 @@ class Batch:
 
     def _read(self, tokens: Array, counts: Sequence[int]) -> Array:
         """Hidden states (B, T, C) of the next tokens (B, T) of every row; the first ``counts`` of them count."""
-        starts = self._index(self.lengths) if min(self.lengths) < max(self.lengths) else None
-        for layer in self._cache:
-            layer.offset, layer.starts = max(self.lengths), starts
+        self._align()
         lengths = None
         if rotary.by_length(self._model.config):
             lengths = self._index([length + count for length, count in zip(self.lengths, counts, strict=True)])[:, None]
@@ -213,15 +221,3 @@ class Batch:
         self._logits = self._model.head(hidden[self._index(range(len(last))), last][:, None])[:, 0, : self._n_vocab]
         self.lengths = [length + 1 + len(each) for length, each in zip(self.lengths, accepted, strict=True)]
         return accepted
-
-
-def _joined(old: Array | None, new: Array, count: int, room: int) -> Array:
-    """Rows (B, K, S, D) and ``count`` times a row, in an array with room for more."""
-    parts = [] if old is None else [old]
-    parts.append(new.expand(count, -1, -1, -1))
-    made = new.new_zeros((sum(len(each) for each in parts), new.shape[1], room, new.shape[3]))
-    row = 0
-    for each in parts:
-        made[row : row + len(each), :, : each.shape[2]] = each
-        row += len(each)
-    return made

@@ -19,7 +19,8 @@ from mlxgpt.common.model import params, rotary
 from mlxgpt.common.model import positions as places
 from mlxgpt.common.model.sizes import describe
 from torch_ref import fast, inputs, noise, rope
-from torch_ref.attention import Attention, Cache, Mask
+from torch_ref.attention import Attention, Mask
+from torch_ref.cache import Cache, make_room
 from torch_ref.layers import Array, Bias, Dropout, Embedding, Linear, Norm, finish
 
 
@@ -119,10 +120,17 @@ class Block(nn.Module):
         return after + z
 
 
-def make_cache(model: "Model", batch: int, length: int, dtype: torch.dtype | None = None) -> list[Cache]:
-    """One empty cache a layer; dtype defaults to the model's compute dtype."""
-    device = model.device
-    return [Cache(batch, length, model.config, dtype or model.dtype, device) for _ in model.h]
+def make_cache(
+    model: "Model", batch: int, length: int, dtype: torch.dtype | None = None, kv_bits: int = 0
+) -> list[Cache]:
+    """One empty cache a layer; dtype defaults to the model's compute dtype.
+
+    Raises:
+        UserError: ``kv_bits`` is not 8, 4 or 0, or no group of them divides head_dim.
+    """
+    config, dtype, device = model.config, dtype or model.dtype, model.device
+    windows = [config.window if layer in config.window_layers else 0 for layer in range(config.n_layer)]
+    return [Cache(batch, length, config, dtype, device, window, kv_bits) for window in windows]
 
 
 class Model(nn.Module):
@@ -308,23 +316,29 @@ class Model(nn.Module):
         the frequencies depend on them; default: up to the last position of this call.
         """
         T, drop = tokens.shape[1], drop or self.masks()
-        start, starts = (cache[0].offset, cache[0].starts) if cache else (0, None)
+        start, read = (cache[0].offset, cache[0].lengths) if cache else (0, [])
         if pad is None and start + T > self._config.block_size:  # padding takes no positions
             raise UserError(f"{start + T} tokens: the model's context holds {self._config.block_size}")
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device)
-            if starts is not None:
-                positions = starts[:, None] + torch.arange(T, device=tokens.device)
+            if len(set(read)) > 1:
+                positions = torch.tensor(read, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
         config, windows = self._config, set(self._config.window_layers)
         drops = bool(drop and drop.rate)
         fused = not drops and not config.attn_softcap
         flexible = not drops and pad is None and cache is None and fast.flexes(self.device, config.head_dim)
         # recomputed with a cap, FlexAttention of torch 2.13 gives wrong gradients of q and k; ALiBi was not measured
         flexible = flexible and not (recompute and (config.attn_softcap or config.position == "alibi"))
-        masks = {
-            local: self.mask(T, start + T, segments, pad, config.window if local else 0, fused, flexible, starts)
-            for local in {n in windows for n in range(config.n_layer)}
-        }
+        make_room(cache or [], T)
+        masks = {}
+        for local in {n in windows for n in range(config.n_layer)}:
+            held, begin, starts = 0, 0, None
+            if cache:
+                layer = next(layer for n, layer in enumerate(cache) if (n in windows) == local)
+                held, begin, starts = layer.held, layer.begins[0], layer.starts
+            padding = pad - begin if pad is not None and begin else pad  # a place in what the layer holds
+            window = config.window if local else 0
+            masks[local] = self.mask(T, held + T, segments, padding, window, fused, flexible, starts)
         x = self.wte(tokens)
         if inside is not None:
             x = torch.where(inside[..., None], x, float("nan"))

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from mlxgpt.common.model.affine import Quantized
 from torch_ref import fast
+from torch_ref.affine import dequantize
 from torch_ref.layers import Array, Embedding, Linear, Matrix
 from torch_ref.model import Model
 
@@ -65,15 +66,6 @@ def parts(matrix: Quantized | Words) -> list[Array]:
         narrow = array.dtype == ml_dtypes.bfloat16
         made.append(torch.from_numpy(array.astype(np.float32)).bfloat16() if narrow else torch.from_numpy(array))
     return made
-
-
-def dequantize(words: Array, scales: Array, biases: Array, bits: int, group_size: int) -> Array:
-    """q * scale + bias in float32: words (..., n) to (..., 32 n / bits)."""
-    packed = words.contiguous().view(torch.uint8)
-    levels = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
-    made = torch.stack(levels, dim=-1).to(torch.float32).reshape(*scales.shape, group_size)
-    made.mul_(scales[..., None]).add_(biases[..., None])
-    return made.flatten(-2)
 
 
 class Product(torch.autograd.Function):

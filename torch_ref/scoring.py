@@ -11,26 +11,25 @@ import torch
 from mlxgpt.common.tasks import reading
 from mlxgpt.common.tasks.reading import Group, Read
 from mlxgpt.common.tasks.task import Continued
+from torch_ref.cache import Cache
 from torch_ref.layers import Array
-from torch_ref.model import Cache, Model, make_cache
+from torch_ref.model import Model, make_cache
 
 LOGITS = 1 << 24  # that exist at once: 64 MiB
 
 
 @torch.no_grad()
-def read(model: Model, part: Read, held: list[Cache] | None, keep: bool) -> tuple[Array, list[Cache]]:
+def read(model: Model, part: Read, held: list[Cache] | None, keep: bool, kv_bits: int) -> tuple[Array, list[Cache]]:
     """Hidden states (B, T, C) of rows that go on from those of ``held``, and what they leave; [] unless ``keep``."""
     cache: list[Cache] = []
     start = int(part.starts.max())
-    if keep or start:
-        cache = make_cache(model, len(part.tokens), model.config.block_size)
+    if keep or start or kv_bits:
+        cache = make_cache(model, len(part.tokens), model.config.block_size, kv_bits=kv_bits)
     if start:
         assert held
         sources = torch.tensor(part.sources, device=model.device)
-        starts = torch.tensor(part.starts, device=model.device) if part.starts.min() < start else None
         for layer, source in zip(cache, held, strict=True):
-            layer.keys, layer.values = source.keys[:, :, :start][sources], source.values[:, :, :start][sources]
-            layer.offset, layer.starts = start, starts
+            layer.take(source, part.sources.tolist(), sources, part.starts.tolist())
     tokens, lengths = (torch.tensor(each, device=model.device) for each in (part.tokens, part.lengths[:, None]))
     hidden = model.hidden(tokens, cache=cache or None, lengths=lengths)
     return hidden, cache if keep else []
@@ -56,12 +55,16 @@ def told(model: Model, hidden: Array, part: Read) -> tuple[np.ndarray, np.ndarra
 
 
 def continuations(
-    model: Model, groups: Sequence[Group], rows: int = reading.ROWS, say: Callable[[str], None] = lambda _: None
+    model: Model,
+    groups: Sequence[Group],
+    rows: int = reading.ROWS,
+    say: Callable[[str], None] = lambda _: None,
+    kv_bits: int = 0,
 ) -> list[list[Continued]]:
     """What the model says of each continuation of each group; the numbers do not depend on ``rows``, those at once.
 
     The softmax is over all of the model's vocabulary. Sums of float32 logarithms are float64. ``say`` is told the
-    progress.
+    progress. With ``kv_bits`` 8 or 4 queries see keys and values as a cache of so many bits gives them.
     """
     counts = [len(group.continuations) for group in groups]
     total, done = sum(counts), 0
@@ -73,11 +76,11 @@ def continuations(
         for batch in reading.batches(groups, model.config, rows):
             if batch.prefix != prefix:
                 prefix = batch.prefix
-                shared = read(model, reading.beginning(prefix), None, True)[1] if prefix else None
-            hidden, held = read(model, batch.first, shared, bool(batch.others))
+                shared = read(model, reading.beginning(prefix), None, True, kv_bits)[1] if prefix else None
+            hidden, held = read(model, batch.first, shared, bool(batch.others), kv_bits)
             for part in (batch.first, *batch.others):
                 if part is not batch.first:
-                    hidden, _ = read(model, part, held, False)
+                    hidden, _ = read(model, part, held, False, kv_bits)
                 logprobs, best = told(model, hidden, part)
                 np.add.at(sums, part.owners, logprobs.astype(np.float64))
                 np.logical_and.at(greedy, part.owners, best)

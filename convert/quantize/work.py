@@ -24,7 +24,7 @@ class Scheme:
 
 
 Method = Callable[[np.ndarray, Inputs, Scheme], Quantized]
-"""A matrix (n_out, n_in) float32, its inputs, its scheme -> the matrix quantized."""
+"""A matrix (n_out, n_in) of the dtype that scales and biases get, its inputs, its scheme -> the matrix quantized."""
 
 
 def cost(change: np.ndarray, inputs: Inputs) -> float:

@@ -7,6 +7,7 @@ from mlxgpt.arguments.shared import (
     add_adapter,
     add_backend,
     add_json,
+    add_kv_bits,
     add_model,
     add_sampling,
     add_stop_token,
@@ -32,6 +33,7 @@ def chat(parser: argparse.ArgumentParser) -> None:
     add_template_kwargs(parser)
     add_stop_token(parser)
     add_sampling(parser, max_tokens=1024)
+    add_kv_bits(parser)
     add_backend(parser)
 
 
@@ -60,6 +62,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     add_stop_token(parser)
     add("--logprobs", type=natural, metavar="N",
         help="with --json: the log-probability of each token, and the N likeliest tokens with theirs")  # fmt: skip
+    add_kv_bits(parser)
     add_json(parser)
     add_backend(parser)
 
@@ -84,6 +87,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--cache-bytes", metavar="SIZE",
         help="memory for prompts, so that a later request that begins alike starts sooner, such as 2GiB; 0: none; "
         "default: a fourth of what is free, at most 4GiB")  # fmt: skip
+    add_kv_bits(parser)
     add("--grace", type=positive_number, default=30.0, metavar="SECONDS",
         help="how long answers may still run when the server is told to end; default: 30")  # fmt: skip
     add("--template", metavar="FILE", help="a jinja chat template; default: the tokenizer's")
@@ -123,6 +127,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --data: tokens scored in each window after the first; default: the whole context",
     )
+    add_kv_bits(parser)
     add_json(parser)
     add_backend(parser)
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from mlxgpt.arguments.shared import add_adapter, add_json, add_model, positive, positive_number
+from mlxgpt.arguments.shared import Once, add_adapter, add_backend, add_json, add_model, positive, positive_number
 
 _FORMATS = ("hf", "mlx-lm", "nanogpt", "mingpt", "gptmodel", "llama2c", "gguf", "npz", "peft")
 
@@ -99,6 +99,36 @@ def fuse(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of the weights; default: that of the base")
     add("--dequantize", action="store_true", help="dequantize a quantized base, which otherwise stays quantized")
     add_json(parser)
+
+
+def quantize(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("src", metavar="SRC", help="a model, a run, a weights file or a hub id; the format is detected")
+    add("dst", metavar="DST", help="the folder to write, which mlx-lm loads, too")
+    add("--bits", required=True, metavar="N", help="2, 3, 4, 5, 6 or 8 of each weight, or mixed:4.5: per weight in all,"
+        " more where rounding costs more")  # fmt: skip
+    add("--method", choices=["rtn", "gptq", "awq"], default="gptq",
+        help="rtn: to the nearest; gptq, awq: by what a text gives the matrices; default: gptq")  # fmt: skip
+    add("-d", "--data", action=Once, metavar="FILE",
+        help="text to calibrate on; its last tenth is held out to measure on")  # fmt: skip
+    add("--eval-data", action=Once, metavar="FILE", help="text to measure on instead")
+    add("--text-key", default="text", metavar="KEY", help="key or column that holds the text; default: text")
+    add("--tokens", type=positive, default=131072, metavar="N",
+        help="tokens of each text that are read at most; default: 131072")  # fmt: skip
+    add("--adapter", action="append", default=[], metavar="DIR[:WEIGHT]",
+        help="an adapter (a run, PEFT or mlx-lm) that is merged first, as mlxgpt fuse does; repeatable")  # fmt: skip
+    add("--group-size", type=int, choices=[32, 64, 128], default=64, help="inputs that share a scale; default: 64")
+    add("--dtype", choices=["float32", "float16", "bfloat16"],
+        help="dtype of scales and of what is not quantized; default: that of SRC")  # fmt: skip
+    add("--hessians", metavar="DIR", help="keep what the text gave the matrices here, or take it from here;"
+        " either backend solves from it to the same bits")  # fmt: skip
+    add(
+        "--force",
+        action="store_true",
+        help="replace DST once the new one is complete; also merge an adapter of another base",
+    )
+    add_json(parser)
+    add_backend(parser)
 
 
 def verify(parser: argparse.ArgumentParser) -> None:

@@ -58,6 +58,11 @@ def add_stop_token(parser: argparse.ArgumentParser) -> None:
         help="a token that ends a text besides the model's own, by its text or its id; repeatable")  # fmt: skip
 
 
+def add_kv_bits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv-bits", type=int, choices=[8, 4], default=0,
+        help="hold keys and values of a text in so many bits; default: as they are")  # fmt: skip
+
+
 def add_sampling(parser: argparse.ArgumentParser, **defaults: int) -> None:
     import dataclasses
 

@@ -57,7 +57,7 @@ def chat_command(args: argparse.Namespace) -> int:
     template = _template(args.template, tokenizer, str(args.model), kwargs)
     backend.generate.prepare(model)
     stop = set(ends.named(args.stop_token, tokenizer, "--stop-token"))
-    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "")
+    conversation = Conversation(backend, model, tokenizer, template, stop, args.system or "", args.kv_bits)
     return Chat(conversation, sample, sys.stdin.isatty()).run()
 
 

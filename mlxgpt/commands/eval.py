@@ -20,6 +20,7 @@ from mlxgpt.common.evaluate.score import evaluate, evaluate_rows
 from mlxgpt.common.evaluate.text import open_text
 from mlxgpt.common.files import atomic_write
 from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import rotary
 from mlxgpt.common.rows.files import read_values
 from mlxgpt.common.tasks import code, compare, named, requests, shots, show
@@ -37,9 +38,10 @@ _TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, or scores on each --task, as lines or as one JSON object."""
     needed, others = ("--task", _DATA) if args.task else ("--data without --task", _TASKS)
-    unfit = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [], False)]
-    if unfit:
-        raise UserError(f"{unfit[0]}: does nothing with {needed}")
+    for name in others:
+        value = getattr(args, name)
+        if value not in (None, []) and value is not False:
+            raise UserError(f"--{name.replace('_', '-')}: does nothing with {needed}")
     if args.task:
         return _tasks(args)
     if not args.data:
@@ -59,11 +61,9 @@ def _tasks(args: argparse.Namespace) -> int:
     if args.log:
         with atomic_write(Path(args.log)) as file:
             file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in asked.logged)
-    others = (
-        {each.task: each.each for each in _ask(args, tasks, backend, args.against, None).outcomes}
-        if (args.against and not earlier)
-        else earlier
-    )
+    others = earlier
+    if args.against and not earlier:
+        others = {each.task: each.each for each in _ask(args, tasks, backend, args.against, None).outcomes}
     apart = {each.task: compare.compare(each.each, others[each.task]) for each in asked.outcomes if others}
     if args.json:
         found: dict[str, Any] = {"tasks": {outcome.task: show.described(outcome) for outcome in asked.outcomes}}
@@ -95,7 +95,8 @@ def _ask(
     model, tokenizer = backend.load.load(path, adapter=adapters, device=args.device, force=args.force)
     base_and_adapters.expect_task(model.config, path)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, path)
-    scorer = ModelScorer(backend, model, tokenizer)
+    kv_cache.group_size(model.config.head_dim, args.kv_bits)
+    scorer = ModelScorer(backend, model, tokenizer, kv_bits=args.kv_bits)
     made = _Asked([], [], tokenizer, scorer.begins_with)
     for task in tasks:
         with _progress(args, f"{task.name}: ") as say:
@@ -150,10 +151,12 @@ def _data(args: argparse.Namespace) -> int:
         raise UserError(
             f"--stride {stride}: expected at most model.block_size = {config.block_size}, or tokens would be skipped"
         )
+    kv_cache.group_size(config.head_dim, args.kv_bits)
     rows = evaluation_rows.is_rows(args.data, args.text_key or "text") or bool(args.set)
 
     def score(tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
-        return backend.generate.score(model, tokens, targets, positions if rotary.by_length(config) else None)
+        positions = positions if rotary.by_length(config) else None
+        return backend.generate.score(model, tokens, targets, positions, args.kv_bits)
 
     with _progress(args) as say:
         if rows:

@@ -105,7 +105,16 @@ def generate_command(args: argparse.Namespace) -> int:
     asked = _prompts(args, texts, ids, tokenizer)
     screen = _Screen(len(asked) == 1 and not args.json)
     results = backend.generate.generate(
-        model, tokenizer, asked, sample, args.stop, screen.on_text, _ends(args, tokenizer), bias, args.logprobs
+        model,
+        tokenizer,
+        asked,
+        sample,
+        args.stop,
+        screen.on_text,
+        _ends(args, tokenizer),
+        bias,
+        args.logprobs,
+        args.kv_bits,
     )
     return _show(args, results, tokenizer, model.config.block_size, screen)
 
@@ -159,7 +168,7 @@ def _constrained(
         n_vocab = min(tokenizer.n_vocab, size) if tokenizer else size
         return Served(args.model, model, tokenizer, None, frozenset(), n_vocab, "")
 
-    alone = Alone(backend, load, len(texts) + len(ids))
+    alone = Alone(backend, load, len(texts) + len(ids), args.kv_bits)
     with alone as served:
         config, tokenizer = served.model.config, served.tokenizer
         asked = _prompts(args, texts, ids, tokenizer)

@@ -15,6 +15,7 @@ from mlxgpt.common import recipes, units
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder, resolve
+from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import adapters, params
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import calibrate as plan_calibrate
@@ -147,7 +148,7 @@ def _plan_recipe(
         "flops_per_token": dataclasses.asdict(each),
         "micro_batch_size": rows,
         "length": length,
-        "kv_cache": plan_memory.kv_cache(recipe.model, 1, length, itemsize),
+        "kv_cache": kv_cache.size(recipe.model, 1, length, itemsize),
         "machine": where,
         **need,
         "steps": recipe.train.steps,

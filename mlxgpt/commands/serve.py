@@ -47,6 +47,7 @@ def serve_command(args: argparse.Namespace) -> int:
         args.template or "",
         recipes.parse_table(args.template_kwargs or "{}", "--template-kwargs"),
         args.stop_token,
+        args.kv_bits,
     )
     keys = _keys(args.api_key_file)
     if not keys and not _is_loopback(args.host):
@@ -75,7 +76,8 @@ def serve_command(args: argparse.Namespace) -> int:
         backend = backends.load(args.backend)
         free = gate.room(backend, backend.engine.devices.find(args.device))["limit"] - models.weight_bytes(options)
         held = max(0, min(MOST, int(SHARE * free))) if given is None else held
-        engine = Engine(backend, lambda: models.load_all(backend, options), args.max_batch, args.max_queue, held)
+        load, bits = (lambda: models.load_all(backend, options)), args.kv_bits
+        engine = Engine(backend, load, args.max_batch, args.max_queue, held, bits)
         try:
             engine.start()
             for each in engine.served.values():
@@ -91,7 +93,7 @@ def serve_command(args: argparse.Namespace) -> int:
                 what = "an adapter" if adapters else "the model"
                 chats = "" if each.template else "; no chat template: completions only"
                 _say(f"  {each.name}: {what}, {each.context:,} tokens of context{chats}")
-            most = models.cache_bytes(served, args.max_batch)
+            most = models.cache_bytes(served, args.max_batch, args.kv_bits)
             _say(f"  memory for {args.max_batch} answers at once: at most {units.size(most)}")
             _say(f"  memory for the prompts of earlier requests: at most {units.size(held)}")
             if most + held > free:

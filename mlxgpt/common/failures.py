@@ -117,6 +117,7 @@ ADVICE = {
     "classify": _READ,
     "convert": _SHARDED,
     "fuse": _SHARDED,
+    "quantize": "expected fewer --tokens, --backend torch or mlx with another --device, or a smaller model",
     "verify": "expected smaller models, --weights-only, or --frameworks with one of mlx and torch",
     "data prepare": "expected fewer --workers, or documents in smaller files",
 }

@@ -32,14 +32,21 @@ class Answer:
 
 
 class Conversation:
-    """Messages and the model that answers them; ``system`` is the first message, if any."""
+    """Messages and the model that answers them; ``system`` is the first message, if any; ``kv_bits`` of the cache."""
 
     def __init__(
-        self, backend: Backend, model: Any, tokenizer: Tokenizer, template: Template, ends: set[int], system: str = ""
+        self,
+        backend: Backend,
+        model: Any,
+        tokenizer: Tokenizer,
+        template: Template,
+        ends: set[int],
+        system: str = "",
+        kv_bits: int = 0,
     ) -> None:
         self._backend, self._model, self._tokenizer, self._template = backend, model, tokenizer, template
         self._ends = ends | {template.end_id}
-        self._cache = backend.generate.make_cache(model, 1, model.config.block_size)
+        self._cache = backend.generate.make_cache(model, 1, model.config.block_size, kv_bits=kv_bits)
         self._held: list[int] = []  # ids whose keys and values are in the cache
         self._n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
         self.system = system
@@ -95,8 +102,9 @@ class Conversation:
         config = self._model.config
         if rotary.by_length(config) and max(len(self._held), len(ids) - 1) >= config.rope_original:
             same = 0  # keys of another length turn at other frequencies
+        same = same if all(layer.reaches(same) for layer in self._cache) else 0  # a window has passed what it needs
         for layer in self._cache:
-            layer.offset = same
+            layer.cut(same)
         del self._held[same:]
         return same
 
@@ -115,7 +123,7 @@ class Conversation:
             steps.close()
             self._held = drawn[: self._cache[0].offset]
             for layer in self._cache:
-                layer.offset = len(self._held)  # a step that was queued ahead does not count
+                layer.cut(len(self._held))  # a step that was queued ahead does not count
         return row.reason or "interrupted"
 
     def save(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Drafter(Protocol):
 
     @property
     def hot(self) -> bool:
-        """Whether guesses are worth a pass now; where not, the rows draw one by one and ``take`` tells what they drew."""
+        """Whether guesses are worth a pass now; where not, rows draw one by one, and ``take`` tells what."""
         ...
 
     def join(self, rows: Sequence[Drawing]) -> None:
@@ -55,12 +55,12 @@ def room(config: Any, lengths: Sequence[int], left: Sequence[int], border: int |
     Args:
         config: ModelConfig.
         lengths: of the rows, the token that is read now included.
-        left: how many tokens each may still draw.
+        left: how many tokens a draft of each may have at all.
         border: where the rotary frequencies change with the length, None where they do not.
     """
     common = config.block_size - max(lengths)
     made = []
     for length, rest in zip(lengths, left, strict=True):
         inside = common if border is None else min(common, border - length)
-        made.append(max(0, min(inside, rest - 1)))
+        made.append(max(0, min(inside, rest)))
     return made

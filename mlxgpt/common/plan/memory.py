@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from mlxgpt.common.config import ModelConfig, Recipe
+from mlxgpt.common.config import Recipe
 from mlxgpt.common.model import adapters, params
 
 ROWS = 256  # of a micro-batch that is measured; more are extrapolated
@@ -108,11 +108,6 @@ def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
     item = 2 if train.compute_dtype == "bfloat16" else 4
     least = rows * tokens * recipe.model.n_embd * item  # what goes in, which is kept in any case
     return max(least, (made[1] - made[0]) // (2 * more))
-
-
-def kv_cache(model: ModelConfig, rows: int, tokens: int, itemsize: int) -> int:
-    """Keys and values of ``rows`` texts of ``tokens`` tokens."""
-    return 2 * model.n_layer * model.n_kv_head * model.head_dim * rows * tokens * itemsize
 
 
 def at_most(recipe: Recipe) -> int:

@@ -21,10 +21,11 @@ class Alone:
         backend: of the model.
         load: makes the model, in the engine's thread, and prepares it.
         rows: answers that are drawn together.
+        kv_bits: of the cache: 8 or 4; 0 holds keys and values as they are.
     """
 
-    def __init__(self, backend: Backend, load: Callable[[], Served], rows: int) -> None:
-        self._engine = Engine(backend, lambda: [load()], max_batch=rows, max_queue=rows)
+    def __init__(self, backend: Backend, load: Callable[[], Served], rows: int, kv_bits: int = 0) -> None:
+        self._engine = Engine(backend, lambda: [load()], max_batch=rows, max_queue=rows, kv_bits=kv_bits)
 
     def __enter__(self) -> Served:
         self._engine.start()

@@ -11,8 +11,8 @@ from typing import Any
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import adapter_folder, base_and_adapters, model_folder
+from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import params
-from mlxgpt.common.plan import memory
 from mlxgpt.common.serve.work import Served
 from mlxgpt.common.sft.template import Template, template_of
 from mlxgpt.common.tokenizers import ends as text_ends
@@ -35,6 +35,7 @@ class Options:
     template: str = ""  # a file with a chat template for all
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: Sequence[str] = ()
+    kv_bits: int = 0  # of the cache; 0: not quantized
 
 
 def check(options: Options) -> list[tuple[str, Adapters]]:
@@ -44,10 +45,13 @@ def check(options: Options) -> list[tuple[str, Adapters]]:
     it, and its base beside it under its own name.
 
     Raises:
-        UserError: no such model or adapter, a name that is taken or none, a classifier, no such template.
+        UserError: no such model or adapter, a name that is taken or none, a classifier, no such template, a cache of
+            bits that the model cannot have.
     """
     base, own = base_and_adapters.find_base(options.model)
-    base_and_adapters.expect_task(model_folder.read_config(base), str(base))
+    config = model_folder.read_config(base)
+    base_and_adapters.expect_task(config, str(base))
+    kv_cache.group_size(config.head_dim, options.kv_bits)
     _template_text(options.template)
     found: list[tuple[str, Adapters]] = [(options.name or _called(options.model), own)]
     if own:
@@ -207,9 +211,9 @@ def _digest(base: Path, adapters: Adapters, template: Template | None) -> str:
     return digest.hexdigest()
 
 
-def cache_bytes(served: Sequence[Served], rows: int) -> int:
-    """Bytes of keys and values of so many rows whose context is full, in float32, of the largest model."""
-    return max(memory.kv_cache(each.model.config, rows, each.context, 4) for each in served)
+def cache_bytes(served: Sequence[Served], rows: int, kv_bits: int) -> int:
+    """Bytes of keys and values of so many rows whose context is full, float32 or in bits, of the largest model."""
+    return max(kv_cache.size(each.model.config, rows, each.context, 4, kv_bits) for each in served)
 
 
 def weight_bytes(options: Options) -> int:

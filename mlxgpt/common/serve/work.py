@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlxgpt.common.config import SampleConfig
+from mlxgpt.common.inference.drafting import Drafter
 from mlxgpt.common.sft.template import Template
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -24,6 +25,7 @@ class Served:
     n_vocab: int  # tokens that may be drawn: the tokenizer's, at most the model's
     digest: str  # sha256 of weights, adapter and template
     parent: str | None = None  # the name of the base that it adapts; None: it is the base
+    drafter: Callable[[], Drafter] | None = None  # made in the engine's thread; None: tokens are drawn one by one
 
     @property
     def context(self) -> int:
@@ -126,6 +128,8 @@ class Counts:
     cache_misses: int = 0
     cache_bytes: int = 0
     steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those that were drafted
     first_token_seconds: list[float] = field(default_factory=list)  # of the latest 1,024 requests
     first_token_total: float = 0.0
     first_token_count: int = 0

@@ -32,9 +32,9 @@ def read_all(names: Sequence[str], data: str | None = None, shots: int | None = 
     Raises:
         UserError: as ``read``; two tasks have one name; ``data`` is given, and none is published.
     """
+    tasks = [read(name, data, shots) for name in names]
     if data is not None and not any(name in PUBLISHED for name in names):
         raise UserError(f"--data {data}: {names[0]} names its own file: expected --data only with a published task")
-    tasks = [read(name, data, shots) for name in names]
     for at, task in enumerate(tasks):
         if any(task.name == other.name for other in tasks[:at]):
             raise UserError(f"--task {names[at]}: there is a task {task.name} already: expected each once")

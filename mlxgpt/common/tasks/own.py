@@ -55,13 +55,13 @@ def read(path: Path) -> Task:
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
-    for kind, (needed, optional) in _KEYS.items():
-        if all(key in row for key in needed) and (not optional or any(key in row for key in optional)):
-            return kind
     known = {key for needed, optional in _KEYS.values() for key in (*needed, *optional)}
     meant = next((f"; {key}{near}" for key in row if key not in known and (near := nearest(key, known))), "")
     if "choices" in row and "answer" not in row:
         raise UserError(f"{where}: no answer{meant}: expected the index, the text or the letter of a choice")
+    for kind, (needed, optional) in _KEYS.items():
+        if all(key in row for key in needed) and (not optional or any(key in row for key in optional)):
+            return kind
     raise UserError(f"{where}: keys {', '.join(map(repr, list(row)[:8]))}{meant}: expected {_FORMS}")
 
 

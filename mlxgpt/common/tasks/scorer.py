@@ -30,6 +30,7 @@ class ModelScorer:
         bos: ``yes`` and ``no`` are what lm-evaluation-harness does with add_bos_token; ``auto``: as the tokenizer does.
         render: makes of each context the text that the model reads, such as a chat template; None: as it is.
         rows: that pass through the model at once; no number depends on it.
+        kv_bits: of keys and values, as a cache of 8 or 4 bits gives them; 0: as they are.
 
     Raises:
         UserError: ``bos`` is ``yes``, and the tokenizer names no BOS.
@@ -43,8 +44,9 @@ class ModelScorer:
         bos: str = "auto",
         render: Callable[[str], str] | None = None,
         rows: int = reading.ROWS,
+        kv_bits: int = 0,
     ):
-        self.context, self.cut = model.config.block_size, 0
+        self.context, self.cut, self._kv_bits = model.config.block_size, 0, kv_bits
         self._backend, self._model, self._tokenizer, self._render, self._rows = backend, model, tokenizer, render, rows
         ids = [tokenizer.id_of(tokenizer.named.get(name, "")) for name in ("bos_token", "eos_token")]
         self.prefix = next((each for each in (*ids, tokenizer.eos_id) if each is not None), None)
@@ -97,7 +99,7 @@ class ModelScorer:
             found = groups.setdefault(left, {})
             places.append((left, found.setdefault(tuple(continuation), len(found))))
         asked = [reading.Group(context, list(found)) for context, found in groups.items()]
-        told = self._backend.scoring.continuations(self._model, asked, self._rows, say)
+        told = self._backend.scoring.continuations(self._model, asked, self._rows, say, self._kv_bits)
         made = dict(zip(groups, told, strict=True))
         result = [made[context][number] for context, number in places]
         wrong = next((n for n, each in enumerate(result) if not math.isfinite(each.logprob)), None)
@@ -146,7 +148,9 @@ class ModelScorer:
         made: dict[tuple[int, ...], str] = {}
         for start in range(0, len(order), self._rows):
             part = order[start : start + self._rows]
-            found = self._backend.generate.generate(self._model, self._tokenizer, part, sample, stop)
+            found = self._backend.generate.generate(
+                self._model, self._tokenizer, part, sample, stop, kv_bits=self._kv_bits
+            )
             made |= {prompt: each.text for prompt, each in zip(part, found, strict=True)}
             say(f"{len(made)} of {len(order)} answers")
         return [made[prompt] for prompt in prompts]

@@ -32,7 +32,7 @@ class Prefixes:
     """
 
     def __init__(self, limit: int, batching: Any) -> None:
-        self._limit, self._batching = limit, batching
+        self.limit, self._batching = limit, batching
         self._entries: list[_Entry] = []
         self._clock = 0
 
@@ -51,7 +51,8 @@ class Prefixes:
         for entry in self._entries:
             if entry.name == name and self._usable(config, len(entry.ids), len(ids)):
                 same = _alike(entry.ids, wanted)
-                best, most = (entry, same) if same > most else (best, most)
+                if same > most and self._batching.reaches(entry.layers, same):
+                    best, most = entry, same
         if best is None:
             return 0, None
         self._clock += 1
@@ -66,21 +67,21 @@ class Prefixes:
     def add(self, name: str, ids: Sequence[int], layers: Any) -> None:
         """Holds a sequence; those that it begins with are no longer needed."""
         made, size = np.array(ids, np.int64), self._batching.size(layers)
-        if size > self._limit:
+        if size > self.limit:
             return
         self._clock += 1
         kept = []
         for entry in self._entries:
             same = _alike(entry.ids, made) if entry.name == name else 0
-            if same == len(made):  # nothing new
+            if same == len(made) and self._batching.reaches(entry.layers, same):  # nothing new
                 entry.used = self._clock
                 return
-            if same < len(entry.ids):
+            if same < len(entry.ids) or not self._batching.reaches(layers, same):
                 kept.append(entry)
         self._entries = [*kept, _Entry(name, made, layers, size, self._clock)]
         total = self.bytes
         for entry in sorted(self._entries, key=lambda entry: entry.used):
-            if total <= self._limit:
+            if total <= self.limit:
                 break
             self._entries.remove(entry)
             total -= entry.bytes

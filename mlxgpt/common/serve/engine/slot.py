@@ -1,5 +1,6 @@
 """One choice of a request while it is drawn: its noise, its penalties, its constraint, and the text so far."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,20 +41,35 @@ class Slot:
         """Whether the next token is the last, whatever it is."""
         return len(self.row.tokens) + 1 >= min(self.work.sample.max_tokens, self._room)
 
+    @property
+    def drafts(self) -> int:
+        """How many tokens may be drawn ahead: none that would be the last, none that a constraint has to see first."""
+        left = min(self.work.sample.max_tokens, self._room) - len(self.row.tokens)
+        return 0 if self._constraint is not None else left - 1
+
     def next(self) -> Choice:
         """How the next token is drawn."""
-        step = len(self.row.tokens)
-        if step % sampling.KEYS == 0:
-            self._keys = sampling.keys(self.work.sample.seed, self.row.copy, step, sampling.KEYS)
-        return Choice(
-            self._settings, int(self._keys[step % sampling.KEYS]), self._seen, self._added(), self.work.logprobs
-        )
+        return self.after(())
 
-    def _added(self) -> np.ndarray | None:
-        """Onto the logits: penalties and bias, -inf where the constraint forbids a token."""
+    def after(self, tokens: Sequence[int]) -> Choice:
+        """How the next token is drawn, supposing that ``tokens`` are drawn before it."""
+        step, seen, counts, drawn = len(self.row.tokens) + len(tokens), self._seen, self._counts, list(tokens)
+        while step >= len(self._keys):
+            more = sampling.keys(self.work.sample.seed, self.row.copy, len(self._keys), sampling.KEYS)
+            self._keys = np.concatenate([self._keys, more])
+        if drawn and seen is not None:
+            seen = seen.copy()
+            seen[drawn] = True
+        if drawn and counts is not None:
+            counts = counts.copy()
+            np.add.at(counts, drawn, 1)
+        return Choice(self._settings, int(self._keys[step]), seen, self._added(counts), self.work.logprobs)
+
+    def _added(self, counts: np.ndarray | None) -> np.ndarray | None:
+        """Onto the logits: penalties by ``counts`` and bias, -inf where the constraint forbids a token."""
         sample, added = self.work.sample, self._bias
-        if self._counts is not None:
-            added = sampling.added(self._counts, self._bias, sample.presence_penalty, sample.frequency_penalty)
+        if counts is not None:
+            added = sampling.added(counts, self._bias, sample.presence_penalty, sample.frequency_penalty)
         if self._constraint is not None:
             added = np.where(self._constraint.allowed(), np.float32(0) if added is None else added, -np.inf)
             added = added.astype(np.float32)

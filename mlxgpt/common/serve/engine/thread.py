@@ -10,19 +10,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from mlxgpt.common import backend as backends
-from mlxgpt.common import failures
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.config import ModelConfig
-from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.inference import generation
 from mlxgpt.common.serve.engine.prefixes import Prefixes
+from mlxgpt.common.serve.engine.rows import Rows
 from mlxgpt.common.serve.engine.slot import Slot, Task
+from mlxgpt.common.serve.engine.steps import Steps
+from mlxgpt.common.serve.engine.telling import Telling
 from mlxgpt.common.serve.work import Begun, Busy, Counts, Drawn, Piece, Served, Stopped, Work
 
-LATEST = 1024  # requests whose seconds to the first token are kept
 WAIT = 60  # seconds, at the most, that Busy speaks of
 
 
@@ -35,6 +32,7 @@ class Engine:
         max_batch: choices that are drawn together.
         max_queue: requests that may wait for a place among them.
         cache_bytes: memory for keys and values that later requests may begin with; 0: none.
+        kv_bits: of keys and values: 8 or 4; 0 holds them as they are.
     """
 
     def __init__(
@@ -44,11 +42,14 @@ class Engine:
         max_batch: int = 16,
         max_queue: int = 64,
         cache_bytes: int = 0,
+        kv_bits: int = 0,
     ) -> None:
         self._backend, self._load, self._max_batch, self._max_queue = backend, load, max_batch, max_queue
-        self.counts = Counts()
         self._prefixes = Prefixes(cache_bytes, backend.batching)
-        self._keeps = cache_bytes > 0
+        self._kv_bits = kv_bits
+        self._telling = Telling(self.cancel, self._prefixes.clear)
+        self._steps = Steps(self._telling, self._prefixes)
+        self.counts: Counts = self._telling.counts
         self._served: Mapping[str, Served] = MappingProxyType({})
         self._lock = threading.Condition()  # guards what follows
         self._queue: deque[Task] = deque()
@@ -58,9 +59,8 @@ class Engine:
         self._ready = threading.Event()
         # the engine's own
         self._reading: deque[Task] = deque()
-        self._rows: dict[str, tuple[Any, list[Slot]]] = {}  # batch and choices of each model
+        self._rows: dict[str, Rows] = {}  # of each model
         self._seconds = 1.0  # that a request takes, lately
-        self._began: dict[Work, float] = {}  # works that have drawn nothing yet
         self._thread = threading.Thread(target=self._main, name="mlxgpt-engine", daemon=True)
 
     def start(self) -> None:
@@ -120,8 +120,7 @@ class Engine:
         try:
             self._served = MappingProxyType({served.name: served for served in self._load()})
             self._rows = {
-                name: (self._backend.batching.Batch(served.model, served.n_vocab), [])
-                for name, served in self._served.items()
+                name: Rows(served, self._backend.batching, self._kv_bits) for name, served in self._served.items()
             }
             self._ready.set()
             while self._turn():
@@ -144,11 +143,11 @@ class Engine:
             left = [*self._queue]
             self._queue.clear()
         for task in (*left, *self._reading):
-            self._refuse(task, reason, error)
-        for _, slots in self._rows.values():
-            for slot in slots:
-                self._say(slot.work, Piece(slot.index, "", (), reason, error))
-            slots.clear()
+            self._telling.refuse(task, reason, error)
+        for rows in self._rows.values():
+            for slot in rows.slots:
+                self._telling.say(slot.work, Piece(slot.index, "", (), reason, error))
+            rows.slots.clear()
 
     def _turn(self) -> bool:
         """Some tokens of prompts, and a step of each batch; False at the end."""
@@ -161,8 +160,8 @@ class Engine:
         if gone:
             self._drop(gone)
         self._read()
-        for name in self._rows:
-            self._step(name)
+        for rows in self._rows.values():
+            self._reading.extendleft(self._steps.step(rows))
         self.counts.running = self._running()
         self.counts.cache_bytes = self._prefixes.bytes
         return True
@@ -180,23 +179,20 @@ class Engine:
         return bool(self._reading) or self._running() > 0
 
     def _running(self) -> int:
-        return sum(len(slots) for _, slots in self._rows.values())
+        return sum(len(rows.slots) for rows in self._rows.values())
 
     def _drop(self, gone: set[Work]) -> None:
         """Takes the rows of requests out whose clients left."""
         self.counts.cancelled += sum(len(task.slots) for task in self._reading if task.work in gone)
         self._reading = deque(task for task in self._reading if task.work not in gone)
         for work in gone:
-            self._began.pop(work, None)
-        for name, (batch, slots) in self._rows.items():
-            stay = [row for row, slot in enumerate(slots) if slot.work not in gone]
-            for row, slot in enumerate(slots):
+            self._telling.forget(work)
+        for rows in self._rows.values():
+            for row, slot in enumerate(rows.slots):
                 if slot.work in gone:
                     self.counts.cancelled += 1
-                    self._hold(name, batch, row, slot.ids)
-            if len(stay) < len(slots):
-                batch.keep(stay)
-                slots[:] = [slots[row] for row in stay]
+                    self._steps.hold(rows, row)
+            rows.keep([row for row, slot in enumerate(rows.slots) if slot.work not in gone])
 
     def _read(self) -> None:
         """Reads as many tokens of prompts as one turn may, and lets those join that were read."""
@@ -212,7 +208,7 @@ class Engine:
                     self._begin(task)
             except Exception as error:
                 self._reading.popleft()
-                self._refuse(task, "", self._meaning(error))
+                self._telling.refuse(task, "", self._telling.meaning(error))
                 continue
             if not self._join(task):
                 return  # its other choices join when rows have left
@@ -242,21 +238,22 @@ class Engine:
         held = None
         if not task.again:
             task.slots = [Slot(work, index) for index in range(len(work.copies))]
-            self._began[work] = task.arrived
-            if self._keeps and not work.score_prompt:
+            self._telling.arrived(task)
+            if self._prefixes.limit and not work.score_prompt:
                 task.cached, held = self._prefixes.find(served.name, served.model.config, task.ids)
                 self.counts.cache_hits += held is not None
                 self.counts.cache_misses += held is None
         top = (work.logprobs or 0) if work.score_prompt else None
-        task.prompt = self._backend.batching.Prompt(served.model, task.ids, served.n_vocab, held, top)
+        new = self._backend.batching.Prompt
+        task.prompt = new(served.model, task.ids, served.n_vocab, held, top, self._kv_bits)
 
     def _begin(self, task: Task) -> None:
         """Says that the prompt was read; once."""
         task.again = True
         self.counts.prompt_tokens += len(task.ids)
         self.counts.cached_tokens += task.cached
-        self._say(task.work, Begun(task.cached, _scores(task)))
-        if self._keeps:
+        self._telling.say(task.work, Begun(task.cached, _scores(task)))
+        if self._prefixes.limit:
             self._prefixes.add(task.work.served.name, task.ids, task.prompt.layers())
 
     def _join(self, task: Task) -> bool:
@@ -264,131 +261,13 @@ class Engine:
         work = task.work
         if not work.sample.max_tokens:
             for slot in task.slots:
-                self._finish(slot, Piece(slot.index, "", (), "length"))
+                self._telling.finish(slot, Piece(slot.index, "", (), "length"))
             return True
         count = min(len(task.slots), self._max_batch - self._running())
         if count > 0:
-            batch, slots = self._rows[work.served.name]
-            batch.join(task.prompt, count)
-            slots += task.slots[:count]
+            self._rows[work.served.name].join(task.prompt, task.slots[:count])
             del task.slots[:count]
         return not task.slots
-
-    def _step(self, name: str) -> None:
-        """Draws the next token of every row of a model."""
-        batch, slots = self._rows[name]
-        choices, bad = [], []
-        for row, slot in enumerate(slots):
-            try:
-                choices.append(slot.next())
-            except Exception as error:  # of a constraint
-                bad.append(row)
-                self._finish(slot, Piece(slot.index, "", (), "", self._meaning(error)))
-        if bad:
-            self._keep(name, [row for row in range(len(slots)) if row not in bad])
-        if not slots:
-            return
-        try:
-            self._draw(name, batch, slots, choices)
-        except Exception as error:
-            known = failures.meaning(error)
-            if not (known and known.memory):
-                raise
-            self._prefixes.clear()
-            for slot in slots:
-                self._finish(slot, Piece(slot.index, "", (), "", known.line))
-            self._keep(name, [])
-
-    def _draw(self, name: str, batch: Any, slots: list[Slot], choices: list[Any]) -> None:
-        """A step: the next forward pass is queued before this step's tokens are read."""
-        config = self._served[name].model.config
-        drawn = batch.draw(choices)
-        going = [row for row, slot in enumerate(slots) if not (slot.last or _turns(config, slot))]
-        for row in range(len(slots) if self._keeps else 0):
-            if slots[row].last:
-                self._hold(name, batch, row, slots[row].ids)
-        before = list(slots)
-        batch.go_on(drawn, going)
-        slots[:] = [slots[row] for row in going]
-        ended, self.counts.steps = set(), self.counts.steps + 1
-        for slot, chosen in zip(before, drawn.read(), strict=True):
-            try:
-                piece = slot.take(chosen)
-            except Exception as error:  # not finite, or of a constraint: of this row alone
-                piece = Piece(slot.index, "", (), "", self._meaning(error))
-            self.counts.generated_tokens += len(piece.drawn)
-            if piece.reason or piece.error:
-                ended.add(slot)
-                self._finish(slot, piece, chosen.token)
-            else:
-                self._count_first(slot.work)
-                self._say(slot.work, piece)
-                if slot not in slots:
-                    self._reading.appendleft(Task(slot.work, 0.0, slot.ids, [slot], again=True))
-        if ended:
-            for row, slot in enumerate(slots):
-                if slot in ended and slot.row.reason == "eos":
-                    self._hold(name, batch, row, [*slot.ids, slot.end])
-                elif slot in ended and slot.row.reason:
-                    self._hold(name, batch, row, slot.ids)
-            self._keep(name, [row for row, slot in enumerate(slots) if slot not in ended])
-
-    def _keep(self, name: str, rows: list[int]) -> None:
-        batch, slots = self._rows[name]
-        batch.keep(rows)
-        slots[:] = [slots[row] for row in rows]
-
-    def _hold(self, name: str, batch: Any, row: int, ids: list[int]) -> None:
-        """Keeps what a row leaves behind, for a request that begins with it."""
-        if self._keeps and len(ids) == batch.lengths[row]:
-            self._prefixes.add(name, ids, batch.layers(row))
-
-    def _finish(self, slot: Slot, piece: Piece, token: int = -1) -> None:
-        """A choice's last word."""
-        slot.end = token
-        self._count_first(slot.work)
-        self.counts.finished += not piece.error
-        self.counts.failed += bool(piece.error)
-        self._say(slot.work, piece)
-
-    def _refuse(self, task: Task, reason: str, error: str) -> None:
-        """The last word of a request that did not reach the batch."""
-        self._began.pop(task.work, None)
-        left = [slot.index for slot in task.slots] or range(len(task.work.copies))
-        self.counts.failed += len(left) if error else 0
-        for index in left:
-            self._say(task.work, Piece(index, "", (), reason, error))
-
-    def _count_first(self, work: Work) -> None:
-        """Seconds from a request's arrival to its first token."""
-        if (arrived := self._began.pop(work, None)) is None:
-            return
-        seconds, counts = time.monotonic() - arrived, self.counts
-        counts.first_token_seconds = [*counts.first_token_seconds[1 - LATEST :], seconds]
-        counts.first_token_total += seconds
-        counts.first_token_count += 1
-
-    def _say(self, work: Work, said: Begun | Piece) -> None:
-        try:
-            work.say(said)
-        except Exception:  # whoever listened is gone
-            self.cancel(work)
-
-    def _meaning(self, error: Exception) -> str:
-        """An error in one line; memory that later requests could begin with is given back where there is too little."""
-        if isinstance(error, UserError | RunError):
-            return str(error)
-        known = failures.meaning(error)
-        if known and known.memory:
-            self._prefixes.clear()
-        if not known:
-            traceback.print_exc(file=sys.stderr)
-        return known.line if known else f"{type(error).__name__}: {error}"
-
-
-def _turns(config: ModelConfig, slot: Slot) -> bool:
-    """Whether the frequencies change with the next token, so that the row is read anew: longrope's border."""
-    return generation.switches(config, [slot.row], len(slot.row.tokens) + 1)
 
 
 def _scores(task: Task) -> tuple[Drawn, ...]:

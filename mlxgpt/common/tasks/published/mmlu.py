@@ -47,6 +47,7 @@ def read(name: str, data: Path, shots: int) -> Task:
         first=True,
         leave_out=False,
         apart=True,
+        metrics=("acc",),
         notes=notes,
     )
 
