@@ -90,7 +90,6 @@ def write_tasks(folder: Path, count: int) -> None:
 
 def write_folder(folder: Path, size: str) -> None:
     """A random llama with a tokenizer that puts BOS before a text."""
-    import numpy as np
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -116,8 +115,7 @@ def write_folder(folder: Path, size: str) -> None:
     backend.save(str(source / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"clean_up_tokenization_spaces": False}))
-    weights = {name: value * np.float32(2) for name, value in params.init_params(config, 0).items()}
-    write_model(folder, config, weights, tokenizer=load_tokenizer(source))
+    write_model(folder, config, params.init_params(config, 0), tokenizer=load_tokenizer(source))
 
 
 def ours(package: str, folder: str, names: str, rows: str = "64") -> Callable[[], int]:

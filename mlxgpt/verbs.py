@@ -84,12 +84,14 @@ VERBS = {
         ),
     ),
     "eval": Verb(
-        "loss, perplexity and bits per byte on data",
+        "loss, perplexity and bits per byte on data, scores on tasks",
         "mlxgpt.commands.eval:evaluate_command",
         inference.evaluate,
         (
             "eval -m runs/first -d book.txt",
             "eval -m runs/first -d book.txt --backend torch --json",
+            "eval -m runs/first --task quiz.jsonl --shots 2",
+            "eval -m model --task hellaswag --data hellaswag/ --limit 1000",
         ),
     ),
     "classify": Verb(
@@ -284,7 +286,7 @@ CALLED = {
     "finetune": "lora sft fine-tune fine_tune tune finetune_lora finetune_full finetune_adapter dora adapt",
     "generate": "sample infer inference complete completion text prompt",
     "serve": "server api openai host",
-    "eval": "evaluate test score perplexity ppl",
+    "eval": "evaluate test score perplexity ppl lm_eval lm-eval",
     "classify": "predict",
     "data prepare": "prepare tokenize preprocess shard",
     "data fetch": "fetch download",

@@ -86,7 +86,8 @@ FLAGS = {
     "quantize": {"--bits", "--method", "--data", "--eval-data", "--adapter", "--group-size", "--hessians", "--force"}
     | {"--dtype", "--tokens", "--text-key", "--json"}
     | RUNS_A_MODEL,
-    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--kv-bits", "--json"}
+    "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json", "--task", "--limit"}
+    | {"--shots", "--log", "--kv-bits", "--bos", "--chat"}
     | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
