@@ -44,6 +44,7 @@ SECTIONS = {
     "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "planning": Section("Planned memory", 1, "--few"),
     "serve": Section("Serving", 5, "--rounds 1 --size 10M --clients 8 --parts load"),
+    "tasks": Section("Tasks", 5, "--rounds 1 --questions 4 --sets endings --peers mlx_lm"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")

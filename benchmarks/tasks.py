@@ -215,32 +215,50 @@ def compared(folder: Path) -> list[str]:
     return lines
 
 
-def measure(python: str, rounds: int, count: int, size: str) -> list[Row]:
+def measure(python: str, rounds: int, count: int, size: str, sets: list[str], peers: list[str]) -> list[Row]:
     """Everybody in turn, in processes of their own."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_folder(folder / "model", size)
         write_tasks(folder, count)
-        for names in (*NAMES, ",".join(NAMES)):
-            given = (str(folder), names)
-            sides = [Contender(package, "tasks", "ours", (package, *given)) for package in OURS]
-            sides += [Contender("hf, batch 1", "tasks", "hf", (*given, "1"), python=python)]
-            sides += [Contender("hf, batch 8", "tasks", "hf", (*given, "8"), python=python)]
-            sides += [Contender("mlx_lm", "tasks", "mlx_lm", given, python=python)]
-            race(sides, rounds)
-            mlx, torch, one, eight, lm = sides
-            what = "four tasks" if "," in names else names
-            goal = "worse quartile >= 3"
-            rows.append(row(f"MLX, {what}, {size}", "mlx_lm.evaluate", "questions/s", mlx, lm, goal))
-            rows.append(row(f"torch, {what}, {size}", "lm_eval hf, batch 8", "questions/s", torch, eight))
-            rows.append(row(f"torch, {what}, {size}", "lm_eval hf, batch 1", "questions/s", torch, one))
+        for names in sets:
+            rows += raced(python, rounds, folder, names, size, peers)
         for number in ("1", "7"):
             for package in OURS:
-                ours(package, str(folder), ",".join(NAMES), number)()
-        print("\n".join(compared(folder)), file=sys.stderr)
-        rows += whole(python, folder, max(1, rounds // 2), size)
+                ours(package, str(folder), sets[-1], number)()
+        if "hf, batch 1" in peers:
+            print("\n".join(compared(folder)), file=sys.stderr)
+        if "hf, batch 8" in peers:
+            rows += whole(python, folder, max(1, rounds // 2), size)
     return rows
+
+
+def raced(python: str, rounds: int, folder: Path, names: str, size: str, peers: list[str]) -> list[Row]:
+    """Some tasks, in seconds of CPU time, which a busy neighbor disturbs least."""
+    given = (str(folder), names)
+    sides = {
+        "mlxgpt": Contender("mlxgpt", "tasks", "ours", ("mlxgpt", *given)),
+        "torch_ref": Contender("torch_ref", "tasks", "ours", ("torch_ref", *given)),
+        "hf, batch 1": Contender("hf, batch 1", "tasks", "hf", (*given, "1"), python=python),
+        "hf, batch 8": Contender("hf, batch 8", "tasks", "hf", (*given, "8"), python=python),
+        "mlx_lm": Contender("mlx_lm", "tasks", "mlx_lm", given, python=python),
+    }
+    pairs = [("mlxgpt" if peer == "mlx_lm" else "torch_ref", peer) for peer in peers]
+    race([sides[name] for name in dict.fromkeys(name for pair in pairs for name in pair)], rounds)
+    what = f"{len(NAMES)} tasks" if "," in names else names
+    return [
+        row(
+            f"{'MLX' if ours == 'mlxgpt' else 'torch'}, {what}, {size}",
+            "mlx_lm.evaluate" if peer == "mlx_lm" else f"lm_eval {peer}",
+            "questions/s of CPU",
+            sides[ours],
+            sides[peer],
+            "worse quartile >= 3" if peer == "mlx_lm" else "",
+            "cpu",
+        )
+        for ours, peer in pairs
+    ]
 
 
 def whole(python: str, folder: Path, rounds: int, size: str) -> list[Row]:
@@ -265,11 +283,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--questions", type=int, default=200, help="of each task")
     parser.add_argument("--size", choices=tuple(SIZES), default="10M")
+    parser.add_argument("--sets", nargs="+", default=[*NAMES, ",".join(NAMES)], help="tasks together, with commas")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.python:
         raise SystemExit("--python: expected an interpreter that has lm_eval: see --help")
-    finish(measure(args.python, args.rounds, args.questions, args.size), args.json)
+    finish(measure(args.python, args.rounds, args.questions, args.size, args.sets, args.peers), args.json)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_both_frameworks_agree_whatever_is_read_at_once(monkeypatch: pytest.Monk
             agree(f"{backend} {rows} rows", values, first, 1e-5, 1.0)
         order = np.random.default_rng(rows).permutation(len(groups))
         values, _ = said(backend, model, [groups[n] for n in order])
-        starts = np.cumsum([0, *(len(group.continuations) for group in groups)])
+        starts = np.cumsum([0, *(len(group.continuations) for group in groups)]).tolist()
         places = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in order])
         agree(f"{backend}, another order", values, first[places], 1e-5, 1.0)
 
