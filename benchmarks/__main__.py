@@ -101,7 +101,7 @@ def write(name: str, rows: list[Row], seconds: float) -> None:
 def main() -> None:
     """Runs the sections, prints their tables and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all, tasks with MLXGPT_LM_EVAL alone")
+    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all; tasks: see its --help")
     parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 3 to 7, by section")
     parser.add_argument("--quick", action="store_true", help="fewest pairs, smallest sizes; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md as it is")
@@ -109,7 +109,8 @@ def main() -> None:
     if unknown := set(args.section) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: expected sections of {', '.join(SECTIONS)}")
     began = time.perf_counter()
-    every = [name for name in SECTIONS if name != "tasks" or "MLXGPT_LM_EVAL" in os.environ]  # an environment of its own
+    # lm_eval has an environment of its own
+    every = [name for name in SECTIONS if name != "tasks" or "MLXGPT_LM_EVAL" in os.environ]
     for name in args.section or every:
         start = time.perf_counter()
         section = SECTIONS[name]
