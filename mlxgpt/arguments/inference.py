@@ -118,6 +118,9 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "with little time and memory and a folder of its own")  # fmt: skip
     add("--draws", type=positive, metavar="N",
         help="with --run-code: programs a question, at temperature 0.8; default: 1, greedy")  # fmt: skip
+    add("--bos", choices=["auto", "yes", "no"],
+        help="with --task: whether rows begin with BOS; default: auto, as the tokenizer does")  # fmt: skip
+    add("--chat", action="store_true", help="with --task: questions in the model's chat template")
     add("--text-key", metavar="KEY", help="with --data: key or column that holds the text; default: text")
     add("--split", choices=["train", "val", "test"],
         help="with --data: split of shards or of a folder of examples; default: val")  # fmt: skip

@@ -64,6 +64,7 @@ class Scorer(Protocol):
 
     context: int  # tokens that a row may have
     cut: int  # rows so far that were longer, whose first tokens were left out
+    chat: bool  # contexts stand in a chat template: nothing is put before a choice
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both, BOS where the tokenizer puts it; white space at the end of ``context`` goes to what follows."""
