@@ -176,6 +176,14 @@ def test_what_is_not_finite_breaks_the_run_and_names_the_row() -> None:
         requests.ask(cloze(2), Said({" a0": -1.0, " a1": math.nan}))
 
 
+def test_an_answer_that_the_context_does_not_hold_is_refused() -> None:
+    scorer = Said()
+    scorer.context = 3
+    assert requests.ask(cloze(10), scorer).questions == 10
+    with pytest.raises(UserError, match=r"row 10: an answer of 4 tokens: expected at most 3, the model's context"):
+        requests.ask(cloze(11), scorer)
+
+
 def test_rows_that_are_cut_are_counted() -> None:
     outcome = requests.ask(cloze(12), Said(longest=5))
     assert outcome.cut == 2
