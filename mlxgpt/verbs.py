@@ -92,6 +92,7 @@ VERBS = {
             "eval -m runs/first -d book.txt --backend torch --json",
             "eval -m runs/first --task quiz.jsonl --shots 2",
             "eval -m model --task hellaswag --data hellaswag/ --limit 1000",
+            "eval -m runs/new --task quiz.jsonl --against runs/old",
         ),
     ),
     "classify": Verb(

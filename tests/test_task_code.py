@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import pytest
 
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.tasks import code
+from mlxgpt.common.tasks import code, named, requests
+from mlxgpt.common.tasks.published import programs
 from mlxgpt.common.tasks.task import Question, Task
 from mlxgpt.common.user_code import limited
 from mlxgpt.common.user_code.limited import Ended, Limits
@@ -31,8 +32,12 @@ ROW = {
 }
 
 
+TESTS = f"{ROW['test']}\ncheck(double)"
+QUESTION = Question("here", ROW["prompt"], target=ROW["canonical_solution"], program=ROW["prompt"], tests=TESTS)
+
+
 def program(answer: str) -> str:
-    return code.program(code.humaneval([("here", ROW)])[0], answer)
+    return code.program(QUESTION, answer)
 
 
 ENDS = {
@@ -189,12 +194,13 @@ class Writes:
     cut = 0
 
     def __init__(self) -> None:
-        self.seeds: list[int] = []
+        self.seeds, self.contexts = list[int](), list[str]()
 
     def answers(
         self, contexts: Sequence[str], stop: Sequence[str], sample: SampleConfig, say: object = None
     ) -> list[str]:
         self.seeds.append(sample.seed)
+        self.contexts += contexts
         right = len(self.seeds) % 2
         return ["    return 2 * x\n" if right else "    return 3\n" for _ in contexts]
 
@@ -204,7 +210,7 @@ def runs(programs: Sequence[str]) -> list[Ended]:
 
 
 def test_each_draw_has_a_seed_and_each_question_its_programs() -> None:
-    questions = code.humaneval([("here", ROW), ("there", ROW)])
+    questions = [QUESTION, QUESTION]
     task = Task("own", "code", questions, draws=4, sample=SampleConfig(temperature=0.8, seed=5))
     writes = Writes()
     asked = code.ask(task, questions, ["", ""], writes, runs)  # type: ignore[arg-type]
@@ -217,41 +223,47 @@ def test_each_draw_has_a_seed_and_each_question_its_programs() -> None:
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    questions = code.humaneval([("here", ROW)])
     with pytest.raises(UserError, match="--run-code runs them on this machine"):
-        code.expect_run(None, "humaneval")
+        requests.ask(Task("own", "code", [QUESTION]), Writes())  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at temperature 0 are the same"):
-        code.check_draws(Task("own", "code", questions, draws=2))
+        code.check_draws(Task("own", "code", [QUESTION], draws=2))
     with pytest.raises(UserError, match="'pass@5': expected pass@K"):
-        code.check_draws(Task("own", "code", questions, metrics=("pass@5",)))
+        code.check_draws(Task("own", "code", [QUESTION], metrics=("pass@5",)))
+
+
+# ---- the published files
+
+
+def write(place: Path, rows: Sequence[Mapping[str, object]]) -> str:
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(place)
+
+
+def test_humaneval_s_own_solutions_pass(tmp_path: Path) -> None:
+    task = named.read("humaneval", write(tmp_path / "HumanEval.jsonl", [ROW]))
+    assert (task.questions[0].text, task.questions[0].tests) == (ROW["prompt"], TESTS) and task.stop == code.STOP
+    assert limited.run_all([code.program(each, each.target) for each in task.questions])[0].passed
     for key in ("prompt", "entry_point", "canonical_solution", "test"):
-        with pytest.raises(UserError, match=f"file.jsonl, row 1: {key} = None"):
-            code.humaneval([("file.jsonl, row 1", {**ROW, key: None})])
-    row = {"task_id": 11, "text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": []}
-    with pytest.raises(UserError, match="test_list is empty"):
-        code.mbpp([("here", row)])
+        with pytest.raises(UserError, match=f"row 1: .*{key}"):
+            named.read("humaneval", write(tmp_path / "broken.jsonl", [{**ROW, key: None}]))
+    with pytest.raises(UserError, match="expected 0"):
+        named.read("humaneval", str(tmp_path / "HumanEval.jsonl"), 2)
 
 
-def test_mbpp_is_asked_as_its_paper_has_it() -> None:
-    rows = [
-        (f"row {number}", {
-            "task_id": number, "text": "Add.", "code": "def add(a, b):\n    return a + b", "test_setup_code": "one = 1",
-            "test_list": ["assert add(one, 2) == 3", "assert add(0, 0) == 0", "assert add(4, 4) == 8"],
-        })
-        for number in range(1, 13)
-    ]  # fmt: skip
-    task = code.mbpp_task("mbpp", code.mbpp(rows))
-    assert [each.where for each in task.questions] == ["row 11", "row 12"] and task.notes
-    assert [each.where for each in task.examples] == ["row 2", "row 3", "row 4"] and task.shots == 3
-    question = task.questions[0]
-    assert question.text.endswith("assert add(4, 4) == 8\n[BEGIN]\n") and question.target.endswith("\n[DONE]")
+def test_mbpp_is_asked_as_its_paper_has_it(tmp_path: Path) -> None:
+    tests = ["assert add(one, 2) == 3", "assert add(0, 0) == 0", "assert add(4, 4) == 8"]
+    row = {"text": "Add.", "code": "def add(a, b):\n    return a + b", "test_setup_code": "one = 1", "test_list": tests}
+    path = write(tmp_path / "mbpp.jsonl", [{**row, "task_id": number} for number in range(1, 13)])
+    task = named.read("mbpp", path)
+    assert [each.where[-6:] for each in task.questions] == ["row 11", "row 12"] and task.notes
+    assert [each.where[-5:] for each in task.examples] == ["row 2", "row 3", "row 4"] and task.shots == programs.SHOTS
+    question, writes = task.questions[0], Writes()
+    assert question.text.endswith("assert add(4, 4) == 8\n[BEGIN]\n")
+    requests.ask(task, writes, run=runs)  # type: ignore[arg-type]
+    assert writes.contexts[0] == (question.text + row["code"] + "\n[DONE]\n\n") * 3 + question.text  # type: ignore[operator]
     right = question.target.removesuffix("[DONE]")
     ended = [limited.run(code.program(question, text)) for text in (right, "def add(a, b): return 3")]
     assert [each.passed for each in ended] == [True, False]
-
-
-def test_a_published_solution_passes_its_own_tests(tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in json.dumps(ROW).splitlines()]
-    questions = code.humaneval([("here", row) for row in rows])
-    assert limited.run_all([code.program(each, each.target) for each in questions])[0].passed
-    assert isinstance(questions[0], Question)
+    for changed, said in (({"test_list": []}, "test_list"), ({"task_id": "1"}, "task_id is '1'")):
+        with pytest.raises(UserError, match=said):
+            named.read("mbpp", write(tmp_path / "broken.jsonl", [{**row, "task_id": 11, **changed}]))

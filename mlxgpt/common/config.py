@@ -107,6 +107,11 @@ class TrainConfig:
     wired_limit: int = field(0, "Metal: MiB that may be wired; 0 = untouched (raising it can crash a Mac)")
     eval_every: int = field(250, "steps between validations; 0 = never")
     eval_batches: int = field(0, "validation batches, evenly spaced; 0 = the whole split, every token once")
+    tasks: str | tuple = field(
+        (),
+        "tasks asked at each validation: .jsonl or YAML files, or published ones as NAME=PATH, where their files lie",
+    )
+    task_limit: int = field(100, "questions of each of them, the first ones; 0 = all")
     sample_every: int = field(0, "steps between printed samples; 0 = only at the end")
     save_every: int = field(500, "steps between checkpoints; 0 = only at the end")
     keep: int = field(2, "newest checkpoints to keep, in addition to best and last; 0 = all")
@@ -117,11 +122,13 @@ class TrainConfig:
     wandb: str = field("", "W&B project to log to (extra: wandb); empty = off")
 
     def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,) if self.tasks else ())
         one_of("train", self, "compute_dtype", "float32", "bfloat16")
         one_of("train", self, "compile", "auto", "on", "off")
         for name in ("steps", "batch_size"):
             check("train", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        counts = "micro_batch_size eval_every eval_batches sample_every save_every keep early_stop seed"
+        counts = "micro_batch_size eval_every eval_batches task_limit sample_every save_every keep early_stop seed"
         limits = "memory_limit cache_limit clear_cache wired_limit"
         for name in (*counts.split(), *limits.split(), "z_loss"):
             check("train", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")

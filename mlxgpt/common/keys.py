@@ -82,6 +82,8 @@ PEERS = {
     "train.compile": "compile torch_compile",
     "train.eval_every": "eval_interval steps_per_eval eval_steps do_eval interval",
     "train.eval_batches": "eval_iters val_batches eval.max_iters",
+    "train.tasks": "eval_tasks tasks",
+    "train.task_limit": "eval_limit limit",
     "train.log_every": "log_interval steps_per_report logging_steps verbose",
     "train.save_every": "always_save_checkpoint save_steps save_interval",
     "train.keep": "save_total_limit",

@@ -122,9 +122,11 @@ def typed(section: str, field: dataclasses.Field, value: Any) -> Any:
     if field.type == int | str and isinstance(value, int) and not isinstance(value, bool):
         return value  # a number, or auto
     if field.type == str | tuple and isinstance(value, (list, tuple)):
-        if not value or not all(isinstance(each, str) for each in value):
+        if not (value or kind is tuple) or not all(isinstance(each, str) for each in value):
             raise UserError(f"{section}.{field.name} = {value!r}: expected a path, or a list of paths")
         return tuple(value)
+    if field.type == str | tuple and isinstance(value, str):
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):
@@ -231,7 +233,11 @@ def keys_of(sets: list[str]) -> frozenset[str]:
 
 
 # Keys that may name a file or folder.
-_PATHS = {"data": ("source", "tokenizer"), "tune": ("model", "adapter", "source", "template")}
+_PATHS = {
+    "data": ("source", "tokenizer"),
+    "train": ("tasks",),
+    "tune": ("model", "adapter", "source", "template"),
+}
 
 
 def read(path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -263,6 +269,9 @@ _WORDS = ("", "pydocs", "pydocs-qa", "auto", "chatml", "char", "bpe", "sp-bpe", 
 
 def _beside(path: Path, key: str, value: str, say: Callable[[str], None]) -> str:
     """``value`` of a recipe at ``path`` as an absolute path where it is one from there."""
+    name, equals, place = value.rpartition("=")
+    if key == "train.tasks" and equals and name.isidentifier():  # a published task and its files
+        return f"{name}={_beside(path, key, place, say)}"
     if value in _WORDS or Path(value).expanduser().is_absolute():
         return value
     if (path.parent / value).exists():

@@ -114,6 +114,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         made.append(("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}"))
         if np.isfinite(run.bits_a_byte):
             made.append(("in bits a byte", f"{run.best[1] * run.bits_a_byte:.4f}"))
+    made += [(f"{task} {name}", text) for task, name, text in _tasks(run)]
     if len(run.train["step"]):
         losses = run.train["loss"][-100:]
         if np.isfinite(losses).any():
@@ -133,6 +134,17 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.skipped:
         made.append(("updates skipped", str(run.skipped)))
     made.append(("on disk", f"{run.size / 2**20:,.1f} MiB, {len(run.checkpoints)} checkpoints"))
+    return made
+
+
+def _tasks(run: Run) -> list[tuple[str, str, str]]:
+    """Task, its first metric, and that at the last validation."""
+    made = []
+    for task, groups in plots.tasks([run]).items():
+        values = run.val[f"tasks/{task}/{groups[0][0]}"]
+        if np.isfinite(values).any():
+            at = int(np.flatnonzero(np.isfinite(values))[-1])
+            made.append((task, groups[0][0], f"{values[at]:.4f} at step {int(run.val['step'][at]):,}"))
     return made
 
 

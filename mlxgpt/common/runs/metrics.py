@@ -70,10 +70,22 @@ def cut(path: Path, step: int) -> int:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line with what is inside others named by the way to it: ``tasks/quiz/acc``."""
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        inside = flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{key}/{name}" if name else key: each for name, each in inside.items()}
+    return found
 
 
 class Sink(Protocol):
@@ -129,7 +141,7 @@ def numbers(entry: dict[str, Any]) -> dict[str, float]:
     split = entry["split"]
     return {
         f"{split}/{key}": float(value)
-        for key, value in entry.items()
+        for key, value in flat(entry).items()
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
     }
 

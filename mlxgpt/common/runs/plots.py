@@ -3,8 +3,10 @@
 A curve with more points than pixels is drawn as the mean of each bin, over a band from its minimum to its maximum.
 """
 
+import functools
 import io
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,6 +137,34 @@ def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
             lambda ax: _lines(ax, runs, lambda run: run.train.get("memory", run.train["step"] * np.nan) / _MIB, True)
         ]
         yield figure("memory", "Memory", "MiB, peak since the start", scaled)
+    for task, names in tasks(runs).items():
+        panels = [functools.partial(_task, runs=runs, task=task, names=group) for group in names]
+        file = f"task_{re.sub(r'[^A-Za-z0-9_]', '_', task)}"
+        yield figure(file, f"Task {task}", "at each validation", panels, (1,) * len(panels))
+
+
+def tasks(runs: list[Run]) -> dict[str, list[list[str]]]:
+    """Task -> its metrics in groups that fit on one axis: shares together, every other alone."""
+    found: dict[str, list[list[str]]] = {}
+    for column in dict.fromkeys(name for run in runs for name in run.val if name.startswith("tasks/")):
+        task, _, metric = column.removeprefix("tasks/").rpartition("/")
+        groups = found.setdefault(task, [[]])
+        values = np.concatenate([run.val[column] for run in runs if column in run.val])
+        share = not metric.endswith(("perplexity", "bits_per_byte")) and np.nanmax(values, initial=0) <= 1
+        groups[0].append(metric) if share else groups.append([metric])
+    return {task: [group for group in groups if group] for task, groups in found.items()}
+
+
+def _task(ax: Any, runs: list[Run], task: str, names: list[str]) -> None:
+    """Colors are runs, dashes are metrics."""
+    for dashes, metric in zip(itertools.cycle(("-", "--", ":", "-.")), names, strict=False):
+        for number, (color, run) in enumerate(colored(runs)):
+            values = run.val.get(f"tasks/{task}/{metric}", run.val["step"] * np.nan)
+            label = metric if number == 0 else None
+            ax.plot(run.val["step"], values, dashes, color=color, marker="o", markersize=3, label=label)
+    ax.set_ylabel(names[0] if len(names) == 1 else "share")
+    if len(names) > 1:
+        ax.legend(loc="best", fontsize=8)
 
 
 def _own_ids(svg: str, name: str) -> str:

@@ -119,7 +119,8 @@ def read_run(path: Path) -> Run:
 
 
 def columns(lines: list[dict[str, Any]]) -> Columns:
-    """The numbers of the lines as arrays of one length; ``step`` is always there."""
+    """The numbers of the lines, by ``metrics.flat``, as arrays of one length; ``step`` is always there."""
+    lines = [metrics.flat(line) for line in lines]
     names = dict.fromkeys(["step", *(key for line in lines for key, value in line.items() if _number(value))])
     return {
         name: np.array([float(line[name]) if _number(line.get(name)) else math.nan for line in lines]) for name in names

@@ -159,6 +159,11 @@ class Finetuning(Kind[SftSource]):
         """The examples, their order and packing, and the weights that stay."""
         return self.source.digest if self._whole else self.source.digest | {_BASE: self._base_sha256}
 
+    @property
+    def spells(self) -> Tokenizer | None:
+        """The examples' tokenizer."""
+        return self.source.tokenizer
+
     def describe_source(self) -> dict[str, Any]:
         """Counts of examples and tokens."""
         return self.source.describe()

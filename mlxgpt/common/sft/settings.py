@@ -11,7 +11,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.recipes import apply_sets, build, read_toml
 from mlxgpt.common.rows import pydocs_qa
 from mlxgpt.common.sft.source import SftSource
-from mlxgpt.common.train import schedule
+from mlxgpt.common.train import schedule, tasks
 
 _SHOWN = {"model": " DIR: a run, a model folder or a hub id", "source": " PATH: the examples"}
 FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # defaults of method full (Taori 2023, Alpaca)
@@ -122,7 +122,8 @@ def recipe(sections: Sections, where: str) -> Recipe:
         for key, value in paths.items()
         if value and Path(value).expanduser().exists()
     }
-    return dataclasses.replace(made, tune=dataclasses.replace(made.tune, **{"source": source, **absolute}))
+    tune = dataclasses.replace(made.tune, **{"source": source, **absolute})
+    return dataclasses.replace(made, tune=tune, train=tasks.absolute(made.train))
 
 
 def with_length(recipe: Recipe, chosen: Chosen, source: SftSource) -> Recipe:

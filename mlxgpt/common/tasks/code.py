@@ -5,19 +5,16 @@ Nothing is run here: who scores gives what runs programs, and only where a user 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.tasks.task import Asked, Question, Scorer, Task
 
 USUAL = (1, 10, 100)
-_MBPP_TASK = "You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:"
-_MBPP_STOP = "[DONE]"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a function whose head a model was given."""
 
@@ -124,85 +121,3 @@ def pass_at(passed: np.ndarray, draws: int, k: int) -> np.ndarray:
     rest = draws - passed[:, None].astype(np.float64)
     left = np.clip((rest - np.arange(k)) / (draws - np.arange(k)), 0, None)  # 0 where fewer than k fail
     return 1 - left.prod(axis=1)
-
-
-def humaneval(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Question]:
-    """Questions of HumanEval's rows (task_id, prompt, entry_point, canonical_solution, test), each with its place.
-
-    Raises:
-        UserError: a row lacks one.
-    """
-    made = []
-    for where, row in rows:
-        prompt, solution, test, entry = (
-            _text(row, key, where) for key in ("prompt", "canonical_solution", "test", "entry_point")
-        )
-        tests = f"{test}\ncheck({entry})"
-        made.append(Question(where, text=prompt, target=solution, program=prompt, tests=tests))
-    return made
-
-
-def humaneval_task(name: str, questions: Sequence[Question]) -> Task:
-    """As lm-eval asks: what stands at the margin ends the function; greedy, one draw."""
-    return Task(
-        name,
-        "code",
-        questions,
-        before_target="",
-        stop=STOP,
-        sample=SampleConfig(temperature=0.0, max_tokens=1024),
-    )
-
-
-def mbpp(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[int, Question]:
-    """task_id -> question, of MBPP's rows (task_id, text or prompt, code, test_list, maybe test_setup_code).
-
-    Raises:
-        UserError: a row lacks one, or has no tests.
-    """
-    made = {}
-    for where, row in rows:
-        asked = _text(row, "text" if "text" in row else "prompt", where)
-        tests = row.get("test_list")
-        if not isinstance(tests, Sequence) or isinstance(tests, str) or not all(isinstance(one, str) for one in tests):
-            raise UserError(f"{where}: test_list = {tests!r}: expected a list of tests")
-        if not tests:
-            raise UserError(f"{where}: test_list is empty: expected tests, or any program would pass")
-        number = row.get("task_id")
-        if type(number) is not int:
-            raise UserError(f"{where}: task_id = {number!r}: expected a number")
-        before = [str(row.get("test_setup_code") or ""), *map(str, row.get("test_imports") or ())]
-        shown = "\n".join([_MBPP_TASK.format(task=asked), "", *tests[:3], "[BEGIN]", ""])
-        made[number] = Question(
-            where,
-            text=shown,
-            target=f"{_text(row, 'code', where)}\n{_MBPP_STOP}",
-            tests="\n".join(filter(None, [*before, *tests])),
-        )
-    return made
-
-
-def mbpp_task(name: str, rows: Mapping[int, Question]) -> Task:
-    """As lm-eval asks: after the examples 2, 3 and 4; the test split, 11 to 510, where the file has it all."""
-    examples = [rows[number] for number in (2, 3, 4) if number in rows]
-    asked = {number: question for number, question in rows.items() if 11 <= number <= 510}
-    notes = ()
-    if asked and len(asked) < len(rows):
-        notes = (f"{len(asked)} of {len(rows)} rows are asked: the test split, task_id 11 to 510",)
-    shots = 3 if len(examples) == 3 and asked else 0
-    return Task(
-        name, "code", list((asked or rows).values()), examples=examples, shots=shots, first=True, before_target="",
-        stop=(_MBPP_STOP,), sample=SampleConfig(temperature=0.0, max_tokens=256), notes=notes,
-    )  # fmt: skip
-
-
-def _text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of a row's key.
-
-    Raises:
-        UserError: it has none.
-    """
-    value = row.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key} = {value!r}: expected text")
-    return value

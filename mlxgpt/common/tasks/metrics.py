@@ -12,7 +12,9 @@ RESAMPLES = 100_000  # of the bootstrap, lm-evaluation-harness's bootstrap_iters
 _CHUNK = 1000  # resamples of one of its generators
 
 
-def summed_up(task: Task, questions: Sequence[Question], asked: Asked, cut: int = 0) -> Outcome:
+def summed_up(
+    task: Task, questions: Sequence[Question], asked: Asked, cut: int = 0, resamples: int = RESAMPLES
+) -> Outcome:
     """The outcome of a task, whole and by group, in the order in which groups come, parts after their whole."""
     named = [question.group for question in questions]
     parts = {group: np.array([each == group for each in named]) for group in dict.fromkeys(filter(None, named))}
@@ -23,10 +25,10 @@ def summed_up(task: Task, questions: Sequence[Question], asked: Asked, cut: int 
 
     def metrics(names: Sequence[str]) -> dict[str, Metric]:
         rows = [parts[name] for name in names] or [np.ones(len(questions), bool)]
-        found = of({key: values[np.any(rows, axis=0)] for key, values in asked.each.items()})
+        found = of({key: values[np.any(rows, axis=0)] for key, values in asked.each.items()}, resamples)
         if not task.apart or len(rows) < 2:
             return found
-        each = [of({key: values[row] for key, values in asked.each.items()}) for row in rows]
+        each = [of({key: values[row] for key, values in asked.each.items()}, resamples) for row in rows]
         sizes = [int(row.sum()) for row in rows]
         return {
             key: Metric(one.value, pooled([part[key].stderr for part in each], sizes)) for key, one in found.items()
@@ -61,7 +63,7 @@ def _path(group: str) -> list[str]:
     return ["/".join(steps[:end]) for end in range(1, len(steps) + 1)]
 
 
-def of(each: Mapping[str, np.ndarray]) -> dict[str, Metric]:
+def of(each: Mapping[str, np.ndarray], resamples: int = RESAMPLES) -> dict[str, Metric]:
     """The metrics of (questions,) values: means, but for log-probabilities.
 
     ``logprob`` alone is of an answer: its ``perplexity`` is exp(-mean), a question each. With ``words`` and ``bytes``
@@ -75,7 +77,7 @@ def of(each: Mapping[str, np.ndarray]) -> dict[str, Metric]:
             found["byte_perplexity"] = Metric(_exp(-total / size), None)
             found["bits_per_byte"] = Metric(-total / size / math.log(2), None)
         elif name == "logprob":
-            found["perplexity"] = Metric(_exp(-float(values.mean())), bootstrapped(values, _perplexity))
+            found["perplexity"] = Metric(_exp(-float(values.mean())), bootstrapped(values, _perplexity, resamples))
         elif name not in ("words", "bytes"):
             found[name] = Metric(float(values.mean()), mean_error(values))
     return found
@@ -89,11 +91,11 @@ def mean_error(values: np.ndarray) -> float | None:
 def bootstrapped(
     values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = RESAMPLES
 ) -> float | None:
-    """The deviation of ``statistic`` over resamples of ``values`` (Efron 1979); None for fewer than two values.
+    """The deviation of ``statistic`` over resamples of ``values`` (Efron 1979); None for fewer than two of either.
 
     The indices are those of lm-evaluation-harness: ``random.choices`` of ``random.Random(n)`` for the n-th thousand.
     """
-    if len(values) < 2:
+    if len(values) < 2 or not resamples:
         return None
     found = []
     for seed in range(max(1, resamples // _CHUNK)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.tasks import own
 from mlxgpt.common.tasks.harness import read as harness
-from mlxgpt.common.tasks.published import arc, crows_pairs, gsm8k, hellaswag, lambada, mmlu, piqa, winogrande
+from mlxgpt.common.tasks.published import arc, crows_pairs, gsm8k, hellaswag, lambada, mmlu, piqa, programs, winogrande
 from mlxgpt.common.tasks.task import Task
 
 SHOWN = ("choice", "cloze", "answer", "code")  # the kinds that examples may stand before
@@ -21,9 +21,11 @@ PUBLISHED: dict[str, Callable[[str, Path, int], Task]] = {
     "lambada_standard": lambada.read,
     "gsm8k": gsm8k.read,
     "crows_pairs_english": crows_pairs.read,
+    "humaneval": programs.humaneval,
+    "mbpp": programs.mbpp,
     **dict.fromkeys(mmlu.NAMES, mmlu.read),
 }
-_SHOTS = {"gsm8k": gsm8k.SHOTS}  # where lm-evaluation-harness has not 0
+_SHOTS = {"gsm8k": gsm8k.SHOTS, "mbpp": programs.SHOTS}  # where lm-evaluation-harness has not 0
 
 
 def read_all(names: Sequence[str], data: str | None = None, shots: int | None = None) -> list[Task]:

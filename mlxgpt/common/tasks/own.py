@@ -49,8 +49,11 @@ def read(path: Path) -> Task:
     if kind == "code":
         return replace(task, before_target="", stop=code.STOP)
     if kind == "answer":
-        lines = any("\n" in each.target.strip() for each in questions)
-        return replace(task, stop=("\n\n",) if lines else ("\n",), alike=str.strip)
+        right = [answer for each in questions for answer in (each.target, *each.choices)]
+        stop = ("\n\n",) if any("\n" in answer.strip() for answer in right) else ("\n",)
+        # a token is a character at least, and what is longer than every right answer is wrong
+        sample = replace(task.sample, max_tokens=min(256, max(map(len, right)) + 8))
+        return replace(task, stop=stop, alike=str.strip, sample=sample)
     return task
 
 

@@ -20,6 +20,7 @@ def ask(
     say: Say = lambda text: None,
     log: Callable[[dict[str, object]], None] = lambda row: None,
     run: code.Run | None = None,
+    resamples: int = metrics.RESAMPLES,
 ) -> Outcome:
     """Asks the first ``limit`` questions (of each group, if apart) and sums up; ``log`` is told of each question.
 
@@ -40,7 +41,7 @@ def ask(
         values = {name: float(values[at]) for name, values in asked.each.items()}
         place = {"task": task.name, "question": question.where, "sha256": compare.digest(question)}
         log({**place, **group, **answer, **values})
-    return metrics.summed_up(task, questions, asked, scorer.cut - cut)
+    return metrics.summed_up(task, questions, asked, scorer.cut - cut, resamples)
 
 
 def first(task: Task, limit: int | None) -> list[Question]:

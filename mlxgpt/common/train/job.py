@@ -14,7 +14,9 @@ from mlxgpt.common.batch import Engine, Source
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.runs.metrics import Metrics
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.progress import Progress
+from mlxgpt.common.train.tasks import Tasks
 
 Weights = dict[str, Any]
 """Canonical name -> float32 array, or affine.Quantized for a frozen matrix."""
@@ -47,6 +49,8 @@ class Kind(Protocol[S]):
     """What of the run a program has and no command: source, objective."""
     ends_at_second: bool = True
     """Whether a second Ctrl-C ends the process."""
+    tasks: Tasks | None = None
+    """What train.tasks asks, set behind the source."""
     reasons: tuple[str, ...] = ()
     """Why the recipe is as it is: comments at the top of the run's recipe.toml."""
 
@@ -90,6 +94,11 @@ class Kind(Protocol[S]):
 
     def set_first_state(self, engine: Engine, state: RunState) -> None:
         """Gives a new run what it starts from beside its weights."""
+
+    @property
+    def spells(self) -> Tokenizer | None:
+        """The tokenizer of the texts that the model learns from; None where it learns from ids."""
+        ...
 
     def digests(self) -> dict[str, str]:
         """Name -> sha256 of what must be the same when the run is resumed."""

@@ -16,7 +16,7 @@ from mlxgpt.common.failures import CompilerFailed, doing
 from mlxgpt.common.model import adapters
 from mlxgpt.common.runs import samples
 from mlxgpt.common.runs.checkpoint import RunState
-from mlxgpt.common.train import guards, schedule
+from mlxgpt.common.train import guards, schedule, tasks
 from mlxgpt.common.train.job import Job
 from mlxgpt.common.train.saver import Saver
 from mlxgpt.common.train.signals import Signals
@@ -162,9 +162,10 @@ def _validate(job: Job, signals: Signals, saver: Saver) -> bool:
     if scored is None:
         job.progress.status("")
         return False
-    found, targets = scored
+    found, targets, asked = scored
     seconds = round(time.perf_counter() - start, 6)
-    job.metrics.write(step=state.step, split="val", **found, targets=targets, seconds=seconds)
+    more = {"tasks": asked} if asked else {}
+    job.metrics.write(step=state.step, split="val", **found, targets=targets, **more, seconds=seconds)
     state.evaluated = state.step
     name = selection_metric(job.recipe)
     better = is_better(name, found, state.best)
@@ -173,15 +174,15 @@ def _validate(job: Job, signals: Signals, saver: Saver) -> bool:
     else:
         state.stale += 1
     job.progress.status("")
-    job.progress.validation(state.step, found, name, state.best)
+    job.progress.validation(state.step, found, name, state.best, tasks.shown(asked))
     if better:
         saver.save()
     early_stop = job.recipe.train.early_stop
     return bool(early_stop and state.stale >= early_stop)
 
 
-def _scored(job: Job, signals: Signals) -> tuple[dict[str, float], int] | None:
-    """Metrics of the validation split and its count of targets; None if a signal came."""
+def _scored(job: Job, signals: Signals) -> tuple[dict[str, float], int, tasks.Scores] | None:
+    """Metrics of the validation split, its count of targets, and those of tasks; None if a signal came."""
     settings = job.recipe.train
     total: dict[str, float] = {}
     for number, batch in enumerate(job.kind.source.validation(), start=1):
@@ -191,8 +192,14 @@ def _scored(job: Job, signals: Signals) -> tuple[dict[str, float], int] | None:
         for part in batch.split(settings.micro_batch_size):
             for name, value in job.engine.evaluate(part).items():
                 total[name] = total.get(name, 0.0) + value
-    found = {"loss": total["loss"] / total["weight"]}
-    return found | job.kind.score(job, total), round(total["weight"])
+    found = {"loss": total["loss"] / total["weight"]} | job.kind.score(job, total)
+    asked: tasks.Scores = {}
+    if job.kind.tasks:
+        try:
+            asked = job.kind.tasks.score(job.backend, job.engine.model, job.progress.status, lambda: signals.received)
+        except tasks.Stopped:
+            return None
+    return found, round(total["weight"]), asked
 
 
 def selection_metric(recipe: Recipe) -> str:

@@ -25,7 +25,7 @@ from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import KINDS, has_tokenizer, load_tokenizer, other_class
 from mlxgpt.common.tokenizers.protocol import NAMES, Tokenizer
-from mlxgpt.common.train import made, session
+from mlxgpt.common.train import made, session, tasks
 from mlxgpt.common.train.job import Job, Kind, Weights
 
 Sections = dict[str, dict[str, Any]]
@@ -198,6 +198,11 @@ class Pretraining(Kind[TokenSource]):
             return dict(model_folder.read_params(place or self._origin, self.recipe.model))  # type: ignore[arg-type]
         return dict(params.init_params(self.recipe.model, self.recipe.train.seed))
 
+    @property
+    def spells(self) -> Tokenizer | None:
+        """The data's tokenizer, if it has one."""
+        return self.tokenizer
+
     def set_first_state(self, engine: Engine, state: RunState) -> None:
         """With --moments the optimizer's state of --init-from."""
         if self._origin and self.args.moments:
@@ -268,7 +273,8 @@ def recipe_of(sections: Sections, steps: int | None, where: str) -> Recipe:
         for key, value in paths.items()
         if value not in ("", "pydocs", *KINDS, *NAMES) and Path(value).expanduser().exists()
     }
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **absolute))
+    data, train = (dataclasses.replace(recipe.data, **absolute), tasks.absolute(recipe.train))
+    return dataclasses.replace(recipe, data=data, train=train)
 
 
 def with_vocabulary(recipe: Recipe, needed: int) -> Recipe:

@@ -157,15 +157,17 @@ class Progress:
             self._step, self._loss, self._rate, self._norm, *_ = self._new[-1]
             self._new.clear()
 
-    def validation(self, step: int, found: dict[str, float], name: str, best: dict[str, float] | None) -> None:
-        """Records a validation: its metrics ``found``, and the best validation by the metric ``name``."""
+    def validation(
+        self, step: int, found: dict[str, float], name: str, best: dict[str, float] | None, more: str = ""
+    ) -> None:
+        """Records a validation: its metrics ``found``, the best one by the metric ``name``; ``more`` is said, too."""
         self._validation, self._best = found["loss"], best["loss"] if best else math.nan
         mark = ""
         if best:
             earlier = f"best {best[name]:.4f}" if name == "loss" else f"best {name} {best[name]:.4f}"
             mark = "  (best so far)" if best["step"] == step else f"  ({earlier} at step {int(best['step'])})"
         text = "".join(f"  {key} {value:.4f}" for key, value in found.items() if key != "loss")
-        self.say(f"step {step}/{self._steps}  validation loss {found['loss']:.4f}{text}{mark}")
+        self.say(f"step {step}/{self._steps}  validation loss {found['loss']:.4f}{text}{more}{mark}")
 
     def _remember(self) -> None:
         """Appends the mean of the last steps to the sparkline; merges pairs of points when there are too many."""

@@ -13,7 +13,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
-from mlxgpt.common.train import schedule
+from mlxgpt.common.train import schedule, tasks
 
 # Cadence, paths and memory. Checksums identify the data, so a path or a tokenizer's name may change.
 ACCEPTED = {
@@ -21,8 +21,9 @@ ACCEPTED = {
     "train.micro_batch_size", "train.checkpoint_activations", "train.loss_chunk", "train.compile",
     "train.deterministic", "train.tf32",
     "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
-    "train.eval_every", "train.sample_every", "train.save_every", "train.keep", "train.background", "train.early_stop",
-    "train.log_every", "train.tensorboard", "train.wandb", "tune.model", "tune.source", "tune.test",
+    "train.eval_every", "train.tasks", "train.task_limit", "train.sample_every", "train.save_every", "train.keep",
+    "train.background", "train.early_stop", "train.log_every", "train.tensorboard", "train.wandb", "tune.model",
+    "tune.source", "tune.test",
 }  # fmt: skip
 # Of these, what reorders floating-point additions.
 ROUNDING = {
@@ -141,12 +142,15 @@ def before_decay(
 
 
 def check_data(run: Path, before: dict[str, str], after: dict[str, str]) -> None:
-    """Refuses data that differs from what the run began with.
+    """Refuses data that differs from what the run began with, and other questions under a task's name.
 
     Raises:
         UserError: names the first file whose sha256 differs.
     """
+    tasks.expect_same(before, after)
     for name in [*before, *after]:
+        if name.startswith(tasks.DIGEST):
+            continue  # one that came or went changes no number of the others
         old, new = before.get(name), after.get(name)
         if old != new:
             raise UserError(

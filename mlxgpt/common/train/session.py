@@ -24,7 +24,7 @@ from mlxgpt.common.plan.gate import Gate
 from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics, run_folder, samples
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
-from mlxgpt.common.train import loop, resume, schedule
+from mlxgpt.common.train import loop, resume, schedule, tasks
 from mlxgpt.common.train.job import Job, Kind
 from mlxgpt.common.train.progress import Progress
 from mlxgpt.common.units import duration
@@ -47,11 +47,13 @@ def _begin(kind: Kind) -> int:
     """A new run."""
     args = kind.args
     out = run_folder.unused(*kind.read_settings())
+    tasks.read(kind.recipe.train)  # before a corpus is prepared
     backend = backends.load(args.backend)
     kind.open_model()
     _check_limits(kind, backend)
     kind.open_source()
     recipe = kind.recipe
+    kind.tasks = tasks.prepare(recipe, kind.spells, print)
     check_settings(recipe, args)
     checkpoint.check_space(run_folder.existing(out), _checkpoint_bytes(recipe))
     gate = plan_gate.gate(recipe, backend, args)
@@ -104,8 +106,9 @@ def _resume(kind: Kind) -> int:
         backend = backends.load(args.backend)
         _check_limits(kind, backend)
         kind.reopen_source(out, newest)
+        kind.tasks = tasks.prepare(kind.recipe, kind.spells, print)
         if newest:
-            resume.check_data(out, newest[1].data, kind.digests())
+            resume.check_data(out, newest[1].data, digests(kind))
         gate = plan_gate.gate(kind.recipe, backend, args)
         if newest:
             engine = _restored_engine(kind, backend, newest[0])
@@ -144,9 +147,12 @@ def check_settings(recipe: Recipe, args: Namespace) -> None:
 def first_state(kind: Kind, environment: dict[str, str]) -> RunState:
     """The state before step 1."""
     recipe = kind.recipe
-    return RunState(
-        recipe.train.seed, kind.digests(), dataclasses.asdict(recipe), environment["framework"], environment
-    )
+    return RunState(recipe.train.seed, digests(kind), dataclasses.asdict(recipe), environment["framework"], environment)
+
+
+def digests(kind: Kind) -> dict[str, str]:
+    """Name -> sha256 of data and questions."""
+    return kind.digests() | (kind.tasks.digests if kind.tasks else {})
 
 
 def _check_limits(kind: Kind, backend: Backend) -> None:
@@ -185,7 +191,11 @@ def _restored_state(
     if checkpoint.set_aside(out, state.step, print, aside):
         checkpoint.point_back(out, state)
     return dataclasses.replace(
-        state, recipe=dataclasses.asdict(kind.recipe), framework=environment["framework"], environment=environment
+        state,
+        data=digests(kind),
+        recipe=dataclasses.asdict(kind.recipe),
+        framework=environment["framework"],
+        environment=environment,
     )
 
 
