@@ -38,6 +38,7 @@ SECTIONS = {
     "train_step": Section("Training step", 7, "--rounds 2 --size tiny --no-compiled --no-installed"),
     "head": Section("Head and loss", 5, "--rounds 2 --frameworks mlx --forms frozen --tokens 512"),
     "decode": Section("Decoding and the first token", 7, "--rounds 1 --tokens 16"),
+    "cache": Section("Key-value cache", 5, "--rounds 1 --tokens 128 --steps 60"),
     "checkpointing": Section("Checkpoints", 5, "--rounds 2 --steps 10 --layers 2"),
     "verify": Section("Verifying", 3, "--rounds 1 --layers 2"),
     "convert": Section("Conversion", 5, "--rounds 1 --megabytes 50 --timed"),

@@ -1,19 +1,23 @@
 """AWQ: scales that hide in norms and rows leave the function as it is, and cost less than rounding to nearest."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import quantizing
 import torch
 from decoding import BACKENDS, logits_of
 from models import CASES, VARIANTS, weights
 
+import mlxgpt.load
 import mlxgpt.model
 import torch_ref.model
 from convert.quantize import awq, folding
 from convert.quantize.folding import Fold, Unfolded
+from convert.quantize.run import quantize
 from convert.quantize.work import Inputs, Scheme, cost
 from mlxgpt.common import rng
 from mlxgpt.common.config import ModelConfig
@@ -146,3 +150,39 @@ def test_a_clipped_range_never_costs_more(bits: int) -> None:
     clipped = awq.quantize(weight, inputs, scheme).dequantize() - weight
     each = [np.einsum("oi,ij,oj->o", one, inputs.gram, one) for one in (plain, clipped)]
     assert (each[1] <= each[0] * (1 + 1e-5)).all() and each[1].sum() < 0.9 * each[0].sum()
+
+
+@pytest.mark.parametrize("name", quantizing.NAMES)
+def test_the_command_is_closer_than_rounding_and_loads_in_mlx_lm(name: str, tmp_path: Path) -> None:
+    from mlx_lm.utils import load_model
+
+    source, data, held = quantizing.model(tmp_path, name), quantizing.text(tmp_path), quantizing.text(tmp_path, 4, 5)
+    made = {
+        (method, backend): quantize(
+            source, tmp_path / f"{method}-{backend}", 3, method,
+            group_size=32, data=data, eval_data=held, backend=backend,
+        )
+        for method, backend in (("rtn", "torch"), ("awq", "torch"), ("awq", "mlx"))
+    }  # fmt: skip
+    rtn, awq_torch, awq_mlx = made.values()
+    assert awq_torch.kl and rtn.kl and awq_torch.kl < 0.8 * rtn.kl
+    assert awq_torch.perplexity == pytest.approx(awq_mlx.perplexity, rel=1e-3)
+    assert awq_torch.bits_per_weight == rtn.bits_per_weight
+    assert any("not linear" in note for note in awq_torch.notes) == (name == "gpt2")
+    tokens = np.fromfile(held, "<u2")[:-1].reshape(4, 32).astype(np.int32)
+    theirs = np.array(load_model(tmp_path / "awq-mlx")[0](mx.array(tokens)))
+    ours = np.array(mlxgpt.load.load(tmp_path / "awq-mlx", device="cpu")[0](tokens))
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", quantizing.NAMES[:2])
+def test_norms_that_are_not_written_are_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8 bits nothing is lost; the mutation keeps the norms as they were."""
+    source, data = quantizing.model(tmp_path, name), quantizing.text(tmp_path)
+    whole = quantize(source, tmp_path / "q", 8, "awq", group_size=32, data=data, backend="torch")
+    assert whole.kl and whole.kl < 1e-3
+    monkeypatch.setattr(awq, "fold", lambda arrays, place, scale: {
+        name: each for name, each in folding.fold(arrays, place, scale).items() if "ln_" not in name
+    })  # fmt: skip
+    broken = quantize(source, tmp_path / "b", 8, "awq", group_size=32, data=data, backend="torch")
+    assert broken.kl and broken.kl > 100 * whole.kl

@@ -119,3 +119,20 @@ def test_a_quantized_model_is_held_against_the_one_it_came_from(package: str, na
     picked = targets[..., None].astype(np.int64)
     np.testing.assert_allclose(found.after, -np.take_along_axis(q, picked, -1)[..., 0], atol=1e-4)
     np.testing.assert_allclose(found.before, -np.take_along_axis(p, picked, -1)[..., 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("package", PACKAGES.values())
+@pytest.mark.parametrize("name", ["gpt2", "llama-untied", "gemma2"])
+def test_a_walk_keeps_no_weights(package: str, name: str) -> None:
+    config = FAMILIES[name]
+    arrays, tokens = weights(config), rows(config)
+    made, x, _ = walk(package, config, arrays, tokens)
+    made.losses(Stream(arrays, x), tokens)
+    made.head_inputs(arrays, x)
+    model = made._model
+    parts = (
+        model.parameters()
+        if package == "torch_ref"
+        else [each for _, each in of("mlx", "utils").tree_flatten(model.parameters())]
+    )
+    assert sum(int(np.prod(each.shape)) for each in parts) == 0

@@ -66,24 +66,24 @@ def test_a_window_computes_what_an_unbounded_cache_computes(
     backend: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = windowed(name)
-    model, tokens = make_model(backend, config), [some_tokens(120), some_tokens(120, 1)]
+    model, tokens = make_model(backend, config), [some_tokens(70), some_tokens(70, 1)]
     whole = logits_of(backend, model, tokens)
-    cuts = [[0, 5, 6, 30, 31, 32, 33, 34, 80, *range(81, 121)], [0, 60, *range(61, 121)], [0, 119, 120]]
+    cuts = [[0, 5, 6, 20, 21, 22, 23, 24, 55, *range(56, 71)], [0, 60, *range(61, 71)], [0, 69, 70]]
     found = [chunks(backend, model, tokens, edges) for edges in (cuts if name != "dynamic" else cuts[1:2])]
     for _, cache in found[:1]:
         for n, layer in enumerate(cache):
             most = WINDOW - 1 + 3 + 4
-            assert layer.parts[0].shape[2] <= most if n in config.window_layers else layer.held == 120
+            assert layer.parts[0].shape[2] <= most if n in config.window_layers else layer.held == 70
     unbounded(monkeypatch)
     for (logits, _), edges in zip(found, cuts if name != "dynamic" else cuts[1:2], strict=True):
         right, cache = chunks(backend, model, tokens, edges)
-        assert min(layer.held for layer in cache) == 120
+        assert min(layer.held for layer in cache) == 70
         assert np.abs(logits - right).max() < 1.5e-6 * np.abs(right).max()
         if name != "dynamic":  # its frequencies follow the length of each pass
             assert np.abs(logits - whole).max() < 3e-5 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_generation_far_beyond_the_window_draws_the_tokens_of_full_passes(
     backend: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -92,13 +92,13 @@ def test_generation_far_beyond_the_window_draws_the_tokens_of_full_passes(
     config = windowed(name)
     model, reference = make_model(backend, config), make_model("torch", config)
     monkeypatch.setattr(GENERATE[backend], "PREFILL", 16)
-    sample = SampleConfig(temperature=0.8, top_k=20, max_tokens=60, seed=2)
-    prompts = [some_tokens(70, 1), some_tokens(3, 2), some_tokens(31, 3)]
+    sample = SampleConfig(temperature=0.8, top_k=20, max_tokens=25, seed=2)
+    prompts = [some_tokens(50, 1), some_tokens(3, 2)]
     found = GENERATE[backend].generate(model, None, prompts, sample)
     assert [each.tokens for each in found] == [oracle(reference, prompt, sample) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "alibi"])
+@pytest.mark.parametrize("name", ["gemma3_text", "alibi"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_unequal_length_join_and_leave(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And begin with what others left, where a window still holds it; else they are read anew."""
@@ -107,16 +107,16 @@ def test_rows_of_unequal_length_join_and_leave(backend: str, name: str, monkeypa
     monkeypatch.setattr(GENERATE[backend], "PREFILL", 16)
     with running(backend, lambda: served_model(backend, config), max_batch=3, cache_bytes=1 << 20) as engine:
         served = engine.served["tiny"]
-        sizes = ((4, 60), (90, 20), (23, 40), (41, 30), (60, 9))
+        sizes = ((4, 30), (70, 20), (23, 12), (41, 9))
         cases = [(some_tokens(size, size), SampleConfig(max_tokens=count, seed=size)) for size, count in sizes]
         answers = [submit(engine, served, *case) for case in cases]
         answers = [answer.wait() for answer in answers]
         long, sample = cases[1]
-        more = [[*long, *answers[1].tokens[0], 5, 6], [*long[:89], 7, 8], [*long[:50], 1, 2]]
+        more = [[*long, *answers[1].tokens[0], 5, 6], [*long[:69], 7, 8], [*long[:50], 1, 2]]
         cases += [(ids, sample) for ids in more]
         answers += [submit(engine, served, ids, sample).wait() for ids in more]
-    cached = [answer.begun and answer.begun.cached for answer in answers[5:]]
-    assert cached == [109, 89, 0]  # a continuation, one within the slack, and one whose keys are gone
+    cached = [answer.begun and answer.begun.cached for answer in answers[4:]]
+    assert cached == [89, 69, 0]  # a continuation, one within the slack, and one whose keys are gone
     for (prompt, settings), answer in zip(cases, answers, strict=True):
         assert answer.tokens == [GENERATE[backend].generate(model, None, [prompt], settings)[0].tokens]
 
@@ -185,11 +185,11 @@ def test_a_long_text_costs_memory_in_the_global_layers_only(backend: str, monkey
 
 
 def test_one_token_too_few_or_a_mask_off_by_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = make_model("torch", windowed()), [some_tokens(120)]
+    model, tokens = make_model("torch", windowed()), [some_tokens(40)]
     right = logits_of("torch", model, tokens)
 
     def differs() -> float:
-        found, _ = chunks("torch", model, tokens, [0, 60, *range(61, 121)])
+        found, _ = chunks("torch", model, tokens, [0, 24, *range(25, 41)])
         return float(np.abs(found - right).max() / np.abs(right).max())
 
     assert differs() < 1e-5

@@ -5,17 +5,43 @@ the exponent of a grid that costs least. No forward pass is needed: the change o
 with D = Q(W s) / s - W. A scaled row has the groups it had, so one fold does not disturb another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from convert.quantize.folding import Fold
+from convert.quantize.folding import Fold, fold, folds
 from convert.quantize.work import Inputs, Scheme
+from mlxgpt.common.config import ModelConfig
 from mlxgpt.common.model.affine import Quantized
 
 EXPONENTS = np.linspace(0, 1, 20, endpoint=False)
 SHRINKS = np.linspace(1, 0.5, 11)
 _SMALLEST = 1e-4  # of a mean, relative to the largest: a channel that is never on
+
+
+def scale_channels(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], given: Mapping[str, Inputs], schemes: Mapping[str, Scheme]
+) -> tuple[dict[str, np.ndarray], dict[str, Inputs]]:
+    """One place of a model with its channels scaled: what of its parameters changes, and what its matrices are given.
+
+    Args:
+        config: the model's.
+        weights: the parameters of a block, or of the head and the norm before it.
+        given: the inputs of each matrix there that is to be quantized, by module.
+        schemes: theirs.
+    """
+    changed, inputs = dict(weights), dict(given)
+    for place in folds(config):
+        if not isinstance(place, Fold) or f"{place.readers[0]}.weight" not in weights:
+            continue
+        rounded = [name for name in place.readers if name in given]
+        if not rounded:
+            continue
+        matrices = [weights[f"{name}.weight"] for name in rounded]
+        scale = search(matrices, given[rounded[0]], [schemes[name] for name in rounded], place)
+        changed |= fold(changed, place, scale)
+        inputs |= {name: scaled(given[name], scale) for name in rounded}
+    return {name: each for name, each in changed.items() if each is not weights[name]}, inputs
 
 
 def search(weights: Sequence[np.ndarray], inputs: Inputs, schemes: Sequence[Scheme], place: Fold) -> np.ndarray:
@@ -59,12 +85,13 @@ def clip(weight: np.ndarray, inputs: Inputs, scheme: Scheme) -> np.ndarray:
     best, least = groups.copy(), np.full(groups.shape[:2], np.inf, np.float32)
     for shrink in SHRINKS:
         cut = np.clip(groups, low * np.float32(shrink), high * np.float32(shrink))
-        rounded = Quantized.of(cut.reshape(weight.shape), scheme.bits, size).dequantize().reshape(groups.shape)
+        stored = cut.reshape(weight.shape).astype(weight.dtype)
+        rounded = Quantized.of(stored, scheme.bits, size).dequantize().reshape(groups.shape)
         change = (rounded - groups).swapaxes(0, 1)  # (groups, n_out, size)
         cost = ((change @ own) * change).sum(-1).T
         better = cost < least
         best[better], least[better] = cut[better], cost[better]
-    return best.reshape(weight.shape)
+    return best.reshape(weight.shape).astype(weight.dtype)
 
 
 def quantize(weight: np.ndarray, inputs: Inputs, scheme: Scheme) -> Quantized:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
+from convert.quantize import awq
 from convert.quantize.hessians import Hessians
 from convert.quantize.source import Source
 from convert.quantize.spool import Spool
@@ -61,7 +62,8 @@ class Course:
         self.say("the head")
         names = [name for name in calibration.head_names(config) if name not in start]
         plain = source.take(names)
-        made = self._rounded(plain, self._head_inputs(plain, x) if self._rounds("lm_head") else {}, ("lm_head",))
+        inputs = self._head_inputs(plain, x) if self._rounds("lm_head") else {}
+        made = self._rounded(*self._scaled(plain, inputs), ("lm_head",))
         if held is None or before is None or after is None:
             return None
         return walk.compare(Stream(start | plain, before), Stream(table | made, after), held[:, 1:])
@@ -106,15 +108,50 @@ class Course:
 
     def _block(self, n: int, weights: Weights, x: np.ndarray | None) -> Weights:
         """The parameters of block ``n`` rounded, each by what the block gives it once those before are."""
+        ready: dict[str, Inputs] = {}
+        if self._scales():
+            weights, ready = self._scaled(weights, self._all_given(n, weights, x))
         made = dict(weights)
         for site, group in calibration.sites(self.source.config).items():
             modules = [f"h.{n}.{name}" for name in group if f"h.{n}.{name}" in self.schemes]
-            inputs: dict[str, Inputs] = {}
-            if self.method and modules:
+            inputs = {name: ready[name] for name in modules if name in ready}
+            if self.method and modules and not inputs:
                 gather = partial(self._given, n, made, x, site)
                 inputs = dict.fromkeys(modules, self._inputs(f"h.{n}.{site}", gather))
             made |= self._rounded({f"{name}.weight": weights[f"{name}.weight"] for name in modules}, inputs, modules)
         return made
+
+    def _scales(self) -> bool:
+        """Whether channels are scaled before their matrices are rounded."""
+        return self.method is awq.quantize
+
+    def _scaled(self, weights: Weights, given: dict[str, Inputs]) -> tuple[Weights, dict[str, Inputs]]:
+        """A place with its channels scaled, and what its matrices are then given; what stays whole is stored."""
+        if not self._scales():
+            return weights, given
+        changed, inputs = awq.scale_channels(self.source.config, weights, given, self.schemes)
+        for name, each in changed.items():
+            if name.removesuffix(".weight") not in self.schemes:
+                array = each.astype(self.source.dtype(name))
+                self.spool.put(name, array)
+                changed[name] = array.astype(np.float32)
+        return weights | changed, inputs
+
+    def _all_given(self, n: int, weights: Weights, x: np.ndarray | None) -> dict[str, Inputs]:
+        """What block ``n`` gives each of its matrices while all of them are as they were."""
+        sites = calibration.sites(self.source.config)
+
+        @cache
+        def once() -> dict[str, Inputs]:
+            assert x is not None
+            return self.walk.block(n, weights, x, [*sites])[1]
+
+        found: dict[str, Inputs] = {}
+        for site, group in sites.items():
+            modules = [f"h.{n}.{name}" for name in group if f"h.{n}.{name}" in self.schemes]
+            if modules:
+                found |= dict.fromkeys(modules, self._inputs(f"h.{n}.{site}", lambda site=site: once()[site]))
+        return found
 
     def _given(self, n: int, weights: Weights, x: np.ndarray | None, site: str) -> Inputs:
         assert x is not None

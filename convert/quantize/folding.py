@@ -58,6 +58,17 @@ def folds(config: ModelConfig) -> list[Fold | Unfolded]:
     return [*found, _after_norm(config, "ln_f" if config.final_norm else "", ("lm_head",))]
 
 
+def left(config: ModelConfig) -> list[str]:
+    """A line on the matrices that cannot be scaled, by the reason."""
+    reasons: dict[str, set[str]] = {}
+    for place in folds(config):
+        if isinstance(place, Unfolded):
+            reasons.setdefault(place.why, set()).update(
+                name.rpartition("h.")[2].lstrip("0123456789.") for name in place.readers
+            )
+    return [f"awq: {', '.join(sorted(names))} without a scale: {why}" for why, names in reasons.items()]
+
+
 def _block(config: ModelConfig, block: str) -> list[Fold | Unfolded]:
     """The groups of one block: what attention reads, its c_proj, what the MLP reads, its c_proj."""
     qkv = ("attn.c_attn",) if config.fused_qkv else ("attn.q_proj", "attn.k_proj", "attn.v_proj")

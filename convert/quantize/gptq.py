@@ -131,7 +131,7 @@ def fit(
 
 def nearest(w: np.ndarray, scales: np.ndarray, biases: np.ndarray, bins: int) -> np.ndarray:
     """The level of each weight."""
-    return np.clip(np.rint((w - biases) / scales), 0, bins)
+    return np.minimum(np.maximum(np.rint((w - biases) / scales), 0), bins)
 
 
 def matrix(levels: np.ndarray, scales: np.ndarray, biases: np.ndarray, group_size: int) -> np.ndarray:

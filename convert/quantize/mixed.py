@@ -3,13 +3,65 @@
 All is counted: words, scales, biases, and what is not quantized.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from convert.quantize.allocation import allocate
+from convert.quantize.sensitivity import expected_losses
+from convert.quantize.source import Source
+from convert.quantize.work import Scheme
 from mlxgpt.common.errors import UserError
+from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import BITS
+
+TOKENS = 2048  # of the calibration text that sensitivity is measured on, or one window
+
+
+def schemes(
+    target: float,
+    source: Source,
+    walk: Any,
+    rows: np.ndarray,
+    modules: Sequence[str],
+    group_size: int,
+    say: Callable[[str], None],
+) -> dict[str, Scheme]:
+    """The schemes of ``modules``, of at most ``target`` bits per weight in all.
+
+    Args:
+        target: bits per weight.
+        source: the model.
+        walk: a backend's calibrate.Walk.
+        rows: (N, T + 1) ids of the calibration text, of which the first are read.
+        modules: the matrices.
+        group_size: weights that share a scale.
+        say: is told of each matrix before its turn.
+
+    Raises:
+        UserError: see ``choose``.
+    """
+    shapes = {name: param.shape for name, param in params.table(families.on_disk(source.config)).items()}
+    other = sum(
+        int(np.prod(shape)) * (source.dtype(name).itemsize if name in source else 4) * 8
+        for name, shape in shapes.items()
+        if name.removesuffix(".weight") not in modules
+    )
+    sizes = {
+        name: {
+            bits: matrix_bits(shapes[f"{name}.weight"], bits, group_size, source.dtype(f"{name}.weight"))
+            for bits in BITS
+        }
+        for name in modules
+    }
+    weights = params.count(source.config)
+    least: dict[str, dict[int, float]] = {name: {bits: 0.0 for bits in BITS} for name in modules}
+    choose(least, sizes, other, weights, target)  # refuses before it measures
+    few = rows[: max(1, TOKENS // (rows.shape[1] - 1))]
+    losses = expected_losses(walk, source, few, modules, group_size, lambda name: say(f"sensitivity of {name}"))
+    chosen = choose(losses, sizes, other, weights, target)
+    return {name: Scheme(bits, group_size) for name, bits in chosen.items()}
 
 
 def matrix_bits(shape: tuple[int, ...], bits: int, group_size: int, dtype: np.dtype) -> int:
@@ -20,9 +72,7 @@ def matrix_bits(shape: tuple[int, ...], bits: int, group_size: int, dtype: np.dt
 
 def choose(
     losses: Mapping[str, Mapping[int, float]],
-    shapes: Mapping[str, tuple[int, ...]],
-    group_size: int,
-    dtype: np.dtype,
+    sizes: Mapping[str, Mapping[int, int]],
     other: int,
     weights: int,
     target: float,
@@ -31,9 +81,7 @@ def choose(
 
     Args:
         losses: what each of BITS is expected to cost, see sensitivity.expected_losses.
-        shapes: the matrices'.
-        group_size: weights that share a scale.
-        dtype: of scales and biases.
+        sizes: the bits that each of BITS takes in all, see ``matrix_bits``.
         other: bits of all tensors that are not in ``losses``.
         weights: of the whole model.
         target: bits per weight.
@@ -41,10 +89,11 @@ def choose(
     Raises:
         UserError: even at the fewest bits the model is larger.
     """
-    sizes = [[matrix_bits(shapes[name], bits, group_size, dtype) for bits in BITS] for name in losses]
-    costs = [[each[bits] for bits in BITS] for each in losses.values()]
-    chosen = allocate(sizes, costs, int(target * weights) - other)
+    each = [[sizes[name][bits] for bits in BITS] for name in losses]
+    costs = [[cost[bits] for bits in BITS] for cost in losses.values()]
+    chosen = allocate(each, costs, int(target * weights) - other)
     if chosen is None:
-        least = (other + sum(map(min, sizes))) / weights
-        raise UserError(f"--bits mixed:{target:g}: all matrices at {BITS[0]} bits make {least:.3f} bits per weight")
+        least = (other + sum(map(min, each))) / weights
+        found = f"all matrices at {BITS[0]} bits make {least:.3f} bits per weight, scales and all else counted"
+        raise UserError(f"--bits mixed:{target:g}: {found}")
     return {name: BITS[at] for name, at in zip(losses, chosen, strict=True)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.conversion import convert_opened
 from convert.formats import output
-from convert.quantize import gptq, windows
+from convert.quantize import awq, folding, gptq, mixed, windows
 from convert.quantize.course import Course
 from convert.quantize.hessians import Hessians
 from convert.quantize.source import Source, open_source
@@ -30,7 +30,7 @@ from mlxgpt.common.model import params
 from mlxgpt.common.model.affine import BITS, GROUP_SIZES
 
 TOKENS = 131_072  # of calibration, and of measuring, at most
-METHODS: dict[str, Method | None] = {"rtn": None, "gptq": gptq.quantize}
+METHODS: dict[str, Method | None] = {"rtn": None, "gptq": gptq.quantize, "awq": awq.quantize}
 """None: rounding to nearest, as mx.quantize does it, which needs no text."""
 
 
@@ -48,6 +48,7 @@ class Report:
     size_before: int
     parameters: int
     matrices: dict[int, int]  # bits -> how many have so many
+    matrix_bits: dict[str, int]  # by module
     whole: list[str]  # modules that groups do not divide
     calibrated: int  # tokens
     measured: int  # tokens
@@ -120,8 +121,10 @@ def quantize(
         )
     walk = backends.load(backend).calibrate.Walk(source.config, device) if text else None
     if isinstance(count, float):
-        raise UserError(f"--bits {spelled}: not yet")
-    schemes = {module: Scheme(count, group_size) for module in modules}
+        assert text is not None
+        schemes = mixed.schemes(count, source, walk, text.calibration, modules, group_size, say)
+    else:
+        schemes = {module: Scheme(count, group_size) for module in modules}
     saved = _hessians(hessians, source, schemes, method, text)
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
         spool = Spool(Path(folder))
@@ -133,7 +136,8 @@ def quantize(
         written = convert_opened(opened, src, dst, "mlx-lm", force=force, keep_bits=True)
     report.size = _size(dst)
     report.bits_per_weight = 8 * report.size / report.parameters
-    report.notes = [*written.notes, *(text.notes if text else ())]
+    left = folding.left(source.config) if method == "awq" else []
+    report.notes = [*written.notes, *left, *(text.notes if text else ())]
     report.seconds = time.perf_counter() - begun
     return report
 
@@ -228,6 +232,7 @@ def _report(
         size_before=sum(math.prod(each.shape) * each.dtype.itemsize for each in source.opened.tensors.values()),
         parameters=params.count(source.config),
         matrices={each: counts.count(each) for each in dict.fromkeys(counts)},
+        matrix_bits={module: scheme.bits for module, scheme in schemes.items()},
         whole=whole,
         calibrated=0 if text is None else text.calibration[:, 1:].size,
         measured=0 if text is None else text.evaluation[:, 1:].size,

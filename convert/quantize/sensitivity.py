@@ -4,8 +4,9 @@ Measured is KL(before || after) in nats per token with the matrix rounded to nea
 as it is. At other bits it is that times the ratio of the costs tr(D G D^T): KL is a quadratic form of small changes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,7 +51,8 @@ def expected_losses(
     for name in matrices:
         said(name)
         whole = calibration.held(weights, f"{name}.weight")
-        changed = {**weights, f"{name}.weight": Quantized.of(whole, PROBE, group_size)}
+        rounded = {f"{name}.weight": Quantized.of(whole, PROBE, group_size)}
+        changed = ChainMap(cast(Any, rounded), cast(Any, weights))  # the model itself may be on disk
         kl = float(_after(walk, weights, changed, name, tokens, streams, targets).mean(dtype=np.float64))
         base = costs[name][PROBE]
         found[name] = {bits: kl * costs[name][bits] / base if base else 0.0 for bits in BITS}
@@ -67,7 +69,7 @@ def _costs(weights: Weights, name: str, inputs: Inputs | None, group_size: int) 
 def _after(
     walk: Any,
     weights: Weights,
-    changed: Mapping[str, Any],
+    changed: Weights,
     name: str,
     tokens: np.ndarray,
     streams: Sequence[np.ndarray],

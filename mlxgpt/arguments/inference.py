@@ -109,6 +109,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=positive, metavar="N", help="with --task: the first N questions")
     add("--shots", type=natural, metavar="N", help="with --task: examples before each question; default: the task's")
     add("--log", action=Once, metavar="FILE", help="with --task: a new .jsonl, the outcome of each question")
+    add("--max-tokens", type=positive, metavar="N",
+        help="with --task: tokens that a written answer may have; default: the task's")  # fmt: skip
     add("--against", action=Once, metavar="MODEL",
         help="with --task: another model, or the --log of one, for the differences and how sure they are")  # fmt: skip
     add("--run-code", action="store_true",

@@ -32,7 +32,7 @@ from mlxgpt.common.user_code import limited
 
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
 _KEPT = {"files": "files outside their folder", "processes": "other processes"}
-_TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
+_TASKS = ("limit", "shots", "log", "against", "run_code", "draws", "max_tokens")
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    tasks = _with_draws(named.read_all(args.task, args.data, args.shots), args)
+    tasks = _with_draws(_with_length(named.read_all(args.task, args.data, args.shots), args.max_tokens), args)
     if args.log and Path(args.log).exists():
         raise UserError(f"--log {args.log}: exists already: expected a new file")
     for task in tasks:  # examples that are missing are refused before a model is loaded
@@ -105,6 +105,14 @@ def _ask(
         if not args.json:
             print("\n".join([path] * bool(args.against) + show.lines(made.outcomes[-1])), flush=True)
     return made
+
+
+def _with_length(tasks: list[Task], most: int | None) -> list[Task]:
+    """The tasks, those that are answered by writing with --max-tokens."""
+    if most and not any(task.kind in ("answer", "code") for task in tasks):
+        raise UserError(f"--max-tokens {most}: no task here has answers to write")
+    samples = [dataclasses.replace(task.sample, max_tokens=most or task.sample.max_tokens) for task in tasks]
+    return [dataclasses.replace(task, sample=sample) for task, sample in zip(tasks, samples, strict=True)]
 
 
 def _with_draws(tasks: list[Task], args: argparse.Namespace) -> list[Task]:
