@@ -66,6 +66,9 @@ def _scored(
             ids.append(scorer.encode(*pair))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
+        if len(ids[-1][1]) > scorer.context:
+            found = f"an answer of {len(ids[-1][1])} tokens"
+            raise UserError(f"{place}: {found}: expected at most {scorer.context}, the model's context")
     found = scorer.continuations(ids, say)
     for place, one in zip(where, found, strict=True):
         _finite(place, one.logprob)

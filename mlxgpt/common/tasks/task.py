@@ -25,7 +25,7 @@ class Question:
     tests: str = ""  # code: is run behind the program
     group: str = ""  # a subject, a kind of bias: scored apart as well; a/b: part of a
     before: str = ""  # stands before everything, in place of the task's description
-    key: str = ""  # the same for the same rows; "": the fields above say so
+    key: str = ""  # differs where rows differ, also in what is not read of them
 
 
 @dataclass(frozen=True)
