@@ -46,6 +46,7 @@ SECTIONS = {
     "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "planning": Section("Planned memory", 1, "--few"),
     "serve": Section("Serving", 5, "--rounds 1 --size 10M --clients 8 --parts load"),
+    "tasks": Section("Tasks", 5, "--rounds 1 --questions 4 --sets endings --peers mlx_lm"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")
@@ -102,7 +103,7 @@ def write(name: str, rows: list[Row], seconds: float) -> None:
 def main() -> None:
     """Runs the sections, prints their tables and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all; tasks: see its --help")
     parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 3 to 7, by section")
     parser.add_argument("--quick", action="store_true", help="fewest pairs, smallest sizes; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md as it is")
@@ -110,7 +111,9 @@ def main() -> None:
     if unknown := set(args.section) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: expected sections of {', '.join(SECTIONS)}")
     began = time.perf_counter()
-    for name in args.section or SECTIONS:
+    # lm_eval has an environment of its own
+    every = [name for name in SECTIONS if name != "tasks" or "MLXGPT_LM_EVAL" in os.environ]
+    for name in args.section or every:
         start = time.perf_counter()
         section = SECTIONS[name]
         rows = run(name, section.quick.split() if args.quick else ["--rounds", str(args.rounds or section.rounds)])

@@ -1,11 +1,12 @@
 """A cache in 8 and 4 bits beside mlx-lm's, and the cache of a model whose layers look at a window: error, bytes, speed.
 
     python -m benchmarks.cache [--rounds 5] [--tokens 1024] [--steps 200] [--threads 1] [--json]
+    python -m benchmarks.cache --model DIR --text FILE       the KL of a llama alone
 
 KL is of the full cache's distribution from the quantized one's, a token, behind the first 64 of windows of 256 tokens
 of Python's language reference, read one at a time; the model is a llama of 1 M with heads of 64, trained for --steps on
 docstrings. Speed and bytes are of random models: a llama of 54 M, and a gemma3_text with one global layer in six and a
-window of 512; --tokens of prompt, then tokens one by one. Both sides hold groups of 64, from the first token on.
+window of 512; --tokens of prompt, then tokens one by one. Both sides hold the same groups, from the first token on.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import numpy as np
 from benchmarks import decode
 from benchmarks.pairs import Contender, race, row
 from benchmarks.report import Row, finish
+from mlxgpt.common.inference import kv_cache
 
-DRAWN, GROUP = 32, 64
+DRAWN = 32
 LENGTH, FIRST, WINDOWS = 256, 64, 6  # tokens of a text, of them not counted, and texts
 GEMMA = {"family": "gemma3_text", "n_layer": 12, "n_head": 8, "n_kv_head": 4, "head_dim": 64, "n_embd": 512,
          "n_hidden": 1376, "vocab_size": 32000, "block_size": 16384, "window": 512,
@@ -43,14 +45,12 @@ def train(folder: Path, steps: int) -> Path:
     return folder / "trained"
 
 
-def windows(folder: Path) -> np.ndarray:
-    """Tokens (WINDOWS, LENGTH) of Python's language reference."""
-    from pydoc_data.topics import topics
-
+def windows(folder: Path, text: str) -> np.ndarray:
+    """The first tokens (WINDOWS, LENGTH) of a text."""
     from mlxgpt.common.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)))
+    ids = tokenizer.encode(text[: 16 * WINDOWS * LENGTH])
     return np.array(ids[: WINDOWS * LENGTH], np.int32).reshape(WINDOWS, LENGTH)
 
 
@@ -100,7 +100,8 @@ def reader(package: str, folder: str, bits: int) -> tuple[Any, Any]:
         import mlx.core as mx
         from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-        held += [QuantizedKVCache(GROUP, bits) for _ in model.layers] if bits else make_prompt_cache(model)
+        group = kv_cache.group_size(json.loads((Path(folder) / "config.json").read_text())["head_dim"], bits)
+        held += [QuantizedKVCache(group, bits) for _ in model.layers] if bits else make_prompt_cache(model)
         return lambda *tokens: np.array(model(mx.array([tokens]), cache=held)[0, -1]), size
     held += importlib.import_module(f"{package}.model").make_cache(model, 1, model.config.block_size, kv_bits=bits)
     if package == "mlxgpt":
@@ -162,18 +163,25 @@ def race_at(folder: Path, what: str, bits: list[int], tokens: int, rounds: int, 
     return rows
 
 
+def errors(folder: Path, text: str) -> list[Row]:
+    """How far the distributions behind quantized caches are from those behind full ones."""
+    texts, rows = windows(folder, text), []
+    found = {package: divergence(folder, package, texts) for package in ("mlxgpt", "torch_ref", "mlx_lm")}
+    for bits, *sides in zip((8, 4), *found.values(), strict=True):
+        ours, torch, lm = sides
+        rows.append(Row(f"MLX KL, {bits} bits", "mlx-lm", "nats", ours, lm, [ours / lm]))
+        rows.append(Row(f"torch KL, {bits} bits", "mlx-lm", "nats", torch, lm, [torch / lm]))
+    return rows
+
+
 def measure(rounds: int, tokens: int, steps: int, threads: int) -> list[Row]:
     """Errors on real text, then speeds and bytes."""
     env = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        trained = train(Path(temporary), steps)
-        texts = windows(trained)
-        found = {package: divergence(trained, package, texts) for package in ("mlxgpt", "torch_ref", "mlx_lm")}
-        for bits, *sides in zip((8, 4), *found.values(), strict=True):
-            ours, torch, lm = sides
-            rows.append(Row(f"MLX KL, {bits} bits", "mlx-lm", "nats", ours, lm, [ours / lm]))
-            rows.append(Row(f"torch KL, {bits} bits", "mlx-lm", "nats", torch, lm, [torch / lm]))
+        from pydoc_data.topics import topics
+
+        rows += errors(train(Path(temporary), steps), "\n\n".join(topics[name] for name in sorted(topics)))
         for name, sizes, bits in (("llama 54 M", LLAMA, [0, 8, 4]), ("gemma3_text, window 512", GEMMA, [0])):
             folder = Path(temporary) / str(sizes["family"])
             write_folder(folder, sizes)
@@ -189,8 +197,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of training the model whose errors are measured")
     parser.add_argument("--threads", type=int, default=1, help="of each contender; neighbors disturb more than one")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--model", type=Path, help="a llama's folder that mlx-lm loads; with --text")
+    parser.add_argument("--text", type=Path, help="what it has not seen")
     args = parser.parse_args()
-    finish(measure(args.rounds, args.tokens, args.steps, args.threads), args.json)
+    if bool(args.model) != bool(args.text):
+        parser.error("expected --model and --text together")
+    if args.model:
+        finish(errors(args.model, args.text.read_text(encoding="utf-8")), args.json)
+    else:
+        finish(measure(args.rounds, args.tokens, args.steps, args.threads), args.json)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ class Contender:
     function: str
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    python: str = sys.executable
     rates: list[float] = field(default_factory=list)  # units a second
     cpu: list[float] = field(default_factory=list)  # units a second of CPU time, all threads and children
     peak: int = 0
 
     def start(self) -> None:
         """Starts the process and waits until it is warm."""
-        command = [sys.executable, "-m", "benchmarks.pairs", self.module, self.function, *self.args]
+        command = [self.python, "-m", "benchmarks.pairs", self.module, self.function, *self.args]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **self.env}
         )

@@ -276,10 +276,10 @@ def recovered(
         text = subject.text.read_text(encoding="utf-8")
         for at in range(0, len(text), 700):
             print(json.dumps({"text": text[at : at + 700]}), file=file)
-    words = ("--rank", 8, "-n", 200, "--lr", 1e-3, "--batch-size", 4, "-s", "train.eval_every=100")
+    words = ("--rank", 8, "-n", 100, "--lr", 2e-3, "--batch-size", 4, "-s", "train.eval_every=100")
     length = ("-s", f"tune.block_size={WINDOW}", "-s", "tune.overflow=truncate")
-    seconds, wrong = mlxgpt("finetune", "-m", base, "-d", data, "-o", run, *words, *length)
-    yield str(bits), "gptq, then LoRA, 200 steps", wrong or evaluator.measure(base, run), seconds
+    seconds, wrong = mlxgpt("finetune", "-m", base, "-d", data, "-o", run, *words, *length, "--backend", "torch")
+    yield str(bits), "gptq, then LoRA, 100 steps", wrong or evaluator.measure(base, run), seconds
 
 
 def line(bits: str, method: str, found: Figures | str, seconds: float, whole: float) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from models import tiny, weights
 
 from mlxgpt.common.folders import model_folder
@@ -14,6 +15,8 @@ CONFIGS = {
     "qwen3": tiny(family="qwen3", n_kv_head=2, head_dim=16, tied=False, **WIDE),
     "gpt2": tiny(family="gpt2", **WIDE | {"n_hidden": 256}),  # mlx-lm has no other
 }
+
+NAMES = ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gpt2"]
 
 
 def model(place: Path, name: str, dtype: str = "float32") -> Path:

@@ -17,6 +17,7 @@ class Said:
     """A Scorer whose ids are characters: ``asked`` is what it was asked, in order."""
 
     context = 10**6
+    chat = False
 
     def __init__(self, told: Mapping[str, float] | None = None, longest: int = 10**6, answer: str = "42"):
         self.asked: list[list[str]] = []

@@ -91,7 +91,7 @@ FLAGS = {
     | {"--dtype", "--tokens", "--text-key", "--json"}
     | RUNS_A_MODEL,
     "eval": {"--model", "--adapter", "--data", "--split", "--text-key", "--stride", "--json", "--task", "--limit"}
-    | {"--shots", "--log", "--kv-bits", "--against", "--run-code", "--draws"}
+    | {"--shots", "--log", "--kv-bits", "--against", "--run-code", "--draws", "--max-tokens", "--bos", "--chat"}
     | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},

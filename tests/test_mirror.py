@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALONE = {
     *("__init__.py", "__main__.py", "cli.py", "verbs.py", "blas.py"),
+    "lm_eval.py",  # lm-evaluation-harness's command, for both
     "fused.py",  # one kernel for many tensors, which MLX's compiler makes by itself
     "stacks.py",  # and of few tensors, if they are stacked
     "fast.py",  # what each framework's own kernels lack

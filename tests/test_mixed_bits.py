@@ -62,7 +62,7 @@ def made(place: Path, name: str, bits: str, method: str = "rtn", dtype: str = "f
     return quantize(source, place / "q", bits, method, **words)
 
 
-@pytest.mark.parametrize("name", quantizing.CONFIGS)
+@pytest.mark.parametrize("name", quantizing.NAMES)
 def test_mixed_bits_beat_uniform_ones_of_the_same_size(name: str, tmp_path: Path) -> None:
     methods = ("gptq", "rtn") if name == "llama" else ("rtn",)
     reports = {}
@@ -77,16 +77,16 @@ def test_mixed_bits_beat_uniform_ones_of_the_same_size(name: str, tmp_path: Path
     assert sorted(own) == sorted(bits for bits in reports[methods[-1]].matrix_bits.values() if bits != said["bits"])
 
 
-@pytest.mark.parametrize("target", [3.7, 4.5, 5.25, 6.9])
+@pytest.mark.parametrize("target", [3.7, 5.25])
 def test_the_target_is_never_exceeded(target: float, tmp_path: Path) -> None:
     """With scales in 16 bits, of which a group of 32 has two: 1 bit a weight."""
     report = made(tmp_path, "qwen3", f"mixed:{target}", dtype="bfloat16")
     assert target - 0.25 < report.bits_per_weight <= target
 
 
-def test_the_choice_is_the_same_again_and_with_mlx(tmp_path: Path) -> None:
-    chosen = [made(tmp_path, "llama", "mixed:5.5", backend=backend) for backend in ("torch", "torch", "mlx")]
-    assert chosen[0].matrix_bits == chosen[1].matrix_bits == chosen[2].matrix_bits
+def test_the_choice_is_the_same_with_mlx(tmp_path: Path) -> None:
+    chosen = [made(tmp_path, "llama", "mixed:5.5", backend=backend) for backend in ("torch", "mlx")]
+    assert chosen[0].matrix_bits == chosen[1].matrix_bits
     assert len(set(chosen[0].matrix_bits.values())) > 1
 
 

@@ -1,5 +1,6 @@
 """What follows a context is as likely as in a plain pass of the whole, however rows are batched and shared."""
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from compare import agree
 from decoding import BACKENDS, logits_of
-from models import CASES, VARIANTS, weights
+from models import CASES, VARIANTS, tiny, weights
 
 import mlxgpt.blas  # noqa: F401  (before MLX)
 
@@ -17,11 +18,17 @@ import mlx.core as mx
 import torch
 
 from mlxgpt.common.config import ModelConfig
+from mlxgpt.common.tasks import reading
 from mlxgpt.common.tasks.reading import Group
 from mlxgpt.model import Model as MlxModel
 from torch_ref.model import Model as TorchModel
 
 SCORING = {"mlx": importlib.import_module("mlxgpt.scoring"), "torch": importlib.import_module("torch_ref.scoring")}
+FAMILIES = {
+    **{name: CASES[name] for name in ("gpt2", "llama-gqa", "mistral", "gemma2", "gemma3_text")},
+    **{name: VARIANTS[name] for name in ("phi3-longrope-window", "mistral-dynamic-window")},
+    "alibi": tiny(family="mlxgpt", position="alibi", n_kv_head=2),
+}
 
 
 def made(backend: str, config: ModelConfig) -> Any:
@@ -36,7 +43,7 @@ def made(backend: str, config: ModelConfig) -> Any:
 
 
 def some_groups(config: ModelConfig, seed: int, count: int = 9) -> list[Group]:
-    """Contexts of any length, some with beginnings of others, some that end where others go on."""
+    """Contexts of any length, some with beginnings of others, some that end where others go on, up to the context."""
     draw = np.random.default_rng(seed)
     made: list[Group] = []
     shared = draw.integers(0, config.vocab_size, config.block_size).tolist()
@@ -51,24 +58,110 @@ def some_groups(config: ModelConfig, seed: int, count: int = 9) -> list[Group]:
 
 
 def plain(backend: str, model: Any, group: Group, of: Sequence[int]) -> tuple[float, bool]:
-    ids = [*group.context, *of]
-    logits = logits_of(backend, model, [ids[:-1]])[0].astype(np.float64)
+    """In float64, from the logits of the whole alone."""
+    logits = logits_of(backend, model, [[*group.context, *of][:-1]])[0].astype(np.float64)
     rows = logits[len(group.context) - 1 :]
     values = rows[np.arange(len(of)), of] - np.logaddexp.reduce(rows, axis=-1)
     return float(values.sum()), bool((rows.argmax(-1) == of).all())
 
 
-@pytest.mark.parametrize("name", sorted(CASES | VARIANTS))
+def said(backend: str, model: Any, groups: Sequence[Group], rows: int = 4) -> tuple[np.ndarray, list[bool]]:
+    found = [each for row in SCORING[backend].continuations(model, groups, rows) for each in row]
+    return np.array([each.logprob for each in found]), [each.greedy for each in found]
+
+
+def expected(backend: str, model: Any, groups: Sequence[Group]) -> tuple[np.ndarray, list[bool]]:
+    made = [plain(backend, model, group, each) for group in groups for each in group.continuations]
+    return np.array([value for value, _ in made]), [greedy for _, greedy in made]
+
+
+@pytest.fixture
+def shared_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beginnings are shared however little that saves."""
+    monkeypatch.setattr(reading, "WORTH", 2)
+
+
+@pytest.mark.usefixtures("shared_early")
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_likely_as_in_a_plain_pass(backend: str, name: str) -> None:
-    config = (CASES | VARIANTS)[name]
+    config = FAMILIES[name]
     model, groups = made(backend, config), some_groups(config, len(name))
-    # the likeliest answer of one group, so that something is greedy
-    best = logits_of(backend, model, [list(groups[0].context)])[0, -1].argmax()
+    best = logits_of(backend, model, [list(groups[0].context)])[0, -1].argmax()  # so that something is greedy
     groups[0] = Group(groups[0].context, [[int(best)], *groups[0].continuations])
-    found = SCORING[backend].continuations(model, groups, rows=4)
-    expected = [[plain(backend, model, group, each) for each in group.continuations] for group in groups]
-    flat = [each for row in found for each in row]
-    assert [each.greedy for each in flat] == [greedy for row in expected for _, greedy in row]
-    values = np.array([value for row in expected for value, _ in row])
-    agree(name, np.array([each.logprob for each in flat]), values, 3e-5, 1.0)
+    (found, greedy), (values, best) = said(backend, model, groups), expected(backend, model, groups)
+    assert greedy == best and any(greedy)
+    agree(name, found, values, 3e-5, 1.0)
+
+
+@pytest.mark.usefixtures("shared_early")
+def test_both_frameworks_agree_whatever_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(family="llama", n_kv_head=2, block_size=64)
+    groups = [each for seed in range(2) for each in some_groups(config, seed, 6)]
+    first, greedy = said("torch", made("torch", config), groups)
+    for backend in BACKENDS:
+        model = made(backend, config)
+        for rows, tokens, kept in ((5, 96, 1 << 28), (64, 8192, 1 << 16)):
+            monkeypatch.setattr(reading, "TOKENS", tokens)
+            monkeypatch.setattr(reading, "KEPT", kept)
+            monkeypatch.setattr(SCORING[backend], "LOGITS", 3 * config.vocab_size)
+            values, best = said(backend, model, groups, rows)
+            assert best == greedy
+            agree(f"{backend} {rows} rows", values, first, 1e-5, 1.0)
+        order = np.random.default_rng(rows).permutation(len(groups))
+        values, _ = said(backend, model, [groups[n] for n in order])
+        starts = np.cumsum([0, *(len(group.continuations) for group in groups)]).tolist()
+        places = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in order])
+        agree(f"{backend}, another order", values, first[places], 1e-5, 1.0)
+
+
+def test_a_model_in_training_is_scored_without_dropout_and_goes_on_to_train() -> None:
+    config = tiny(family="gpt2")
+    for backend in BACKENDS:
+        model = made(backend, config)
+        groups = some_groups(config, 5, 3)
+        values, _ = said(backend, model, groups)
+        model.train()
+        model.dropout = 0.5
+        agree(backend, said(backend, model, groups)[0], values, 1e-6, 1.0)
+        assert model.training
+
+
+def test_what_contexts_share_is_read_once() -> None:
+    shared, config = list(range(40)), tiny(family="llama", block_size=64)
+    groups = [Group([*shared, n, n + 1], [[1], [2], [3]]) for n in range(8)]
+    batches = list(reading.batches(groups, config))
+    assert [(batch.prefix, batch.first.tokens.shape, batch.others) for batch in batches] == [
+        (tuple(shared), (8, 2), [])
+    ]
+    assert len(np.unique(batches[0].first.places)) == 8, "one place for choices of one token"
+    several = [*groups, *(Group([50 + n] * 30 + [*shared[:20], n], [[1, 2]]) for n in range(2) for _ in range(2))]
+    assert len({batch.prefix for batch in reading.batches(several, config)}) >= 2
+    alone = dataclasses.replace(config, rope_scaling="dynamic", rope_factor=4.0, rope_original=16)
+    assert {batch.prefix for batch in reading.batches(groups, alone)} == {()}
+
+
+def shifted(read: reading.Read) -> reading.Read:
+    return read._replace(targets=np.roll(read.targets, 1))
+
+
+def off_by_one(read: reading.Read) -> reading.Read:
+    return read._replace(starts=np.maximum(read.starts - 1, 0))
+
+
+def padding_seen(read: reading.Read) -> reading.Read:
+    return read._replace(starts=np.full_like(read.starts, read.starts.max()))
+
+
+def other_row(read: reading.Read) -> reading.Read:
+    return read._replace(sources=read.sources[::-1].copy())
+
+
+@pytest.mark.usefixtures("shared_early")
+@pytest.mark.parametrize("broken", [shifted, off_by_one, padding_seen, other_row])
+def test_a_mistake_is_seen(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, make = FAMILIES["llama-gqa"], reading._read
+    model, groups = made("torch", config), some_groups(config, 3)
+    values, _ = said("torch", model, groups)
+    monkeypatch.setattr(reading, "_read", lambda rows: broken(make(rows)))
+    assert np.abs(said("torch", model, groups)[0] - values).max() > 1e-3

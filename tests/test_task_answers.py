@@ -36,7 +36,7 @@ def test_filters_take_what_those_of_lm_eval_take(text: str) -> None:
 class Writes:
     """A model that writes what it is told to, and remembers what it was asked."""
 
-    context, cut = 100, 0
+    context, cut, chat = 100, 0, False
 
     def __init__(self, texts: Sequence[str]):
         self.texts, self.asked = list(texts), list[object]()

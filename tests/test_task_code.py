@@ -191,7 +191,7 @@ class Writes:
     """A model that writes a program or another, by seed."""
 
     context = 100
-    cut = 0
+    cut, chat = 0, False
 
     def __init__(self) -> None:
         self.seeds, self.contexts = list[int](), list[str]()

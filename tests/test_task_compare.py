@@ -147,6 +147,7 @@ def test_flags_that_do_nothing_are_refused(
     for flags, expected in (
         (["--data", str(quiz), "--against", str(one)], "--against: does nothing with"),
         (["--task", str(quiz), "--run-code"], "--run-code: no task here has programs to run"),
+        (["--task", str(quiz), "--max-tokens", "3"], "--max-tokens 3: no task here has answers to write"),
         (["--task", str(quiz), "--draws", "3"], "--draws: no task here has programs to run"),
     ):
         assert cli.main(["eval", "-m", str(one), *flags]) == 2

@@ -165,15 +165,23 @@ def test_groups_are_scored_apart_and_within_their_whole() -> None:
     }
     assert outcome.sizes == {"x": 3, "x/b": 2, "x/a": 1, "y": 1} and outcome.metrics["acc"].value == 0.25
     assert outcome.metrics["acc"].stderr == pytest.approx(0.25)
-    apart = metrics.summed_up(replace(task, apart=True), [task.questions[0], task.questions[3]], Asked(
-        {"acc": np.array([1.0, 0.0])}, [{}] * 2, []
-    ))  # fmt: skip
-    assert apart.metrics["acc"] == Metric(0.5, 0.5)
+    # subjects all right and all wrong: no variance within them, as lm-evaluation-harness pools it
+    apart = replace(task, apart=True, questions=[Question(f"row {n}", group="ab"[n // 2]) for n in range(4)])
+    outcome = metrics.summed_up(apart, apart.questions, Asked({"acc": np.array([1.0, 1.0, 0.0, 0.0])}, [{}] * 4, []))
+    assert outcome.metrics["acc"] == Metric(0.5, 0.0)
 
 
 def test_what_is_not_finite_breaks_the_run_and_names_the_row() -> None:
     with pytest.raises(RunError, match=r"row 1: the model's log-probability is nan"):
         requests.ask(cloze(2), Said({" a0": -1.0, " a1": math.nan}))
+
+
+def test_an_answer_that_the_context_does_not_hold_is_refused() -> None:
+    scorer = Said()
+    scorer.context = 3
+    assert requests.ask(cloze(10), scorer).questions == 10
+    with pytest.raises(UserError, match=r"row 10: an answer of 4 tokens: expected at most 3, the model's context"):
+        requests.ask(cloze(11), scorer)
 
 
 def test_rows_that_are_cut_are_counted() -> None:

@@ -16,7 +16,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import families, params
 from mlxgpt.common.model.affine import BITS
 
-TOKENS = 2048  # of the calibration text that sensitivity is measured on, or one window
+TOKENS = 4096  # of the calibration text that sensitivity is measured on, or one window
 
 
 def schemes(

@@ -113,6 +113,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=positive, metavar="N", help="with --task: the first N questions")
     add("--shots", type=natural, metavar="N", help="with --task: examples before each question; default: the task's")
     add("--log", action=Once, metavar="FILE", help="with --task: a new .jsonl, the outcome of each question")
+    add("--max-tokens", type=positive, metavar="N",
+        help="with --task: tokens that a written answer may have; default: the task's")  # fmt: skip
     add("--against", action=Once, metavar="MODEL",
         help="with --task: another model, or the --log of one, for the differences and how sure they are")  # fmt: skip
     add("--run-code", action="store_true",
@@ -120,6 +122,9 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "with little time and memory and a folder of its own")  # fmt: skip
     add("--draws", type=positive, metavar="N",
         help="with --run-code: programs a question, at temperature 0.8; default: 1, greedy")  # fmt: skip
+    add("--bos", choices=["auto", "yes", "no"],
+        help="with --task: whether rows begin with BOS; default: auto, as the tokenizer does")  # fmt: skip
+    add("--chat", action="store_true", help="with --task: questions in the model's chat template")
     add("--text-key", metavar="KEY", help="with --data: key or column that holds the text; default: text")
     add("--split", choices=["train", "val", "test"],
         help="with --data: split of shards or of a folder of examples; default: val")  # fmt: skip

@@ -23,6 +23,7 @@ from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import rotary
 from mlxgpt.common.rows.files import read_values
+from mlxgpt.common.sft.template import template_of
 from mlxgpt.common.tasks import code, compare, named, requests, shots, show
 from mlxgpt.common.tasks.scorer import ModelScorer
 from mlxgpt.common.tasks.task import Outcome, Task
@@ -32,7 +33,7 @@ from mlxgpt.common.user_code import limited
 
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
 _KEPT = {"files": "files outside their folder", "processes": "other processes"}
-_TASKS = ("limit", "shots", "log", "against", "run_code", "draws")
+_TASKS = ("limit", "shots", "log", "against", "run_code", "draws", "max_tokens", "bos", "chat")
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -50,7 +51,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    tasks = _with_draws(named.read_all(args.task, args.data, args.shots), args)
+    tasks = _with_draws(_with_length(named.read_all(args.task, args.data, args.shots), args.max_tokens), args)
     if args.log and Path(args.log).exists():
         raise UserError(f"--log {args.log}: exists already: expected a new file")
     for task in tasks:  # examples that are missing are refused before a model is loaded
@@ -96,7 +97,8 @@ def _ask(
     base_and_adapters.expect_task(model.config, path)
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, path)
     kv_cache.group_size(model.config.head_dim, args.kv_bits)
-    scorer = ModelScorer(backend, model, tokenizer, kv_bits=args.kv_bits)
+    render = _render(tokenizer, path) if args.chat else None
+    scorer = ModelScorer(backend, model, tokenizer, args.bos or "auto", render, kv_bits=args.kv_bits)
     made = _Asked([], [], tokenizer, scorer.begins_with)
     for task in tasks:
         with _progress(args, f"{task.name}: ") as say:
@@ -105,6 +107,22 @@ def _ask(
         if not args.json:
             print("\n".join([path] * bool(args.against) + show.lines(made.outcomes[-1])), flush=True)
     return made
+
+
+def _render(tokenizer: Tokenizer, path: str) -> Callable[[str], str]:
+    """What the chat template makes of a question, up to where the answer begins."""
+    template = template_of(tokenizer, path)
+    if template is None:
+        raise UserError(f"--chat: {path} has no chat template: expected a model that was tuned on conversations")
+    return lambda text: template.render([{"role": "user", "content": text}], generation=True)
+
+
+def _with_length(tasks: list[Task], most: int | None) -> list[Task]:
+    """The tasks, those that are answered by writing with --max-tokens."""
+    if most and not any(task.kind in ("answer", "code") for task in tasks):
+        raise UserError(f"--max-tokens {most}: no task here has answers to write")
+    samples = [dataclasses.replace(task.sample, max_tokens=most or task.sample.max_tokens) for task in tasks]
+    return [dataclasses.replace(task, sample=sample) for task, sample in zip(tasks, samples, strict=True)]
 
 
 def _with_draws(tasks: list[Task], args: argparse.Namespace) -> list[Task]:

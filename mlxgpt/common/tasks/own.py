@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
 from mlxgpt.common.rows.files import read_values
-from mlxgpt.common.rows.values import shown, string_at, value_at
+from mlxgpt.common.rows.values import shown, string_at, unicode, value_at
 from mlxgpt.common.tasks import code
 from mlxgpt.common.tasks.task import Question, Task
 
@@ -81,6 +81,7 @@ def _choice(row: dict[str, Any], where: str) -> Question:
     for number, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice.strip():
             raise UserError(f"{where}: choice {number} is {shown(choice)}: expected text")
+        unicode(choice, f"{where}: choice {number}")
     distinct(choices, where)
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     if not answers:

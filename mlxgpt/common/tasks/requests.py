@@ -66,6 +66,9 @@ def _scored(
             ids.append(scorer.encode(*pair))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
+        if len(ids[-1][1]) > scorer.context:
+            found = f"an answer of {len(ids[-1][1])} tokens"
+            raise UserError(f"{place}: {found}: expected at most {scorer.context}, the model's context")
     found = scorer.continuations(ids, say)
     for place, one in zip(where, found, strict=True):
         _finite(place, one.logprob)
@@ -79,11 +82,11 @@ def _finite(where: str, logprob: float) -> None:
 
 def _choice(task: Task, questions: Sequence[Question], before: Sequence[str], scorer: Scorer, say: Say) -> Asked:
     """Which choice is the likeliest, whole and by its length; of several that are, the first."""
-    pairs, where = [], []
+    pairs, where, space = [], [], "" if scorer.chat else task.before_target
     for question, shown in zip(questions, before, strict=True):
         texts = question.texts or (question.text,) * len(question.choices)
         answers = (question.target,) * len(texts) if question.texts else question.choices
-        pairs += [(shown + text, task.before_target + answer) for text, answer in zip(texts, answers, strict=True)]
+        pairs += [(shown + text, space + answer) for text, answer in zip(texts, answers, strict=True)]
         where += [question.where] * len(texts)
     found, lengths = _scored(pairs, where, scorer, say)
     each: dict[str, list[float]] = {name: [] for name in ("acc", "acc_norm", "acc_per_byte", "acc_per_token")}

@@ -47,6 +47,7 @@ class ModelScorer:
         kv_bits: int = 0,
     ):
         self.context, self.cut, self._kv_bits = model.config.block_size, 0, kv_bits
+        self.chat = render is not None
         self._backend, self._model, self._tokenizer, self._render, self._rows = backend, model, tokenizer, render, rows
         ids = [tokenizer.id_of(tokenizer.named.get(name, "")) for name in ("bos_token", "eos_token")]
         self.prefix = next((each for each in (*ids, tokenizer.eos_id) if each is not None), None)

@@ -74,4 +74,4 @@ class _Draw:
 
 
 def _same(question: Question) -> object:
-    return question.key or replace(question, where="")
+    return replace(question, where="")

@@ -25,7 +25,7 @@ class Question:
     tests: str = ""  # code: is run behind the program
     group: str = ""  # a subject, a kind of bias: scored apart as well; a/b: part of a
     before: str = ""  # stands before everything, in place of the task's description
-    key: str = ""  # the same for the same rows; "": the fields above say so
+    key: str = ""  # differs where rows differ, also in what is not read of them
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Scorer(Protocol):
 
     context: int  # tokens that a row may have
     cut: int  # rows so far that were longer, whose first tokens were left out
+    chat: bool  # contexts stand in a chat template: nothing is put before a choice
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both, BOS where the tokenizer puts it; white space at the end of ``context`` goes to what follows."""

@@ -66,7 +66,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     includes = values.pop("include", None) or []
     merged: dict[str, Any] = {}
     for include in includes if isinstance(includes, list) else [includes]:
-        merged |= _read(path.parent / str(include), (*above, path.resolve()))
+        if not isinstance(include, str) or not include.isprintable():
+            raise UserError(f"{path}: include = {include!r}: expected a file")
+        merged |= _read(path.parent / include, (*above, path.resolve()))
     return merged | values
 
 

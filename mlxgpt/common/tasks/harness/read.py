@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import UserError, nearest
-from mlxgpt.common.rows.values import shown
+from mlxgpt.common.rows.values import shown, unicode
 from mlxgpt.common.tasks import own
 from mlxgpt.common.tasks.harness import keys, settings, templates
 from mlxgpt.common.tasks.harness.rows import Data, Row
@@ -15,7 +15,7 @@ KINDS = {
     "multiple_choice": "choice", "loglikelihood": "cloze", "loglikelihood_rolling": "text", "generate_until": "answer",
 }  # fmt: skip
 _TEXTS = ("task", "description", "target_delimiter", "fewshot_delimiter", "training_split", "validation_split")
-_TEXTS += ("test_split", "fewshot_split")
+_TEXTS += ("test_split", "fewshot_split", "output_type", "dataset_path")
 _SAMPLERS = ("default", "first_n")
 
 
@@ -29,6 +29,7 @@ def read(path: Path, shots: int | None = None) -> Task:
     for key in _TEXTS:
         if not isinstance(values.get(key, ""), str):
             raise UserError(f"{path}: {key} = {values[key]!r}: expected text")
+        unicode(values.get(key, ""), f"{path}: {key}")
     kind = KINDS.get(values.get("output_type", "generate_until"))
     if kind is None:
         raise UserError(f"{path}: output_type = {values['output_type']!r}: expected {', '.join(KINDS)}")
@@ -132,7 +133,8 @@ class _Reader:
 
     def _before(self, values: dict[str, Any], where: str) -> str:
         description = self._values.get("description", "")
-        return templates.field("description", description, values, where, self._columns, numbers=False)
+        found = templates.field("description", description, values, where, self._columns, numbers=False)
+        return _text(found, "description", where, empty=True)
 
 
 def _choice(text: Any, choices: Any, target: Any, where: str) -> dict[str, Any]:
@@ -144,6 +146,7 @@ def _choice(text: Any, choices: Any, target: Any, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: choice {number} is {shown(choice)}: expected text (YAML's yes and no need quotes)"
             )
+        unicode(choice, f"{where}: choice {number}")
     own.distinct(choices, where)
     if isinstance(text, int):
         gold = _right(text, choices, "doc_to_text", where)
@@ -183,7 +186,7 @@ def _written(text: Any, choices: Any, target: Any, where: str, several: bool) ->
 def _text(value: Any, key: str, where: str, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
         raise UserError(f"{where}: {key} is {shown(value)}: expected text")
-    return value
+    return unicode(value, f"{where}: {key}")
 
 
 def _key(values: dict[str, Any]) -> str:

@@ -23,7 +23,10 @@ class Data:
     """The files of each split that ``dataset_path`` and ``dataset_kwargs`` name."""
 
     def __init__(self, path: Path, values: dict[str, Any]):
-        builder, kwargs = values.get("dataset_path"), dict(values.get("dataset_kwargs") or {})
+        builder, given = values.get("dataset_path"), values.get("dataset_kwargs", {})
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: dataset_kwargs = {given!r}: expected data_files, with files on disk")
+        kwargs = dict(given)
         if builder not in _SUFFIXES:
             raise UserError(f"{path}: dataset_path = {builder!r}: expected {', '.join(_SUFFIXES)}, with files on disk")
         files = kwargs.pop("data_files", None)
@@ -46,7 +49,8 @@ class Data:
         found = [file for name in (named if isinstance(named, list) else [named]) for file in self._found(name)]
         made = [row for file in found for row in self._read(file)]
         if not made:
-            raise UserError(f"{found[0]}: empty: expected the rows of {split}")
+            files = ", ".join(map(str, found)) or f"{self._path}: dataset_kwargs.data_files.{split}"
+            raise UserError(f"{files}: empty: expected the rows of {split}")
         names = list(dict.fromkeys(name for _, row in made for name in row))
         columns = {name: [row.get(name) for _, row in made] for name in names}
         columns = {name: _numbers(column) for name, column in columns.items()}
@@ -54,7 +58,7 @@ class Data:
 
     def _found(self, name: Any) -> list[Path]:
         """The files of a name or a pattern, in the working directory or else beside the YAML."""
-        if not isinstance(name, str) or "://" in name:
+        if not isinstance(name, str) or not name.isprintable() or "://" in name:
             raise UserError(f"{self._path}: dataset_kwargs.data_files: {name!r}: expected files on disk")
         for place in (Path(), self._path.parent):
             file = place / Path(name).expanduser()

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.files import read_values
-from mlxgpt.common.rows.values import shown, value_at
+from mlxgpt.common.rows.values import shown, unicode, value_at
 
 Row = tuple[str, dict[str, Any]]
 """(file and row, its keys and values)"""
@@ -83,4 +83,4 @@ def strings_at(row: dict[str, Any], key: str, where: str, least: int = 2) -> Ite
     for number, value in enumerate(values):
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {key}: number {number} is {shown(value)}: expected text")
-        yield value
+        yield unicode(value, f"{where}: {key}: number {number}")
