@@ -221,17 +221,20 @@ class Rows:
 
     def __init__(self, subject: Subject, place: Path, tuning: int):
         self.subject, self.place, self.tuning = subject, place, tuning
-        self.evaluator = Evaluator(subject)
+        self.evaluator, self.lines = Evaluator(subject), [f"### {subject.name}\n", HEAD]
+        self.seconds, self.earlier = 0.0, 0
 
     def row(self, bits: int, method: str, make: Callable[[Path], tuple[float, str]], base: str = "") -> Found:
         """One row, printed; ``make`` writes a folder, which is an adapter of that of ``base`` where there is one."""
         made = self.folder(bits, method)
         kept = Path(f"{made}.row{len(self.subject.held)}.json")
+        self.earlier += kept.exists()
         if not kept.exists():
             seconds, wrong = make(made)
             found = () if wrong else (self.folder(bits, base), made) if base else (made,)
             kept.write_text(json.dumps([wrong or dataclasses.asdict(self.evaluator.measure(*found)), seconds]))
         result, seconds = json.loads(kept.read_text())
+        self.seconds += seconds
         figures: Found = result if isinstance(result, str) else Figures(**result)
         print(line(bits, method, figures, seconds), file=sys.stderr, flush=True)
         self.lines.append(line(bits, method, figures, seconds))
@@ -245,7 +248,6 @@ class Rows:
 
     def table(self, all_bits: list[int], peers: list[str]) -> str:
         """All rows, of float32 first."""
-        self.lines = [f"### {self.subject.name}\n", HEAD]
         self.row(32, "float32", lambda _: (0.0, ""))
         if self.tuning:
             self._tuned(32, "float32")
@@ -319,7 +321,9 @@ def main() -> None:
             rows = Rows(found, place, args.tuning)
             made.append(rows.table(args.bits, list(args.peers)))
             made.append(
-                f"Measured on {rows.evaluator.count:,} tokens of {args.rounds} texts; LoRA: {args.tuning} steps."
+                f"Measured on {rows.evaluator.count:,} tokens of {args.rounds} texts; LoRA: {args.tuning} steps, rank "
+                f"{TUNING[1]}, learning rate {TUNING[3]}. {rows.seconds / 60:.1f} minutes of CPU time in all, "
+                f"{rows.earlier} of {len(rows.lines) - 2} rows kept from earlier runs."
             )
     print(json.dumps("\n\n".join(made)) if args.json else "\n\n".join(made))
 
