@@ -97,9 +97,9 @@ def test_gptq_is_closer_and_loads_everywhere(name: str, tmp_path: Path) -> None:
     tokens = np.fromfile(other, "<u2")[:-1].reshape(4, 32).astype(np.int32)
     theirs = np.array(load_model(tmp_path / "gptq")[0](mx.array(tokens)))
     for backend in BACKENDS:
-        load = backends.load(backend).load.load
-        ours = np.array(load(tmp_path / "gptq", device="cpu")[0](tokens).tolist())
+        ours = np.array(backends.load(backend).load.load(tmp_path / "gptq", device="cpu")[0](tokens).tolist())
         agree(name, ours, theirs, 1e-4)
+    load = backends.load("torch").load.load
     p, q = (_logs(np.array(load(place, device="cpu")[0](tokens).tolist())) for place in (source, tmp_path / "gptq"))
     np.testing.assert_allclose(made.kl, (np.exp(p) * (p - q)).sum(-1).mean(), rtol=1e-3)
     targets = np.fromfile(other, "<u2")[1:].reshape(4, 32, 1).astype(np.int64)
@@ -112,7 +112,8 @@ def _logs(logits: np.ndarray) -> np.ndarray:
 
 
 def test_the_same_hessians_give_the_same_bits_and_own_ones_nearly_the_same_model(tmp_path: Path) -> None:
-    source, options = model(tmp_path), dict(data=text(tmp_path), group_size=32)
+    source = model(tmp_path)
+    options: dict[str, Any] = {"data": text(tmp_path), "group_size": 32}
     reports: dict[str, Report] = {}
     for one, two in (BACKENDS, BACKENDS[::-1]):
         kept = tmp_path / f"kept-{one}"

@@ -152,3 +152,19 @@ def test_flags_that_do_nothing_are_refused(
     ):
         assert cli.main(["eval", "-m", str(one), *flags]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_log_that_could_not_be_written_or_read_is_refused_before_a_model_is_loaded(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there.jsonl").touch()
+    (tmp_path / "one.log").touch()
+    for flag, name, expected in (
+        ("--log", "none/a.jsonl", "no such folder"),
+        ("--log", "a.log", "expected a .jsonl"),
+        ("--log", "there.jsonl", "exists already"),
+        ("--against", "one.log", "expected a model, or a .jsonl that --log wrote"),
+    ):
+        assert cli.main(["eval", "-m", "nowhere", "--task", str(folders[2]), flag, str(tmp_path / name)]) == 2
+        said = capsys.readouterr()
+        assert expected in said.err and said.err.count("\n") == 1 and not said.out

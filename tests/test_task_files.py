@@ -51,6 +51,29 @@ def test_what_the_rows_of_each_kind_ask(tmp_path: Path) -> None:
     assert own(tmp_path, {"prompt": "def f():", "tests": "f()"}).kind == "code"
 
 
+def test_choices_that_bring_their_own_space_get_no_second_one(tmp_path: Path) -> None:
+    task = own(tmp_path, {"text": "The sky is", "choices": [" blue", " red"], "answer": 0}, {**CHOICE, "text": ""})
+    assert asked(task)[:2] == [["The sky is", " blue"], ["The sky is", " red"]]
+    task = own(tmp_path, {"text": "The sky is", "choices": [" blue", "red"], "answer": 0})
+    assert asked(task) == [["The sky is", "  blue"], ["The sky is", " red"]]
+
+
+def test_an_answer_has_room_for_a_token_a_byte(tmp_path: Path) -> None:
+    task = own(tmp_path, {"prompt": "Say hello:", "answer": "\u4f60\u597d\u4e16\u754c\U0001f525"})
+    assert task.sample.max_tokens == 3 * 4 + 4 + 8
+
+
+def test_numbers_in_a_table_are_those_of_tables(tmp_path: Path) -> None:
+    yaml = {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"test": "t.csv"}}, "test_split": "test"}
+    yaml |= {"output_type": "loglikelihood", "doc_to_text": "{{a}} {{b}} {{c}} {{d}}", "doc_to_target": " x"}
+    (tmp_path / "t.yaml").write_text(json.dumps(yaml))
+    (tmp_path / "t.csv").write_text("a,b,c,d\n1_000,\u0663,7,1\n2,3,07,1.5\n", encoding="utf-8")
+    assert [context for context, _ in asked(named.read(str(tmp_path / "t.yaml")))] == [
+        "1_000 \u0663 7 1.0",
+        "2 3 7 1.5",
+    ]
+
+
 def test_examples_come_from_the_other_rows(tmp_path: Path) -> None:
     rows = [{"text": f"{n} is", "answer": str(n), "group": "even" if n % 2 == 0 else "odd"} for n in range(4)]
     own(tmp_path, *rows)
@@ -103,6 +126,7 @@ def test_a_row_that_is_no_question_is_refused(row: dict, message: str, tmp_path:
         ({"more": "a", "less": "a"}, "more and less are both 'a'"),
         ({"prompt": "a", "answer": []}, "answer is []"),
         ({"prompt": "a", "answer": ["b", None]}, "answer is null"),
+        ({"prompt": "a", "answer": ["b", "c\n\nd"]}, "answer has an empty line"),
         ({"prompt": "a", "tests": ""}, "tests is empty"),
     ],
 )

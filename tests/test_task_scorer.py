@@ -80,6 +80,10 @@ def test_rows_longer_than_the_context_lose_their_first_tokens(torch_half: backen
         ours.continuations([(ids[:2], ids[2:19])])
     with pytest.raises(UserError, match=r"token id 8: expected below 8, the model's vocabulary"):
         ours.continuations([([1], [8])])
+    with pytest.raises(
+        UserError, match="an answer of 17 tokens: the model's context holds 16"
+    ):  # the row is known there
+        ours.encode("a", "b" * 17)
 
 
 def rolling(ids: list[int], prefix: int, size: int) -> list[Group]:

@@ -90,4 +90,4 @@ def _limited(
     for rows, path, what in ((fitted, data, "calibrate on"), (held, held_out, "measure on")):
         if len(rows) > most:
             notes += (f"{path}: {most:,} of {len(rows):,} windows to {what}; --tokens takes more",)
-    return Windows(fitted[:most], held[:most], notes)
+    return Windows(fitted[:most], held[:most], tuple(dict.fromkeys(notes)))

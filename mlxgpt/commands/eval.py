@@ -52,8 +52,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def _tasks(args: argparse.Namespace) -> int:
     tasks = _with_draws(_with_length(named.read_all(args.task, args.data, args.shots), args.max_tokens), args)
-    if args.log and Path(args.log).exists():
-        raise UserError(f"--log {args.log}: exists already: expected a new file")
+    _check_log(args.log)
     for task in tasks:  # examples that are missing are refused before a model is loaded
         shots.before(task, requests.first(task, args.limit))
     earlier = _read_log(args, tasks) if args.against and Path(args.against).is_file() else {}
@@ -78,6 +77,19 @@ def _tasks(args: argparse.Namespace) -> int:
             print("\n".join(compare.lines(apart[outcome.task], outcome.task, outcome.questions, names)))
     print(f"begins with    {beginning.shown(asked.tokenizer, asked.begins)}")
     return 0
+
+
+def _check_log(name: str | None) -> None:
+    """Refuses a --log that could not be written, or not be read by --against."""
+    if name is None:
+        return
+    path = Path(name)
+    if path.exists():
+        raise UserError(f"--log {name}: exists already: expected a new file")
+    if path.suffix.lower() != ".jsonl":
+        raise UserError(f"--log {name}: expected a .jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"--log {name}: no such folder: {path.parent}")
 
 
 class _Asked(NamedTuple):
@@ -148,6 +160,8 @@ def _with_draws(tasks: list[Task], args: argparse.Namespace) -> list[Task]:
 
 def _read_log(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, dict[str, np.ndarray]]:
     """Task -> its values by question in the log of --against, whose questions must be those of the tasks."""
+    if Path(args.against).suffix.lower() != ".jsonl":
+        raise UserError(f"--against {args.against}: expected a model, or a .jsonl that --log wrote")
     rows = [row for _, row in read_values(Path(args.against))]
     found = {}
     for task in tasks:

@@ -44,17 +44,22 @@ def read(path: Path) -> Task:
     if not questions:
         raise UserError(f"{path}: empty: expected a question a line: {_FORMS}")
     notes = (f"keys that are not read: {', '.join(unused)}",) if unused else ()
-    ready = kind == "cloze" or all(each.text[-1:].isspace() or not each.text for each in questions)
+    ready = kind == "cloze" or all(_ready(each) for each in questions)
     task = Task(path.stem, kind, questions, before_target="" if ready else " ", notes=notes)
     if kind == "code":
         return replace(task, before_target="", stop=code.STOP)
     if kind == "answer":
         right = [answer for each in questions for answer in (each.target, *each.choices)]
         stop = ("\n\n",) if any("\n" in answer.strip() for answer in right) else ("\n",)
-        # a token is a character at least, and what is longer than every right answer is wrong
-        sample = replace(task.sample, max_tokens=min(256, max(map(len, right)) + 8))
+        # a token is a byte at least, and what is longer than every right answer is wrong
+        sample = replace(task.sample, max_tokens=min(256, max(len(answer.encode()) for answer in right) + 8))
         return replace(task, stop=stop, alike=str.strip, sample=sample)
     return task
+
+
+def _ready(question: Question) -> bool:
+    """Whether no space is missing between a question and its choices."""
+    return not question.text or question.text[-1].isspace() or all(each[0].isspace() for each in question.choices)
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
@@ -144,6 +149,8 @@ def _answer(row: dict[str, Any], where: str) -> Question:
     if not values:
         raise UserError(f"{where}: answer is []: expected text, or a list of right answers")
     answers = [string_at({"answer": each}, "answer", where) for each in values]
+    if any("\n\n" in answer.strip() for answer in answers):
+        raise UserError(f"{where}: answer has an empty line, which ends what a model writes: expected none")
     return Question(where, prompt, tuple(answers[1:]), target=answers[0], group=_group(row, where))
 
 

@@ -65,7 +65,7 @@ class ModelScorer:
 
         Raises:
             UserError: a character that the tokenizer does not have; nothing is left of the continuation; no context,
-                and no token that stands for one.
+                and no token that stands for one; a continuation longer than the model's context.
         """
         text = self._render(context) if self._render else context
         before: list[int] = []
@@ -82,6 +82,7 @@ class ModelScorer:
             raise UserError(
                 f"{missing} has no token of its own: found ...{context[-_END:]!r} and {continuation[:_END]!r}"
             )
+        self._expect_fits(ids)
         return before, ids
 
     def continuations(
@@ -176,8 +177,11 @@ class ModelScorer:
         largest = max(*context, *continuation)
         if largest >= size:
             raise UserError(f"token id {largest}: expected below {size}, the model's vocabulary")
-        if len(continuation) > self.context:
-            raise UserError(f"an answer of {len(continuation)} tokens: the model's context holds {self.context}")
+        self._expect_fits(continuation)
         room = self.context + 1 - len(continuation)
         self.cut += len(context) > room
         return tuple(context[-room:])
+
+    def _expect_fits(self, continuation: Sequence[int]) -> None:
+        if len(continuation) > self.context:
+            raise UserError(f"an answer of {len(continuation)} tokens: the model's context holds {self.context}")

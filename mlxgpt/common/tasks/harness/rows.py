@@ -99,7 +99,7 @@ def _typed(cells: list[str]) -> list[Any]:
     known = [None if cell in _NOTHING else cell for cell in cells]
     filled = [cell for cell in known if cell is not None]
     truths = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
-    kinds: tuple[Callable[[str], Any], ...] = (_whole, float) if len(filled) == len(known) else (float,)
+    kinds = (_number(int), _number(float)) if len(filled) == len(known) else (_number(float),)
     if filled and all(cell in truths for cell in filled) and len(filled) == len(known):
         return [truths[cell] for cell in cells]
     for kind in kinds:
@@ -110,7 +110,10 @@ def _typed(cells: list[str]) -> list[Any]:
     return known
 
 
-def _whole(cell: str) -> int:
-    if "_" in cell:  # Python's, not a table's
-        raise ValueError
-    return int(cell)
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(cell: str) -> Any:
+        if "_" in cell or not cell.isascii():  # Python's, not a table's
+            raise ValueError
+        return kind(cell)
+
+    return read
