@@ -115,6 +115,9 @@ def quantize_command(args: argparse.Namespace) -> int:
         args: src, dst, bits, method, data, eval_data, text_key, tokens, adapter, group_size, dtype, hessians, force,
             json, backend, device.
     """
+    for name in ("text_key", "tokens"):
+        if getattr(args, name) is not None and not (args.data or args.eval_data):
+            raise UserError(f"--{name.replace('_', '-')}: does nothing without --data or --eval-data")
     live = sys.stderr.isatty() and not args.json
 
     def say(place: str) -> None:
@@ -124,8 +127,9 @@ def quantize_command(args: argparse.Namespace) -> int:
     report = quantizing.quantize(
         args.src, args.dst, args.bits, args.method,
         data=args.data, eval_data=args.eval_data, adapters=base_and_adapters.parse_adapters(args.adapter),
-        group_size=args.group_size, dtype=args.dtype, hessians=args.hessians, tokens=args.tokens,
-        text_key=args.text_key, force=args.force, backend=args.backend, device=args.device, say=say,
+        group_size=args.group_size, dtype=args.dtype, hessians=args.hessians,
+        tokens=args.tokens or quantizing.TOKENS, text_key=args.text_key or "text", force=args.force,
+        backend=args.backend, device=args.device, say=say,
     )  # fmt: skip
     if live:
         print("\r\033[K", end="", file=sys.stderr)

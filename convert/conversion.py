@@ -139,9 +139,7 @@ def convert_opened(
     writer, made = writer or format_of(to), _options(to, options)
     if opened.config.labels and to != "hf":
         raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
-    _check_places(opened, src, dst, force)
-    if dst.exists() and dst.is_dir() != (writer.KIND == "folder"):
-        raise UserError(f"{dst}: --force replaces a {writer.KIND} with a {to} model, and this is none")
+    check_places(opened, src, dst, to, force, writer.KIND)
     if hasattr(writer, "BESIDE"):
         output.check_free(dst.with_suffix(writer.BESIDE), force)
     if made.tokenizer:
@@ -187,8 +185,12 @@ def _options(to: str, options: dict[str, Any]) -> Options:
     return Options(**options)
 
 
-def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> None:
-    """Refuses a destination that exists, or that overlaps the source."""
+def check_places(opened: Opened, src: Path | str, dst: Path, to: str, force: bool, kind: str = "folder") -> None:
+    """Refuses a destination that exists, that overlaps the source, or that no ``kind`` of format ``to`` can replace.
+
+    Raises:
+        UserError: says which.
+    """
     there = Path(os.path.realpath(dst))  # unlike resolve(), accepts a link that points to itself
     for source in {Path(os.path.realpath(place)) for place in (opened.path, Path(src).expanduser(), *opened.files)}:
         if source.exists() and (there == source or source in there.parents or there in source.parents):
@@ -198,6 +200,8 @@ def _check_places(opened: Opened, src: Path | str, dst: Path, force: bool) -> No
     output.check_free(dst, force)
     if dst.is_dir() and not dst.is_symlink() and not (dst / "config.json").is_file() and any(dst.iterdir()):
         raise UserError(f"{dst}: --force replaces a model, but this folder holds none (no config.json)")
+    if dst.exists() and dst.is_dir() != (kind == "folder"):
+        raise UserError(f"{dst}: --force replaces a {kind} with a {to} model, and this is none")
 
 
 def _beside(writer: Any, opened: Opened, dst: Path, block: dict[str, Any]) -> dict[Path, bytes | None]:

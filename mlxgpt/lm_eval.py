@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# an extra, mlxgpt[lm-eval]
-from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+try:
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}: expected the extra: pip install 'mlxgpt[lm-eval]'") from error
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common.config import SampleConfig

@@ -88,8 +88,8 @@ def test_a_fit_never_costs_more_and_finds_what_made_the_weights() -> None:
     scales, biases = gptq.search(w, np.diag(H), Scheme(3, 64), weight.dtype)
     levels = gptq.nearest(w, np.repeat(scales, 64, axis=0), np.repeat(biases, 64, axis=0), 7)
 
-    def prices(target: np.ndarray, *pair: np.ndarray) -> np.ndarray:
-        change = gptq.matrix(levels, *pair, 64) - target
+    def prices(target: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+        change = gptq.matrix(levels, scales, biases, 64) - target
         return np.einsum("io,io->o", change, H @ change)
 
     fitted = gptq.fit(w, levels, H, scales, biases, 64, weight.dtype)

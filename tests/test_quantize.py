@@ -97,9 +97,9 @@ def test_gptq_is_closer_and_loads_everywhere(name: str, tmp_path: Path) -> None:
     tokens = np.fromfile(other, "<u2")[:-1].reshape(4, 32).astype(np.int32)
     theirs = np.array(load_model(tmp_path / "gptq")[0](mx.array(tokens)))
     for backend in BACKENDS:
-        load = backends.load(backend).load.load
-        ours = np.array(load(tmp_path / "gptq", device="cpu")[0](tokens).tolist())
+        ours = np.array(backends.load(backend).load.load(tmp_path / "gptq", device="cpu")[0](tokens).tolist())
         agree(name, ours, theirs, 1e-4)
+    load = backends.load("torch").load.load
     p, q = (_logs(np.array(load(place, device="cpu")[0](tokens).tolist())) for place in (source, tmp_path / "gptq"))
     np.testing.assert_allclose(made.kl, (np.exp(p) * (p - q)).sum(-1).mean(), rtol=1e-3)
     targets = np.fromfile(other, "<u2")[1:].reshape(4, 32, 1).astype(np.int64)
@@ -112,7 +112,8 @@ def _logs(logits: np.ndarray) -> np.ndarray:
 
 
 def test_the_same_hessians_give_the_same_bits_and_own_ones_nearly_the_same_model(tmp_path: Path) -> None:
-    source, options = model(tmp_path), dict(data=text(tmp_path), group_size=32)
+    source = model(tmp_path)
+    options: dict[str, Any] = {"data": text(tmp_path), "group_size": 32}
     reports: dict[str, Report] = {}
     for one, two in (BACKENDS, BACKENDS[::-1]):
         kept = tmp_path / f"kept-{one}"
@@ -234,6 +235,9 @@ def test_the_last_tenth_is_held_out_and_what_is_left_is_said(tmp_path: Path) -> 
         "27 tokens fill no window"
         in windows.read(str(tmp_path / "odd.bin"), None, None, config, "text", 64, False).notes[0]
     )
+    other = windows.read(str(tmp_path / "odd.bin"), data, None, config, "text", 10**6, False)
+    assert other.notes == (f"{tmp_path / 'odd.bin'}: is not read, for nothing is fitted to it",)
+    assert windows.read(data, data, None, config, "text", 10**6, False).notes == ()
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -246,6 +250,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "groups": (["--bits", "4", "--method", "rtn", "--group-size", "128"], "divides the inputs of no matrix (64, 96)"),
     "hessians of rtn": (["--bits", "4", "--method", "rtn", "--hessians", "kept"], "--method rtn has none"),
     "not there": (["--bits", "4", "--data", "nothing.txt"], "nothing.txt"),
+    "hessians in the result": (["--bits", "4", "--data", "TEXT", "--hessians", "DST"], "where the model goes"),
+    "fitted and measured": (["--bits", "4", "--data", "TEXT", "--eval-data", "TEXT"], "--eval-data TEXT: is --data"),
+    "tokens of nothing": (["--bits", "4", "--method", "rtn", "--tokens", "9"], "--tokens: does nothing without --data"),
 }
 
 
@@ -254,6 +261,7 @@ def test_bad_input_is_refused_in_one_line(name: str, tmp_path: Path, capsys: pyt
     words, said = REFUSED[name]
     source = model(tmp_path)
     texts = {"TEXT": text(tmp_path), "SHORT": str(tmp_path / "short.bin"), "ONE": text(tmp_path, 1)}
+    texts["DST"], said = str(tmp_path / "q"), said.replace("TEXT", texts["TEXT"])
     np.arange(20, dtype="<u2").tofile(texts["SHORT"])
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["quantize", str(source), str(tmp_path / "q"), *(texts.get(word, word) for word in words)]) == 2
@@ -274,6 +282,24 @@ def test_a_quantized_base_a_foreign_family_and_what_exists_are_refused(tmp_path:
     with pytest.raises(UserError, match="family mlxgpt: mlx-lm has no such architecture"):
         quantize(tmp_path / "own", tmp_path / "r", 4, "rtn", group_size=32)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_place_that_cannot_be_replaced_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data = model(tmp_path), text(tmp_path)
+    monkeypatch.setattr(run.windows, "read", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    for place, message in (
+        (source, "is, holds or lies in the source"),
+        (source / "q", "is, holds or lies in the source"),
+        (tmp_path / "file", "--force replaces a folder"),
+        (tmp_path / "other", "this folder holds none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            quantize(source, place, 4, group_size=32, data=data, force=True)
 
 
 def test_what_breaks_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,8 @@ def test_metrics_have_our_names(yamls: Path) -> None:
         ("process_docs: !function utils.process", "process_docs: !function utils.process: is code, which is never run"),
         ("fewshot_config: {samples: !function utils.list}", "fewshot_config: !function utils.list: is code"),
         ("process_results: x", "process_results: is code"),
+        ("metadata: &m {a: [*m, *m], b: !function x.y}", "metadata: !function x.y: is code"),
+        ("doc_to_text: \"{{ 'a' * 10**15 }}\"", "row 1: doc_to_text: "),
         ("gen_prefix: x", "gen_prefix: is not supported"),
         ("group: x", "group: expected a --task for each task"),
         ("doc_to_txt: x", "unknown key doc_to_txt (did you mean 'doc_to_text'?)"),

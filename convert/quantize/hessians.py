@@ -42,8 +42,12 @@ class Hessians:
         if found.get("version") != VERSION or not isinstance(settings, dict) or not isinstance(files, dict):
             raise UserError(f"{self.folder / FILE}: expected version {VERSION}, with what it is of and its files")
         for name, asked in self._asked.items():
-            if settings.get(name) != asked:
-                had = f"{name} {_short(settings.get(name))}, and {_short(asked)} is asked for"
+            found = settings.get(name)
+            if found != asked:
+                if isinstance(found, dict) and isinstance(asked, dict):  # of each module: the first that differs
+                    module = next(each for each in (*asked, *found) if asked.get(each) != found.get(each))
+                    name, found, asked = f"{name} of {module}", found.get(module), asked.get(module)
+                had = f"{name} {_short(found)}, and {_short(asked)} is asked for"
                 raise UserError(f"--hessians {self.folder}: gathered for {had}: expected another folder")
         for place, digest in files.items():
             path = self.folder / f"{place}.safetensors"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.conversion import convert_opened
+from convert.conversion import check_places, convert_opened
 from convert.formats import output
 from convert.quantize import awq, folding, gptq, mixed, windows
 from convert.quantize.course import Course
@@ -110,6 +111,8 @@ def quantize(
     if not dst.parent.is_dir():
         raise UserError(f"{dst.parent}: no such folder")
     source = open_source(src, adapters, dtype, force)
+    check_places(source.opened, src, dst, "mlx-lm", force)
+    _check_apart(dst, data, eval_data, hessians)
     modules, whole = source.matrices(group_size)
     text, fits = None, METHODS[method] is not None
     if data is not None or eval_data is not None:
@@ -172,6 +175,15 @@ def _check(
             raise UserError(f"{what}: no text to calibrate on: expected --data FILE")
     if hessians is not None and not fits:
         raise UserError(f"--hessians {hessians}: --method {method} has none")
+
+
+def _check_apart(dst: Path, data: str | None, eval_data: str | None, hessians: Path | str | None) -> None:
+    """Refuses Hessians where the result goes, and to measure on the text that is fitted."""
+    places = [None if each is None else Path(os.path.realpath(Path(each).expanduser())) for each in (dst, hessians)]
+    if places[1] and (places[0] == places[1] or places[0] in places[1].parents):
+        raise UserError(f"--hessians {hessians}: is or lies in {dst}, where the model goes: expected another folder")
+    if data and eval_data and os.path.realpath(data) == os.path.realpath(eval_data):
+        raise UserError(f"--eval-data {eval_data}: is --data: expected another text, or none to hold out a tenth of it")
 
 
 def _hessians(

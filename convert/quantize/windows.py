@@ -55,10 +55,14 @@ def read(
     """
     length = min(config.block_size, LENGTH)
     most = max(1, most // length)
+    if held_out is not None and not fit:
+        others, notes = _rows(held_out, tokenizer, config, text_key, length)
+        notes += (f"{data}: is not read, for nothing is fitted to it",) if data != held_out else ()
+        return _limited(others[:0], others, most, notes, data, held_out)
     rows, notes = _rows(data, tokenizer, config, text_key, length)
     if held_out is not None:
         others, more = _rows(held_out, tokenizer, config, text_key, length)
-        return _limited(rows if fit else rows[:0], others, most, (*notes, *more), data, held_out)
+        return _limited(rows, others, most, (*notes, *more), data, held_out)
     if not fit:
         return _limited(rows[:0], rows, most, notes, data, data)
     if len(rows) < 2:
@@ -90,4 +94,4 @@ def _limited(
     for rows, path, what in ((fitted, data, "calibrate on"), (held, held_out, "measure on")):
         if len(rows) > most:
             notes += (f"{path}: {most:,} of {len(rows):,} windows to {what}; --tokens takes more",)
-    return Windows(fitted[:most], held[:most], tuple(dict.fromkeys(notes)))
+    return Windows(fitted[:most], held[:most], notes)

@@ -112,8 +112,8 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     add("-d", "--data", action=Once, metavar="FILE",
         help="text to calibrate on; its last tenth is held out to measure on")  # fmt: skip
     add("--eval-data", action=Once, metavar="FILE", help="text to measure on instead")
-    add("--text-key", default="text", metavar="KEY", help="key or column that holds the text; default: text")
-    add("--tokens", type=positive, default=131072, metavar="N",
+    add("--text-key", metavar="KEY", help="key or column that holds the text; default: text")
+    add("--tokens", type=positive, metavar="N",
         help="tokens of each text that are read at most; default: 131072")  # fmt: skip
     add("--adapter", action="append", default=[], metavar="DIR[:WEIGHT]",
         help="an adapter (a run, PEFT or mlx-lm) that is merged first, as mlxgpt fuse does; repeatable")  # fmt: skip

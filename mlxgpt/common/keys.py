@@ -145,6 +145,24 @@ ADVICE = {
     "lora_parameters": "--rank N, and --set adapter.alpha=X, adapter.dropout or adapter.targets",
     "recipe": "it needs no flag: mlxgpt train RECIPE",
     "config": "a recipe needs no flag: mlxgpt train FILE.toml",
+    "eval tasks": "--task TASK, once for each",
+    "eval num_fewshot": "--shots N",
+    "eval apply_chat_template": "--chat",
+    "eval add_bos_token": "--bos yes or no",
+    "eval log_samples": "--log FILE.jsonl",
+    "eval output_path": "--log FILE.jsonl for each question, --json for the scores",
+    "eval model_args": "--model DIR; python -m mlxgpt.lm_eval is lm_eval itself",
+    "eval batch_size": "batches are chosen by length: leave it out",
+    "quantize q_mode": "the format is MLX's affine one: leave it out",
+    "quantize quantize": "the verb quantizes, to --bits N: leave it out",
+    "target_bpw": "--bits mixed:4.5",
+    "draft_model": "--draft DIR",
+    "assistant_model": "--draft DIR",
+    "num_draft_tokens": "the length of drafts follows from what they gain: leave it out",
+    "prompt_lookup_num_tokens": "--lookup, which chooses the length of drafts itself",
+    "max_kv_size": "the cache holds the whole context; --kv-bits 8 makes it smaller",
+    "kv_group_size": "groups are of 64, or of 32 where 64 does not divide the heads: leave it out",
+    "quantized_kv_start": "--kv-bits holds for all tokens: leave it out",
     "trust_remote_code": "code of a model's repository is never run: leave it out",
 }
 """What peers call it, perhaps with its value or after the verb -> what to do where it is neither key nor flag."""
@@ -254,7 +272,7 @@ def flag_meant(flag: str, value: str, verb: str, known: Sequence[str]) -> str:
         spelled |= {peer: "" for names in PEERS.values() for peer in names.split()}
     close = difflib.get_close_matches(name, list(spelled), n=1, cutoff=0.5)
     if close and not spelled[close[0]]:
-        return flag_meant(close[0], value, verb, known)
+        return flag_meant(close[0], value, verb, known) if plain(close[0]) != name else ""  # a peer's, of no use here
     return or_list(spelled[each] for each in close)
 
 

@@ -22,8 +22,8 @@ def group_size(head_dim: int, bits: int) -> int:
     found = next((size for size in GROUP_SIZES if head_dim % size == 0), 0)
     if not found:
         raise UserError(
-            f"--kv-bits {bits}: no group of 32 or 64 divides the model's head_dim of {head_dim}: expected none, "
-            "which holds keys and values as they are"
+            f"--kv-bits {bits}: no group of 32 or 64 divides the model's head_dim of {head_dim}: leave it out, "
+            "and keys and values are held as they are"
         )
     return found
 

@@ -41,8 +41,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     values = {key: value for key, value in _read(path, ()).items() if value is not None}
     for key, value in values.items():
-        if isinstance(value, _Code) or _code_in(value):
-            raise UserError(f"{path}: {key}: !function {_code_in(value)}: is code, which is never run")
+        if code := _code_in(value, set()):
+            raise UserError(f"{path}: {key}: !function {code}: is code, which is never run")
         if key in _REFUSED:
             raise UserError(f"{path}: {key}: {_REFUSED[key]}")
         if key in _ONLY and value != _ONLY[key]:
@@ -72,9 +72,12 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     return merged | values
 
 
-def _code_in(value: Any) -> str:
-    """The code that a value has at any depth, or ''."""
+def _code_in(value: Any, seen: set[int]) -> str:
+    """The code that a value has at any depth, or ''; ``seen``: parts that were looked at: anchors repeat them."""
     if isinstance(value, _Code):
         return value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(_code_in, parts)), "")
+    if not isinstance(value, dict | list) or id(value) in seen:
+        return ""
+    seen.add(id(value))
+    parts = value.values() if isinstance(value, dict) else value
+    return next(filter(None, (_code_in(part, seen) for part in parts)), "")

@@ -11,7 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxgpt.common.errors import UserError
 
-_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 def _shown(value: Any) -> Any:
