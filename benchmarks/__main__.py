@@ -46,6 +46,9 @@ SECTIONS = {
     "lora": Section("Fine-tuning", 9, "--rounds 1 --rows 8"),
     "planning": Section("Planned memory", 1, "--few"),
     "serve": Section("Serving", 5, "--rounds 1 --size 10M --clients 8 --parts load"),
+    "quantize": Section(
+        "Quantization", 3, "--rounds 1 --models trained --bits 4 --steps 20 --tuning 20 --peers convert"
+    ),
     "tasks": Section("Tasks", 5, "--rounds 1 --questions 4 --sets endings --peers mlx_lm"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
@@ -56,13 +59,14 @@ NOTES = "Notes"
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
-def run(name: str, words: list[str]) -> list[Row]:
-    """The rows of one benchmark, from a process of its own."""
+def run(name: str, words: list[str]) -> str:
+    """The table of one benchmark, from a process of its own, which prints rows or a table that is not of pairs."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *words, "--json"]
     done = subprocess.run(command, env={**THREADS, **os.environ}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}")
-    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    made = json.loads(done.stdout.splitlines()[-1])
+    return made if isinstance(made, str) else table([Row(**row) for row in made])
 
 
 def installed(package: str) -> str:
@@ -93,9 +97,9 @@ def about(name: str) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if not paragraph.startswith("    "))
 
 
-def write(name: str, rows: list[Row], seconds: float) -> None:
+def write(name: str, made: str, seconds: float) -> None:
     """The section's place in docs/benchmarks.md."""
-    body = f"{about(name)}\n\n{table(rows)}\n\n`python -m benchmarks {name}`, {seconds / 60:.1f} minutes; {describe()}."
+    body = f"{about(name)}\n\n{made}\n\n`python -m benchmarks {name}`, {seconds / 60:.1f} minutes; {describe()}."
     page = REPORT.read_text(encoding="utf-8")
     REPORT.write_text(replace_section(page, SECTIONS[name].heading, body, before=NOTES), encoding="utf-8")
 
@@ -116,11 +120,11 @@ def main() -> None:
     for name in args.section or every:
         start = time.perf_counter()
         section = SECTIONS[name]
-        rows = run(name, section.quick.split() if args.quick else ["--rounds", str(args.rounds or section.rounds)])
+        made = run(name, section.quick.split() if args.quick else ["--rounds", str(args.rounds or section.rounds)])
         seconds = time.perf_counter() - start
-        print(f"\n{section.heading}: {seconds:.0f} s\n\n{table(rows)}", flush=True)
+        print(f"\n{section.heading}: {seconds:.0f} s\n\n{made}", flush=True)
         if not (args.quick or args.no_write):
-            write(name, rows, seconds)
+            write(name, made, seconds)
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes in all")
 
 

@@ -1,17 +1,22 @@
 """`mlxgpt quantize` beside mlx_lm's convert -q, gptq, awq, dwq and dynamic_quant: the same text, one evaluator.
 
-    python -m benchmarks.quantize [--models stories,trained] [--bits 2,3,4,8] [--steps 300] [--write]
-    MLXGPT_STORIES260K=FOLDER python -m benchmarks.quantize       with llama2.c's stories260K.bin and tok512.bin
+    python -m benchmarks.quantize [--models stories trained] [--bits 2 3 4 8] [--rounds 3]
+    MLXGPT_STORIES260K=FOLDER python -m benchmarks quantize       with llama2.c's stories260K.bin and tok512.bin
+    MLXGPT_QUANTIZED=FOLDER python -m benchmarks quantize         keeps models, texts and rows; a later run goes on
 
 Two models: stories260K, on stories that it wrote itself, and a llama of 0.5 M parameters trained here on Python's own
-docstrings. Calibration and measuring take windows of different documents; every result is a folder that mlx-lm loads,
-and is measured by mlxgpt from that folder: perplexity, KL(float32 || quantized) in nats a token, bits per weight of all
-tensors. All matrices are quantized in groups of 64, embedding and head too, by mlx_lm's methods at the same bits.
-mlx_lm's dwq trains at the learning rate of its command line, 1e-6, and at 1e-4. Seconds are CPU time of whole
-processes. The rows with LoRA train adapters on the quantized model with `mlxgpt finetune` on the calibration text.
+docstrings. Every result is a folder, which mlxgpt measures on documents that were not calibrated or trained on:
+perplexity, what it rose by, with the standard error of that over windows of 256 tokens, KL(float32 || quantized) in
+nats a token, and bits per weight of all tensors. All methods calibrate on the same 64 windows, in groups of 64, and
+mlx_lm's give embedding and head the same bits, too. Its dwq makes one pass at the learning rate of its command line,
+1e-6, and one at 1e-4; its dynamic_quant is given the size of rtn; its convert is rtn, bit for bit. LoRA trains on other
+documents: stories of another seed, or what the second model was trained on. Seconds are CPU time without imports.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import os
@@ -19,20 +24,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.__main__ import THREADS, describe
-from benchmarks.report import DOCS, replace_section
+from benchmarks.__main__ import THREADS
 
-GROUP, WINDOW, CALIBRATION, MEASURED, BATCH = 64, 256, 64, 32, 8
+GROUP, WINDOW, CALIBRATION, BATCH = 64, 256, 64, 16
+MEASURED = 32  # windows of each text that is measured on
+STORIES = 800  # windows that LoRA trains on
 PEERS = ("convert", "gptq", "awq", "dwq", "dwq-1e-4", "dynamic_quant")
-PAGE, HEADING = DOCS / "benchmarks.md", "Quantization"
 TRAINED = ["family=llama", "n_layer=2", "n_head=4", "n_kv_head=2", "n_embd=128", "n_hidden=384", "block_size=256"]
+COMPARED = 4  # bits of mlx_lm's methods, and of mixed ones at the size of rtn
+TUNED = {3: ("rtn", "gptq"), 4: ("gptq",)}  # what LoRA begins with
+TUNING = ("--rank", 16, "--lr", 3e-4, "--batch-size", 4)
+HEAD = "| bits | method | perplexity | rose by | KL | bits per weight | KiB | s |\n|" + "---|" * 8
 
 
 @dataclass
@@ -40,292 +49,283 @@ class Figures:
     """What one evaluator says of a folder."""
 
     perplexity: float
+    rose: float
+    error: float  # of what it rose by
     kl: float
     bits: float  # per weight
     size: int  # bytes
 
 
+Found = Figures | str  # or why there are none
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A model in float32, a text to calibrate on, and one to measure on."""
+    """A model in float32, a text to calibrate on, texts to measure on, and examples for LoRA."""
 
     name: str
     folder: Path
     text: Path
-    held: Path
+    held: list[Path]
+    examples: Path
 
 
 def mlxgpt(*words: object) -> tuple[float, str]:
-    """CPU seconds of a command, and why it failed, or ''."""
-    return timed([sys.executable, "-m", "mlxgpt", *map(str, words)])
+    """CPU seconds of a command in this process, imports not counted, and why it failed, or ''."""
+    import convert.quantize.run  # noqa: F401
+    import torch_ref.calibrate
+    import torch_ref.engine  # noqa: F401
+    from mlxgpt.cli import main as command
+
+    begun, said = time.process_time(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = command([str(word) for word in words])
+    return time.process_time() - begun, said.getvalue().strip().splitlines()[-1] if code else ""
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """CPU seconds of a process, and the last line of what it said if it failed."""
-    begun = sum(os.times()[2:4])
+def peer(*words: str) -> tuple[float, str]:
+    """CPU seconds that a process says it needed, and the last line of what it said if it failed."""
+    command = [sys.executable, "-m", "benchmarks.quantize_peer", *words]
     done = subprocess.run(command, env={**os.environ, **THREADS}, capture_output=True, text=True)
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return sum(os.times()[2:4]) - begun, (lines or ["no output"])[-1] if done.returncode else ""
+    if done.returncode:
+        return 0.0, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return float(done.stdout.splitlines()[-1]), ""
 
 
-def needed(done: tuple[float, str]) -> float:
-    """The seconds of a command that must succeed."""
+def needed(done: tuple[float, str]) -> None:
+    """Ends the run where a command that must succeed did not."""
     if done[1]:
         raise SystemExit(done[1])
-    return done[0]
 
 
-def stories(place: Path) -> Subject | None:
+def stories(place: Path, rounds: int) -> Subject | None:
     """stories260K and stories that it wrote; None where it is not here."""
     source = Path(os.environ.get("MLXGPT_STORIES260K", "stories260K"))
     if not (source / "stories260K.bin").is_file():
         return None
-    folder = place / "stories"
-    if folder.exists():
-        return Subject("stories260K", folder, place / "stories-calibration.txt", place / "stories-held.txt")
-    words = ("convert", source / "stories260K.bin", folder, "--to", "hf", "--tokenizer", source / "tok512.bin")
-    needed(mlxgpt(*words))
-    for name, seed, rows in (("calibration", 1, CALIBRATION), ("held", 2, MEASURED)):
-        write_stories(folder, place / f"stories-{name}.txt", seed, rows)
-    return Subject("stories260K", folder, place / "stories-calibration.txt", place / "stories-held.txt")
+    folder, held = place / "stories", [place / f"stories-held-{n}.txt" for n in range(rounds)]
+    if not folder.exists():
+        words = ("convert", source / "stories260K.bin", folder, "--to", "hf", "--tokenizer", source / "tok512.bin")
+        needed(mlxgpt(*words))
+    text, examples = place / "stories-calibration.txt", place / "stories.jsonl"
+    if not text.exists():
+        text.write_text("\n".join(drawn(folder, 1, CALIBRATION)), encoding="utf-8")
+    if not examples.exists():
+        write_examples(examples, drawn(folder, 2, STORIES))
+    for n, path in enumerate(held):
+        if not path.exists():
+            path.write_text("\n".join(drawn(folder, 3 + n, MEASURED + 4)), encoding="utf-8")
+    return Subject("stories260K", folder, text, held, examples)
 
 
-def write_stories(folder: Path, path: Path, seed: int, rows: int) -> None:
+def drawn(folder: Path, seed: int, rows: int) -> list[str]:
     """Texts that a model draws from its own distribution, one window of tokens each."""
-    from mlxgpt import load  # it loads a BLAS before MLX
+    import torch
 
-    # isort: split
-    import mlx.core as mx
-
-    from mlxgpt.model import make_cache
+    from torch_ref import load
+    from torch_ref.model import make_cache
 
     model, tokenizer = load.load(folder, device="cpu")
     assert tokenizer is not None
-    mx.random.seed(seed)
-    drawn = [mx.ones((rows, 1), mx.int32)]  # its beginning of a text
+    torch.manual_seed(seed)
+    found = [torch.ones((rows, 1), dtype=torch.int64)]  # its beginning of a text
     cache = make_cache(model, rows, WINDOW)
-    for _ in range(WINDOW - 1):
-        drawn.append(mx.random.categorical(model(drawn[-1], cache=cache)[:, -1])[:, None].astype(mx.int32))
-        mx.eval(drawn[-1])
-    texts = (tokenizer.decode(row[1:]) for row in np.array(mx.concatenate(drawn, axis=1)).tolist())
-    path.write_text("\n".join(texts), encoding="utf-8")
+    with torch.no_grad():
+        for _ in range(WINDOW - 1):
+            found.append(torch.multinomial(torch.softmax(model(found[-1], cache=cache)[:, -1], -1), 1))
+    return [tokenizer.decode(row[1:]) for row in torch.cat(found, dim=1).tolist()]
 
 
-def trained(place: Path, steps: int) -> Subject:
+def write_examples(path: Path, texts: list[str]) -> None:
+    """Rows of JSON that `mlxgpt finetune` reads."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def trained(place: Path, rounds: int, steps: int) -> Subject:
     """A small llama trained for a minute, and documents that it has not seen."""
     from mlxgpt.common.data.pydocs import documents
 
     texts = [text for _, text in documents()]
-    apart = np.random.default_rng(0).permutation(len(texts))
-    parts = {"held": apart[:400], "calibration": apart[400:1400], "train": apart[1400:]}
+    apart = np.random.default_rng(0).permutation(len(texts)).tolist()
+    parts = {f"held-{n}": apart[400 * n : 400 * n + 400] for n in range(rounds)}
+    parts |= {"calibration": apart[1200:1400], "train": apart[1400:]}
     for name, chosen in parts.items():
         (place / f"docs-{name}.txt").write_text("\n".join(texts[n] for n in chosen), encoding="utf-8")
+    run, text, examples = place / "run", place / "docs-train.txt", place / "docs.jsonl"
+    whole = text.read_text(encoding="utf-8")
+    write_examples(examples, [whole[at : at + 500] for at in range(0, len(whole), 500)])
     sizes = [word for size in TRAINED for word in ("-s", f"model.{size}")]
     words = ("-s", "data.vocab_size=512", "-s", "train.eval_every=0", "--batch-size", 8, "--lr", 4e-3)
-    run = place / "run"
-    text = place / "docs-train.txt"
     if not (place / "trained").exists():
-        needed(mlxgpt("train", "pydocs", "-d", text, "-o", run, "-n", steps, *words, *sizes, "--backend", "torch"))
+        command = ("train", "pydocs", "-d", text, "-o", run, "-n", steps, *words, *sizes)
+        needed(mlxgpt(*command, "--force", "--backend", "torch"))
         needed(mlxgpt("convert", run, place / "trained", "--to", "hf"))
-    return Subject("trained", place / "trained", place / "docs-calibration.txt", place / "docs-held.txt")
+    held = [place / f"docs-held-{n}.txt" for n in range(rounds)]
+    return Subject("trained", place / "trained", place / "docs-calibration.txt", held, examples)
 
 
 class Evaluator:
     """Measures folders of one model on the same windows."""
 
     def __init__(self, subject: Subject):
-        from mlxgpt import load  # it loads a BLAS before MLX
+        self._tokens = np.concatenate([windows(subject.folder, held)[:MEASURED] for held in subject.held])
+        self._before = list(self._logs(subject.folder, None))
+        self.count = len(self._tokens) * WINDOW
 
-        # isort: split
-        import mlx.core as mx
-
-        self._load, self._mx = load.load, mx
-        self._tokens = windows(subject.folder, subject.held)[:MEASURED]
-        self._before = self._logs(subject.folder, None)
-        self.whole = self.measure(subject.folder)
-
-    def _logs(self, folder: Path, adapter: Path | None) -> list[Any]:
+    def _logs(self, folder: Path, adapter: Path | None) -> Iterator[Any]:
         """log-probabilities (BATCH, T, V) a batch."""
-        mx, made = self._mx, []
-        model, _ = self._load(folder, adapter, device="cpu")
-        for at in range(0, len(self._tokens), BATCH):
-            logits = model(mx.array(self._tokens[at : at + BATCH, :-1]))
-            made.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            mx.eval(made[-1])
-        return made
+        import torch
+
+        from torch_ref import load
+
+        model, _ = load.load(folder, adapter, device="cpu")
+        with torch.no_grad():
+            for at in range(0, len(self._tokens), BATCH):
+                yield torch.log_softmax(model(torch.from_numpy(self._tokens[at : at + BATCH, :-1])).float(), dim=-1)
 
     def measure(self, folder: Path, adapter: Path | None = None) -> Figures:
         """The figures of a folder, with an adapter or without."""
-        from mlxgpt.common.folders.tensors import read_header
+        import torch
 
-        mx, losses, kls = self._mx, [], []
-        for n, (p, q) in enumerate(zip(self._before, self._logs(folder, adapter), strict=True)):
-            targets = mx.array(self._tokens[n * BATCH : (n + 1) * BATCH, 1:])
-            losses.append(np.array(-mx.take_along_axis(q, targets[..., None], axis=-1)))
-            kls.append(np.array((mx.exp(p) * (p - q)).sum(axis=-1)))
-        headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
-        size = sum(entry.stop - entry.start for header in headers for entry in header.values())
-        loss, kl = (float(np.concatenate(each).mean(dtype=np.float64)) for each in (losses, kls))
-        return Figures(math.exp(loss), kl, 8 * size / self._count(folder), size)
-
-    def _count(self, folder: Path) -> int:
         from mlxgpt.common.folders.model_folder import read_config
+        from mlxgpt.common.folders.tensors import read_header
         from mlxgpt.common.model import params
 
-        return params.count(read_config(folder))
+        firsts, losses, kls = [], [], []
+        for n, (p, q) in enumerate(zip(self._before, self._logs(folder, adapter), strict=True)):
+            targets = torch.from_numpy(self._tokens[n * BATCH : (n + 1) * BATCH, 1:])[..., None]
+            for each, into in ((p, firsts), (q, losses)):
+                into.append(-each.gather(-1, targets)[..., 0].mean(-1).double().numpy())
+            kls.append((p.exp() * (p - q)).sum(-1).mean(-1).double().numpy())
+        first, loss, kl = (np.concatenate(each) for each in (firsts, losses, kls))
+        headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
+        size = sum(entry.stop - entry.start for header in headers for entry in header.values())
+        before, after = math.exp(first.mean()), math.exp(loss.mean())
+        error = after * float((loss - first).std(ddof=1)) / math.sqrt(len(loss))
+        return Figures(
+            after, after - before, error, float(kl.mean()), 8 * size / params.count(read_config(folder)), size
+        )
 
 
 def windows(folder: Path, text: Path) -> np.ndarray:
     """A text as rows (N, WINDOW + 1) of the model's tokens."""
     from mlxgpt.common.tokenizers.load import load_tokenizer
 
-    ids = np.asarray(load_tokenizer(folder).encode(text.read_text(encoding="utf-8")), np.int32)
+    ids = np.asarray(load_tokenizer(folder).encode(text.read_text(encoding="utf-8")), np.int64)
     count = (len(ids) - 1) // WINDOW
     return ids[np.arange(count)[:, None] * WINDOW + np.arange(WINDOW + 1)]
 
 
-def peer(method: str, folder: str, made: str, bits: str, text: str) -> None:
-    """One of mlx_lm's methods, in a process of its own; ``bits`` of dynamic_quant are those per weight."""
-    from mlxgpt import blas  # noqa: F401  (the same BLAS, before MLX)
+class Rows:
+    """The rows of one model's table, made once: they are kept beside the models."""
 
-    # isort: split
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx_lm.quant import awq, dwq, dynamic_quant, gptq
-    from mlx_lm.utils import load, quantize_model, save
+    def __init__(self, subject: Subject, place: Path, tuning: int):
+        self.subject, self.place, self.tuning = subject, place, tuning
+        self.evaluator, self.lines = Evaluator(subject), [f"### {subject.name}\n", HEAD]
+        self.seconds, self.earlier = 0.0, 0
 
-    mx.set_default_device(mx.Device(mx.cpu))
-    mx.random.seed(123)
-    np.random.seed(123)
-    rows = windows(Path(folder), Path(text))[:CALIBRATION]
-    model, tokenizer, config = load(folder, return_config=True)  # type: ignore[misc]
-    data, count = mx.array(rows[:, :-1]), int(float(bits))
-    if method == "convert":
-        model, config = quantize_model(model, config, GROUP, count)
-    elif method == "gptq":
-        model, config["quantization"] = gptq.gptq_quantize(model, data, count, GROUP, count, GROUP)
-    elif method == "awq":
-        kind = awq.AWQ_MODEL_CONFIGS[config["model_type"]]
-        awq.awq_quantize(model, data, kind, GROUP, count, GROUP, count)
-        config = awq.update_config(model, config)
-    elif method.startswith("dwq"):
-        import copy
+    def row(self, bits: int, method: str, make: Callable[[Path], tuple[float, str]], base: str = "") -> Found:
+        """One row, printed; ``make`` writes a folder, which is an adapter of that of ``base`` where there is one."""
+        made = self.folder(bits, method)
+        kept = Path(f"{made}.row{len(self.subject.held)}.json")
+        self.earlier += kept.exists()
+        if not kept.exists():
+            seconds, wrong = make(made)
+            found = () if wrong else (self.folder(bits, base), made) if base else (made,)
+            kept.write_text(json.dumps([wrong or dataclasses.asdict(self.evaluator.measure(*found)), seconds]))
+        result, seconds = json.loads(kept.read_text())
+        self.seconds += seconds
+        figures: Found = result if isinstance(result, str) else Figures(**result)
+        print(line(bits, method, figures, seconds), file=sys.stderr, flush=True)
+        self.lines.append(line(bits, method, figures, seconds))
+        return figures
 
-        import mlx.optimizers as optimizers
+    def folder(self, bits: int, method: str) -> Path:
+        """Where a row's model is."""
+        if method == "float32":
+            return self.subject.folder
+        return self.place / f"{self.subject.name}-{bits}-{method.translate({44: None, 32: '-'})}"
 
-        whole, rate = copy.deepcopy(model), float(method.partition("-")[2] or 1e-6)
-        model, config = quantize_model(model, config, GROUP, count)
-        parts = [(row.tolist(), 0) for row in rows]
-        dwq.dwq_quantize(
-            model, lambda batch, n, split: whole(batch), optimizers.Adam(rate, bias_correction=True),
-            parts * 4, parts[:8], 4, WINDOW + 1, 123, dtype=mx.float32,
-        )  # fmt: skip
-    else:
-        low, high = 3 if float(bits) < 5 else 4, 5 if float(bits) < 5 else 8
-        sizes = (low, GROUP, high, GROUP)
-        found = dict(dynamic_quant.estimate_sensitivities(model, data, *sizes))
-        edge = dynamic_quant.estimate_threshold(model, found, float(bits), *sizes)
+    def table(self, all_bits: list[int], peers: list[str]) -> str:
+        """All rows, of float32 first."""
+        self.row(32, "float32", lambda _: (0.0, ""))
+        if self.tuning:
+            self._tuned(32, "float32")
+        for bits in all_bits:
+            self._ours(bits, peers)
+        return "\n".join(self.lines)
 
-        def predicate(path: str, module: nn.Module) -> bool | dict[str, int]:
-            if not hasattr(module, "to_quantized"):
-                return False
-            return {"bits": high, "group_size": GROUP} if found[path] > edge else True
-
-        model, config = quantize_model(model, config, GROUP, low, quant_predicate=predicate)
-    save(made, folder, model, tokenizer, config)
-
-
-def rows_of(subject: Subject, all_bits: list[int], place: Path) -> Iterator[tuple[str, str, Figures | str, float]]:
-    """(bits, method, figures or why there are none, seconds), as they are measured."""
-    evaluator, tokens = Evaluator(subject), CALIBRATION * WINDOW
-    yield "32", "float32", evaluator.whole, 0.0
-    for bits in all_bits:
-        uniform, size = None, 0.0
+    def _ours(self, bits: int, peers: list[str]) -> None:
+        """Rows of one number of bits."""
+        uniform = None
         for method in ("rtn", "gptq", "awq", "rtn, mixed", "gptq, mixed"):
             name, _, mixed = method.partition(", ")
-            if mixed and (not uniform or bits > 4):
+            if mixed and (uniform is None or bits != COMPARED):
                 continue
-            made = place / f"{subject.name}-{bits}-{method.replace(', ', '-')}"
-            asked = f"mixed:{math.floor(size * 1e4) / 1e4}" if mixed else bits
-            words = ("--bits", asked, "--method", name, "--group-size", GROUP, "--data", subject.text)
-            held = ("--eval-data", subject.held, "--tokens", tokens)
-            seconds, wrong = mlxgpt("quantize", subject.folder, made, *words, *held)
-            figures = wrong or evaluator.measure(made)
-            if method == "rtn" and isinstance(figures, Figures):
-                uniform, size = figures, figures.bits
-            yield str(bits), method, figures, seconds
-        for method in PEERS:
-            made = place / f"{subject.name}-{bits}-mlx_lm-{method}"
-            asked = f"{size:.3f}" if method == "dynamic_quant" else str(bits)
-            command = [sys.executable, "-m", "benchmarks.quantize", "--peer", method, str(subject.folder), str(made)]
-            if method == "dynamic_quant" and bits not in (4,):
-                continue  # it mixes two of the bits that the others have, and begins at 3
-            seconds, wrong = timed([*command, asked, str(subject.text)])
-            yield str(bits), f"mlx_lm {method}", wrong or evaluator.measure(made), seconds
-        if bits in (3, 4):
-            yield from recovered(subject, evaluator, bits, place)
+            asked = f"mixed:{math.floor(uniform * 1e4) / 1e4}" if mixed and uniform else bits
+            found = self.row(bits, method, lambda made, asked=asked, name=name: self._quantized(made, asked, name))
+            uniform = found.bits if method == "rtn" and isinstance(found, Figures) else uniform
+        for name in peers if bits == COMPARED else ():
+            asked = f"{uniform:.3f}" if name == "dynamic_quant" else str(bits)
+            given = asked, str(self.subject.text), str(self.subject.folder)
+            self.row(bits, f"mlx_lm {name}", lambda made, name=name, given=given: peer(name, str(made), *given))
+        for base in TUNED.get(bits, ()) if self.tuning else ():
+            self._tuned(bits, base)
+
+    def _quantized(self, made: Path, bits: int | str, method: str) -> tuple[float, str]:
+        """`mlxgpt quantize`."""
+        words = ("--bits", bits, "--method", method, "--group-size", GROUP, "--data", self.subject.text, "--force")
+        held = ("--eval-data", self.subject.held[0], "--tokens", CALIBRATION * WINDOW, "--backend", "torch")
+        return mlxgpt("quantize", self.subject.folder, made, *words, *held)
+
+    def _tuned(self, bits: int, base: str) -> None:
+        """`mlxgpt finetune` on a model that another row made."""
+        words = ("-d", self.subject.examples, *TUNING, "-n", self.tuning, "-s", f"train.eval_every={self.tuning}")
+        length = ("-s", f"tune.block_size={WINDOW}", "-s", "tune.overflow=truncate", "--force", "--backend", "torch")
+        folder = self.folder(bits, base)
+        self.row(
+            bits, f"{base}, then LoRA", lambda made: mlxgpt("finetune", "-m", folder, "-o", made, *words, *length), base
+        )
 
 
-def recovered(
-    subject: Subject, evaluator: Evaluator, bits: int, place: Path
-) -> Iterator[tuple[str, str, Figures | str, float]]:
-    """LoRA on the model that gptq made."""
-    base = place / f"{subject.name}-{bits}-gptq"
-    data, run = place / f"{subject.name}.jsonl", place / f"{subject.name}-{bits}-lora"
-    with open(data, "w", encoding="utf-8") as file:
-        text = subject.text.read_text(encoding="utf-8")
-        for at in range(0, len(text), 700):
-            print(json.dumps({"text": text[at : at + 700]}), file=file)
-    words = ("--rank", 8, "-n", 100, "--lr", 2e-3, "--batch-size", 4, "-s", "train.eval_every=100")
-    length = ("-s", f"tune.block_size={WINDOW}", "-s", "tune.overflow=truncate")
-    seconds, wrong = mlxgpt("finetune", "-m", base, "-d", data, "-o", run, *words, *length, "--backend", "torch")
-    yield str(bits), "gptq, then LoRA, 100 steps", wrong or evaluator.measure(base, run), seconds
-
-
-def line(bits: str, method: str, found: Figures | str, seconds: float, whole: float) -> str:
+def line(bits: int, method: str, found: Found, seconds: float) -> str:
     """One row of the table."""
     if isinstance(found, str):
-        return f"| {bits} | {method} | not run: {found[:90]} | | | | | |"
-    lost = found.perplexity - whole
-    cells = f"{found.perplexity:.4f} | {lost:+.4f} | {found.kl:.5f} | {found.bits:.3f} | {found.size / 2**10:,.0f}"
+        return f"| {bits} | {method} | not run: {found} | | | | | |"
+    rose = "" if method == "float32" else f"{found.rose:+.4f} ± {found.error:.4f}"
+    cells = f"{found.perplexity:.4f} | {rose} | {found.kl:.5f} | {found.bits:.3f} | {found.size / 2**10:,.0f}"
     return f"| {bits} | {method} | {cells} | {f'{seconds:.0f}' if seconds else ''} |"
 
 
 def main() -> None:
-    """Prints a table a model, and with --write puts them into docs/benchmarks.md."""
+    """Prints a table a model, or with --json both as one string."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="stories,trained")
-    parser.add_argument("--bits", default="2,3,4,8")
-    parser.add_argument("--steps", type=int, default=300, help="of training the second model")
-    parser.add_argument("--place", type=Path, help="a folder that keeps models and texts for another run")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--peer", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", choices=("stories", "trained"), default=["stories", "trained"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--steps", type=int, default=150, help="of training the second model")
+    parser.add_argument("--tuning", type=int, default=200, help="steps of LoRA; 0: none")
+    parser.add_argument(
+        "--rounds", type=int, choices=(1, 2, 3), default=3, help="texts to measure on, of 32 windows each"
+    )
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.peer:
-        return peer(*args.peer)
-    start, made = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        place = args.place or Path(folder)
-        for name in args.models.split(","):
-            subject = stories(place) if name == "stories" else trained(place, args.steps)
-            if subject is None:
+    made = []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(os.environ.get("MLXGPT_QUANTIZED", temporary))
+        for name in args.models:
+            found = stories(place, args.rounds) if name == "stories" else trained(place, args.rounds, args.steps)
+            if found is None:
                 print("stories260K is not here: MLXGPT_STORIES260K names no folder with it", file=sys.stderr)
                 continue
-            head = "| bits | method | perplexity | loss | KL | bits per weight | KiB | s |\n|" + "---|" * 8
-            made += [f"\n### {subject.name}\n", head]
-            print(*made[-2:], sep="\n", flush=True)
-            whole = 0.0
-            for row in rows_of(subject, [int(bits) for bits in args.bits.split(",")], place):
-                whole = row[2].perplexity if row[1] == "float32" and isinstance(row[2], Figures) else whole
-                made.append(line(*row, whole))
-                print(made[-1], flush=True)
-    if args.write:
-        about = (__doc__ or "").split("\n\n")
-        took = f"`python -m benchmarks.quantize`, {(time.perf_counter() - start) / 60:.1f} minutes; {describe()}."
-        body = "\n\n".join([about[0], about[-1], "\n".join(made).strip(), took])
-        PAGE.write_text(
-            replace_section(PAGE.read_text(encoding="utf-8"), HEADING, body, before="Notes"), encoding="utf-8"
-        )
+            rows = Rows(found, place, args.tuning)
+            made.append(rows.table(args.bits, list(args.peers)))
+            made.append(
+                f"Measured on {rows.evaluator.count:,} tokens of {args.rounds} texts; LoRA: {args.tuning} steps, rank "
+                f"{TUNING[1]}, learning rate {TUNING[3]}. {rows.seconds / 60:.1f} minutes of CPU time in all, "
+                f"{rows.earlier} of {len(rows.lines) - 2} rows kept from earlier runs."
+            )
+    print(json.dumps("\n\n".join(made)) if args.json else "\n\n".join(made))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_a_section_is_replaced_and_the_others_stay() -> None:
 def test_one_section_run_alone_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "REPORT", tmp_path / "benchmarks.md")
     suite.REPORT.write_text("# Benchmarks\n\n## Start-up\n\nfigures of last year\n\n## Notes\n\nby hand\n")
-    suite.write("decode", [Row("a", "b", "tok/s", 2.0, 1.0, [2.0], memory=10)], 90)
+    suite.write("decode", table([Row("a", "b", "tok/s", 2.0, 1.0, [2.0], memory=10)]), 90)
     page = suite.REPORT.read_text()
     assert "figures of last year" in page and "by hand" in page
     section = page[page.index("## Decoding") : page.index("## Notes")]

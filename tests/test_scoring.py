@@ -141,6 +141,12 @@ def test_what_contexts_share_is_read_once() -> None:
     assert {batch.prefix for batch in reading.batches(groups, alone)} == {()}
 
 
+def test_short_contexts_are_not_padded_to_much_longer_ones() -> None:
+    groups = [Group([n, *[0] * (199 if n % 5 == 0 else 19)], [[1]]) for n in range(40)]
+    read = [batch.first.tokens.shape for batch in reading.batches(groups, tiny(block_size=2048))]
+    assert read == [(8, 200), (32, 20)]
+
+
 def shifted(read: reading.Read) -> reading.Read:
     return read._replace(targets=np.roll(read.targets, 1))
 

@@ -75,7 +75,7 @@ def test_an_interval_is_the_same_again_and_covers_what_it_should() -> None:
 def test_a_digest_is_of_what_is_asked() -> None:
     question = Question("a.jsonl row 1", "text", ("one", "two"), gold=(0,))
     same = Question("b.jsonl row 9", "text", ("one", "two"), gold=(0,), key="other")
-    assert compare.digest(question) == compare.digest(same)
+    assert compare.digest(question) == compare.digest(same) != compare.digest(same, "an example\n\n")
     for other in (Question("", "text", ("one", "two"), gold=(1,)), Question("", "text", ("onet", "wo"), gold=(0,))):
         assert compare.digest(question) != compare.digest(other)
 

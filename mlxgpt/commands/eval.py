@@ -165,7 +165,8 @@ def _read_log(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, dict
     rows = [row for _, row in read_values(Path(args.against))]
     found = {}
     for task in tasks:
-        asked = [compare.digest(each) for each in requests.first(task, args.limit)]
+        questions = requests.first(task, args.limit)
+        asked = list(map(compare.digest, questions, shots.before(task, questions)))
         digests, found[task.name] = compare.logged(rows, task.name, args.against)
         compare.expect_same(asked, digests, (args.model, args.against), task.name)
     return found

@@ -36,11 +36,11 @@ class Difference:
     p: float | None  # McNemar's: how likely so uneven counts are if neither is better
 
 
-def digest(question: Question) -> str:
-    """sha256 of what is asked, wherever it came from; its first half."""
+def digest(question: Question, shown: str = "") -> str:
+    """sha256 of what is asked, wherever it came from, and of what is ``shown`` before it; its first half."""
     values = asdict(question)
     del values["where"], values["key"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(values | {"shown": shown}, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def expect_same(first: Sequence[str], second: Sequence[str], names: tuple[str, str], task: str) -> None:
@@ -55,7 +55,7 @@ def expect_same(first: Sequence[str], second: Sequence[str], names: tuple[str, s
         counts = f"{len(second)} questions, {names[0]} {len(first)}"
         raise UserError(
             f"{names[1]}: was asked other questions of {task} than {names[0]}, from number {at} on ({counts}): "
-            "expected the same task and --limit"
+            "expected the same task, --limit and --shots"
         )
 
 

@@ -14,6 +14,7 @@ from mlxgpt.common.model import rotary
 
 ROWS = 64  # at once
 TOKENS = 8192  # that pass through the model at once, padding included
+ENOUGH = 1024  # tokens for a pass: rows below 3/4 of its longest then wait for the next, for less padding
 KEPT = 1 << 28  # bytes of keys and values of a batch, counted in float32
 WORTH = 64  # tokens that must be saved before a beginning is read for itself
 
@@ -160,6 +161,7 @@ def _parts(rows: Sequence[_Row], config: ModelConfig, most: int, kept: int) -> I
         if part and (
             count > most
             or count * width > TOKENS
+            or (len(part) * width >= ENOUGH and len(row.tokens) < 0.75 * width)
             or count * (reach + width) > kept
             or reach + width > config.block_size
         ):

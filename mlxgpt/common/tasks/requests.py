@@ -39,7 +39,7 @@ def ask(
     for at, (question, answer) in enumerate(zip(questions, asked.answers, strict=True)):
         group = {"group": question.group} if question.group else {}
         values = {name: float(values[at]) for name, values in asked.each.items()}
-        place = {"task": task.name, "question": question.where, "sha256": compare.digest(question)}
+        place = {"task": task.name, "question": question.where, "sha256": compare.digest(question, before[at])}
         log({**place, **group, **answer, **values})
     return metrics.summed_up(task, questions, asked, scorer.cut - cut, resamples)
 

@@ -39,7 +39,7 @@ class Tasks:
         made = {}
         for task in self.tasks:
             questions = requests.first(task, self.limit)
-            asked = [*map(compare.digest, questions), *shots.before(task, questions)]
+            asked = map(compare.digest, questions, shots.before(task, questions))
             made[DIGEST + task.name] = hashlib.sha256("\0".join(asked).encode()).hexdigest()
         return made
 
