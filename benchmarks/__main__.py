@@ -47,7 +47,7 @@ SECTIONS = {
     "planning": Section("Planned memory", 1, "--few"),
     "serve": Section("Serving", 5, "--rounds 1 --size 10M --clients 8 --parts load"),
     "quantize": Section(
-        "Quantization", 3, "--rounds 1 --models trained --bits 4 --steps 20 --tuning 20 --peers convert"
+        "Quantization", 3, "--rounds 1 --models trained --bits 4 --steps 60 --tuning 0 --peers convert"
     ),
     "tasks": Section("Tasks", 5, "--rounds 1 --questions 4 --sets endings --peers mlx_lm"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),

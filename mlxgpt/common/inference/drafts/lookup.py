@@ -17,6 +17,7 @@ FIRST = (0.2, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9, 0.9)
 WEIGHT = 4
 WINDOW = 64  # tries, after which what was learned weighs half
 SURE = 0.4  # a match must be as likely to go on before anything is computed
+PAYS = 1.5  # times the speed, expected, below which a match is not tried: chance matches promise less
 
 
 class Lookup:
@@ -56,10 +57,11 @@ class Lookup:
     def _width(self) -> int:
         """Tokens of the drafts that pay most."""
         lengths = [text.length for text in self._rows if text.length and self._rates.of(text.length) >= SURE]
-        if not lengths:
+        if not lengths or not worth.may(len(lengths), len(self._rows)):
             return 0
         expected = [worth.drawn([self._rates.of(length + n) for n in range(worth.WIDTHS[-1])]) for length in lengths]
-        return worth.best(expected, len(self._rows))[0]
+        width, speed = worth.best(expected, len(self._rows))
+        return width if speed >= PAYS else 0
 
 
 class _Rates:

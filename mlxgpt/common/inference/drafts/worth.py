@@ -34,6 +34,11 @@ def drawn(rates: Sequence[float]) -> list[float]:
     return made
 
 
+def may(drafting: int, rows: int) -> bool:
+    """Whether drafts of so many rows of all pay if every token is right: most batches know by it that theirs do not."""
+    return any((1 + width) ** (drafting / rows) > LEAST * cost(rows, width) for width in WIDTHS)
+
+
 def best(expected: Sequence[Sequence[float]], rows: int, more: float = 0.0) -> tuple[int, float]:
     """The width that pays most, and how many times the speed without drafts it gives; 0 and 1 where none pays.
 
