@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ DRAFTS = {
     "window": make_config("mistral", n_layer=1, window=7, block_size=48),
     "itself": CONFIG,
 }
-MODELS = {backend: make_model(backend, CONFIG) for backend in BACKENDS}
-SMALL = {(backend, name): make_model(backend, DRAFTS[name]).eval() for backend in BACKENDS for name in DRAFTS}
+
+
+@cache
+def model_of(backend: str, name: str = "itself") -> Any:
+    return make_model(backend, DRAFTS[name]).eval()
 
 
 def factory(backend: str, name: str) -> Any:
-    return lambda: DraftModel(backends.load(backend), SMALL[backend, name], 61, CONFIG)
+    return lambda: DraftModel(backends.load(backend), model_of(backend, name), 61, CONFIG)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,8 +56,8 @@ def test_tokens_are_those_of_generate(backend: str, data: st.DataObject) -> None
     with pytest.MonkeyPatch.context() as patch:
         always(patch)
         rows = data.draw(st.integers(1, 4))
-        found, counts = drafted(backend, MODELS[backend], None, prompts, drawn, factory(backend, name), rows, **more)
-    same(found, plain(backend, MODELS[backend], None, prompts, drawn, **more))
+        found, counts = drafted(backend, model_of(backend), None, prompts, drawn, factory(backend, name), rows, **more)
+    same(found, plain(backend, model_of(backend), None, prompts, drawn, **more))
     if name == "itself":  # whatever the settings: it draws with the row's own noise
         assert counts.accepted_tokens == counts.drafted_tokens
 
@@ -64,7 +68,7 @@ def test_the_model_itself_is_always_right(backend: str, more: dict[str, Any], mo
     always(monkeypatch)
     prompts = [[1, 2, 3], [5] * 17, [7, 8]]
     sample = SampleConfig(max_tokens=16, seed=3, **more)
-    _, counts = drafted(backend, MODELS[backend], None, prompts, sample, factory(backend, "itself"), 2)
+    _, counts = drafted(backend, model_of(backend), None, prompts, sample, factory(backend, "itself"), 2)
     assert counts.drafted_tokens == counts.accepted_tokens > counts.steps
 
 
@@ -98,7 +102,7 @@ def _choice() -> Any:
 
 def test_a_draft_that_is_as_large_as_the_model_is_not_asked() -> None:
     sample = SampleConfig(temperature=0.0, max_tokens=30)
-    _, counts = drafted("torch", MODELS["torch"], None, [[1, 2, 3]], sample, factory("torch", "itself"), 1)
+    _, counts = drafted("torch", model_of("torch"), None, [[1, 2, 3]], sample, factory("torch", "itself"), 1)
     assert counts.drafted_tokens == 0
 
 
@@ -176,7 +180,7 @@ def test_a_server_drafts_for_every_model_it_has(chatty: Path, monkeypatch: pytes
 def test_in_python(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
     api: Any = {"mlx": mlxgpt.api, "torch": torch_ref.api}[backend]
-    model, small = MODELS[backend], SMALL[backend, "small"]
+    model, small = model_of(backend), model_of(backend, "small")
     model.train()
     made = [
         api.generate(model, None, [[1, 2, 1, 2], [3]], max_tokens=20, seed=1, **more)

@@ -1,6 +1,7 @@
 """Drafts from the text itself: what they are, when they are made, and that nothing but the speed depends on them."""
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -143,14 +144,18 @@ MODELS = {
     "window": make_config("mistral", window=7, block_size=48),
     "alibi": make_config("llama", position="alibi", block_size=48),
 }
-MADE = {(backend, name): make_model(backend, MODELS[name]) for backend in BACKENDS for name in MODELS}
+
+
+@cache
+def model_of(backend: str, name: str) -> Any:
+    return make_model(backend, MODELS[name])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_tokens_are_those_of_generate(backend: str, data: st.DataObject) -> None:
-    model = MADE[backend, data.draw(st.sampled_from(sorted(MODELS)))]
+    model = model_of(backend, data.draw(st.sampled_from(sorted(MODELS))))
     prompts, sample = data.draw(ragged()), data.draw(st.sampled_from(SETTINGS))
     bias = data.draw(st.sampled_from([{}, {1: 6.0, 2: 6.0, 3: 5.0}]))  # a model that repeats itself
     drawn = SampleConfig(max_tokens=data.draw(st.integers(1, 40)), seed=data.draw(st.integers(0, 9)), **sample)
@@ -181,7 +186,7 @@ def test_a_stop_string_may_end_inside_a_draft(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_that_repeats_itself_draws_many_tokens_a_step(backend: str) -> None:
-    model = MADE[backend, "llama"]
+    model = model_of(backend, "llama")
     sample = SampleConfig(temperature=0.0, max_tokens=44)
     found, counts = drafted(backend, model, None, [[1, 2, 3]], sample, Lookup, 1, bias={7: 1000.0})
     assert found[0].tokens == [7] * 44
