@@ -198,4 +198,4 @@ def test_the_commands_hold_a_cache_in_bits(backend: str, tmp_path: Path, capfd: 
     for command in commands:
         assert cli.main([*command, "-m", str(narrow), "--backend", backend, "--kv-bits", "8"]) == 2
         told = capfd.readouterr()
-        assert told.out == "" and "head_dim of 8: expected" in told.err and told.err.count("\n") == 1
+        assert told.out == "" and "head_dim of 8: leave it out" in told.err and told.err.count("\n") == 1
