@@ -416,7 +416,7 @@ def test_a_second_signal_ends_at_once(place: Path) -> None:
 
 
 def test_a_dead_engine_ends_the_process(place: Path) -> None:
-    bug = "from mlxgpt.common.serve.engine import thread\nthread.Engine._draw = lambda *_: 1 / 0\n"
+    bug = "from mlxgpt.common.serve.engine import steps\nsteps.Steps._draw = lambda *_: 1 / 0\n"
     with Server(place / "base", code=bug) as server:
         for ask in (
             lambda: server.ask(5, False).read(),
