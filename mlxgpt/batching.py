@@ -195,17 +195,24 @@ class Batch:
             lengths = mx.array([length + count for length, count in zip(self.lengths, counts, strict=True)])[:, None]
         return self._model.hidden(tokens, cache=self._cache, lengths=lengths)
 
-    def read(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Reads one or more tokens of each row; the next is drawn behind the last of them. No row may pass the context
-        by the longest."""
-        read = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+    def _padded(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """Hidden states (B, T, C) of one or more next tokens of each row."""
+        counts = [len(each) for each in tokens]
+        padded = np.zeros((len(tokens), max(counts)), np.int32)
         for row, each in enumerate(tokens):
-            read[row, : len(each)] = each
-        hidden = self._read(mx.array(read), [len(each) for each in tokens])
-        last = mx.array([len(each) - 1 for each in tokens])
-        self._logits = self._model.head(hidden[mx.arange(len(tokens)), last][:, None])[:, 0, : self._n_vocab]
-        self.lengths = [length + len(each) for length, each in zip(self.lengths, tokens, strict=True)]
+            padded[row, : len(each)] = each
+        return self._read(mx.array(padded), counts)
+
+    def _settle(self, hidden: Array, counts: Sequence[int]) -> None:
+        """The first ``counts`` tokens of hidden states (B, T, C) are the rows', and the next is drawn behind them."""
+        last = mx.array([count - 1 for count in counts])
+        self._logits = self._model.head(hidden[mx.arange(len(counts)), last][:, None])[:, 0, : self._n_vocab]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         mx.async_eval(self._logits)
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Reads one or more tokens of each row; no row may pass the context by the longest."""
+        self._settle(self._padded(tokens), [len(each) for each in tokens])
 
     def ahead(
         self, tokens: Sequence[int], drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]
@@ -217,11 +224,7 @@ class Batch:
             drafts: what may follow, () for nothing; no row may pass the context by the longest of them.
             choices: how each token of a draft would be drawn.
         """
-        width = 1 + max(map(len, drafts))
-        read = np.zeros((len(tokens), width), np.int32)
-        for row, (token, draft) in enumerate(zip(tokens, drafts, strict=True)):
-            read[row, : 1 + len(draft)] = [token, *draft]
-        hidden = self._read(mx.array(read), [1 + len(draft) for draft in drafts])
+        hidden = self._padded([[token, *draft] for token, draft in zip(tokens, drafts, strict=True)])
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft))]
         told: list[Chosen] = []
         if places:
@@ -229,8 +232,5 @@ class Batch:
             logits = self._model.head(hidden[rows, columns][None])[0, :, : self._n_vocab]
             told = self._drawn(logits, [choice for each in choices for choice in each]).read()
         accepted = choosing.accepted(drafts, told)
-        last = mx.array([len(each) for each in accepted])
-        self._logits = self._model.head(hidden[mx.arange(len(last)), last][:, None])[:, 0, : self._n_vocab]
-        self.lengths = [length + 1 + len(each) for length, each in zip(self.lengths, accepted, strict=True)]
-        mx.async_eval(self._logits)
+        self._settle(hidden, [1 + len(each) for each in accepted])
         return accepted

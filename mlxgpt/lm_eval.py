@@ -12,6 +12,9 @@ try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
+    if __name__ == "__main__":
+        print(f"mlxgpt: error: {error}: expected the extra: pip install 'mlxgpt[lm-eval]'", file=sys.stderr)
+        sys.exit(2)
     raise ModuleNotFoundError(f"{error}: expected the extra: pip install 'mlxgpt[lm-eval]'") from error
 
 from mlxgpt.common import backend as backends

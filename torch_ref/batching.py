@@ -194,17 +194,24 @@ class Batch:
             lengths = self._index([length + count for length, count in zip(self.lengths, counts, strict=True)])[:, None]
         return self._model.hidden(tokens, cache=self._cache, lengths=lengths)
 
+    def _padded(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """Hidden states (B, T, C) of one or more next tokens of each row."""
+        counts = [len(each) for each in tokens]
+        padded = np.zeros((len(tokens), max(counts)), np.int64)
+        for row, each in enumerate(tokens):
+            padded[row, : len(each)] = each
+        return self._read(torch.tensor(padded, device=self._device), counts)
+
+    def _settle(self, hidden: Array, counts: Sequence[int]) -> None:
+        """The first ``counts`` tokens of hidden states (B, T, C) are the rows', and the next is drawn behind them."""
+        last = self._index([count - 1 for count in counts])
+        self._logits = self._model.head(hidden[self._index(range(len(counts))), last][:, None])[:, 0, : self._n_vocab]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
     @torch.no_grad()
     def read(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Reads one or more tokens of each row; the next is drawn behind the last of them. No row may pass the context
-        by the longest."""
-        read = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
-        for row, each in enumerate(tokens):
-            read[row, : len(each)] = each
-        hidden = self._read(torch.tensor(read, device=self._device), [len(each) for each in tokens])
-        last = self._index([len(each) - 1 for each in tokens])
-        self._logits = self._model.head(hidden[self._index(range(len(tokens))), last][:, None])[:, 0, : self._n_vocab]
-        self.lengths = [length + len(each) for length, each in zip(self.lengths, tokens, strict=True)]
+        """Reads one or more tokens of each row; no row may pass the context by the longest."""
+        self._settle(self._padded(tokens), [len(each) for each in tokens])
 
     @torch.no_grad()
     def ahead(
@@ -217,11 +224,7 @@ class Batch:
             drafts: what may follow, () for nothing; no row may pass the context by the longest of them.
             choices: how each token of a draft would be drawn.
         """
-        width = 1 + max(map(len, drafts))
-        read = np.zeros((len(tokens), width), np.int64)
-        for row, (token, draft) in enumerate(zip(tokens, drafts, strict=True)):
-            read[row, : 1 + len(draft)] = [token, *draft]
-        hidden = self._read(torch.tensor(read, device=self._device), [1 + len(draft) for draft in drafts])
+        hidden = self._padded([[token, *draft] for token, draft in zip(tokens, drafts, strict=True)])
         places = [(row, place) for row, draft in enumerate(drafts) for place in range(len(draft))]
         told: list[Chosen] = []
         if places:
@@ -229,7 +232,5 @@ class Batch:
             logits = self._model.head(hidden[rows, columns][None])[0, :, : self._n_vocab]
             told = self._drawn(logits, [choice for each in choices for choice in each]).read()
         accepted = choosing.accepted(drafts, told)
-        last = self._index([len(each) for each in accepted])
-        self._logits = self._model.head(hidden[self._index(range(len(last))), last][:, None])[:, 0, : self._n_vocab]
-        self.lengths = [length + 1 + len(each) for length, each in zip(self.lengths, accepted, strict=True)]
+        self._settle(hidden, [1 + len(each) for each in accepted])
         return accepted

@@ -56,6 +56,8 @@ def _tasks(args: argparse.Namespace) -> int:
     for task in tasks:  # examples that are missing are refused before a model is loaded
         shots.before(task, requests.first(task, args.limit))
     earlier = _read_log(args, tasks) if args.against and Path(args.against).is_file() else {}
+    if args.against and not earlier:
+        base_and_adapters.find_base(args.against)  # one that is not there is refused before the first is asked
     backend = backends.load(args.backend)
     asked = _ask(args, tasks, backend, args.model, base_and_adapters.parse_adapters(args.adapter) or None)
     if args.log:
