@@ -83,8 +83,10 @@ def flat(entry: dict[str, Any]) -> dict[str, Any]:
     """A line with what is inside others named by the way to it: ``tasks/quiz/acc``."""
     found: dict[str, Any] = {}
     for key, value in entry.items():
-        inside = flat(value) if isinstance(value, dict) else {"": value}
-        found |= {f"{key}/{name}" if name else key: each for name, each in inside.items()}
+        if isinstance(value, dict):
+            found |= {f"{key}/{name}": each for name, each in flat(value).items()}
+        else:
+            found[key] = value
     return found
 
 
