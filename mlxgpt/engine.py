@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import adapters, losses, optim, quant
+from mlxgpt import adapters, losses, optim, preference, quant
 from mlxgpt import device as devices
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
@@ -58,6 +59,8 @@ class Engine:
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.own = losses.own(objective) if objective else None
         self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
+        self.aligned = preference.objective(recipe)
+        self.temperature = recipe.rl.temperature if recipe.rl else 1.0
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         train = recipe.train
         self.model = Model(recipe.model, getattr(mx, train.compute_dtype), train.deterministic, seed=None)
@@ -92,6 +95,7 @@ class Engine:
         self._run_gradients = compiled(self._gradients, outputs=state)
         self._run_update = compiled(self._update, outputs=state)
         self._run_evaluate = compiled(self._evaluate)
+        self._run_token_losses = compiled(self._token_losses)
 
     def _put(self, params: dict[str, np.ndarray]) -> None:
         parameters.check({name: param.shape for name, param in self.table.items()}, params)
@@ -114,7 +118,7 @@ class Engine:
     def _arrays(self, batch: Batch) -> losses.Arrays:
         tokens, targets, weights = (mx.array(field) for field in (batch.tokens, batch.targets, batch.weights))
         extra = (None if field is None else mx.array(field) for field in (batch.positions, batch.segments))
-        return losses.Arrays(tokens, targets, weights, *extra)
+        return losses.Arrays(tokens, targets, weights, *extra, {name: mx.array(a) for name, a in batch.beside.items()})
 
     def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
@@ -135,19 +139,23 @@ class Engine:
         adapter = (self.adapter_dropout, keys[sites + 1 :])
         return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
-    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array]:
-        """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
-        return terms.sum(), terms
+    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array, preference.Sums]:
+        """The weighted sum that is differentiated; its terms, which the host adds in float64, and more of them."""
+        drop, sums = self._drop(keys, first_row), {}
+        if self.aligned:
+            terms, sums = self.aligned(self.model, batch, drop)
+        else:
+            terms = self.objective(self.model, batch, self.recipe.train, drop) * batch.weights
+        return terms.sum(), terms, sums
 
     def _gradients(
         self, batch: losses.Arrays, keys: Array, first_row: Array, total: dict[str, Array] | None = None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Row losses of a micro-batch, and its gradients added to ``total``."""
+    ) -> tuple[Array, preference.Sums, dict[str, Array]]:
+        """Terms and sums of a micro-batch, and its gradients added to ``total``."""
         self._show()
-        (_, terms), grads = self._loss_and_grad(batch, keys, first_row)
+        (_, terms, sums), grads = self._loss_and_grad(batch, keys, first_row)
         flat = dict(tree_flatten(grads))
-        return terms, flat if total is None else {name: g + total[name] for name, g in flat.items()}
+        return terms, sums, flat if total is None else {name: g + total[name] for name, g in flat.items()}
 
     def _update(self, terms: Array, grads: dict[str, Array], scalars: Array) -> tuple[Array, Array]:
         """Clips and updates in place unless something is not finite; returns the norm and each tensor's squared norm.
@@ -174,13 +182,17 @@ class Engine:
             self._show(new)
         return norm, squares
 
-    def _step(self, batch: losses.Arrays, keys: Array, first_row: Array, scalars: Array) -> tuple[Array, Array, Array]:
-        terms, grads = self._gradients(batch, keys, first_row)
-        return terms, *self._update(terms, grads, scalars)
+    def _step(
+        self, batch: losses.Arrays, keys: Array, first_row: Array, scalars: Array
+    ) -> tuple[Array, preference.Sums, Array, Array]:
+        terms, sums, grads = self._gradients(batch, keys, first_row)
+        return terms, sums, *self._update(terms, grads, scalars)
 
-    def _evaluate(self, batch: losses.Arrays) -> list[Array]:
+    def _evaluate(self, batch: losses.Arrays) -> list[Any]:
         """The plain loss's terms, and of a classifier its answers (B, T); or the terms of someone's own objective."""
         self._show()
+        if self.aligned:
+            return [*self.aligned(self.model, batch)]
         if self.own:
             return [self.own(self.model, batch, self.recipe.train) * batch.weights]
         if not self.recipe.model.labels:
@@ -195,32 +207,48 @@ class Engine:
         scalars = mx.array([1 / weight, *optim.scalars(self.recipe.optim, lr, self.t + 1)], mx.float32)
         firsts = [mx.array(batch.first_row, mx.uint32) for batch in micro_batches]
         if len(micro_batches) == 1:
-            terms, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
+            terms, sums, norm, squares = self._run_step(self._arrays(micro_batches[0]), keys, firsts[0], scalars)
+            found = [sums]
         else:
-            parts, total = [], None
+            parts, found, total = [], [], None
             for batch, first_row in zip(micro_batches, firsts, strict=True):
-                part, total = self._run_gradients(self._arrays(batch), keys, first_row, total)
-                mx.eval(part, total)
+                part, sums, total = self._run_gradients(self._arrays(batch), keys, first_row, total)
+                mx.eval(part, sums, total)
                 parts.append(part)
+                found.append(sums)
             assert total is not None
             terms = mx.concatenate(parts)
             norm, squares = self._run_update(terms, total, scalars)
-        self._settle(terms, norm, squares)
+        self._settle(terms, norm, squares, *(array for sums in found for array in sums.values()))
         loss_sum, grad_norm = float(np.array(terms).sum(dtype=np.float64)), float(np.array(norm))
         finite = bool(np.isfinite(grad_norm) and np.isfinite(loss_sum))
         devices.trim(self.device, self.recipe.train)
         self.t += finite
         zeros = tuple(name for name, square in zip(self.stacks.names, np.array(squares), strict=True) if square == 0)
-        return StepStats(loss_sum, weight, grad_norm, finite, zero_grads=zeros)
+        return StepStats(loss_sum, weight, grad_norm, finite, _added(found), zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
         self.model.eval()  # nothing is dropped, attention needs no gradient
-        terms, *answers = (np.array(each) for each in self._run_evaluate(self._arrays(batch)))
+        terms, *more = self._run_evaluate(self._arrays(batch))
         self.model.train()
         self._show()
-        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
-        return sums | (confusion.count(batch, answers[0]) if answers else {})
+        sums = {"loss": float(np.array(terms).sum(dtype=np.float64)), "weight": batch.weight}
+        if self.aligned:
+            return sums | _added(more)
+        return sums | (confusion.count(batch, np.array(more[0])) if more else {})
+
+    def token_losses(self, batch: Batch) -> np.ndarray:
+        """The plain next-token losses (B, T) float32, without dropout and unweighted; with rl.temperature, at it."""
+        self.model.eval()
+        made = np.array(self._run_token_losses(self._arrays(batch)))
+        self.model.train()
+        self._show()
+        return made
+
+    def _token_losses(self, batch: losses.Arrays) -> Array:
+        self._show()
+        return losses.lm(self.model, batch, self.recipe.train, plain=True, temperature=self.temperature)
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
@@ -254,3 +282,8 @@ class Engine:
     def describe(self) -> dict[str, str]:
         """The parts of the environment key that the framework knows."""
         return {**devices.describe(self.device), "compiled": str(self.compiled), **self._base}
+
+
+def _added(found: list[preference.Sums]) -> dict[str, float]:
+    """Sums of micro-batches in float64, by name."""
+    return {name: sum(float(np.array(each[name]).sum(dtype=np.float64)) for each in found) for name in found[0]}

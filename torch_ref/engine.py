@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.scores import confusion
-from torch_ref import adapters, fast, fused, losses, optim, quant, sampled, transfer
+from torch_ref import adapters, fast, fused, losses, optim, preference, quant, sampled, transfer
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
@@ -56,6 +57,8 @@ class Engine:
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.own = losses.own(objective) if objective else None
         self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
+        self.aligned = preference.objective(recipe)
+        self.temperature = recipe.rl.temperature if recipe.rl else 1.0
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype), seed=None)
         self.model.checks = False  # a source's tokens are known
@@ -84,6 +87,7 @@ class Engine:
         compiled = torch.compile if self.compiled else lambda function: function
         self._run_objective = compiled(self._objective)
         self._run_evaluate = compiled(self._evaluate)
+        self._run_token_losses = compiled(self._token_losses)
 
     @torch.no_grad()
     def _put(self, params: dict[str, np.ndarray]) -> None:
@@ -93,7 +97,8 @@ class Engine:
 
     def _arrays(self, batch: Batch) -> losses.Arrays:
         fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
-        return losses.Arrays(*transfer.put(fields, self.device))
+        placed = transfer.put([*fields, *batch.beside.values()], self.device)
+        return losses.Arrays(*placed[: len(fields)], dict(zip(batch.beside, placed[len(fields) :], strict=True)))
 
     def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
@@ -116,18 +121,22 @@ class Engine:
         adapter = (self.adapter_dropout, keys[sites + 1 :])
         return Dropout(rate, keys[:sites], first_row, self.neftune, keys[sites], *adapter)
 
-    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array]:
-        """The weighted sum that is differentiated, and its terms (B, T), which the host adds in float64."""
-        terms = self.objective(self.model, batch, self.recipe.train, self._drop(keys, first_row)) * batch.weights
-        return terms.sum(), terms.detach()
+    def _objective(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, Array, preference.Sums]:
+        """The weighted sum that is differentiated; its terms, which the host adds in float64, and more of them."""
+        drop, sums = self._drop(keys, first_row), {}
+        if self.aligned:
+            terms, sums = self.aligned(self.model, batch, drop)
+        else:
+            terms = self.objective(self.model, batch, self.recipe.train, drop) * batch.weights
+        return terms.sum(), terms.detach(), sums
 
-    def _gradients(self, batch: losses.Arrays, keys: Array, first_row: Array) -> Array:
-        """Row losses of a micro-batch; its gradients are added to the tensors' own."""
-        loss, terms = self._run_objective(batch, keys, first_row)
+    def _gradients(self, batch: losses.Arrays, keys: Array, first_row: Array) -> tuple[Array, preference.Sums]:
+        """Terms and sums of a micro-batch; its gradients are added to the tensors' own."""
+        loss, terms, sums = self._run_objective(batch, keys, first_row)
         if not loss.requires_grad:
             raise RunError("objective: its losses come from no weight: the gradient would be zero; expected no detach")
         loss.backward()
-        return terms
+        return terms, sums
 
     @torch.no_grad()
     def _update(self, terms: Array, weight: float, lr: float) -> tuple[float, float, list[float]]:
@@ -163,8 +172,10 @@ class Engine:
         return loss_sum, norm, found
 
     @torch.no_grad()
-    def _evaluate(self, batch: losses.Arrays) -> list[Array]:
+    def _evaluate(self, batch: losses.Arrays) -> list[Any]:
         """The plain loss's terms, and of a classifier its answers (B, T); or the terms of someone's own objective."""
+        if self.aligned:
+            return [*self.aligned(self.model, batch)]
         if self.own:
             return [self.own(self.model, batch, self.recipe.train) * batch.weights]
         if not self.recipe.model.labels:
@@ -181,21 +192,34 @@ class Engine:
         for batch in micro_batches:
             first_row = torch.full((), batch.first_row, dtype=torch.int32, device=self.device)
             parts.append(self._gradients(self._arrays(batch), keys, first_row))
-        terms = torch.cat(parts)
+        terms, found = torch.cat([part for part, _ in parts]), [sums for _, sums in parts]
         loss_sum, norm, squares = self._update(terms, weight, lr)
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
         devices.trim(self.device, self.recipe.train)
         self.t += finite
         zeros = tuple(name for name, square in zip(self.table, squares, strict=True) if square == 0)
-        return StepStats(loss_sum, weight, norm, finite, zero_grads=zeros)
+        return StepStats(loss_sum, weight, norm, finite, _added(found), zeros)
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums of the plain loss: ``loss`` and ``weight``; a classifier's with its confusions."""
         self.model.eval()  # nothing is dropped
-        terms, *answers = (each.cpu().numpy() for each in self._run_evaluate(self._arrays(batch)))
+        terms, *more = self._run_evaluate(self._arrays(batch))
         self.model.train()
-        sums = {"loss": float(terms.sum(dtype=np.float64)), "weight": batch.weight}
-        return sums | (confusion.count(batch, answers[0]) if answers else {})
+        sums = {"loss": float(terms.cpu().numpy().sum(dtype=np.float64)), "weight": batch.weight}
+        if self.aligned:
+            return sums | _added(more)
+        return sums | (confusion.count(batch, more[0].cpu().numpy()) if more else {})
+
+    def token_losses(self, batch: Batch) -> np.ndarray:
+        """The plain next-token losses (B, T) float32, without dropout and unweighted; with rl.temperature, at it."""
+        self.model.eval()
+        made = self._run_token_losses(self._arrays(batch)).cpu().numpy()
+        self.model.train()
+        return made
+
+    @torch.no_grad()
+    def _token_losses(self, batch: losses.Arrays) -> Array:
+        return losses.lm(self.model, batch, self.recipe.train, plain=True, temperature=self.temperature)
 
     def snapshot(self) -> State:
         """Host copies of weights, moments and the count of updates; the caller owns them."""
@@ -229,3 +253,8 @@ class Engine:
     def describe(self) -> dict[str, str]:
         """The parts of the environment key that the framework knows."""
         return {**devices.describe(self.device), "compiled": str(self.compiled), **self._base}
+
+
+def _added(found: list[preference.Sums]) -> dict[str, float]:
+    """Sums of micro-batches in float64, by name."""
+    return {name: sum(float(each[name].cpu().numpy().sum(dtype=np.float64)) for each in found) for name in found[0]}

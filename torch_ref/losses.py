@@ -21,6 +21,7 @@ class Arrays(NamedTuple):
     weights: Array  # (B, T) float32
     positions: Array | None
     segments: Array | None
+    beside: dict[str, Array] = {}  # noqa: RUF012  (never changed)
 
 
 def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
@@ -37,8 +38,18 @@ def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z
     return loss
 
 
-def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = None, plain: bool = False) -> Array:
-    """Next-token losses (B, T); ``plain`` leaves out what only training adds, gradients included."""
+def lm(
+    model: Model,
+    batch: Arrays,
+    config: TrainConfig,
+    drop: Dropout | None = None,
+    plain: bool = False,
+    temperature: float = 1.0,
+) -> Array:
+    """Next-token losses (B, T); ``plain`` leaves out what only training adds, gradients included.
+
+    The logits are divided by ``temperature``.
+    """
     recompute = config.checkpoint_activations and not plain
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments, drop=drop, recompute=recompute)
     smoothing, z_loss = (0.0, 0.0) if plain else (config.label_smoothing, config.z_loss)
@@ -47,7 +58,8 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
     tokens = (config.micro_batch_size or config.batch_size) * model.config.block_size
     chunk = config.head_chunk(tokens, model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
-        return cross_entropy(model.head(hidden, drop), batch.targets, smoothing, z_loss)
+        logits = model.head(hidden, drop) / temperature if temperature != 1 else model.head(hidden, drop)
+        return cross_entropy(logits, batch.targets, smoothing, z_loss)
     biased: Any = model.lm_head if model.config.has_bias("lm_head") else None
     bias = biased.bias if biased else None
     low = module.adapter.factors(module, hidden, drop) if module.adapter else None
@@ -59,6 +71,8 @@ def lm(model: Model, batch: Arrays, config: TrainConfig, drop: Dropout | None = 
         bias = None
     needs = "none" if plain else "both" if "weight" in trained else "low" if low else "hidden"
     finishing, kind = (model.config.final_softcap, model.config.logit_scale), (module.bits, module.group_size)
+    if temperature != 1:
+        finishing = (finishing[0] / temperature, (finishing[1] or 1.0) / temperature)
     options = head.Options(chunk, needs, smoothing, z_loss, *finishing, recompute, *kind)
     return head.token_losses(hidden, module.tensors(), batch.targets, options, bias, low)
 

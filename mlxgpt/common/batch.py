@@ -4,7 +4,7 @@ B rows, T tokens a row.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -27,15 +27,19 @@ class Batch:
     segments: np.ndarray | None = None  # (B, T) int32
     row_ids: tuple[str, ...] = ()  # where each row came from, for messages
     first_row: int = 0
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)  # (B, ...) what an objective reads besides
+    together: int = 1  # rows that no micro-batch separates, such as the two of a pair
+    each: float = 0.0  # what a row counts in ``weight``; 0: its weights
+    idle: str = ""  # why there is nothing to learn from it, and so no update
 
     @property
     def weight(self) -> float:
-        """The sum of the weights: what the sum of the losses is divided by."""
-        return float(self.weights.sum(dtype=np.float64))
+        """What the sum of the losses is divided by: the weights' sum, or ``each`` of every row."""
+        return self.each * len(self.tokens) or float(self.weights.sum(dtype=np.float64))
 
-    def split(self, rows: int) -> list["Batch"]:
-        """Micro-batches of at most ``rows`` rows, in order; 0 = the batch as it is."""
-        count = len(self.tokens)
+    def split(self, items: int) -> list["Batch"]:
+        """Micro-batches of at most ``items`` times ``together`` rows, in order; 0 = the batch as it is."""
+        count, rows = len(self.tokens), items * self.together
         if not rows or rows >= count:
             return [self]
         return [self._slice(start, min(start + rows, count)) for start in range(0, count, rows)]
@@ -52,6 +56,7 @@ class Batch:
             positions=cut(self.positions),
             segments=cut(self.segments),
             row_ids=self.row_ids[start:stop],
+            beside={name: array[start:stop] for name, array in self.beside.items()},
             first_row=self.first_row + start,
         )
 
@@ -119,6 +124,10 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Float64 sums without dropout or smoothing, always with ``loss`` and ``weight``."""
+        ...
+
+    def token_losses(self, batch: Batch) -> np.ndarray:
+        """The plain next-token losses (B, T) float32, without dropout and unweighted; with rl.temperature, at it."""
         ...
 
     def snapshot(self) -> State:

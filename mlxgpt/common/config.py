@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 from dataclasses import dataclass
 
+from mlxgpt.common.align_config import PreferConfig, RLConfig
 from mlxgpt.common.fields import check, field, one_of
 from mlxgpt.common.model_config import ModelConfig
 
@@ -195,7 +196,9 @@ class TuneConfig:
     source: str = field(
         "", "pydocs-qa, a folder with train.jsonl (valid.jsonl, test.jsonl), or a .jsonl .json .csv .tsv .parquet"
     )
-    task: str = field("lm", "lm (train on answers) or classify (train on labels)")
+    task: str = field(
+        "lm", "lm (train on answers), classify (labels), prefer (the better of two answers) or reward (scores)"
+    )
     format: str = field("auto", "format of an example: auto (by its keys), text, completion, chat, alpaca or sharegpt")
     text_key: str = field("text", "text, classify: key of the text")
     prompt_key: str = field("prompt", "completion: key of the prompt")
@@ -236,7 +239,7 @@ class TuneConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("tune", self, "task", "lm", "classify")
+        one_of("tune", self, "task", "lm", "classify", "prefer", "reward")
         one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         one_of("tune", self, "train_on", "both", "answer", "thinking")
         one_of("tune", self, "overflow", "truncate", "drop", "refuse")
@@ -323,7 +326,8 @@ class AdapterConfig:
 class Recipe:
     """A whole run. ``model`` is what the recipe says; families.resolve fills what the family implies.
 
-    Pre-training reads ``data``; fine-tuning reads ``tune`` and ``adapter`` instead, which are None otherwise.
+    Pre-training reads ``data``; fine-tuning reads ``tune`` and ``adapter`` instead, and where tune.task is prefer or
+    reward ``prefer``; reinforcement learning ``rl`` besides. They are None otherwise.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -333,3 +337,5 @@ class Recipe:
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     tune: TuneConfig | None = None
     adapter: AdapterConfig | None = None
+    prefer: PreferConfig | None = None
+    rl: RLConfig | None = None

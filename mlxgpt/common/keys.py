@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mlxgpt.common.align_config import PreferConfig, RLConfig
 from mlxgpt.common.config import (
     AdapterConfig,
     DataConfig,
@@ -27,9 +28,11 @@ SECTIONS: dict[str, type] = {
     "sample": SampleConfig,
     "tune": TuneConfig,
     "adapter": AdapterConfig,
+    "prefer": PreferConfig,
+    "rl": RLConfig,
 }
 PRETRAINING = ("model", "data", "optim", "train", "sample")
-FINETUNING = ("tune", "adapter", "optim", "train", "sample")
+FINETUNING = ("tune", "adapter", "prefer", "optim", "train", "sample")
 
 FLAGS = {
     "data.source": "--data", "tune.source": "--data", "tune.model": "--model", "tune.adapter": "--adapter",

@@ -28,6 +28,7 @@ def folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
 
+OPTIONAL = ("tune", "adapter", "prefer", "rl")  # sections that only some recipes have
 FINETUNE = "finetune"  # what mlxgpt finetune starts from: no RECIPE
 
 
@@ -150,7 +151,7 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
             if not isinstance(values, dict):
                 raise UserError(f"{where}: {section} = {values!r}: expected it in a section{or_list(meant(section))}")
             raise UserError(f"{where}: unknown section [{section}]{nearest(section, SECTIONS)}")
-        if values is None and section in ("tune", "adapter"):
+        if values is None and section in OPTIONAL:
             continue  # of a recipe that pre-trains, as asdict gives it
         if not isinstance(values, dict):
             raise UserError(f"{where}: {section} = {values!r}: expected a section [{section}]")
@@ -313,9 +314,8 @@ def toml_value(value: Any) -> str:
 def to_toml(recipe: Recipe) -> str:
     """The recipe with every field written out, each with its meaning as a comment; ``build`` reads it back equal."""
     lines = []
-    unread = ("tune", "adapter") if recipe.tune is None else ("data",)
     for section, kind in SECTIONS.items():
-        if section in unread:
+        if getattr(recipe, section) is None or (section == "data" and recipe.tune):
             continue
         lines.append(f"[{section}]")
         for field in dataclasses.fields(kind):

@@ -110,6 +110,13 @@ class Kind(Protocol[S]):
 
     # The loop.
 
+    def begun(self, job: "Job") -> None:
+        """What needs the engine before the first step of a new or a resumed run; the run's folder is there."""
+
+    def figures(self, step: int, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of a training step, of what its objective added up, the ``weight`` of the loss among it."""
+        return {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+
     def write_weights(self, place: Path, trained: dict[str, np.ndarray]) -> None:
         """Writes the model or adapter of a checkpoint into the folder ``place``."""
         ...

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 
+from mlxgpt.common.batch import StepStats
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.failures import CompilerFailed, doing
 from mlxgpt.common.model import adapters
@@ -73,14 +74,19 @@ def _steps(job: Job, signals: Signals, saver: Saver) -> None:
             progress.say(guards.describe_targets(batch))
         rate = schedule.rate(job.recipe.optim, step, settings.steps)
         with doing(f"step {step}"):
-            stats = engine.train_step(step, batch.split(settings.micro_batch_size), rate)
+            if batch.idle:
+                stats = StepStats(0.0, batch.weight, 0.0, True)
+            else:
+                stats = engine.train_step(step, batch.split(settings.micro_batch_size), rate)
         now = time.perf_counter()
 
         loss, tokens = stats.loss_sum / stats.weight, batch.tokens.size
         state.step, state.t, state.tokens = step, engine.t, state.tokens + tokens
         line = {"step": step, "split": "train", "loss": loss, "lr": rate, "grad_norm": stats.grad_norm}
-        line |= {name: value / stats.weight for name, value in stats.sums.items()}
+        line |= job.kind.figures(step, stats.sums | {"weight": stats.weight})
         line |= {"tokens": state.tokens, "seconds": round(now - start, 6), "memory": engine.memory()["peak"]}
+        if batch.idle:
+            line["idle"] = batch.idle
         if not stats.finite:
             line["skipped"] = True
         job.metrics.write(**line)
@@ -89,7 +95,7 @@ def _steps(job: Job, signals: Signals, saver: Saver) -> None:
             progress.say(f"first step: {now - start:.2f} s{compiling}")
         if message := finite.check(step, stats, batch):
             progress.say(message)
-        else:
+        elif not batch.idle:
             watch.check(stats, rate)
         saver.check()
 

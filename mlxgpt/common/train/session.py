@@ -237,6 +237,7 @@ def _train(kind: Kind, out: Path, backend: Backend, engine: Any, gate: Gate, sta
     with run_folder.awake(), contextlib.closing(metrics.Metrics(out, sinks)) as lines, display:
         job = Job(out, kind, backend, engine, state, lines, display, kind.args.stop_after or 0)
         began = time.perf_counter()
+        kind.begun(job)
         code = loop.train(job)
         display.end()
         display.say(gate.finish(out, engine))
