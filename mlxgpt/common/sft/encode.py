@@ -1,5 +1,6 @@
 """Turns rows into examples: tokens, targets and weights, truncated to a maximum length."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,15 +110,18 @@ class Encoder:
         """
         made: list[Example | int] = []
         for start in range(0, len(rows), together):
-            item = rows[start : start + together]
+            item, before = rows[start : start + together], dataclasses.replace(counts)
             answers = [len(ids) - int(np.argmax(mask)) for _, ids, mask, _ in item]
             most = [self.size + 1 - max(answers) + answer for answer in answers]
             found = [self._fitted(*row, room, counts) for row, room in zip(item, most, strict=True)]
-            fitted = [each for each in found if not isinstance(each, int)]
+            whole = not any(isinstance(each, int) for each in found)
             cut = together > 1 and any(len(ids) > room for (_, ids, *_), room in zip(item, most, strict=True))
-            if cut and len(fitted) == together and len({each.prompt.tobytes() for each in fitted}) > 1:
-                counts.unanswerable += 1
-                found = list(map(len, fitted))
+            if cut and len({each.prompt.tobytes() for each in found if isinstance(each, Example)}) > 1:
+                whole = False
+            if not whole:
+                counts.truncated, counts.cut, counts.lost = before.truncated, before.cut, before.lost
+                counts.unanswerable = before.unanswerable + (self.tune.overflow != "drop")
+                found = [len(ids) - 1 for _, ids, *_ in item]
             made += found
         return made
 
