@@ -1,6 +1,7 @@
 """Who may import whom: the arrows between the packages, and how little a command loads before it works."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ FILES = sorted(
 )
 
 
+@functools.cache
 def imported(source: str) -> list[str]:
     """Every module that the source imports, also inside functions, in order: ``a.b`` for ``from a import b``."""
     names = []
