@@ -1,0 +1,5 @@
+METHOD = "best-of-n"
+
+
+def command(args):
+    raise NotImplementedError
