@@ -1,7 +1,7 @@
 """What a policy learns from completions that were rewarded: the clipped objectives of reinforcement learning.
 
-Of each token that was drawn, with p its log-probability at rl.temperature now, o the one when it was drawn, r the one by
-the run as it began, A the advantage of its completion, and e^(p - o) the ratio:
+Of each token that was drawn, with p its log-probability at rl.temperature now, o the one when it was drawn, r the one
+by the run as it began, A the advantage of its completion, and e^(p - o) the ratio:
 
     grpo, dr_grpo, dapo    -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl k        Shao et al. 2024
     k                      e^(r - p) - (r - p) - 1, times the ratio where rl.kl_ratio    Schulman 2020; DeepSeek 2025

@@ -62,7 +62,7 @@ def read(
     max_tokens: int,
     say: Callable[[str], None] = print,
 ) -> Prompts:
-    """The prompts of ``tune.source``; texts are questions in the model's chat template where it has one, but if ``raw``.
+    """The prompts of ``tune.source``; texts are asked in the model's chat template, if it has one and not ``raw``.
 
     Raises:
         UserError: no file, a row without a prompt, messages without a template, or no prompt that leaves room.

@@ -19,7 +19,6 @@ from mlxgpt.common.model import adapters
 from mlxgpt.common.recipes import apply_sets
 from mlxgpt.common.runs.checkpoint import Checkpoint, RunState
 from mlxgpt.common.sft.finetune import Finetuning
-from mlxgpt.common.tokenizers.ends import generation_ends
 from mlxgpt.common.tokenizers.load import load_last, load_tokenizer
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.job import Job, Weights
@@ -34,7 +33,7 @@ class Reinforcing(Finetuning):
 
     verb = "rl"
     begin_only = ("out", "adapter", "config", "method", "lr", "replay", "check")
-    source: RolloutSource  # type: ignore[assignment]
+    source: Any  # a RolloutSource, where Finetuning has examples
     _reference: dict[str, np.ndarray] | None = None
     _rewards: Rewards | None = None
 
@@ -60,8 +59,7 @@ class Reinforcing(Finetuning):
         longest = max(len(row.ids) for row in self.source.prompts.rows) + self.recipe.rl.max_tokens
         tune = dataclasses.replace(self.recipe.tune, block_size=min(longest, self.recipe.model.block_size))
         self.recipe = self.source.recipe = dataclasses.replace(self.recipe, tune=tune)
-        if self.recipe.rl.replay:
-            self._check_replay()
+        self._check_replay()
 
     def _spelled(self) -> Tokenizer:
         given = self._given_tokenizer()
@@ -94,12 +92,13 @@ class Reinforcing(Finetuning):
     def _check_replay(self) -> None:
         """Refuses rollouts that are not this run's, before anything is written."""
         config, needed = self.recipe.rl, self.recipe.train.steps
-        assert config
+        if not config or not config.replay:
+            return
         count = sum(1 for _ in rollouts.read(rollouts.path_of(config.replay)))
         if count * config.updates < needed:
             raise UserError(
-                f"rl.replay = {config.replay}: {count} rollouts, of {config.updates} updates each: expected train.steps "
-                f"at most {count * config.updates}"
+                f"rl.replay = {config.replay}: {count} rollouts, of {config.updates} updates each: expected at most "
+                f"train.steps = {count * config.updates}"
             )
 
     def read_stored(self, run: Path, stored: dict[str, Any]) -> None:
@@ -135,7 +134,7 @@ class Reinforcing(Finetuning):
         return found | ({_DIGEST: _sha256(self._reference)} if self._reference else {})
 
     def set_first_state(self, engine: Engine, state: RunState) -> None:
-        """Draws the first rollout and asks for its rewards: what is wrong with them is found before a folder is made."""
+        """Draws the first rollout and rewards it: what is wrong with rewards is found before a folder is made."""
         self.source.attach(engine, backends.load(self.args.backend))
         found = self.source.first()
         print(f"first rollout: {_shown(found.figures)}")

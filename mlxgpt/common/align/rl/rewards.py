@@ -232,8 +232,8 @@ def deviation(values: np.ndarray) -> float:
 def advantages(rewards: np.ndarray, method: str, scale: str) -> np.ndarray:
     """What each completion is better than its group by, (B,) float64 of ``rewards`` (P, G), a group a prompt.
 
-    Less the group's mean, or for rloo the mean of the others; divided by 1e-4 and the deviation (ddof 1) of the group or
-    the batch. Equal rewards give exactly 0.
+    Less the group's mean, or for rloo the mean of the others; divided by 1e-4 and the deviation (ddof 1) of the group
+    or the batch. Equal rewards give exactly 0.
     """
     groups = rewards.shape[1]
     if method == "rloo":

@@ -95,7 +95,7 @@ def recipe(sections: Sections, where: str) -> Recipe:
     rows, asked = made.rl.prompts * made.rl.completions, (sections.get("train") or {}).get("batch_size")
     if asked not in (None, rows):
         raise UserError(
-            f"{where}: train.batch_size = {asked}: expected rl.prompts x rl.completions = {rows}, the rows of an update; "
+            f"{where}: train.batch_size = {asked}: expected rl.prompts x rl.completions = {rows}, an update's rows; "
             "train.micro_batch_size says how many pass through the model at once"
         )
     if made.rl.replay and made.rl.rewards:

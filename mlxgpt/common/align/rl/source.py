@@ -290,8 +290,8 @@ class RolloutSource:
             return f"{what}: one ended there"
         pair = ours[token], line.ids[token]
         start = (*self.prompts.rows[line.prompt].ids, *line.ids[:token])
-        rows = [Example("", np.array(start, np.int32), np.array([*start[1:], each], np.int32), np.ones(len(start), "f4"))
-                for each in pair]  # fmt: skip
+        ones, before = np.ones(len(start), np.float32), np.array(start, np.int32)
+        rows = [Example("", before, np.array([*start[1:], each], np.int32), ones) for each in pair]
         placed = rotary.by_length(self.recipe.model)
         logps = self._logps(pack.padded_batch(rows, [(0,), (1,)], self.recipe.model.block_size, placed))
         copies = draw.copies([self.prompts.rows[each].ids for each in self._rows(number)], self._config.completions)

@@ -15,7 +15,10 @@ from typing import Any
 import mlxgpt
 from mlxgpt.common.errors import UserError
 
-_START = "import sys; sys.path.insert(0, {root!r}); from mlxgpt.common.align.rl import worker; del sys.path[0]; worker.main()"
+_START = (
+    "import sys; sys.path.insert(0, {root!r}); from mlxgpt.common.align.rl import worker; "
+    "del sys.path[0]; worker.main()"
+)
 _LOADING = 60.0  # seconds for a file's own imports
 
 
