@@ -1,6 +1,7 @@
 """Who may import whom: the arrows between the packages, and how little a command loads before it works."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ FILES = sorted(
 )
 
 
+@functools.cache
 def imported(source: str) -> list[str]:
     """Every module that the source imports, also inside functions, in order: ``a.b`` for ``from a import b``."""
     names = []
@@ -63,8 +65,8 @@ def test_an_import_inside_a_function_is_seen() -> None:
 # What mlxgpt/common consists of, and convert, from the bottom up: a place imports from itself and from those before it.
 COMMON = (
     "errors", "files", "units", "failures", "rng", "fields", "model_config", "align_config", "config", "keys", "batch",
-    "scores", "model", "recipes", "tf32", "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "tasks", "train",
-    "chat", "sft", "inference", "user_code", "align", "evaluate", "doctor", "serve",
+    "scores", "model", "recipes", "tf32", "backend", "tokenizers", "data", "rows", "folders", "plan", "runs", "tasks",
+    "train", "chat", "sft", "inference", "user_code", "align", "evaluate", "doctor", "serve",
 )  # fmt: skip
 ORDER = {
     "mlxgpt.common": COMMON,
