@@ -104,6 +104,7 @@ VERBS = {
             "eval -m runs/first --task quiz.jsonl --shots 2",
             "eval -m model --task hellaswag --data hellaswag/ --limit 1000",
             "eval -m runs/new --task quiz.jsonl --against runs/old",
+            "eval -m runs/new --prompts asked.jsonl --reward reward.py --against runs/old",
         ),
     ),
     "classify": Verb(

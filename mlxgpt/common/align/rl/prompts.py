@@ -134,3 +134,9 @@ def _nonempty(prompt: Prompt) -> Prompt:
     if not prompt.ids:
         raise UserError(f"{prompt.where}: an empty prompt: expected at least one token")
     return prompt
+
+
+def add_ends(tokenizer: Tokenizer, prompts: Prompts, raw: bool) -> None:
+    """What ends an answer in the template ends a completion, too."""
+    if prompts.template and not raw:
+        tokenizer.ends |= {prompts.template.end_id} - {tokenizer.eos_id}

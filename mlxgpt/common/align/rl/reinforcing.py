@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxgpt.common import backend as backends
 from mlxgpt.common.align.rl import prompts as prompt_files
-from mlxgpt.common.align.rl import rollouts, scorer, settings
+from mlxgpt.common.align.rl import rollouts, settings, writing
 from mlxgpt.common.align.rl.rewards import Rewards
 from mlxgpt.common.align.rl.source import RolloutSource
 from mlxgpt.common.batch import Engine
@@ -73,8 +73,7 @@ class Reinforcing(Finetuning):
         assert recipe.rl and recipe.tune
         config = recipe.rl
         found = prompt_files.read(recipe.tune, tokenizer, recipe.model, config.raw, config.max_tokens)
-        if found.template and not config.raw:
-            tokenizer.ends |= {found.template.end_id} - {tokenizer.eos_id}
+        prompt_files.add_ends(tokenizer, found, config.raw)
         if tokenizer.eos_id is None and not tokenizer.ends:
             print("the tokenizer has no token that ends a text: completions end at rl.max_tokens alone")
         digest = found.digest | {"tokenizer": tokenizer.digest} | settings.digests(config.rewards)
@@ -83,10 +82,7 @@ class Reinforcing(Finetuning):
             digest["replay"] = hashlib.sha256(place.read_bytes()).hexdigest()
         else:
             backend = backends.load(self.args.backend)
-            self._rewards = Rewards(
-                config.rewards, config.weights, config.seconds,
-                lambda place: scorer.open_scorer(backend, place, self.args.device, config.raw), self.args.run_code,
-            )  # fmt: skip
+            self._rewards = writing.open_rewards(backend, config, self.args.device, self.args.run_code)
         return RolloutSource(recipe, found, tokenizer, self._rewards, digest)
 
     def _check_replay(self) -> None:
