@@ -116,16 +116,16 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive, metavar="N",
         help="with --task or --prompts: tokens that an answer may have; default: the task's, 128")  # fmt: skip
     add("--against", action=Once, metavar="MODEL",
-        help="with --task or --prompts: another model (or the --log of one) to compare with, and how sure that is")  # fmt: skip
+        help="with --task or --prompts: another model, or the --log of one, to compare with")  # fmt: skip
     add("--run-code", action="store_true",
         help="run programs that the model writes for tasks such as humaneval, each in a process without network, "
         "with little time and memory and a folder of its own")  # fmt: skip
     add("--draws", type=positive, metavar="N",
-        help="with --run-code: programs a question, at temperature 0.8; default: 1, greedy; with --prompts: answers")  # fmt: skip
+        help="with --run-code: programs a question, at temperature 0.8; --prompts: answers; default: 1")  # fmt: skip
     add("--prompts", action=Once, metavar="FILE",
-        help="prompts whose answers --reward judges; with --against MODEL: how often they beat its answers")  # fmt: skip
+        help="prompts whose answers --reward judges; --against MODEL: how often they beat its own")  # fmt: skip
     add("--reward", action="append", default=[], metavar="REWARD",
-        help="with --prompts: FILE.py, a reward model's folder, exact, regex, length:N or tests; repeatable")  # fmt: skip
+        help="with --prompts: FILE.py, a reward model, exact, regex, length:N or tests; repeatable")  # fmt: skip
     add("--bos", choices=["auto", "yes", "no"],
         help="with --task: whether rows begin with BOS; default: auto, as the tokenizer does")  # fmt: skip
     add("--chat", action="store_true", help="with --task: questions in the model's chat template")

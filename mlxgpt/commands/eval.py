@@ -202,9 +202,9 @@ def _judged(args: argparse.Namespace) -> int:
                 told = (lambda line: None) if args.json else functools.partial(print, file=sys.stderr)
                 writer = writing.Writer(backend, place, adapters, args.device, args.force, recipe.tune, recipe.rl, told)
                 found.append(win_rate.answer(place, writer, rewards, args.draws or 1, args.limit, say))
-    if len(found) > 1 and found[0].rewards.shape != found[1].rewards.shape:
+    if found[0].asked != found[-1].asked:
         raise UserError(
-            f"{args.against}: its context has room for other prompts: expected shorter ones, or --max-tokens"
+            f"{args.against}: its context has room for other prompts: expected shorter ones or --max-tokens"
         )
     apart = win_rate.win_rate(*found) if len(found) > 1 else None
     if args.json:

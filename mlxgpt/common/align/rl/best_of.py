@@ -64,9 +64,7 @@ def command(args: Namespace) -> int:
     left = len(scored) - len(rows)
     cut = f"; {left} prompts without a completion that ended are left out" if left else ""
     mean = float(np.mean([row["reward"] for row in rows]))
-    print(
-        f"reward {total.mean():.4f} of all {len(total):,} completions, {mean:.4f} of the best of {config.completions}{cut}"
-    )
+    print(f"reward {total.mean():.4f} of all {total.size:,} completions, {mean:.4f} of the best{cut}")
     print(f"{out}: {len(rows):,} rows; mlxgpt finetune --model {recipe.tune.model} --data {out}")
     return 0
 

@@ -17,6 +17,7 @@ class Answered:
     """Rewards (prompts, draws) of a model's answers."""
 
     name: str
+    asked: tuple[str, ...]  # file and row of each prompt
     rewards: np.ndarray
     ended: float  # share of answers that ended by themselves
 
@@ -35,7 +36,8 @@ def answer(
     drawn = writer.write(draws, rng.key32(0, "win rate"), say, kept)
     asked = [writer.prompts.rows[row] for row in kept for _ in range(draws)]
     total = rewards.total(rewards.check(asked, [each.text for each in drawn]))
-    return Answered(name, total.reshape(-1, draws), float(np.mean([each.ended for each in drawn])))
+    wheres = tuple(row.where for row in writer.prompts.rows[:limit])
+    return Answered(name, wheres, total.reshape(-1, draws), float(np.mean([each.ended for each in drawn])))
 
 
 def win_rate(first: Answered, second: Answered) -> dict[str, Any]:
