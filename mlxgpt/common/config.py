@@ -223,7 +223,10 @@ class TuneConfig:
     unroll: bool = field(False, "one example per answer, with its history: for templates that rewrite history")
     date: str = field("", "date that templates may write, such as 2026-11-25; empty = the day the run began")
     block_size: int = field(0, "maximum tokens of an example; 0 = the model's context, at most 2048")
-    overflow: str = field("drop", "longer examples: drop, truncate (oldest turns, then the prompt's middle) or refuse")
+    overflow: str = field(
+        "drop",
+        "longer examples: drop, truncate (oldest turns, then the prompt's middle), start (cut the end) or refuse",
+    )
     packing: bool = field(True, "pack several examples into a sequence, each attending only to itself; false = padding")
     val_fraction: float = field(
         0.1, "share of examples, chosen by hash, for validation if the source has no such split"
@@ -235,14 +238,16 @@ class TuneConfig:
     metric_rows: int = field(50, "examples answered for these metrics; 0 = all")
     test: bool = field(True, "score the test split, if there is one, at the end")
     keep_best: str = field(
-        "loss", "metric that selects the best checkpoint: loss, one of tune.metrics, accuracy, macro_f1"
+        "loss",
+        "metric that selects the best checkpoint: loss, one of tune.metrics, accuracy, macro_f1, rewards/accuracies, "
+        "rewards/margins",
     )
 
     def __post_init__(self) -> None:
         one_of("tune", self, "task", "lm", "classify", "prefer", "reward")
         one_of("tune", self, "format", "auto", "text", "completion", "chat", "alpaca", "sharegpt")
         one_of("tune", self, "train_on", "both", "answer", "thinking")
-        one_of("tune", self, "overflow", "truncate", "drop", "refuse")
+        one_of("tune", self, "overflow", "truncate", "drop", "start", "refuse")
         one_of("tune", self, "class_weights", "none", "balanced")
         one_of("tune", self, "drop_nulls", "auto", "true", "false")
         if not self.date:  # a run resumed tomorrow renders the same examples
@@ -257,18 +262,23 @@ class TuneConfig:
         check("tune", 0 < self.epochs < float("inf"), "epochs", self.epochs, "a positive number")
         unread = (
             ("metrics", (), "lm"),
-            ("end_tokens", (), "lm"),
-            ("sanitize", False, "lm"),
+            ("end_tokens", (), "lm prefer"),
+            ("sanitize", False, "lm prefer reward"),
             ("train_on", "both", "lm"),
+            ("train_on_prompt", False, "lm classify"),
+            ("neftune", 0.0, "lm classify"),
+            ("class_weights", "none", "classify"),
         )
-        unread = (*unread, ("class_weights", "none", "classify"))
-        for name, idle, task in unread:
-            used = self.task == task or getattr(self, name) == idle
+        for name, idle, tasks in unread:
+            used = self.task in tasks.split() or getattr(self, name) == idle
             check("tune", used, name, getattr(self, name), f"{idle!r} where tune.task = {self.task}")
         known = ("exact", "bleu", "chrf", "rouge_l")
         for name in self.metrics:
             check("tune", name in known, "metrics", name, "some of " + ", ".join(known))
-        best = ("loss", "accuracy", "macro_f1") if self.task == "classify" else ("loss", *self.metrics)
+        best = ("loss", *self.metrics)
+        if self.task != "lm":
+            pairs = ("loss", "rewards/accuracies", "rewards/margins")
+            best = ("loss", "accuracy", "macro_f1") if self.task == "classify" else pairs
         hint = "" if len(best) > 1 else ", or a metric that tune.metrics names"
         check("tune", self.keep_best in best, "keep_best", self.keep_best, "one of " + ", ".join(best) + hint)
 

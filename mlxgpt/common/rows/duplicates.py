@@ -10,11 +10,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-
-from mlxgpt.common.rows.row import Row
 
 NEAR = 0.8
 _WORDS = 3
@@ -34,7 +32,21 @@ class Pair:
         return {"valid": self.valid, "train": self.train, "similarity": round(self.similarity, 3)}
 
 
-def near_duplicates(train: Sequence[Row], valid: Sequence[Row]) -> list[Pair]:
+class Worded(Protocol):
+    """What is compared: a row, or what holds several."""
+
+    @property
+    def where(self) -> str:
+        """File and row."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """All its text."""
+        ...
+
+
+def near_duplicates(train: Sequence[Worded], valid: Sequence[Worded]) -> list[Pair]:
     """The most similar training row of each validation row that has one, in row order."""
     if not train or not valid:
         return []

@@ -19,6 +19,8 @@ from mlxgpt.common.rows.row import Row, split_rows
 from mlxgpt.common.rows.values import shown, string_at, unicode, value_at
 
 _ANSWERS = ("output", "response")  # Alpaca's key of the answer, and Dolly's
+Value = tuple[str, dict[str, Any]]
+"""File and row, and what the row holds."""
 
 
 @dataclass
@@ -37,14 +39,7 @@ def open_rows(tune: TuneConfig) -> Rows:
     Raises:
         UserError: no file, a damaged file, or a row in another format; names file and row.
     """
-    if not tune.source:
-        raise UserError("tune.source is empty: expected a folder with train.jsonl, or one of " + " ".join(SUFFIXES))
-    path = Path(tune.source).expanduser()
-    files = find_files(path)
-    digest = digests(files.values())
-    raw = {split: list(read_values(file, tune.drop_nulls)) for split, file in files.items()}
-    if not raw["train"]:
-        raise UserError(f"{files['train']}: no rows: expected at least one")
+    raw, digest = read_splits(tune)
     kind = "label" if tune.task == "classify" else tune.format
     if kind == "auto":
         kind = _detect(raw["train"][0], tune)
@@ -55,14 +50,35 @@ def open_rows(tune: TuneConfig) -> Rows:
         splits[split] = [_FORMATS[kind](value, where, tune) for where, value in rows]
     if kind == "completion" and any(row.messages for rows in splits.values() for row in rows):
         kind = "chat"  # its prompts and completions are messages
-    notes = []
-    if not splits["valid"]:
-        splits["train"], splits["valid"] = split_rows(splits["train"], tune.val_fraction)
-        if not splits["valid"]:
-            count = len(splits["train"])
-            what = "only one example: it is" if count == 1 else f"all {count:,} examples are equal: they are"
-            notes.append(f"{path}: {what} trained on, and none is left for validation")
-    return Rows(kind, splits, digest, notes)
+    return Rows(kind, splits, digest, hold_out(splits, tune))
+
+
+def read_splits(tune: TuneConfig) -> tuple[dict[str, list[Value]], dict[str, str]]:
+    """Split -> the values of its rows as they are, and the digests of the files.
+
+    Raises:
+        UserError: no file, a damaged one, or no row to train on.
+    """
+    if not tune.source:
+        raise UserError("tune.source is empty: expected a folder with train.jsonl, or one of " + " ".join(SUFFIXES))
+    files = find_files(Path(tune.source).expanduser())
+    digest = digests(files.values())
+    raw = {split: list(read_values(file, tune.drop_nulls)) for split, file in files.items()}
+    if not raw["train"]:
+        raise UserError(f"{files['train']}: no rows: expected at least one")
+    return raw, digest
+
+
+def hold_out(splits: dict[str, list[Any]], tune: TuneConfig) -> list[str]:
+    """Takes validation rows from the training rows where the source has none; a line where none could be taken."""
+    if splits["valid"]:
+        return []
+    splits["train"], splits["valid"] = split_rows(splits["train"], tune.val_fraction)
+    if splits["valid"]:
+        return []
+    count, path = len(splits["train"]), Path(tune.source).expanduser()
+    what = "only one example: it is" if count == 1 else f"all {count:,} examples are equal: they are"
+    return [f"{path}: {what} trained on, and none is left for validation"]
 
 
 def _detect(first: tuple[str, dict[str, Any]], tune: TuneConfig) -> str:
@@ -105,24 +121,27 @@ def _preference(row: dict[str, Any], where: str, tune: TuneConfig) -> str:
         cure = "tune.completion_key=chosen"
     else:
         cure = "tune.messages_key=chosen" if talk else "tune.text_key=chosen"
-    return f"{where}: preference data (chosen, rejected): finetune trains on answers: --set {cure} trains on the chosen"
+    return (
+        f"{where}: preference data (chosen, rejected): finetune trains on answers: --set {cure} trains on the chosen; "
+        "--task prefer trains on both"
+    )
 
 
 def _text_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     return Row(where, text=string_at(row, tune.text_key, where))
 
 
-def _completion_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+def completion_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     """Two texts, or trl's two lists of messages."""
     asked, answered = tune.prompt_key, tune.completion_key
     if isinstance(row.get("label"), bool) and "label" not in (asked, answered):
         raise UserError(
             f"{where}: preference data (label is {row['label']}): finetune trains on every completion: expected rows "
-            "with the good ones alone, without the key label"
+            "with the good ones alone, without the key label; --task prefer --set prefer.loss=kto trains on both"
         )
     lists = [isinstance(value_at(row, key, where), list) for key in (asked, answered)]
     if all(lists):
-        return _prompt_and_completion(row, where, tune)
+        return prompt_and_completion(row, where, tune)
     if any(lists):
         text, role = (answered, "assistant") if lists[0] else (asked, "user")
         expected = f'[{{"role": "{role}", "content": ...}}]'
@@ -133,7 +152,7 @@ def _completion_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     return Row(where, text=prompt, answer=answer, tools=read_tools(row, where), kwargs=read_kwargs(row, where))
 
 
-def _prompt_and_completion(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+def prompt_and_completion(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     """A conversation of which only the completion is trained on."""
     prompt, asked = read_messages(row, tune.prompt_key, where)
     answer, train = read_messages(row, tune.completion_key, where)
@@ -146,7 +165,7 @@ def _prompt_and_completion(row: dict[str, Any], where: str, tune: TuneConfig) ->
     return _talk(row, where, tune, (*prompt, *answer), (*(False for _ in prompt), *train), answer)
 
 
-def _alpaca_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
+def alpaca_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
     """Alpaca's columns; ``response`` and ``context`` are Dolly's, ``system`` and ``history`` LLaMA-Factory's."""
     asked = string_at(row, "instruction", where)
     key = "input" if row.get("input") or not row.get("context") else "context"
@@ -244,9 +263,9 @@ def _label_row(row: dict[str, Any], where: str, tune: TuneConfig) -> Row:
 
 _FORMATS: dict[str, Callable[[dict[str, Any], str, TuneConfig], Row]] = {
     "text": _text_row,
-    "completion": _completion_row,
+    "completion": completion_row,
     "chat": _chat_row,
-    "alpaca": _alpaca_row,
+    "alpaca": alpaca_row,
     "sharegpt": _sharegpt_row,
     "label": _label_row,
 }

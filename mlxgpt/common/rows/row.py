@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from mlxgpt.common.rows.messages import text_of
 
@@ -44,7 +44,19 @@ def as_messages(row: Row) -> Row:
     return replace(row, text="", answer=None, messages=turns)
 
 
-def split_rows(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+class Hashed(Protocol):
+    """What is split by its content."""
+
+    @property
+    def hash(self) -> int:
+        """64 bits of a hash of the content."""
+        ...
+
+
+R = TypeVar("R", bound=Hashed)
+
+
+def split_rows(rows: list[R], fraction: float) -> tuple[list[R], list[R]]:
     """(train, valid): a row is in the validation split if its hash is below ``fraction`` of the hash range.
 
     If that selects none or all, the rows with the smallest hash are; rows with equal hashes stay together.

@@ -1,8 +1,9 @@
 """Turns rows into examples: tokens, targets and weights, truncated to a maximum length."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from mlxgpt.common.tokenizers.padding import own_padding, without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _GROUP = 512  # rows tokenized at once
+_Encoded = tuple[str, np.ndarray, np.ndarray, Talk | None]
+"""Where a row came from, its ids, what is trained of them, and the conversation."""
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
@@ -36,7 +39,7 @@ class Counts:
     truncated: int = 0  # rows that lost oldest turns or the middle of their prompt
     cut: int = 0  # rows that lost the end of the answer, or of a text
     dropped: int = 0
-    unanswerable: int = 0  # of these, rows that would have lost the question of their answer
+    unanswerable: int = 0  # of these, rows that would have lost the question of their answer, or all of the answer
     lost: int = 0  # tokens
     wider: int = 0  # tune.block_size that keeps most of the dropped rows, if the model's context holds one
     beyond: int = 0  # rows that are longer even so
@@ -54,46 +57,75 @@ class Encoder:
     context: int = 0  # the model's
     labels: tuple[str, ...] = ()
     label_weights: tuple[float, ...] = ()
+    kept: list[int] = field(default_factory=list)
 
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counts]:
+    def examples(self, rows: Sequence[Row], together: int = 1) -> tuple[list[Example], Counts]:
         """The rows as examples, none longer than ``size``.
+
+        ``together`` rows stand for one item, such as the two of a pair: they stay or are dropped as one, and counts
+        of rows are of items. ``kept`` then has the items that stayed, by index.
 
         Raises:
             UserError: names the row that cannot be rendered, tokenized or truncated, or that has no target.
         """
-        made: list[Example] = []
-        counts = Counts(rows=len(rows))
-        self._dropped: list[int] = []  # lengths
+        made: list[Example | int] = []  # or the length of one that is dropped
+        counts = Counts(rows=len(rows) // together)
         for start in range(0, len(rows), _GROUP):
             group = rows[start : start + _GROUP]
             if self.labels:
-                found = self._labeled(group, counts)
+                made += self._labeled(group, counts)
             else:
-                found = [self._fitted(*each, counts) for each in self._encoded(group, counts)]
-            made += [example for example in found if example is not None]
-        counts.tokens = sum(map(len, made))
-        counts.trained = sum(int(np.count_nonzero(example.weights)) for example in made)
-        counts.longest = max(map(len, made), default=0)
-        if self._dropped:
-            counts.wider = self._wider()
-            counts.beyond = sum(length > counts.wider for length in self._dropped)
-        return made, counts
+                made += self._all_fitted(list(self._encoded(group, counts)), together, counts)
+        items = [made[start : start + together] for start in range(0, len(made), together)]
+        self.kept = [k for k, item in enumerate(items) if not any(isinstance(each, int) for each in item)]
+        others = [item for item in items if any(isinstance(each, int) for each in item)]
+        lengths = [[each if isinstance(each, int) else len(each) for each in item] for item in others]
+        dropped = list(map(max, lengths))
+        counts.dropped, counts.lost = len(dropped), counts.lost + sum(map(sum, lengths))
+        examples = [each for k in self.kept for each in items[k] if not isinstance(each, int)]
+        counts.tokens = sum(map(len, examples))
+        counts.trained = sum(int(np.count_nonzero(example.weights)) for example in examples)
+        counts.longest = max(map(len, examples), default=0)
+        if dropped:
+            counts.wider = self._wider(dropped)
+            counts.beyond = sum(length > counts.wider for length in dropped)
+        return examples, counts
 
-    def _wider(self) -> int:
+    def _wider(self, dropped: Sequence[int]) -> int:
         """Twice the window, or four times it and so on: what keeps most of the dropped, up to the model's context.
 
         0 if even that keeps none.
         """
-        size, best, left = self.size, 0, len(self._dropped)
-        while size < self.context and left > len(self._dropped) // 5:
+        size, best, left = self.size, 0, len(dropped)
+        while size < self.context and left > len(dropped) // 5:
             size = min(2 * size, self.context)
-            longer = sum(length > size for length in self._dropped)
+            longer = sum(length > size for length in dropped)
             best, left = (size, longer) if longer < left else (best, left)
         return best
 
-    def _encoded(
-        self, rows: Sequence[Row], counts: Counts
-    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, Talk | None]]:
+    def _all_fitted(self, rows: Sequence[_Encoded], together: int, counts: Counts) -> list[Example | int]:
+        """Rows as examples; those of an item have one prompt, shortened to leave room for the longest of its answers.
+
+        An item whose prompts cannot be shortened alike is dropped.
+        """
+        made: list[Example | int] = []
+        for start in range(0, len(rows), together):
+            item, before = rows[start : start + together], dataclasses.replace(counts)
+            answers = [len(ids) - int(np.argmax(mask)) for _, ids, mask, _ in item]
+            most = [self.size + 1 - max(answers) + answer for answer in answers]
+            found = [self._fitted(*row, room, counts) for row, room in zip(item, most, strict=True)]
+            whole = not any(isinstance(each, int) for each in found)
+            cut = together > 1 and any(len(ids) > room for (_, ids, *_), room in zip(item, most, strict=True))
+            if cut and len({each.prompt.tobytes() for each in found if isinstance(each, Example)}) > 1:
+                whole = False
+            if not whole:
+                counts.truncated, counts.cut, counts.lost = before.truncated, before.cut, before.lost
+                counts.unanswerable = before.unanswerable + (self.tune.overflow != "drop")
+                found = [len(ids) - 1 for _, ids, *_ in item]
+            made += found
+        return made
+
+    def _encoded(self, rows: Sequence[Row], counts: Counts) -> Iterator[_Encoded]:
         """(where, ids, mask) of each row, or of each of its answers with tune.unroll; with the conversation."""
         if self.template is None:
             for plain in self._plain(rows):
@@ -158,17 +190,22 @@ class Encoder:
             raise
 
     def _fitted(
-        self, where: str, ids: np.ndarray, mask: np.ndarray, talk: Talk | None, counts: Counts
-    ) -> Example | None:
-        """The row as an example of at most ``size`` tokens; None if it is dropped."""
+        self, where: str, ids: np.ndarray, mask: np.ndarray, talk: Talk | None, most: int, counts: Counts
+    ) -> Example | int:
+        """The row as an example of at most ``most`` tokens, the last of which is only a target.
+
+        Its length if it is dropped.
+        """
         if not mask[1:].any():
             raise UserError(f"{where}: {self._untrained(len(ids))}")
-        if len(ids) - 1 > self.size:
+        if self.tune.overflow == "start":  # as trl counts: the last token among them
+            most = self.size
+        if len(ids) > most:
             self._too_long(where, len(ids) - 1)
-            fitted = None if self.tune.overflow == "drop" else self._shortened(ids, mask, talk)
+            fitted = None if self.tune.overflow == "drop" else self._shortened(ids, mask, talk, most)
             if fitted is None:
                 counts.unanswerable += self.tune.overflow != "drop"
-                return self._drop(len(ids) - 1, counts)
+                return len(ids) - 1
             counts.lost += len(ids) - len(fitted[0][0])
             (ids, mask), truncated, cut = fitted
             counts.truncated, counts.cut = counts.truncated + truncated, counts.cut + cut
@@ -179,22 +216,19 @@ class Encoder:
             return "no reasoning in its answers: expected some to train on, or tune.train_on = both"
         return f"all {count} tokens are masked: expected an answer to train on"
 
-    def _drop(self, length: int, counts: Counts) -> None:
-        counts.dropped, counts.lost = counts.dropped + 1, counts.lost + length
-        self._dropped.append(length)
-
     def _too_long(self, where: str, length: int) -> None:
         if self.tune.overflow == "refuse":
             raise UserError(
                 f"{where}: {length} tokens: expected at most {self.size} "
-                "(tune.block_size; tune.overflow = drop or truncate takes longer rows)"
+                "(tune.block_size; tune.overflow = drop, truncate or start takes longer rows)"
             )
 
     def _shortened(
-        self, ids: np.ndarray, mask: np.ndarray, talk: Talk | None
+        self, ids: np.ndarray, mask: np.ndarray, talk: Talk | None, most: int
     ) -> tuple[shorten.Pair, bool, bool] | None:
         """Tokens and mask that fit, whether the prompt was shortened, and whether the end was cut."""
-        most = self.size + 1
+        if self.tune.overflow == "start":
+            return ((ids[:most], mask[:most]), False, True) if mask[1:most].any() else None
         if talk:
             found = shorten.fit_talk(talk, most, self._pair, lambda text: len(self.tokenizer.encode(text)))
             return found if found and found[0][1][1:].any() else None
@@ -210,9 +244,9 @@ class Encoder:
         (found,) = self._turns([talk])
         return found.ids, found.mask
 
-    def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | None]:
+    def _labeled(self, rows: Sequence[Row], counts: Counts) -> list[Example | int]:
         """Texts as AutoTokenizer gives them, whose last token predicts the label; a longer text loses its end."""
-        made: list[Example | None] = []
+        made: list[Example | int] = []
         pad = own_padding(self.tokenizer)
         for row, ids in zip(rows, self._ids(rows, [row.text for row in rows]), strict=True):
             if not len(ids):
@@ -221,7 +255,7 @@ class Encoder:
             if len(ids) > self.size:
                 self._too_long(row.where, len(ids))
                 if self.tune.overflow == "drop":
-                    self._drop(len(ids), counts)
+                    made.append(len(ids))
                     continue
                 counts.cut, counts.lost = counts.cut + 1, counts.lost + len(ids) - self.size
                 ids = beginning.wrap(self.tokenizer, ids, self.size)

@@ -34,6 +34,11 @@ class Example:
         return len(self.tokens)
 
     @property
+    def prompt(self) -> np.ndarray:
+        """The tokens before the first one that is trained on."""
+        return self.tokens[: int(np.argmax(self.weights > 0)) + 1]
+
+    @property
     def last_answer(self) -> tuple[np.ndarray, np.ndarray]:
         """The tokens before the last answer, and the answer's tokens."""
         asked = np.flatnonzero(self.weights)

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class SftSource:
     added: tuple[str, ...] = ()
     duplicates: list[row_duplicates.Pair] = field(default_factory=list)
     by_length: bool = False  # the model's frequencies depend on the length of an example, padding not counted
+    together: int = 1  # examples of an item, which a batch never separates
     _plans: dict[int, list[pack.Plan]] = field(default_factory=dict)
     _steps: list[int] = field(default_factory=list)
 
@@ -95,7 +96,7 @@ class SftSource:
 
     def split(self, name: str) -> Iterator[Batch]:
         """The same for ``valid`` or ``test``; nothing if the split is empty."""
-        plans = self._batches(name, np.arange(len(self.examples[name])))
+        plans = self._batches(name, np.arange(len(self._lengths(name))))
         most = self.train.eval_batches
         if 0 < most < len(plans):
             plans = [plans[i * len(plans) // most] for i in range(most)]
@@ -109,11 +110,11 @@ class SftSource:
     @property
     def real_share(self) -> float:
         """The share of the first epoch's positions that hold a token of an example, not padding."""
-        rows, places = self.examples["train"], 0
+        lengths, places = self._lengths("train"), 0
         for plan in self._plan(0):
-            longest = max(len(rows[row]) for (row, *_) in plan)
-            places += len(plan) * (self.size if self.packing else pack.bucket(longest, self.size))
-        return sum(map(len, rows)) / places
+            longest = max(lengths[row] for (row, *_) in plan)
+            places += len(plan) * self.together * (self.size if self.packing else pack.bucket(longest, self.size))
+        return sum(map(len, self.examples["train"])) / places
 
     def describe(self) -> dict[str, object]:
         """Counts and settings, for --json and environment.json."""
@@ -139,6 +140,12 @@ class SftSource:
         """What every example begins with, of what its tokenizer puts before a text."""
         return beginning.shared(self.tokenizer, [row.tokens for held in self.examples.values() for row in held])
 
+    def add_digests(self) -> None:
+        """Adds those of the examples and of the first epoch's order."""
+        self.digest["rows"] = pack.digest(self.examples["train"])
+        self.digest["valid rows"] = pack.digest(self.examples["valid"])
+        self.digest["order"] = pack.digest([], self.size, self._plan(0))
+
     def _count(self, epoch: int) -> int:
         while len(self._steps) <= epoch:
             self._steps.append(len(self._plan(len(self._steps))))
@@ -147,17 +154,24 @@ class SftSource:
     def _plan(self, epoch: int) -> list[pack.Plan]:
         """The batches of an epoch; the last two plans are kept."""
         if epoch not in self._plans:
-            seed, count = self.train.seed, len(self.examples["train"])
-            order = rng.permutation(seed, "sft rows", epoch, count=count)
-            made = self._batches("train", order, epoch)
+            made = self._batches("train", self._order(epoch), epoch)
             for old in sorted(self._plans)[:-1]:
                 del self._plans[old]
             self._plans[epoch] = made
         return self._plans[epoch]
 
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order in which an epoch's batches take the training items."""
+        return rng.permutation(self.train.seed, "sft rows", epoch, count=len(self._lengths("train")))
+
+    def _lengths(self, split: str) -> np.ndarray:
+        """The tokens of each item of a split, those of its longest example."""
+        lengths = np.array([len(example) for example in self.examples[split]], np.int64)
+        return lengths.reshape(-1, self.together).max(axis=1, initial=0)
+
     def _batches(self, split: str, order: np.ndarray, epoch: int | None = None) -> list[pack.Plan]:
         """Batches of the examples in ``order``; with ``epoch``, their order is shuffled."""
-        rows, lengths = self.train.batch_size, np.array([len(example) for example in self.examples[split]], np.int64)
+        rows, lengths = self.train.batch_size, self._lengths(split)
         if not len(order):
             return []
         if not self.packing:
@@ -193,42 +207,48 @@ def open_source(
         UserError: anything wrong with source, examples, template or window.
     """
     rows = row_formats.open_rows(tune)
-    size = tune.block_size or min(config.block_size, _LONGEST)
-    if size > config.block_size:
-        raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
-    template, added = None, ()
-    if tune.task == "lm":
-        before = {tokenizer.eos_id, *tokenizer.ends}
-        template, tokenizer, added = choose_template(tune, rows, tokenizer)
-        if template is None and tune.train_on != "both":
-            raise UserError(
-                f"tune.train_on = {tune.train_on}: examples without a chat template have no reasoning: both"
-            )
-        after = {template.end_id} if template else set()
-        after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
-        tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
-    else:
-        tokenizer = with_padding(tokenizer)
-    encoder = Encoder(tune, tokenizer, template, size, config.block_size)
+    encoder, added = encoder_of(tune, rows.format, tokenizer, config)
+    size = encoder.size
     if tune.task == "classify":
         encoder.labels, encoder.label_weights = _labels(rows.splits["train"], tune, labels)
     examples, counts = {}, {}
     for split, held in rows.splits.items():
         examples[split], counts[split] = encoder.examples(held)
     if not examples["train"]:
-        raise UserError(f"{tune.source}: {_none_left(counts['train'], size)}")
+        raise UserError(f"{tune.source}: {none_left(counts['train'], encoder)}")
     if tune.packing:
         size = min(size, _bin(tune.block_size, examples))
-    digest = rows.digest | {"tokenizer": tokenizer.digest}
+    digest = rows.digest | {"tokenizer": encoder.tokenizer.digest}
     duplicates = row_duplicates.near_duplicates(rows.splits["train"], rows.splits["valid"])
     source = SftSource(train, encoder, tune.packing, size, examples, counts, digest, added, duplicates)
     source.by_length = rotary.by_length(config)
-    source.digest["rows"] = pack.digest(examples["train"])
-    source.digest["valid rows"] = pack.digest(examples["valid"])
-    source.digest["order"] = pack.digest([], size, source._plan(0))
+    source.add_digests()
     for line in [*rows.notes, *_lines(tune, source, rows)]:
         say(line)
     return source
+
+
+def encoder_of(
+    tune: TuneConfig, form: str, tokenizer: Tokenizer, config: ModelConfig
+) -> tuple[Encoder, tuple[str, ...]]:
+    """What encodes rows of a format (see row_formats.Rows), and the tokens that were added to the tokenizer.
+
+    Raises:
+        UserError: the window is wider than the model's context, or the template cannot be used.
+    """
+    size = tune.block_size or min(config.block_size, _LONGEST)
+    if size > config.block_size:
+        raise UserError(f"tune.block_size = {size}: the model's context holds {config.block_size}")
+    if tune.task == "classify":
+        return Encoder(tune, with_padding(tokenizer), None, size, config.block_size), ()
+    before = {tokenizer.eos_id, *tokenizer.ends}
+    template, tokenizer, added = choose_template(tune, form, tokenizer)
+    if template is None and tune.train_on != "both":
+        raise UserError(f"tune.train_on = {tune.train_on}: examples without a chat template have no reasoning: both")
+    after = {template.end_id} if template else set()
+    after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
+    tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
+    return Encoder(tune, tokenizer, template, size, config.block_size), added
 
 
 def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
@@ -240,15 +260,15 @@ def _bin(asked: int, examples: dict[str, list[Example]]) -> int:
 
 
 def choose_template(
-    tune: TuneConfig, rows: row_formats.Rows, tokenizer: Tokenizer
+    tune: TuneConfig, form: str, tokenizer: Tokenizer
 ) -> tuple[Template | None, Tokenizer, tuple[str, ...]]:
     """The template for the examples, the tokenizer with it, and the tokens that were added for it."""
     kwargs = tune.chat_template_kwargs
-    if rows.format == "text":
+    if form == "text":
         _unused(kwargs, "rows of text are not rendered")
         return None, tokenizer, ()
     given: Any = {"date": tune.date, "kwargs": kwargs, "sanitize": tune.sanitize}
-    if tune.template == "auto" and (tokenizer.templates or rows.format == "completion"):
+    if tune.template == "auto" and (tokenizer.templates or form == "completion"):
         where = f"{tune.model}: chat template" if tune.model else "chat template"
         own = sft_template.template_of(tokenizer, where, **given)
         if own is None:
@@ -301,51 +321,67 @@ def _lines(tune: TuneConfig, source: SftSource, rows: row_formats.Rows) -> Itera
     yield f"examples: {tune.source}: {rows.format}: {sizes}; {share}"
     for name, count in counts.items():
         alone = bool(source.labels) or rows.format == "text"
-        yield from _long(name, count, len(source.examples[name]) + count.dropped, source.encoder, alone)
+        yield from long(name, count, len(source.examples[name]) + count.dropped, source.encoder, alone)
     if source.duplicates:
         first = ", ".join(f"{pair.valid} and {pair.train}" for pair in source.duplicates[:3])
         known = f"{len(source.duplicates):,} of {counts['valid'].rows:,} validation examples"
         yield f"near-duplicates: {known} have a similar training example: {first}"
-    if source.template:
-        added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
-        values = "".join(f", {name} = {value}" for name, value in tune.chat_template_kwargs.items())
-        yield f"template: {source.template.name}, an answer ends with {source.template.end}{added}{values}"
-        if unopened := sum(count.unopened for count in counts.values()):
-            yield (
-                f"template: {source.template.name}: the generation prompt ends in {source.template.opening!r}, which "
-                f"{unopened:,} examples lack: tune.unroll = true trains each answer behind the prompt that chat gives"
-            )
-        yield from written.lines(source.template, rows.splits["train"], tune.unroll)
-        yield from _spelled(source.template, [row for held in rows.splits.values() for row in held])
+    yield from template_lines(source, rows.splits)
+    yield batches_line(source)
+
+
+def batches_line(source: SftSource) -> str:
+    """How examples become batches."""
     form = f"packed into {source.size} tokens" if source.packing else "padded by length"
     share = f"{source.real_share:.1%} of the positions are tokens"
     steps = source.steps_per_epoch
-    yield f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
+    return f"batches: {form}: {share}; {steps:,} step{'s' * (steps != 1)} an epoch"
 
 
-def _none_left(count: Counts, size: int) -> str:
+def none_left(count: Counts, encoder: Encoder) -> str:
     """Why no training example is left."""
-    why = f"all {count.dropped} training examples are longer than {size} tokens: nothing is left to train on"
+    why = f"all {count.dropped} training examples are longer than {encoder.size} tokens: nothing is left to train on"
+    if encoder.tune.overflow == "start":
+        return f"{why}: their prompts fill them: expected a larger tune.block_size"
     if count.unanswerable:
         return f"{why}: shortened, their answers would lose their questions: expected a larger tune.block_size"
     wider = f"tune.block_size = {count.wider} or " if count.wider else ""
     return f"{why} (tune.overflow = drop): expected {wider}tune.overflow = truncate"
 
 
-def _long(name: str, count: Counts, made: int, encoder: Encoder, alone: bool) -> Iterator[str]:
+def long(name: str, count: Counts, made: int, encoder: Encoder, alone: bool) -> Iterator[str]:
     """Lines about the examples of a split that are longer than the window."""
     longer = f"examples longer than {encoder.size} tokens"
     if count.truncated:
         yield f"{name}: {count.truncated:,} {longer}: they lost their oldest turns, or the middle of the prompt"
     if count.cut:
         yield f"{name}: {count.cut:,} {longer}{'' if alone else ' in the answer'}: they lost the end"
-    if count.unanswerable:
+    if count.unanswerable and encoder.tune.overflow == "start":
+        yield f"{name}: dropped {count.dropped:,} of {made:,} {longer}, which their prompts fill"
+    elif count.unanswerable:
         yield f"{name}: dropped {count.unanswerable:,} {longer} whose answers would have lost their questions"
     elif count.dropped:
         cure = f"the model's context of {encoder.context} holds none of them; tune.overflow = truncate shortens them"
         if count.wider:
             cure = f"tune.block_size = {count.wider} keeps all" + (f" but {count.beyond:,}" if count.beyond else "")
         yield f"{name}: dropped {count.dropped:,} of {made:,} {longer} ({count.lost:,} tokens); {cure}"
+
+
+def template_lines(source: SftSource, splits: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """Lines about the template and what of the rows it does not write."""
+    template, tune = source.template, source.encoder.tune
+    if not template:
+        return
+    added = f", with the new tokens {' and '.join(source.added)}" if source.added else ""
+    values = "".join(f", {name} = {value}" for name, value in tune.chat_template_kwargs.items())
+    yield f"template: {template.name}, an answer ends with {template.end}{added}{values}"
+    if unopened := sum(count.unopened for count in source.counts.values()):
+        yield (
+            f"template: {template.name}: the generation prompt ends in {template.opening!r}, which "
+            f"{unopened:,} examples lack: tune.unroll = true trains each answer behind the prompt that chat gives"
+        )
+    yield from written.lines(template, splits["train"], tune.unroll)
+    yield from _spelled(template, [row for held in splits.values() for row in held])
 
 
 def _spelled(template: Template, rows: Sequence[Row]) -> Iterator[str]:
