@@ -347,7 +347,7 @@ VERBS_WITH_A_DEVICE = {
     "train": ["--out", "new"], "finetune": ["-m", "x", "-d", "y", "--out", "new"], "plan": [], "generate": ["-m", "x"],
     "chat": ["-m", "x"], "eval": ["-m", "x", "-d", "y"], "classify": ["-m", "x", "-t", "y"],
     "serve": ["-m", "x"], "probe": ["x", "--tokens", "y", "-o", "."], "inspect": ["x", "--text", "y"],
-    "quantize": ["x", "z", "--bits", "4"],
+    "quantize": ["x", "z", "--bits", "4"], "rl": ["-m", "x", "--prompts", "y", "--reward", "exact", "--out", "new"],
 }  # fmt: skip
 
 

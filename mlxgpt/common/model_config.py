@@ -15,6 +15,9 @@ _ROPE = {
 }
 """What each rope_scaling reads."""
 
+SCORE = ("LABEL_0",)
+"""The label of a reward model's one output, as transformers names it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -91,7 +94,9 @@ class ModelConfig:
     final_norm: bool = field(True, "the norm ln_f between the last block and the head")
     head_bias: bool = field(False, "bias on the head")
     tied: bool = field(True, "the head is the embedding, transposed")
-    labels: tuple = field((), "labels of a classifier, in the order of its outputs; empty = a language model")
+    labels: tuple = field(
+        (), "labels of a classifier, in the order of its outputs; one alone = a reward model; empty = a language model"
+    )
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -133,8 +138,8 @@ class ModelConfig:
         bare = self.norm_weight or self.norm == "rms" or (self.norm == "layer" and not self.norm_bias)
         check("model", bare, "norm_weight", self.norm_weight, "true, but for norm = rms, or layer without norm_bias")
         names = self.labels
-        known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) != 1
-        check("model", known, "labels", names, "two different names or more, or none")
+        known = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+        check("model", known, "labels", names, "different names, one alone for a reward model, or none")
         if names:  # its head is `score`, whatever the language model had
             object.__setattr__(self, "tied", False)
             object.__setattr__(self, "final_softcap", 0.0)
@@ -164,6 +169,18 @@ class ModelConfig:
             check("model", idle, name, value, f"{default!r} where model.position = {self.position}")
         even = self.position != "sinusoidal" or self.n_embd % 2 == 0
         check("model", even, "n_embd", self.n_embd, "an even number where model.position = sinusoidal")
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model: its one output is a text's score."""
+        return len(self.labels) == 1
+
+    @property
+    def kind(self) -> str:
+        """What the head makes it, in words."""
+        if self.scores:
+            return "a reward model"
+        return f"a classifier of {len(self.labels)} labels" if self.labels else "a language model"
 
     @property
     def biased(self) -> tuple[str, ...]:

@@ -202,7 +202,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.labels:
         names = dict(enumerate(config.labels))
         values |= {"num_labels": len(names), "id2label": {str(n): name for n, name in names.items()}}
-        values |= {"label2id": {name: n for n, name in names.items()}, "problem_type": "single_label_classification"}
+        values |= {"label2id": {name: n for n, name in names.items()}}
+        values |= {} if config.scores else {"problem_type": "single_label_classification"}
     for name, key in family.fields.items():
         value = getattr(config, name)
         values[key] = None if name in _NULLABLE and not value else value
@@ -311,12 +312,12 @@ def _read_own(values: Mapping[str, Any], family: Family, architectures: Any, whe
 
 def _labels(where: str, values: Mapping[str, Any]) -> tuple[str, ...]:
     """A classifier's labels by their numbers; without names transformers calls them LABEL_0 and so on."""
-    kind = values.get("problem_type")
-    if kind not in (None, "single_label_classification"):
-        raise UserError(f"{where}: problem_type = {kind!r} is not supported: expected single_label_classification")
     found = values.get("id2label") or {str(n): f"LABEL_{n}" for n in range(values.get("num_labels", 2))}
     if not isinstance(found, dict) or set(found) != {str(n) for n in range(len(found))}:
         raise UserError(f"{where}: id2label = {found!r}: expected a name by each number from 0")
+    kind = values.get("problem_type")
+    if kind not in (None, "single_label_classification") and not (kind == "regression" and len(found) == 1):
+        raise UserError(f"{where}: problem_type = {kind!r} is not supported: expected single_label_classification")
     return tuple(found[str(n)] for n in range(len(found)))
 
 
