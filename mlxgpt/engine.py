@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxgpt import adapters, losses, optim, preference, quant
+from mlxgpt import adapters, losses, optim, policy, preference, quant
 from mlxgpt import device as devices
 from mlxgpt.common import rng
 from mlxgpt.common.batch import Batch, State, StepStats
@@ -59,7 +59,7 @@ class Engine:
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.own = losses.own(objective) if objective else None
         self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
-        self.aligned = preference.objective(recipe)
+        self.aligned = policy.objective(recipe) or preference.objective(recipe)
         self.temperature = recipe.rl.temperature if recipe.rl else 1.0
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         train = recipe.train

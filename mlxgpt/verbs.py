@@ -43,6 +43,17 @@ VERBS = {
             "finetune --resume runs/qa --backend torch",
         ),
     ),
+    "rl": Verb(
+        "reinforcement learning: train a model on rewards of what it writes",
+        "mlxgpt.commands.rl:reinforce",
+        training.rl,
+        (
+            "rl --model runs/sums --prompts sums.jsonl --reward exact",
+            "rl --model runs/qa --prompts asked.jsonl --reward reward.py:brief --method dr_grpo --set rl.kl=0.04",
+            "rl --model runs/qa --prompts asked.jsonl --reward runs/judge --method best-of-n --out best.jsonl",
+            "rl --resume runs/sums-grpo --backend torch",
+        ),
+    ),
     "plan": Verb(
         "predict memory, time and cost before anything runs",
         "mlxgpt.commands.plan:plan_command",
@@ -93,6 +104,7 @@ VERBS = {
             "eval -m runs/first --task quiz.jsonl --shots 2",
             "eval -m model --task hellaswag --data hellaswag/ --limit 1000",
             "eval -m runs/new --task quiz.jsonl --against runs/old",
+            "eval -m runs/new --prompts asked.jsonl --reward reward.py --against runs/old",
         ),
     ),
     "classify": Verb(
@@ -294,6 +306,7 @@ VERBS = {
 CALLED = {
     "train": "pretrain pre-train fit run",
     "finetune": "lora sft fine-tune fine_tune tune finetune_lora finetune_full finetune_adapter dora adapt",
+    "rl": "grpo rloo dapo ppo reinforce rlhf rlvr",
     "generate": "sample infer inference complete completion text prompt",
     "serve": "server api openai host",
     "eval": "evaluate test perplexity ppl lm_eval lm-eval",

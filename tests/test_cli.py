@@ -45,6 +45,9 @@ FLAGS = {
         "--force",
     }
     | RUNS_A_MODEL,
+    "rl": {"--model", "--prompts", "--reward", "--method", "--out", "--steps", "--lr", "--adapter", "--config"}
+    | {"--replay", "--check", "--run-code", "--stop-after", "--set", "--resume", "--force"}
+    | RUNS_A_MODEL,
     "plan": {
         "--model",
         "--data",

@@ -348,7 +348,7 @@ VERBS_WITH_A_DEVICE = {
     "chat": ["-m", "x"], "eval": ["-m", "x", "-d", "y"], "classify": ["-m", "x", "-t", "y"],
     "score": ["-m", "x", "-t", "y"],
     "serve": ["-m", "x"], "probe": ["x", "--tokens", "y", "-o", "."], "inspect": ["x", "--text", "y"],
-    "quantize": ["x", "z", "--bits", "4"],
+    "quantize": ["x", "z", "--bits", "4"], "rl": ["-m", "x", "--prompts", "y", "--reward", "exact", "--out", "new"],
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ SHARE = {
     "model.py": 0.22,  # on a GPU MLX has no fused attention with a gradient: tiles; PyTorch has FlexAttention
     "noise.py": 0.29,
     "optim.py": 0.34,  # MLX updates nothing in place; Muon on a stack
+    "policy.py": 0.30,
     "preference.py": 0.18,
     "probe.py": 0.37,
     "quant.py": 0.39,

@@ -237,7 +237,7 @@ def test_eval_prints_the_scores_of_tasks(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "expected --data PATH, or --task FILE.jsonl, FILE.yaml or NAME"),
+        ([], "expected --data PATH, --task FILE.jsonl, FILE.yaml or NAME, or --prompts"),
         (["--task", "mine.jsonl", "--stride", "8"], "--stride: does nothing with --task"),
         (["--task", "mine.jsonl", "--set", "a=b"], "--set: does nothing with --task"),
         (["--task", "mine.jsonl", "--text-key", "b"], "--text-key: does nothing with --task"),

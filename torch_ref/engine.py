@@ -17,7 +17,7 @@ from mlxgpt.common.model import params as parameters
 from mlxgpt.common.model import quantize_base
 from mlxgpt.common.model.affine import Quantized
 from mlxgpt.common.scores import confusion
-from torch_ref import adapters, fast, fused, losses, optim, preference, quant, sampled, transfer
+from torch_ref import adapters, fast, fused, losses, optim, policy, preference, quant, sampled, transfer
 from torch_ref import device as devices
 from torch_ref.layers import Array, Dropout
 from torch_ref.model import Model
@@ -57,7 +57,7 @@ class Engine:
         self.adapter_dropout = recipe.adapter.dropout if recipe.adapter else 0.0
         self.own = losses.own(objective) if objective else None
         self.objective = self.own or (losses.classify if recipe.model.labels else losses.lm)
-        self.aligned = preference.objective(recipe)
+        self.aligned = policy.objective(recipe) or preference.objective(recipe)
         self.temperature = recipe.rl.temperature if recipe.rl else 1.0
         self.neftune = recipe.tune.neftune if recipe.tune else 0.0
         self.model = Model(recipe.model, getattr(torch, recipe.train.compute_dtype), seed=None)

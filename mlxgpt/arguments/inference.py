@@ -110,18 +110,22 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     add("--task", action="append", default=[], metavar="TASK",
         help="a .jsonl of questions, a YAML of lm-evaluation-harness, or a published task, such as hellaswag; "
         "repeatable")  # fmt: skip
-    add("--limit", type=positive, metavar="N", help="with --task: the first N questions")
+    add("--limit", type=positive, metavar="N", help="with --task or --prompts: the first N")
     add("--shots", type=natural, metavar="N", help="with --task: examples before each question; default: the task's")
     add("--log", action=Once, metavar="FILE", help="with --task: a new .jsonl, the outcome of each question")
     add("--max-tokens", type=positive, metavar="N",
-        help="with --task: tokens that a written answer may have; default: the task's")  # fmt: skip
+        help="with --task or --prompts: tokens that an answer may have; default: the task's, 128")  # fmt: skip
     add("--against", action=Once, metavar="MODEL",
-        help="with --task: another model, or the --log of one, for the differences and how sure they are")  # fmt: skip
+        help="with --task or --prompts: another model, or the --log of one, to compare with")  # fmt: skip
     add("--run-code", action="store_true",
         help="run programs that the model writes for tasks such as humaneval, each in a process without network, "
         "with little time and memory and a folder of its own")  # fmt: skip
     add("--draws", type=positive, metavar="N",
-        help="with --run-code: programs a question, at temperature 0.8; default: 1, greedy")  # fmt: skip
+        help="with --run-code: programs a question, at temperature 0.8; --prompts: answers; default: 1")  # fmt: skip
+    add("--prompts", action=Once, metavar="FILE",
+        help="prompts whose answers --reward judges; --against MODEL: how often they beat its own")  # fmt: skip
+    add("--reward", action="append", default=[], metavar="REWARD",
+        help="with --prompts: FILE.py, a reward model, exact, regex, length:N or tests; repeatable")  # fmt: skip
     add("--bos", choices=["auto", "yes", "no"],
         help="with --task: whether rows begin with BOS; default: auto, as the tokenizer does")  # fmt: skip
     add("--chat", action="store_true", help="with --task: questions in the model's chat template")

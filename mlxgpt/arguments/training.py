@@ -63,6 +63,34 @@ def plan(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
 
 
+def rl(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", metavar="DIR", help="the model to train: a run, a checkpoint, a model folder or a hub id")
+    add("--prompts", action=Once, metavar="FILE",
+        help="rows with prompt (a text or messages), and what rewards read, such as answer")  # fmt: skip
+    add("--reward", action="append", metavar="REWARD",
+        help="FILE.py[:FUNCTION], a reward model's folder, exact, regex, length:N or tests; repeatable")  # fmt: skip
+    add("--method", choices=["grpo", "dr_grpo", "dapo", "rloo", "best-of-n"],
+        help="how it learns, default: grpo; or write the best completion of each prompt into a file")  # fmt: skip
+    add("-o", "--out", metavar="PATH", help="the run folder to make, default: runs/PROMPTS-METHOD; or the file")
+    add("-n", "--steps", type=positive, metavar="N", help="updates; default: 200")
+    add("--lr", type=positive_number, metavar="X", help="learning rate; default: 1e-5, of all weights 1e-6")
+    add("--adapter", metavar="DIR", help="continue training this adapter: a run, PEFT or mlx-lm")
+    add("--config", metavar="FILE", help="settings: .toml")
+    add("--replay", metavar="RUN", help="train on the completions and rewards of this run, or of its rollouts.jsonl")
+    add("--check", action="store_true", help="with --replay: draw as well, and say where the first token differs")
+    add("--run-code", action="store_true", help="allow --reward tests to run what the model writes")
+    add("--stop-after", type=positive, metavar="N", help="save at step N and exit; --resume continues from there")
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
+    add("--resume", metavar="RUN", help="resume a run from its newest checkpoint, whichever framework wrote it")
+    add(
+        "--force",
+        action="store_true",
+        help="start even if memory is too small, or --adapter was trained on other weights",
+    )
+    add_backend(parser)
+
+
 def finetune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", "--model", metavar="DIR", help="the model to fine-tune: a run, a checkpoint, a model folder or a hub id")
@@ -75,7 +103,8 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     _add_training(parser)
     add("--adapter", metavar="DIR", help="continue training this adapter: a run, PEFT or mlx-lm")
     add("--train-on-prompt", action="store_true", help="compute the loss on every token, not only the assistant's")
-    add("--task", choices=["lm", "classify"], help="generate answers, or classify texts; default: lm")
+    add("--task", choices=["lm", "classify", "prefer", "reward"],
+        help="generate answers, classify texts, prefer the better of two, or score answers; default: lm")  # fmt: skip
     add("--stop-after", type=positive, metavar="N", help="save at step N and exit; --resume continues from there")
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="resume a run from its newest checkpoint, whichever framework wrote it")

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common import recipes
+from mlxgpt.common.align.rl import win_rate, writing
+from mlxgpt.common.align_config import RLConfig
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.evaluate import rows as evaluation_rows
@@ -33,11 +36,16 @@ from mlxgpt.common.user_code import limited
 
 _DATA = ("text_key", "split", "set", "stride")  # flags of --data without --task
 _KEPT = {"files": "files outside their folder", "processes": "other processes"}
+_JUDGED = ("shots", "log", "bos", "chat", "data", "kv_bits", "task")  # flags that --prompts has no use for
 _TASKS = ("limit", "shots", "log", "against", "run_code", "draws", "max_tokens", "bos", "chat")
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of --data, or scores on each --task, as lines or as one JSON object."""
+    if args.prompts:
+        return _judged(args)
+    if args.reward:
+        raise UserError("--reward: expected --prompts FILE, whose answers it judges")
     needed, others = ("--task", _DATA) if args.task else ("--data without --task", _TASKS)
     for name in others:
         value = getattr(args, name)
@@ -46,7 +54,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if args.task:
         return _tasks(args)
     if not args.data:
-        raise UserError("expected --data PATH, or --task FILE.jsonl, FILE.yaml or NAME")
+        raise UserError("expected --data PATH, --task FILE.jsonl, FILE.yaml or NAME, or --prompts FILE with --reward")
     return _data(args)
 
 
@@ -172,6 +180,38 @@ def _read_log(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, dict
         digests, found[task.name] = compare.logged(rows, task.name, args.against)
         compare.expect_same(asked, digests, (args.model, args.against), task.name)
     return found
+
+
+def _judged(args: argparse.Namespace) -> int:
+    """Prints what the answers to --prompts are rewarded with, and how often they beat those of --against."""
+    for name in (*_JUDGED, *_DATA):
+        if getattr(args, name) and name != "set":
+            raise UserError(f"--{name.replace('_', '-')}: does nothing with --prompts")
+    rl = {"rewards": list(args.reward), "max_tokens": args.max_tokens or RLConfig().max_tokens}
+    sections = recipes.apply_sets({"tune": {"source": args.prompts}, "rl": rl}, args.set)
+    recipe = recipes.build(sections, "--set")
+    assert recipe.rl and recipe.tune
+    backend = backends.load(args.backend)
+    found = []
+    with contextlib.closing(writing.open_rewards(backend, recipe.rl, args.device, args.run_code)) as rewards:
+        given = base_and_adapters.parse_adapters(args.adapter) or None
+        if args.against:
+            base_and_adapters.find_base(args.against)
+        for place, adapters in ((args.model, given), *([(args.against, None)] if args.against else ())):
+            with _progress(args, f"{place}: ") as say:
+                told = (lambda line: None) if args.json else functools.partial(print, file=sys.stderr)
+                writer = writing.Writer(backend, place, adapters, args.device, args.force, recipe.tune, recipe.rl, told)
+                found.append(win_rate.answer(place, writer, rewards, args.draws or 1, args.limit, say))
+    if found[0].asked != found[-1].asked:
+        raise UserError(
+            f"{args.against}: its context has room for other prompts: expected shorter ones or --max-tokens"
+        )
+    apart = win_rate.win_rate(*found) if len(found) > 1 else None
+    if args.json:
+        print(json.dumps({"answers": [each.described() for each in found], "win_rate": apart}))
+    else:
+        print("\n".join(win_rate.lines(found, apart)))
+    return 0
 
 
 def _data(args: argparse.Namespace) -> int:

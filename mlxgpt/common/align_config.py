@@ -7,7 +7,7 @@ from mlxgpt.common.fields import check, field, one_of
 LOSSES = ("dpo", "cdpo", "robust", "ipo", "kto", "orpo", "simpo")
 REFERENCE = ("dpo", "cdpo", "robust", "ipo", "kto")
 """The losses that compare with the run as it began."""
-METHODS = ("grpo", "dr_grpo", "dapo", "rloo", "ppo")
+METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,13 @@ class PreferConfig:
 class RLConfig:
     """Reinforcement learning: rollouts, rewards and the policy's loss; policy.py has the formulas."""
 
-    method: str = field("grpo", "grpo, dr_grpo, dapo, rloo or ppo")
-    rewards: tuple = field((), "rewards: FILE.py or FILE.py:FUNCTION, a reward model's folder, or exact, regex, length")
+    method: str = field("grpo", "grpo, dr_grpo, dapo or rloo")
+    rewards: tuple = field(
+        (), "FILE.py or FILE.py:FUNCTION, a reward model's folder, exact, regex, regex:PATTERN, length:N or tests"
+    )
     weights: tuple = field((), "weights of the rewards, in their order; empty = 1 each")
+    seconds: float = field(60.0, "time that the reward functions have for a rollout")
+    raw: bool = field(False, "give texts to the model as they are, though it has a chat template")
     prompts: int = field(4, "prompts of a rollout")
     completions: int = field(8, "completions of each prompt: a group")
     max_tokens: int = field(128, "tokens of a completion")
@@ -57,19 +61,52 @@ class RLConfig:
     scale: str = field("auto", "divide advantages by the deviation of rewards: group, batch, none; auto by the method")
     mean: str = field("auto", "mean of the loss over: sequence, token, or constant (max_tokens); auto by the method")
     kl: float = field(0.0, "weight of the KL divergence from the model that the run began with, estimated by k3")
+    kl_ratio: bool = field(True, "multiply that estimate by the ratio, so that its gradient is the divergence's")
     mask_truncated: bool = field(False, "leave completions that did not end out of the loss")
-    gamma: float = field(1.0, "ppo: discount of later rewards")
-    gae: float = field(0.95, "ppo: lambda of generalized advantage estimation")
-    value: float = field(0.1, "ppo: weight of the value head's loss")
-    value_clip: float = field(0.2, "ppo: how far a value may move from the rollout's")
+    replay: str = field("", "a run, or its rollouts.jsonl: train on its completions and rewards in place of own ones")
+    check: bool = field(False, "with replay: draw as well, and say where the first token differs")
 
     def __post_init__(self) -> None:
         one_of("rl", self, "method", *METHODS)
         one_of("rl", self, "scale", "auto", "group", "batch", "none")
         one_of("rl", self, "mean", "auto", "sequence", "token", "constant")
-        for name in ("prompts", "completions", "max_tokens", "temperature", "updates", "clip"):
-            check("rl", getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("clip_high", "kl", "value", "value_clip"):
-            check("rl", getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive number")
-        for name in ("gamma", "gae"):
-            check("rl", 0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("prompts", "completions", "max_tokens", "temperature", "updates", "clip", "seconds"):
+            value = getattr(self, name)
+            check("rl", 0 < value < float("inf"), name, value, "a positive number")
+        for name in ("clip_high", "kl"):
+            value = getattr(self, name)
+            check("rl", 0 <= value < float("inf"), name, value, "0 or a positive number")
+        check("rl", self.completions > 1, "completions", self.completions, "2 at least: they are compared")
+        check("rl", self.clip < 1, "clip", self.clip, "below 1")
+        if self.method == "rloo":
+            check(
+                "rl",
+                self.mean == "auto",
+                "mean",
+                self.mean,
+                "'auto' where rl.method = rloo, whose loss is a sequence's",
+            )
+            check("rl", self.scale != "group", "scale", self.scale, "none or batch where rl.method = rloo")
+        check("rl", self.kl_ratio or self.method != "rloo", "kl_ratio", self.kl_ratio, "true where rl.method = rloo")
+        check("rl", bool(self.replay) or not self.check, "check", self.check, "false without rl.replay")
+        numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in self.weights)
+        check("rl", numbers, "weights", self.weights, "numbers")
+        fits = not self.weights or len(self.weights) == len(self.rewards)
+        check("rl", fits, "weights", self.weights, f"one for each of the {len(self.rewards)} rewards")
+
+    @property
+    def upper(self) -> float:
+        """How far the ratio may rise above 1."""
+        return self.clip_high or (0.28 if self.method == "dapo" else self.clip)
+
+    @property
+    def scaled(self) -> str:
+        """What advantages are divided by the deviation of: group, batch or none."""
+        own = {"grpo": "group", "dapo": "group", "dr_grpo": "none", "rloo": "none"}
+        return own[self.method] if self.scale == "auto" else self.scale
+
+    @property
+    def averaged(self) -> str:
+        """What the loss is a mean over: sequence, token or constant."""
+        own = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant", "rloo": "sequence"}
+        return own[self.method] if self.mean == "auto" else self.mean

@@ -110,6 +110,7 @@ _SHARDED = "it holds one tensor and the largest layer: close other programs, or 
 ADVICE = {
     "train": "expected a smaller model, --set train.micro_batch_size=1 or --set train.checkpoint_activations=true",
     "finetune": "expected a smaller or quantized model, --method lora, or --set train.micro_batch_size=1",
+    "rl": "expected a smaller or quantized model, or --set train.micro_batch_size=1",
     "plan": "expected a smaller recipe",
     "generate": _TEXTS,
     "chat": _TEXTS,

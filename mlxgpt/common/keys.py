@@ -182,7 +182,12 @@ _SPELLED = {
     "bf16-mixed": "bfloat16", "32-true": "float32", "adam": "adamw", "AdamW": "adamw", "adamw_torch": "adamw",
     "constant_with_warmup": "constant", "cosine_decay": "cosine", "linear_schedule": "linear",
 }  # fmt: skip
-_READ = {"train": PRETRAINING, "plan": PRETRAINING, "finetune": FINETUNING}  # verb -> the sections that it reads
+_READ = {
+    "train": PRETRAINING,
+    "plan": PRETRAINING,
+    "finetune": FINETUNING,
+    "rl": ("rl", *FINETUNING),
+}  # verb -> the sections that it reads
 
 
 class Key(NamedTuple):

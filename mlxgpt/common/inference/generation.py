@@ -39,6 +39,7 @@ class Row:
         self.tokens: list[int] = []
         self.logprobs: list[Chosen] = []
         self.text, self.reason = "", ""
+        self.end: int | None = None  # the token that ended it
         self._held = ""  # may be the beginning of a stop string
         self.ends = {tokenizer.eos_id, *tokenizer.ends} if tokenizer else set()  # tokens that end the text
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
@@ -52,6 +53,7 @@ class Row:
         if token < 0:
             raise RunError(f"prompt {self.index + 1}, token {len(self.tokens) + 1}: the model's logits are not finite")
         if token in self.ends:
+            self.end = token
             return self._close("eos")
         self.tokens.append(token)
         if self._decoder:

@@ -5,6 +5,7 @@ import functools
 import json
 import shlex
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ class Finetuning(Kind[SftSource]):
         own = tokenizer if bases is None or tokenizer.files != bases.files else None
         adapter_folder.write_adapter(place, recipe, self._base, {**trained, **self._frozen}, own, hub_id, ends)
 
-    def sample(self, job: Job) -> str | None:
+    def sample(self, job: Job) -> Mapping[str, str] | str | None:
         """A question and the model's answer."""
         assert self.recipe.tune
         wanted = self.recipe.sample.max_tokens and self.recipe.tune.task == "lm"

@@ -23,7 +23,7 @@ ACCEPTED = {
     "train.memory_limit", "train.cache_limit", "train.clear_cache", "train.wired_limit",
     "train.eval_every", "train.tasks", "train.task_limit", "train.sample_every", "train.save_every", "train.keep",
     "train.background", "train.early_stop", "train.log_every", "train.tensorboard", "train.wandb", "tune.model",
-    "tune.source", "tune.test",
+    "tune.source", "tune.test", "rl.rewards", "rl.replay", "rl.seconds",
 }  # fmt: skip
 # Of these, what reorders floating-point additions.
 ROUNDING = {

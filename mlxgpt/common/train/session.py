@@ -79,7 +79,7 @@ def _resume(kind: Kind) -> int:
     resume.check_run(out)
     with run_folder.locked(out):
         stored = read_toml(out / "recipe.toml")
-        verb = "finetune" if "tune" in stored else "train"
+        verb = "rl" if "rl" in stored else "finetune" if "tune" in stored else "train"
         if verb != kind.verb:
             raise UserError(f"{out}: a run of mlxgpt {verb}: mlxgpt {verb} --resume {out} resumes it")
         _check_own(kind, out)
