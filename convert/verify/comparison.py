@@ -65,7 +65,7 @@ def verify(
     headed = next((side.opened.config for side in sides if side.opened.config.labels), None)
     if headed and not weights_only:
         left = [rung for rung in asked if rung not in ON_FILES]
-        report.skip(", ".join(left), f"{headed.kind} predicts no tokens: its files are compared", rungs is not None)
+        report.skip(", ".join(left), f"{headed.kind} predicts no tokens: files alone are compared", rungs is not None)
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         work = Path(name)
         outcome = verify_tensors.compare(one.opened, other.opened, report)
