@@ -61,7 +61,7 @@ def entry(place: Path) -> dict[str, Any]:
 
 
 def check_command(args: Namespace) -> int:
-    """Checks every file of every checkpoint, what it refers to, and metrics.jsonl; returns 1 if something is damaged."""
+    """Checks every file of every checkpoint, the reference and metrics.jsonl; returns 1 if something is damaged."""
     run = Path(args.run)
     if not resolve.is_run(run):
         raise UserError(f"{run}: not a run; expected the --out of a training")
