@@ -58,6 +58,11 @@ class PairSource(SftSource):
         """Whether rows stand alone, each good or bad."""
         return self.together == 1
 
+    def describe(self) -> dict[str, object]:
+        """Counts and settings; also the good ones of single answers."""
+        good = {split: int(values.sum()) for split, values in self.good.items()} if self.single else {}
+        return super().describe() | {"answers_of_an_item": self.together} | ({"good": good} if good else {})
+
     def mismatched(self, split: str, rows: Sequence[int]) -> list[Example]:
         """The prompts of kto's rows, each with the answer of the row before it in its batch."""
         examples, others = self.examples[split], self._other(split)
