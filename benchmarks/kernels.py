@@ -132,7 +132,8 @@ class Counted(engines.Engine):
     def gradients(self, rows: int, packed: bool = False) -> tuple[mx.array, dict[str, mx.array]]:
         """What a further micro-batch makes of gradients that were there."""
         total = {name: _like(param.shape) for name, param in self.table.items()}
-        return self._run_gradients(self.arrays(rows, packed), self._keys(1), mx.array(0, mx.uint32), total)
+        terms, _, grads = self._run_gradients(self.arrays(rows, packed), self._keys(1), mx.array(0, mx.uint32), total)
+        return terms, grads
 
     def update(self) -> list[mx.array]:
         """What an update makes of gradients that are there."""

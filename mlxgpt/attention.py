@@ -136,7 +136,11 @@ class Attention(nn.Module):
         softcap, slopes = self._config.attn_softcap, self._slopes
         if isinstance(mask, Array) and mask.dtype != mx.bool_:
             slopes = None  # the mask has what they add
-        fused = not self.training and fast.fuses(q.shape[-1], softcap) and slopes is None
-        run = attend if fused else partial(fast.tiled, attend)
-        y = run(q, k, v, mask, drop, self._scale, softcap, slopes)
+        if not (self.training or softcap) and self._slopes is None and fast.few(q, k):
+            assert not isinstance(mask, str)
+            y = fast.whole(q, k, v, mask, self._scale)
+        else:
+            fused = not self.training and fast.fuses(q.shape[-1], softcap) and slopes is None
+            run = attend if fused else partial(fast.tiled, attend)
+            y = run(q, k, v, mask, drop, self._scale, softcap, slopes)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, -1), drop)

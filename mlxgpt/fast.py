@@ -45,10 +45,14 @@ def logistic(x: Array) -> Array:
     return 1 / (1 + exp(mx.minimum(-x, 87.0)))
 
 
+_logistic = mx.compile(logistic)
+_silu_times = mx.compile(lambda x, y: x * logistic(x) * y)
+
+
 @mx.custom_function
 def sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x)."""
-    return logistic(x)
+    return _logistic(x)
 
 
 @sigmoid.vjp
@@ -60,7 +64,7 @@ def _sigmoid_vjp(x: Array, cotangent: Array, _: Array) -> Array:
 @mx.custom_function
 def silu_times(x: Array, y: Array) -> Array:
     """x / (1 + e^-x) y."""
-    return x * logistic(x) * y
+    return _silu_times(x, y)
 
 
 @silu_times.vjp
@@ -73,6 +77,40 @@ def _silu_times_vjp(primals: tuple[Array, Array], cotangent: Array, _: Array) ->
 def exp_or_zero(x: Array) -> Array:
     """e^x, and 0 below e^-80: what is masked is nothing."""
     return mx.where(x < -80.0, 0.0, exp(x))
+
+
+_weights = mx.compile(lambda scores, top: exp_or_zero(scores - top))
+
+
+def few(q: Array, k: Array) -> bool:
+    """Whether ``whole`` is the fastest without a gradient: few scores a head, and many of all rows together."""
+    scores, cpu = q.shape[2] * k.shape[2], mx.default_device() == mx.Device(mx.cpu)
+    return cpu and q.dtype == mx.float32 and scores < MANY <= scores * q.shape[0] * q.shape[1]
+
+
+def whole(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> Array:
+    """softmax(scale q k^T) v whose weights all exist at once; shapes as attend has them."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1], k.shape[2]
+
+    @mx.custom_function
+    def run(q: Array, k: Array, v: Array) -> Array:
+        z = ((q * scale).reshape(B, K, -1, D) @ k.swapaxes(-1, -2)).reshape(B, K, H // K, T, S)
+        if mask is not None:
+            z = mx.where(mask if mask.ndim == 2 else mask[:, None], z, -1e30)
+        e = _weights(z, z.max(axis=-1, keepdims=True))
+        y = e.reshape(B, K, -1, S) @ v / e.sum(axis=-1, keepdims=True).reshape(B, K, -1, 1)
+        return y.reshape(B, H, T, D)
+
+    @run.vjp
+    def run_vjp(primals: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
+        def plain(q: Array, k: Array, v: Array) -> Array:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+        return tuple(mx.vjp(plain, list(primals), [cotangent])[1])
+
+    made: Any = run(q, k, v)
+    return made
 
 
 def lean(slopes: Array, T: int, S: int, dtype: mx.Dtype, starts: Array | None = None) -> Array:
@@ -112,7 +150,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float, slopes: A
             s = S - T + stop
             z = scores(after(done, q[n, :, :, start:stop]) * scale, k[n, :, :, :s], mask, n, stop)
             top = z.max(axis=-1, keepdims=True)
-            e = exp_or_zero(z - top)
+            e = _weights(z, top)
             total = e.sum(axis=-1, keepdims=True)
             done = [(e @ v[n, :, :, :s]) / total]
             made, sizes = made + done, [*sizes, top + mx.log(total)]
@@ -129,7 +167,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, scale: float, slopes: A
             s = S - T + stop
             keys, values = k[n, :, :, :s], v[n, :, :, :s]
             turned, slopes = after(done, q[n, :, :, start:stop]) * scale, c[n, :, :, start:stop]
-            p = exp_or_zero(scores(turned, keys, mask, n, stop) - lse[n, :, :, start:stop])
+            p = _weights(scores(turned, keys, mask, n, stop), lse[n, :, :, start:stop])
             by_score = p * (slopes @ values.swapaxes(-1, -2) - delta[n, :, :, start:stop])
             by_q.append((by_score @ keys) * scale)
             by_k[n], by_v[n] = (

@@ -31,7 +31,7 @@ def read(model: Model, part: Read, held: list[Cache] | None, keep: bool, kv_bits
         assert held
         sources = mx.array(part.sources)
         for layer, source in zip(cache, held, strict=True):
-            layer.take(source, part.sources.tolist(), sources, part.starts.tolist())
+            layer.take(source, part.sources.tolist(), sources, part.starts.tolist(), part.tokens.shape[1])
     hidden = model.hidden(mx.array(part.tokens), cache=cache or None, lengths=mx.array(part.lengths[:, None]))
     return hidden, cache if keep else []
 

@@ -109,7 +109,7 @@ def probe(
     trained = exact(trained) if wide else trained
     first, given = batch.first_row, (batch.tokens, batch.positions, batch.segments)
     if package == "mlxgpt":
-        _, found = trained._gradients(trained._arrays(batch), trained._keys(step), mx.array(first, mx.uint32))
+        _, _, found = trained._gradients(trained._arrays(batch), trained._keys(step), mx.array(first, mx.uint32))
         logits = trained.model(*(None if each is None else mx.array(each) for each in given))
         return Probe(np.array(logits), {name: np.array(found[name]) for name in found})
     trained._gradients(trained._arrays(batch), trained._keys(step), torch.tensor(first, dtype=torch.int32))

@@ -74,7 +74,7 @@ def gradients(recipe: Recipe, packed: bool, device: str = "cpu") -> list[mx.arra
     segments = np.sort(rng.integers(0, 3, shape)).astype(np.int32) if packed else None
     positions = rng.integers(0, 16, shape).astype(np.int32) if packed else None
     batch = Batch(tokens, targets, np.ones(shape, np.float32), positions=positions, segments=segments)
-    terms, grads = engine._gradients(engine._arrays(batch), engine._keys(1), mx.array(0, mx.uint32))
+    terms, _, grads = engine._gradients(engine._arrays(batch), engine._keys(1), mx.array(0, mx.uint32))
     return [terms, *grads.values()]
 
 

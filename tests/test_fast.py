@@ -82,6 +82,31 @@ def test_attention_after_a_cache(tile: int, monkeypatch: pytest.MonkeyPatch) -> 
     same("attention", lambda q, k, v: fast.attention(q, k, v, mask, 0.7), expected, [q, k, v], cotangent)
 
 
+@pytest.mark.parametrize(("T", "masked"), [(1, False), (5, True), (31, True)])
+def test_attention_of_few_scores_a_head(T: int, masked: bool) -> None:
+    """All rows at once, some of which begin later, as in a batch whose rows have caches of their own."""
+    B, H, K, S, D = 24, 6, 2, 120, 8
+    assert fast.few(mx.zeros((B, H, T, D)), mx.zeros((B, K, S, D)))
+    starts = mx.arange(S - T - B + 1, S - T + 1)[:, None, None, None]
+    mask = mx.arange(S) <= starts + mx.arange(T)[:, None] if masked else None
+    q, k, v, cotangent = draw("q", B, H, T, D), draw("k", B, K, S, D), draw("v", B, K, S, D), draw("c", B, H, T, D)
+
+    def expected(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.7, mask=mask)
+
+    same("attention", lambda q, k, v: fast.whole(q, k, v, mask, 0.7), expected, [q, k, v], cotangent)
+
+
+def test_which_attention_is_chosen() -> None:
+    def few(B: int, T: int, S: int, dtype: mx.Dtype = mx.float32) -> bool:
+        return fast.few(mx.zeros((B, 4, T, 8), dtype), mx.zeros((B, 4, S, 8), dtype))
+
+    assert few(64, 1, 64) and few(8, 64, 64)
+    assert not few(1, 1, 64)  # hardly any scores
+    assert not few(8, 128, 128)  # tiles are faster
+    assert not few(64, 1, 64, mx.bfloat16)
+
+
 @pytest.mark.parametrize("case", ["llama-gqa", "gpt2", "gemma2"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_model_with_them_is_the_same(case: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,10 +145,13 @@ class Cache:
         self.lengths = self.lengths + [held.begin + new] * count
         self.begins = self.begins + [held.begin] * count
 
-    def take(self, source: "Cache", rows: Sequence[int], index: Array, lengths: Sequence[int]) -> None:
-        """Begins each row with the first tokens, ``lengths``, of a row of another cache; ``index`` are its rows."""
+    def take(self, source: "Cache", rows: Sequence[int], index: Array, lengths: Sequence[int], tokens: int) -> None:
+        """Begins each row with the first tokens, ``lengths``, of a row of another cache; ``index`` are its rows.
+
+        There is room for ``tokens`` more where the other has it, which spares a copy.
+        """
         self.begins, self.lengths = [source.begins[row] for row in rows], list(lengths)
-        end = self.held
+        end = self.held + tokens
         self.parts = [part[:, :, :end][index] for part in source.parts]
 
     def keep(self, rows: Sequence[int], index: Array) -> None:

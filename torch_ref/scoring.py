@@ -29,7 +29,7 @@ def read(model: Model, part: Read, held: list[Cache] | None, keep: bool, kv_bits
         assert held
         sources = torch.tensor(part.sources, device=model.device)
         for layer, source in zip(cache, held, strict=True):
-            layer.take(source, part.sources.tolist(), sources, part.starts.tolist())
+            layer.take(source, part.sources.tolist(), sources, part.starts.tolist(), part.tokens.shape[1])
     tokens, lengths = (torch.tensor(each, device=model.device) for each in (part.tokens, part.lengths[:, None]))
     hidden = model.hidden(tokens, cache=cache or None, lengths=lengths)
     return hidden, cache if keep else []

@@ -103,7 +103,8 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     _add_training(parser)
     add("--adapter", metavar="DIR", help="continue training this adapter: a run, PEFT or mlx-lm")
     add("--train-on-prompt", action="store_true", help="compute the loss on every token, not only the assistant's")
-    add("--task", choices=["lm", "classify"], help="generate answers, or classify texts; default: lm")
+    add("--task", choices=["lm", "classify", "prefer", "reward"],
+        help="generate answers, classify texts, prefer the better of two, or score answers; default: lm")  # fmt: skip
     add("--stop-after", type=positive, metavar="N", help="save at step N and exit; --resume continues from there")
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="set section.key; repeatable")
     add("--resume", metavar="RUN", help="resume a run from its newest checkpoint, whichever framework wrote it")

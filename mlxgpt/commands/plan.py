@@ -147,6 +147,7 @@ def _plan_recipe(
         "trainable": trains,
         "flops_per_token": dataclasses.asdict(each),
         "micro_batch_size": rows,
+        "unit": "pairs" if recipe.together == 2 else "rows",
         "length": length,
         "kv_cache": kv_cache.size(recipe.model, 1, length, itemsize),
         "machine": where,

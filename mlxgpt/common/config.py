@@ -349,3 +349,10 @@ class Recipe:
     adapter: AdapterConfig | None = None
     prefer: PreferConfig | None = None
     rl: RLConfig | None = None
+
+    @property
+    def together(self) -> int:
+        """Rows that the model is given for one of the data: two of a pair."""
+        if not self.prefer or (self.tune and self.tune.task == "prefer" and self.prefer.loss == "kto"):
+            return 1
+        return 2

@@ -166,6 +166,13 @@ def build(sections: dict[str, dict[str, Any]], where: str = "recipe") -> Recipe:
                 raise UserError(f"{where}: model.family = {family!r}: expected one of {known}")
         values = {key: typed(section, fields[key], value) for key, value in values.items()}
         made[section] = SECTIONS[section](**(_implied(values) if section == "model" else values))
+    tune, judged = made.get("tune"), ("prefer", "reward")
+    if tune and tune.task in judged:
+        made.setdefault("prefer", SECTIONS["prefer"]())
+    elif "prefer" in made:
+        raise UserError(
+            f"{where}: [prefer]: of mlxgpt finetune --task prefer or reward: expected tune.task = one of them"
+        )
     return Recipe(**made)
 
 

@@ -19,6 +19,7 @@ from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
+from mlxgpt.common.model_config import SCORE
 from mlxgpt.common.rows import duplicates as row_duplicates
 from mlxgpt.common.rows.preferences import Judged, Preferences, open_preferences
 from mlxgpt.common.rows.row import Row
@@ -46,6 +47,11 @@ class PairSource(SftSource):
     reference: Mapping[str, np.ndarray] | None = None  # by split, of every example; kto: "SPLIT kl" of its mismatch
     policy: Logps | None = None  # of the model as it is
     _others: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a reward model's head."""
+        return SCORE if self.encoder.whole else ()
 
     @property
     def single(self) -> bool:
@@ -83,6 +89,8 @@ class PairSource(SftSource):
     def _beside(self, split: str, items: list[int], rows: list[int], batch: Batch) -> dict[str, np.ndarray]:
         """What the objective reads besides."""
         made: dict[str, np.ndarray] = {}
+        if self.encoder.whole:
+            return {"margin": np.repeat(self.margins[split][items], 2)}
         if self.prefer.loss in REFERENCE:
             if self.reference is None:
                 raise AssertionError("a batch before the reference is known")
@@ -196,7 +204,9 @@ def _lines(
     counts, train = source.counts, source.counts["train"]
     what = "judged answers" if source.single else "pairs"
     sizes = ", ".join(f"{len(kept[name]):,} {name}" for name in counts if counts[name].rows)
-    share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens count"
+    share = f"{train.tokens:,} tokens"
+    if not source.encoder.whole:
+        share = f"{train.trained / train.tokens:.1%} of {share} count"
     yield f"{what}: {tune.source}: {found.format}: {sizes}; {share}"
     if source.single:
         good = int(source.good["train"].sum())

@@ -141,10 +141,11 @@ def _ladder(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     labels = len(run.recipe.get("model", {}).get("labels", ()))
     if not (labels or n_vocab):
         return
-    chance = math.log(labels or n_vocab)
+    chance = math.log(2 if labels == 1 else labels or n_vocab)
     if loss > 0.98 * chance:
         change = "a higher optim.lr or more steps; if the curve is flat from the start, look at mlxgpt data inspect"
         of = f"ln {labels} for {labels} labels" if labels else "ln V"
+        of = "ln 2 for pairs" if labels == 1 else of
         yield Finding("bad", "loss", f"{name} {loss:.3f}: chance, {of}, is {chance:.3f}: nothing was learned", change)
         return
     if "tune" in run.recipe:

@@ -80,7 +80,7 @@ def examples(tune: TuneConfig, split: str, tokenizer: Tokenizer | None, config: 
         held = [*rows.splits["train"], *rows.splits["valid"]]
     if not held:
         raise UserError(f"{path}: no rows of --split {split}: expected {_SPLITS[split]}.jsonl with some")
-    template, spelled, added = sft_source.choose_template(tune, rows, tokenizer)
+    template, spelled, added = sft_source.choose_template(tune, rows.format, tokenizer)
     if added:
         raise UserError(f"{path}: conversations, and this model's tokenizer has no chat template; tuning would add one")
     try:

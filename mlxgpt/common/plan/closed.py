@@ -48,10 +48,10 @@ class Sizes(NamedTuple):
 def footprint(
     recipe: Recipe, rows: int, length: int, micro_batches: int = 1, backend: str = "mlx", gpu: bool = False
 ) -> Footprint:
-    """Of a step on ``micro_batches`` of ``rows`` rows of ``length`` tokens, in mlx or torch, on a CPU or a GPU."""
+    """Of a step on ``micro_batches`` of ``rows`` rows, or pairs, of ``length`` tokens: mlx or torch, CPU or GPU."""
     trains = adapters.trainable(recipe)
     adapted = adapters.targets(recipe.model, recipe.adapter) if recipe.adapter else {}
-    s = Sizes(recipe, rows, length, backend == "mlx", gpu, trains, frozenset(adapted))
+    s = Sizes(recipe, rows * recipe.together, length, backend == "mlx", gpu, trains, frozenset(adapted))
     weights, gradients = held(s), 4 * elements(trains)
     moments = 2 * gradients - sum(4 * elements({name: param}) for name, param in trains.items() if muon(s, name, param))
     again, blocks = recipe.train.checkpoint_activations, recipe.model.n_layer - first(s)

@@ -19,7 +19,7 @@ class Flops:
 
 
 def flops(recipe: Recipe, length: int, rows: int) -> Flops:
-    """FLOPs of a token in rows of ``length``, ``rows`` per step.
+    """FLOPs of a token in rows of ``length``, ``rows`` (or pairs of rows) per step.
 
     rule: 6 N + 12 L H D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). exact: every matrix product
     once forward, once for what it reads and once for its weight if that trains; attention over the positions that a
@@ -39,7 +39,9 @@ def flops(recipe: Recipe, length: int, rows: int) -> Flops:
     seen = sum(_seen(length, model.window if n in model.window_layers else 0) for n in range(model.n_layer))
     attention = 4.0 * model.n_head * model.head_dim * seen  # q k^T and the weighted sum of v
     again = 2.0 * blocks + attention if recipe.train.checkpoint_activations else 0.0
-    update = sum(_update_flops(name, param.shape, recipe) for name, param in trains.items()) / (rows * length)
+    update = sum(_update_flops(name, param.shape, recipe) for name, param in trains.items()) / (
+        rows * recipe.together * length
+    )
     rule = chips.training_flops(model)
     return Flops(rule, 2 * forward + weights + 3 * attention + again + update)
 
@@ -64,7 +66,7 @@ def _update_flops(name: str, shape: tuple[int, ...], recipe: Recipe) -> float:
 
 def tokens(recipe: Recipe, length: int) -> int:
     """Tokens of the whole schedule."""
-    return recipe.train.steps * recipe.train.batch_size * length
+    return recipe.train.steps * recipe.train.batch_size * recipe.together * length
 
 
 def seconds(recipe: Recipe, length: int, chip: Chip) -> float:

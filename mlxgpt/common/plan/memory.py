@@ -72,7 +72,7 @@ def components(recipe: Recipe, found: Footprint) -> dict[str, int]:
     """Component -> bytes at the peak; they sum to it. An array shaped like a trainable tensor counts as a gradient."""
     trains = {param.shape for param in adapters.trainable(recipe).values()}
     trains |= {shape[::-1] for shape in trains}
-    vocabulary, tokens = recipe.model.vocab_size, micro_batch(recipe)[0] * length(recipe)
+    vocabulary, tokens = recipe.model.vocab_size, micro_batch(recipe)[0] * recipe.together * length(recipe)
     chunks = {recipe.train.head_chunk(tokens, vocabulary, gpu) for gpu in (False, True)} - {0}
     wide = {vocabulary, *(n for chunk in chunks for n in (chunk, vocabulary % chunk) if n)}
     made: dict[str, int] = {name: 0 for name in COMPONENTS}
@@ -97,12 +97,12 @@ def elements(shape: tuple[int, ...]) -> int:
 def per_layer(recipe: Recipe, measure: Measure, again: bool) -> int:
     """Bytes of activations that one more layer adds, kept or recomputed (``again``)."""
     train = dataclasses.replace(recipe.train, checkpoint_activations=again)
-    rows, tokens = micro_batch(recipe)[0], length(recipe)
+    rows, tokens = micro_batch(recipe)[0] * recipe.together, length(recipe)
     more = max(1, -(-recipe.model.n_embd // (rows * tokens)))  # so many that weights do not hide activations
     made = []
     for layers in (4, 6):  # beyond the layers that MLX frees late
         model = dataclasses.replace(recipe.model, n_layer=layers, no_rope=(), window_layers=(), window=0)
-        plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None)
+        plain = dataclasses.replace(recipe, model=model, train=train, adapter=None, tune=None, prefer=None)
         found = components(plain, measure(plain, rows * more, tokens, 1))
         made.append(sum(found.values()) - found["weights"] - found["moments"])
     item = 2 if train.compute_dtype == "bfloat16" else 4
@@ -116,7 +116,7 @@ def at_most(recipe: Recipe) -> int:
     Seven copies of the weights (gradients and the new weights and moments included), for each block 48 arrays of its
     width, 24 of the MLP's and 16 of the attention's, eight copies of all scores and of the logits, in float32.
     """
-    model, tokens = recipe.model, micro_batch(recipe)[0] * length(recipe)
+    model, tokens = recipe.model, micro_batch(recipe)[0] * recipe.together * length(recipe)
     attention = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     block = tokens * (48 * model.n_embd + 24 * model.n_hidden + 16 * attention + 8 * model.n_head * length(recipe))
     head = tokens * 8 * model.vocab_size + tokens * 16 * model.n_embd

@@ -23,7 +23,7 @@ def big(number: float) -> str:
 
 def rows(result: dict[str, Any]) -> Rows:
     """The lines of the table; an empty label begins a section."""
-    memory, machine, made = result["memory"], result["machine"], []
+    memory, machine, unit, made = result["memory"], result["machine"], result["unit"], []
     made += [("", result["title"])]
     trains = result["trainable"]
     made += [
@@ -31,7 +31,7 @@ def rows(result: dict[str, Any]) -> Rows:
     ]
     flops = result["flops_per_token"]
     made += [("FLOPs a token", f"{big(flops['exact'])} counted; 6 N + attention: {big(flops['rule'])}")]
-    made += [("", f"memory of a step, {result['micro_batch_size']} rows of {result['length']} tokens at a time")]
+    made += [("", f"memory of a step, {result['micro_batch_size']} {unit} of {result['length']} tokens at a time")]
     made += [(name, size(value)) for name, value in memory["components"].items() if value]
     made += [("peak", size(memory["peak"])), ("checkpoint's copy", f"{size(memory['checkpoint_copy'])}, on the host")]
     layer = result["activations_per_layer"]
@@ -46,7 +46,7 @@ def rows(result: dict[str, Any]) -> Rows:
     if machine["recommended"]:
         made += [("recommended working set", size(machine["recommended"]))]
     made += [("fits", "yes" if result["fits"] else f"no: {size(memory['whole'])} of {size(machine['limit'])}")]
-    made += [("largest micro-batch", f"{result['largest_micro_batch']} rows")]
+    made += [("largest micro-batch", f"{result['largest_micro_batch']} {unit}")]
     made += [("longest row", f"{result['longest_row']} tokens")]
     made += [("", "time")]
     made += [("tokens", f"{result['tokens']:,} in {result['steps']:,} steps")]

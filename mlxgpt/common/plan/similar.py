@@ -52,7 +52,11 @@ def similar(recipe: Recipe, rows: int, length: int, scale: int, gpu: bool = Fals
     if scale == 1:
         return recipe, length
     model, train = recipe.model, recipe.train
-    width, tokens, chunk = model.head_dim // scale, part(length), train.head_chunk(rows * length, model.vocab_size, gpu)
+    width, tokens, chunk = (
+        model.head_dim // scale,
+        part(length),
+        train.head_chunk(rows * recipe.together * length, model.vocab_size, gpu),
+    )
     vocabulary = part(model.vocab_size)
     if chunk:
         chunk = part(chunk)
@@ -95,7 +99,7 @@ def _thinner(adapter: AdapterConfig, scale: int) -> AdapterConfig:
 def flops(recipe: Recipe, rows: int, length: int, micro_batches: int) -> float:
     """FLOPs of one step."""
     whole = rows * micro_batches
-    return compute.flops(recipe, length, whole).exact * whole * length
+    return compute.flops(recipe, length, whole).exact * whole * recipe.together * length
 
 
 def smallest_scale(
@@ -122,14 +126,30 @@ def grown(recipe: Recipe, job: Job, answer: dict[str, int], gpu: bool = False) -
 
 
 def batch(recipe: Recipe, rows: int, length: int) -> Batch:
-    """Rows of random tokens, as the recipe's data would come: packed in fine-tuning, where packing is on."""
+    """Rows of random tokens, as the recipe's data would come: packed in fine-tuning, where packing is on.
+
+    Where the recipe trains on pairs, ``rows`` counts them.
+    """
+    rows *= recipe.together
     tokens, targets = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (2, rows, length)).astype(np.int32)
     made = Batch(tokens, targets, np.ones((rows, length), np.float32))
     tune = recipe.tune
+    if recipe.prefer:
+        return _judged(recipe, made)
     if not (tune and tune.packing and tune.task == "lm"):
         return made
     places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()
     return dataclasses.replace(made, positions=places, segments=np.ones((rows, length), np.int32))
+
+
+def _judged(recipe: Recipe, made: Batch) -> Batch:
+    """The batch as one of preferences, with all that any of their objectives reads."""
+    zeros = np.zeros(len(made.tokens), np.float32)
+    beside = {"reference": zeros, "margin": zeros, "good": zeros, "kl": zeros}
+    prefer = recipe.prefer
+    if prefer and (prefer.sft or prefer.loss == "orpo"):
+        beside["nll"] = np.full_like(made.weights, 1 / made.weights.size)
+    return dataclasses.replace(made, beside=beside, together=recipe.together, each=1 / recipe.together)
 
 
 def tensors(recipe: Recipe) -> dict[str, np.ndarray]:

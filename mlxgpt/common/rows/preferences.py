@@ -120,7 +120,7 @@ def _apart(item: Judged) -> list[Judged]:
 def _read(row: dict[str, Any], where: str, tune: TuneConfig, single: bool) -> tuple[str, Judged | None]:
     """(format, what the row says); None of a pair whose answers are equal."""
     if any(key in row for key in ANSWERS):
-        return _pair(row, where, tune)
+        return read_pair(row, where, tune)
     if tune.label_key in row:
         if not single:
             raise UserError(f"{where}: one answer with a label: expected --set prefer.loss=kto, or chosen and rejected")
@@ -146,8 +146,12 @@ def _labeled(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Ju
     return "chat" if made.messages else "completion", Judged(where, (made,), text in (True, "true", "1"))
 
 
-def _pair(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Judged | None]:
-    """A better and a worse answer to one prompt; None if they are equal."""
+def read_pair(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Judged | None]:
+    """(format, a better and a worse answer to one prompt); None if they are equal.
+
+    Raises:
+        UserError: the row is no pair.
+    """
     row = {key: value for key, value in row.items() if key != tune.label_key}
     answers = [_answer(row, key, where) for key in ANSWERS]
     talks = [isinstance(answer, list) for answer in answers]

@@ -1,7 +1,9 @@
 """samples.jsonl: what the model wrote in training, one sample a line; resuming truncates it like metrics.jsonl."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mlxgpt.common.errors import RunError
@@ -15,6 +17,8 @@ class Sample(NamedTuple):
 
     step: int
     text: str
+    parts: Mapping[str, str] = MappingProxyType({})
+    """What the text consists of, by name, where it has parts: prompt, chosen, rejected, answer."""
 
 
 def read_samples(run: Path) -> list[Sample]:
@@ -30,23 +34,31 @@ def read_samples(run: Path) -> list[Sample]:
         except ValueError:
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int and isinstance(entry.get("text"), str):
-            found.append(Sample(entry["step"], entry["text"]))
+            parts = {key: str(value) for key, value in entry.items() if key not in ("step", "text")}
+            found.append(Sample(entry["step"], entry["text"], parts))
     return found
 
 
 def _line(sample: Sample) -> str:
-    return json.dumps(sample._asdict(), ensure_ascii=False) + "\n"
+    entry = {"step": sample.step, "text": sample.text, **sample.parts}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def append(run: Path, step: int, text: str) -> None:
-    """Adds a sample.
+def joined(parts: Mapping[str, str]) -> str:
+    """One text of a sample's parts: the prompt with the model's answer, and below it what else there is."""
+    others = [f"{name}: {text}" for name, text in parts.items() if name not in ("prompt", "answer")]
+    return "\n".join([parts.get("prompt", "") + parts.get("answer", ""), *others])
+
+
+def append(run: Path, step: int, text: str, parts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Adds a sample, with the parts that it has.
 
     Raises:
         RunError: the system refuses to write.
     """
     try:
         with open(run / FILE, "a", encoding="utf-8", errors="replace") as file:
-            file.write(_line(Sample(step, text)))
+            file.write(_line(Sample(step, text, parts)))
     except OSError as error:
         raise RunError(f"{run / FILE}: {error.strerror}") from None
 

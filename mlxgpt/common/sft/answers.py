@@ -31,7 +31,7 @@ class Answers:
         except RunError as error:
             return f"(none: {error})"
         told = f"{tokenizer.decode(prompt)}{result}"
-        return told if self._sample.prompt else f"{told}\nreference: {self._reference(_first(self._source))}"
+        return told if self._sample.prompt else f"{told}\nreference: {self.reference(_first(self._source))}"
 
     def score(self, split: str, sums: dict[str, float]) -> dict[str, float]:
         """Of a classifier what the engine's ``sums`` tell; else tune.metrics over the split's first examples."""
@@ -41,7 +41,7 @@ class Answers:
         rows = rows[: self._tune.metric_rows or len(rows)]
         if not self._tune.metrics or not rows:
             return {}
-        references = [self._reference(row) for row in rows]
+        references = [self.reference(row) for row in rows]
         return text_metrics.score(self._tune.metrics, self.answer(rows), references)
 
     def answer(self, rows: Sequence[Example]) -> list[str]:
@@ -58,7 +58,14 @@ class Answers:
         found = generate(self._job.engine.model, self._source.tokenizer, prompts, settings)
         return [result.text for result in found]
 
-    def _reference(self, row: Example) -> str:
+    def own(self, row: Example) -> str:
+        """The model's answer to an example, as sample.* draws it."""
+        try:
+            return self._generate([row.prompt.tolist()], self._sample)[0]
+        except RunError as error:
+            return f"(none: {error})"
+
+    def reference(self, row: Example) -> str:
         """The text of an example's last answer, without its end token."""
         tokenizer = self._source.tokenizer
         ids = row.last_answer[1].tolist()
@@ -68,12 +75,12 @@ class Answers:
         """Scores the test split with the weights as they are; of a classifier also shows the validation confusion."""
         job, labels = self._job, self._source.labels
         if labels and self._source.rows("valid"):
-            lines = confusion.lines(self._sums("valid"), labels)
+            lines = confusion.lines(self.sums("valid"), labels)
             job.progress.say("\n".join([f"validation split at step {job.state.step}:", *lines]))
         if self._tune.test and self._source.rows("test"):
             self._test()
 
-    def _sums(self, split: str) -> dict[str, float]:
+    def sums(self, split: str) -> dict[str, float]:
         """The engine's sums over a whole split."""
         total: dict[str, float] = {}
         for batch in self._source.split(split):
@@ -84,7 +91,7 @@ class Answers:
 
     def _test(self) -> None:
         """The test split, in metrics.jsonl and on screen."""
-        job, total = self._job, self._sums("test")
+        job, total = self._job, self.sums("test")
         found = {"loss": total["loss"] / total["weight"]} | self.score("test", total)
         job.metrics.write(step=job.state.step, split="test", **found, targets=round(total["weight"]))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
@@ -122,7 +129,7 @@ def for_splits(recipe: Recipe, source: SftSource) -> Recipe:
             raise UserError(f"{key} = {value!r}: no validation examples: expected more examples, or a valid.jsonl")
         if value and not train.eval_every:
             raise UserError(f"{key} = {value!r}: expected train.eval_every, which is 0: nothing is ever validated")
-    if recipe.sample.max_tokens and tune.task == "lm" and recipe.sample.prompt:
+    if recipe.sample.max_tokens and tune.task in ("lm", "prefer") and recipe.sample.prompt:
         try:
             count = len(_question(recipe.sample.prompt, source))
         except UserError as error:

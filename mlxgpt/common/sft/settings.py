@@ -15,6 +15,7 @@ from mlxgpt.common.train import schedule, tasks
 
 _SHOWN = {"model": " DIR: a run, a model folder or a hub id", "source": " PATH: the examples"}
 FULL_RATES = {"lr": 2e-5, "min_lr": 2e-6}  # defaults of method full (Taori 2023, Alpaca)
+_PREFER_RATE = 0.1  # of these defaults: preferences move a model that answers already (Rafailov et al. 2023)
 Sections = dict[str, dict[str, Any]]
 
 
@@ -84,6 +85,9 @@ def gather(args: Namespace) -> Chosen:
     shipped = read_toml(recipes.folder() / f"{recipes.FINETUNE}.toml")
     if written.get("adapter", {}).get("method") == "full":
         shipped["optim"] |= FULL_RATES
+    if written.get("tune", {}).get("task") == "prefer":
+        for name in FULL_RATES:
+            shipped["optim"][name] = float(f"{_PREFER_RATE * shipped['optim'][name]:.1e}")
     if "lr" in written.get("optim", {}) and "min_lr" not in written["optim"]:
         # a tenth of the peak, as the shipped recipe has it
         shipped["optim"]["min_lr"] = _number(written["optim"]["lr"]) / 10

@@ -2,7 +2,7 @@
 
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -121,8 +121,8 @@ class Kind(Protocol[S]):
         """Writes the model or adapter of a checkpoint into the folder ``place``."""
         ...
 
-    def sample(self, job: "Job") -> str | None:
-        """Text that the model writes now; None where no samples are wanted."""
+    def sample(self, job: "Job") -> Mapping[str, str] | str | None:
+        """Text that the model writes now, or parts of it (samples.Sample); None where no samples are wanted."""
 
     def score(self, job: "Job", total: dict[str, float]) -> dict[str, float]:
         """More metrics of a validation, whose engine sums are ``total``."""

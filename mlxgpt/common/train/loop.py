@@ -120,15 +120,16 @@ def _stopped_whole(signals: Signals) -> Iterator[None]:
 
 def _sample(job: Job, signals: Signals) -> None:
     """Shows what the model writes now, and keeps it in samples.jsonl."""
-    text = None
+    found = None
     with (
         _stopped_whole(signals),
         doing(f"sample at step {job.state.step}", "a smaller sample.max_tokens, or 0, would fit"),
     ):
-        text = job.kind.sample(job)
-    if text is None:
+        found = job.kind.sample(job)
+    if found is None:
         return
-    samples.append(job.run, job.state.step, text)
+    text, parts = (found, {}) if isinstance(found, str) else (samples.joined(found), found)
+    samples.append(job.run, job.state.step, text, parts)
     shown = re.sub(r"\n\s*\n", "\n\n", text.strip())  # samples.jsonl has it as it is
     job.progress.say(f"sample at step {job.state.step}:\n{shown}")
 
