@@ -1,5 +1,6 @@
 """mlxgpt rl: both frameworks draw and learn alike, stopped anywhere and resumed, replayed; and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mlxgpt import cli
 from mlxgpt.common import backend
-from mlxgpt.common.align.rl import draw, rollouts, user_rewards
+from mlxgpt.common.align.rl import draw, rollouts, scorer, user_rewards
 from mlxgpt.common.align.rl.reinforcing import Reinforcing
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.folders import model_folder, resolve
@@ -348,6 +349,29 @@ def test_rewards_that_are_built_in(at: Path) -> None:
     assert passing["tests"].tolist() == [1, 0]
     assert source.rewards.total(found).tolist() == [3, 2.5]
     source.rewards.close()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_reward_model_rewards_as_score_does(at: Path, name: str, capsys: Any) -> None:
+    spelled = tokenizer.load_tokenizer("base")
+    model = dataclasses.replace(model_folder.read_config(Path("base")), labels=("LABEL_0",), tied=False)
+    weights = params.init_params(model, 4)
+    if not Path("judge").exists():
+        model_folder.write_model(Path("judge"), model, weights, tokenizer=spelled)
+    out = f"judged-{name}"
+    assert go(out, "--backend", name, reward="judge", steps=2) == 0
+    (rows,) = rollouts.read(Path(out) / rollouts.FILE)
+    prompts = [json.loads(line)["prompt"] for line in Path("prompts.jsonl").read_text().splitlines()]
+    asked = [{"prompt": prompts[row.prompt], "completion": row.text} for row in rows]
+    Path("scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    capsys.readouterr()
+    assert cli.main(["score", "-m", "judge", "-d", "scored.jsonl", "--json", "--backend", name]) == 0
+    expected = [row["score"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert [row.rewards["judge"] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert np.std(expected) > 0
+    library = backend.load(name)
+    score = scorer.open_scorer(library, "judge", "cpu")
+    assert np.isfinite(score([opened().source.prompts.rows[0]], [""])).all()  # ended at once
 
 
 def test_the_best_completions_are_rows_to_train_on_and_the_better_model_wins(at: Path, capsys: Any) -> None:
