@@ -15,10 +15,12 @@ from mlxgpt.common.align import kto, reference
 from mlxgpt.common.align.preferring import Preferring
 from mlxgpt.common.align.source import PairSource
 from mlxgpt.common.batch import Batch
+from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.folders import model_folder, resolve, tensors
 from mlxgpt.common.model import params
 from mlxgpt.common.recipes import build, read_toml
 from mlxgpt.common.runs import checkpoint, metrics, samples
+from mlxgpt.common.sft.encode import Encoder
 from mlxgpt.common.tokenizers import load as tokenizer
 from mlxgpt.common.train.job import Job
 
@@ -366,7 +368,7 @@ def test_a_batch_before_the_reference_is_an_error() -> None:
     """Never the model as it is, silently."""
     source, prefer = PairSource.__new__(PairSource), build({"tune": {"task": "prefer"}}).prefer
     assert prefer
-    source.reference, source.prefer = None, prefer
+    source.reference, source.prefer, source.encoder = None, prefer, Encoder(TuneConfig(), None, None, 8)  # type: ignore
     tokens = np.zeros((2, 4), np.int32)
     with pytest.raises(AssertionError, match="before the reference"):
         source._beside("train", [0], [0, 1], Batch(tokens, tokens, np.ones((2, 4), np.float32)))
