@@ -138,7 +138,7 @@ def convert_opened(
     dst = Path(dst).expanduser()
     writer, made = writer or format_of(to), _options(to, options)
     if opened.config.labels and to != "hf":
-        raise UserError(f"{src}: a classifier of {len(opened.config.labels)} labels: only --to hf has a place for it")
+        raise UserError(f"{src}: {opened.config.kind}: only --to hf has a place for it")
     check_places(opened, src, dst, to, force, writer.KIND)
     if hasattr(writer, "BESIDE"):
         output.check_free(dst.with_suffix(writer.BESIDE), force)

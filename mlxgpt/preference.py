@@ -121,13 +121,14 @@ def score_pairs(
     """A reward model's losses (P,), and figures of the scores, which the weights take at each row's last token."""
     scores = (losses.scores(model, batch, train, drop)[..., 0] * batch.weights).sum(axis=-1)
     better, worse = scores[0::2], scores[1::2]
-    terms = -log_sigmoid(better - worse - batch.beside["margin"][0::2])
+    ahead = better - worse  # once, as above
+    terms = -log_sigmoid(ahead - batch.beside["margin"][0::2])
     if config.center:
         terms = terms + config.center * mx.square(better + worse)
     sums = {
         "rewards/chosen": better,
         "rewards/rejected": worse,
-        "rewards/margins": better - worse,
+        "rewards/margins": ahead,
         "rewards/accuracies": (better > worse).astype(mx.float32),
     }
     return terms, {name: mx.stop_gradient(array) for name, array in sums.items()}

@@ -116,6 +116,15 @@ VERBS = {
             "classify -m models/small --adapter runs/spam -f test.csv --json",
         ),
     ),
+    "score": Verb(
+        "score texts and answers with a reward model",
+        "mlxgpt.commands.score:score_command",
+        inference.score,
+        (
+            "score -m runs/reward -d pairs.jsonl",
+            "score -m runs/reward -t 'a text' --json",
+        ),
+    ),
     "data fetch": Verb(
         "download a known corpus and check its sha256",
         "mlxgpt.commands.data:fetch_command",
@@ -300,7 +309,7 @@ CALLED = {
     "rl": "grpo rloo dapo ppo reinforce rlhf rlvr",
     "generate": "sample infer inference complete completion text prompt",
     "serve": "server api openai host",
-    "eval": "evaluate test score perplexity ppl lm_eval lm-eval",
+    "eval": "evaluate test perplexity ppl lm_eval lm-eval",
     "classify": "predict",
     "data prepare": "prepare tokenize preprocess shard",
     "data fetch": "fetch download",

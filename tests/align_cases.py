@@ -7,6 +7,7 @@ B rows of a batch, T tokens of a row; rows 2i and 2i + 1 are the better and the 
 """
 
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,10 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common import rng
+from mlxgpt.common.align import reference
+from mlxgpt.common.align import source as pair_source
+from mlxgpt.common.align.source import PairSource
+from mlxgpt.common.align_config import REFERENCE
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import AdapterConfig, ModelConfig, OptimConfig, PreferConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.model import adapters, params
@@ -192,6 +197,50 @@ def mismatched(case: Case) -> list[Batch]:
         here = texts[step * BATCH : (step + 1) * BATCH]
         turned = [(prompt, here[n - 1][1]) for n, (prompt, _) in enumerate(here)]
         made.append(arrays(case, turned, width))
+    return made
+
+
+def source(case: Case, place: Path) -> PairSource:
+    """The same rows as our source reads them from a file, in their order; ``place``: an empty folder."""
+    made = recipe(case)
+    assert made.tune and made.prefer
+    for split, lines in (("train", pairs()), ("valid", pairs()[:1])):
+        kept = [{key: each[key] for key in _columns(case, each)} for each in lines]
+        if case.trainer == "KTO":
+            kept = [{**each, "completion": line["chosen" if line["label"] else "rejected"]}
+                    for each, line in zip(kept, lines, strict=True)]  # fmt: skip
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in kept))
+    tune = dataclasses.replace(
+        made.tune, source=str(place), packing=False, overflow="start", block_size=CUT if case.cut else 0
+    )
+    found = pair_source.open_source(tune, made.prefer, made.train, tokenizer(), made.model, lambda line: None)
+    plans = [[(row,) for row in range(start, start + BATCH)] for start in range(0, STEPS * BATCH, BATCH)]
+    found._batches = lambda split, order, epoch=None: plans  # type: ignore[method-assign]
+    found._plans.clear()
+    found._others.clear()
+    return found
+
+
+def _columns(case: Case, row: dict[str, Any]) -> list[str]:
+    if case.trainer == "KTO":
+        return ["prompt", "label"]
+    return ["prompt", "chosen", "rejected", *(["margin"] if case.margin else [])]
+
+
+def train_from(found: PairSource, case: Case, engine: Any, count: int) -> dict[str, list[float]]:
+    """``loss`` and ``norm`` of the first ``count`` steps, of batches that our source makes."""
+
+    def ask(batch: Batch) -> np.ndarray:
+        return reference.logps(engine, batch, 0)
+
+    found.policy = ask
+    if case.task == "prefer" and found.prefer.loss in REFERENCE:
+        found.reference = reference.measure(found, ("train",), ask, lambda line: None)
+    made = {"loss": list[float](), "norm": list[float]()}
+    for step in range(1, count + 1):
+        stats = engine.train_step(step, found.batch(step).split(case.micro), OPTIM.lr)
+        made["loss"].append(stats.loss_sum / stats.weight)
+        made["norm"].append(stats.grad_norm)
     return made
 
 

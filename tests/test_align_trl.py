@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import align_cases
@@ -22,9 +23,11 @@ HELD = json.loads(CURVES.read_text())["curves"]
 BACKENDS = ("mlxgpt", "torch_ref")
 
 
-def engine_of(case: Case, backend: str, **optim: Any) -> Any:
+def engine_of(case: Case, backend: str, clip: float = align_cases.OPTIM.clip, compile: str = "off") -> Any:
     made = align_cases.recipe(case)
-    made = dataclasses.replace(made, optim=dataclasses.replace(made.optim, **optim))
+    made = dataclasses.replace(
+        made, optim=dataclasses.replace(made.optim, clip=clip), train=dataclasses.replace(made.train, compile=compile)
+    )
     base = align_cases.weights(made)
     own = align_cases.adapter(case, made, base)
     return importlib.import_module(f"{backend}.engine").Engine(made, base | own, device="cpu")
@@ -64,6 +67,33 @@ def test_a_curve_begins_as_trls(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_curve_is_trls(name: str, backend: str) -> None:
     check(name, backend, STEPS)
+
+
+@pytest.mark.parametrize("name", ["dpo", "cut", "ipo", "sft", "kto", "orpo", "centered"])
+def test_our_source_makes_these_rows(name: str, tmp_path: Path) -> None:
+    found = align_cases.source(CASES[name], tmp_path)
+    made = align_cases.train_from(found, CASES[name], engine_of(CASES[name], "torch_ref"), 3)
+    first, worst = off(made, {key: HELD[name][key] for key in made})
+    print(f"{name}: step 1 {first:.1e}, 3 steps {worst:.1e}")
+    assert first <= FIRST and worst <= ALL, (first, worst)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_curve_of_our_source_is_trls(name: str, backend: str, tmp_path: Path) -> None:
+    made = align_cases.train_from(align_cases.source(CASES[name], tmp_path), CASES[name],
+                                  engine_of(CASES[name], backend, compile="auto"), STEPS)  # fmt: skip
+    first, worst = off(made, {key: HELD[name][key] for key in made})
+    print(f"{name} {backend}: step 1 {first:.1e}, all {worst:.1e}")
+    assert first <= FIRST and worst <= ALL, (first, worst)
+
+
+@pytest.mark.parametrize("name", ["reward", "orpo"])
+def test_compiled_it_is_the_same(name: str) -> None:
+    case = CASES[name]
+    made = align_cases.train(case, engine_of(case, "mlxgpt", compile="on"), align_cases.batches(case), 2)
+    assert off(made, HELD[name])[1] <= ALL
 
 
 @pytest.mark.slow

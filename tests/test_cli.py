@@ -97,6 +97,7 @@ FLAGS = {
     | {"--shots", "--log", "--kv-bits", "--against", "--run-code", "--draws", "--max-tokens", "--bos", "--chat"}
     | RUNS_A_MODEL,
     "classify": {"--model", "--adapter", "--text", "--file", "--text-key", "--label-key", "--json"} | RUNS_A_MODEL,
+    "score": {"--model", "--adapter", "--text", "--data", "--set", "--json"} | RUNS_A_MODEL,
     "data fetch": {"--from", "--out"},
     "data inspect": {"--text-key", "--tokenizer", "--json", "--model", "--rows", "--set"},
     "data prepare": {"--out", "--text-key", "--tokenizer", "--vocab-size", "--val-fraction", "--workers"},

@@ -346,6 +346,7 @@ def test_what_a_framework_starts_does_not_receive_signals_and_the_process_does()
 VERBS_WITH_A_DEVICE = {
     "train": ["--out", "new"], "finetune": ["-m", "x", "-d", "y", "--out", "new"], "plan": [], "generate": ["-m", "x"],
     "chat": ["-m", "x"], "eval": ["-m", "x", "-d", "y"], "classify": ["-m", "x", "-t", "y"],
+    "score": ["-m", "x", "-t", "y"],
     "serve": ["-m", "x"], "probe": ["x", "--tokens", "y", "-o", "."], "inspect": ["x", "--text", "y"],
     "quantize": ["x", "z", "--bits", "4"], "rl": ["-m", "x", "--prompts", "y", "--reward", "exact", "--out", "new"],
 }  # fmt: skip

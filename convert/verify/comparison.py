@@ -62,6 +62,10 @@ def verify(
         report.skip(", ".join(asked), f"{'A' if one is None else 'B'} has other tensors than its config asks for", True)
         return report
     sides = one, other
+    headed = next((side.opened.config for side in sides if side.opened.config.labels), None)
+    if headed and not weights_only:
+        left = [rung for rung in asked if rung not in ON_FILES]
+        report.skip(", ".join(left), f"{headed.kind} predicts no tokens: files alone are compared", rungs is not None)
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         work = Path(name)
         outcome = verify_tensors.compare(one.opened, other.opened, report)
@@ -79,7 +83,7 @@ def verify(
             verify_tokenizer.tokenizer_of(other.opened, work / "B-tokenizer"),
         )
         judged = (None, None)
-        if not weights_only:
+        if not weights_only and not headed:
             running = [rung for rung in asked if rung not in ON_FILES]
             if "logits" not in running:
                 report.skip("logits", "not among the rungs; --weights-only accepts that", True)

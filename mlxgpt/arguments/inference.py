@@ -156,3 +156,16 @@ def classify(parser: argparse.ArgumentParser) -> None:
     add("--label-key", default="label", metavar="KEY", help="key or column of the label; default: label")
     add_json(parser)
     add_backend(parser)
+
+
+def score(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_adapter(parser)
+    add = parser.add_argument
+    add("-t", "--text", action="append", default=[], metavar="TEXT", help="a text to score; repeatable")
+    add("-d", "--data", metavar="FILE", help="texts (.txt, one a line), or rows (.jsonl .json .csv .tsv .parquet) of "
+        "text, messages, prompt and completion, or chosen and rejected, of which accuracy is printed")  # fmt: skip
+    add("-s", "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="how rows are read, such as tune.prompt_key=question; repeatable")  # fmt: skip
+    add_json(parser)
+    add_backend(parser)

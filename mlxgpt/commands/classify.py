@@ -11,18 +11,15 @@ from mlxgpt.common import backend as backends
 from mlxgpt.common.batch import Batch
 from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.errors import UserError
-from mlxgpt.common.files import read_json
-from mlxgpt.common.folders import base_and_adapters, model_folder
+from mlxgpt.common.folders import base_and_adapters
+from mlxgpt.common.inference import last_token
 from mlxgpt.common.rows import files as row_files
 from mlxgpt.common.rows import formats as row_formats
 from mlxgpt.common.rows.row import Row
 from mlxgpt.common.scores import confusion
-from mlxgpt.common.sft.pack import bucket
 from mlxgpt.common.tokenizers import beginning
-from mlxgpt.common.tokenizers.padding import own_padding, without_padding
+from mlxgpt.common.tokenizers.padding import without_padding
 from mlxgpt.common.tokenizers.protocol import Tokenizer
-
-BATCH = 4096  # tokens in one forward pass
 
 
 def classify_command(args: argparse.Namespace) -> int:
@@ -33,12 +30,12 @@ def classify_command(args: argparse.Namespace) -> int:
         args.model, adapter=base_and_adapters.parse_adapters(args.adapter) or None, device=args.device, force=args.force
     )
     labels, block_size = model.config.labels, model.config.block_size
-    base_and_adapters.expect_task(model.config, args.model, classifier=True)
+    base_and_adapters.expect_task(model.config, args.model, "classify")
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     for row in rows:
         if row.label is not None and row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r}: expected one of the model's, {', '.join(labels[:8])}")
-    pad = _scored_padding(base_and_adapters.find_base(args.model)[0], tokenizer)
+    pad = last_token.passed_over(base_and_adapters.find_base(args.model)[0], tokenizer)
     texts = [without_padding(beginning.wrap(tokenizer, ids), pad) for ids in _encoded(rows, tokenizer)]
     cut = sum(len(ids) > block_size for ids in texts)
     texts = [ids if len(ids) <= block_size else beginning.wrap(tokenizer, ids, block_size) for ids in texts]
@@ -79,14 +76,6 @@ def _rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _scored_padding(model: Path, tokenizer: Tokenizer) -> int | None:
-    """The token that transformers passes over at the end of a text: pad_token_id of a classifier's config.json."""
-    own = own_padding(tokenizer)
-    if own is not None or not model_folder.read_config(model).labels:
-        return own
-    return read_json(model / "config.json").get("pad_token_id")
-
-
 def _encoded(rows: list[Row], tokenizer: Tokenizer) -> list[np.ndarray]:
     made = []
     for row in rows:
@@ -100,22 +89,10 @@ def _encoded(rows: list[Row], tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def probabilities(backend: backends.Backend, model: Any, texts: list[np.ndarray]) -> np.ndarray:
-    """(texts, labels) probabilities of tokenized texts; those of similar length are batched."""
-    made: np.ndarray | None = None
-    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
-    while order:
-        width = bucket(len(texts[order[0]]), model.config.block_size)
-        group, order = order[: max(1, BATCH // width)], order[max(1, BATCH // width) :]
-        tokens = np.zeros((len(group), width), np.int32)
-        for b, n in enumerate(group):
-            tokens[b, : len(texts[n])] = texts[n]
-        lengths = np.array([len(texts[n]) for n in group], np.int32)
-        logits = backend.generate.classify(model, tokens, lengths).astype(np.float64)
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        made = np.zeros((len(texts), logits.shape[1])) if made is None else made
-        made[group] = shares / shares.sum(axis=1, keepdims=True)
-    assert made is not None
-    return made
+    """(texts, labels) probabilities of tokenized texts."""
+    found = last_token.logits(backend, model, texts)
+    shares = np.exp(found - found.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
 
 
 def _confusions(rows: list[Row], labels: tuple[str, ...], shares: np.ndarray) -> dict[str, float]:

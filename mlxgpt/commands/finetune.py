@@ -4,12 +4,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from mlxgpt.common.align.preferring import Preferring
+from mlxgpt.common.align.rewarding import Rewarding
 from mlxgpt.common.recipes import read_toml
 from mlxgpt.common.sft import settings
 from mlxgpt.common.sft.finetune import Finetuning
 from mlxgpt.common.train import session
 
-KINDS = {"prefer": Preferring}
+KINDS = {"prefer": Preferring, "reward": Rewarding}
 
 
 def finetune(args: Namespace) -> int:

@@ -116,6 +116,7 @@ ADVICE = {
     "chat": _TEXTS,
     "eval": _READ,
     "classify": _READ,
+    "score": _READ,
     "convert": _SHARDED,
     "fuse": _SHARDED,
     "quantize": "expected fewer --tokens, --backend torch or mlx with another --device, or a smaller model",

@@ -132,13 +132,17 @@ class Preferring(Finetuning):
 
 
 def check(recipe: Recipe) -> None:
-    """Refuses settings of the losses of tokens.
+    """Refuses settings of the losses of tokens, and those of another task.
 
     Raises:
         UserError: one is set.
     """
-    assert recipe.tune
+    assert recipe.tune and recipe.prefer
     task = recipe.tune.task
+    for each in dataclasses.fields(recipe.prefer):
+        value = getattr(recipe.prefer, each.name)
+        if value != each.default and (each.name == "center") != (task == "reward"):
+            raise UserError(f"prefer.{each.name} = {value!r}: expected {each.default!r} where tune.task = {task}")
     for name in ("label_smoothing", "z_loss"):
         if value := getattr(recipe.train, name):
             cure = "; prefer.loss = cdpo has prefer.smoothing" if name == "label_smoothing" and task == "prefer" else ""

@@ -16,9 +16,10 @@ import numpy as np
 from mlxgpt.common.align import kto
 from mlxgpt.common.align_config import REFERENCE, PreferConfig
 from mlxgpt.common.batch import Batch
-from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
+from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
+from mlxgpt.common.model_config import SCORE
 from mlxgpt.common.rows import duplicates as row_duplicates
 from mlxgpt.common.rows.preferences import Judged, Preferences, open_preferences
 from mlxgpt.common.rows.row import Row
@@ -48,9 +49,19 @@ class PairSource(SftSource):
     _others: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a reward model's head."""
+        return SCORE if self.encoder.whole else ()
+
+    @property
     def single(self) -> bool:
         """Whether rows stand alone, each good or bad."""
         return self.together == 1
+
+    def describe(self) -> dict[str, object]:
+        """Counts and settings; also the good ones of single answers."""
+        good = {split: int(values.sum()) for split, values in self.good.items()} if self.single else {}
+        return super().describe() | {"answers_of_an_item": self.together} | ({"good": good} if good else {})
 
     def mismatched(self, split: str, rows: Sequence[int]) -> list[Example]:
         """The prompts of kto's rows, each with the answer of the row before it in its batch."""
@@ -83,6 +94,8 @@ class PairSource(SftSource):
     def _beside(self, split: str, items: list[int], rows: list[int], batch: Batch) -> dict[str, np.ndarray]:
         """What the objective reads besides."""
         made: dict[str, np.ndarray] = {}
+        if self.encoder.whole:
+            return {"margin": np.repeat(self.margins[split][items], 2)}
         if self.prefer.loss in REFERENCE:
             if self.reference is None:
                 raise AssertionError("a batch before the reference is known")
@@ -159,6 +172,12 @@ def open_source(
     return source
 
 
+def open_recipe(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, say: Callable[[str], None]) -> PairSource:
+    """The preferences of a recipe."""
+    assert recipe.tune and recipe.prefer
+    return open_source(recipe.tune, recipe.prefer, recipe.train, tokenizer, config, say)
+
+
 def _expect_one_answer(rows: Sequence[Row]) -> None:
     """Refuses rows of which tune.unroll would make several examples."""
     for row in rows:
@@ -173,8 +192,9 @@ def _check_judged(tune: TuneConfig, train: TrainConfig, items: Sequence[Judged])
     """Refuses what KTO cannot learn from."""
     kinds = Counter(item.good for item in items)
     if len(items) < 2 or len(kinds) < 2:
-        found = "one answer" if len(items) == 1 else f"{len(items):,} answers, all {'good' if kinds[True] else 'bad'}"
-        raise UserError(f"{tune.source}: {found} to train on: prefer.loss = kto expected good and bad ones")
+        same = "good" if kinds[True] else "bad"
+        found = f"one {same} answer" if len(items) == 1 else f"{len(items):,} answers, all {same}"
+        raise UserError(f"{tune.source}: {found}, to train on: expected good and bad ones, as prefer.loss = kto needs")
     if train.batch_size < 2:
         raise UserError("train.batch_size = 1: prefer.loss = kto compares the rows of a batch: expected 2 or more")
 
@@ -196,7 +216,9 @@ def _lines(
     counts, train = source.counts, source.counts["train"]
     what = "judged answers" if source.single else "pairs"
     sizes = ", ".join(f"{len(kept[name]):,} {name}" for name in counts if counts[name].rows)
-    share = f"{train.trained / train.tokens:.1%} of {train.tokens:,} tokens count"
+    share = f"{train.tokens:,} tokens"
+    if not source.encoder.whole:
+        share = f"{train.trained / train.tokens:.1%} of {share} count"
     yield f"{what}: {tune.source}: {found.format}: {sizes}; {share}"
     if source.single:
         good = int(source.good["train"].sum())

@@ -99,6 +99,8 @@ def diagnose(run: Run, corpus: Corpus | None = None) -> list[Finding]:
     if not len(run.train["step"]):
         raise UserError(f"{run.path}: no step in metrics.jsonl yet: expected a run that has trained")
     parts = (_ladder, _gap, _high, _low, _amount, _vocabulary, _trained, _copies, _law)
+    if run.aligned:
+        parts = (_gap, _high, _trained)  # the others know what a loss of tokens can be
     found = [finding for part in parts for finding in part(run, corpus)]
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 
@@ -141,10 +143,11 @@ def _ladder(run: Run, corpus: Corpus | None) -> Iterator[Finding]:
     labels = len(run.recipe.get("model", {}).get("labels", ()))
     if not (labels or n_vocab):
         return
-    chance = math.log(labels or n_vocab)
+    chance = math.log(2 if labels == 1 else labels or n_vocab)
     if loss > 0.98 * chance:
         change = "a higher optim.lr or more steps; if the curve is flat from the start, look at mlxgpt data inspect"
         of = f"ln {labels} for {labels} labels" if labels else "ln V"
+        of = "ln 2 for pairs" if labels == 1 else of
         yield Finding("bad", "loss", f"{name} {loss:.3f}: chance, {of}, is {chance:.3f}: nothing was learned", change)
         return
     if "tune" in run.recipe:

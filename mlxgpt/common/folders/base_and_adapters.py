@@ -40,12 +40,24 @@ def _adapter(path: str | Path) -> Path:
     return place
 
 
-def expect_task(config: ModelConfig, model: str, classifier: bool = False) -> None:
-    """Raises UserError for a classifier where a language model is needed, or the reverse."""
-    if config.labels and not classifier:
-        raise UserError(f"{model}: a classifier of {len(config.labels)} labels, which mlxgpt classify runs")
-    if classifier and not config.labels:
-        raise UserError(f"{model}: a language model: expected a classifier (mlxgpt finetune --task classify makes one)")
+def expect_task(config: ModelConfig, model: str, verb: str = "") -> None:
+    """Refuses a model that another verb runs.
+
+    Args:
+        config: the model's.
+        model: what to call it.
+        verb: classify, score, or '' for those that run language models.
+
+    Raises:
+        UserError: it is a classifier where a language model is needed, or the like.
+    """
+    runs = "score" if config.scores else "classify" if config.labels else ""
+    if runs == verb:
+        return
+    if runs:
+        raise UserError(f"{model}: {config.kind}, which mlxgpt {runs} runs")
+    task, expected = ("reward", "a reward model") if verb == "score" else ("classify", "a classifier")
+    raise UserError(f"{model}: a language model: expected {expected} (mlxgpt finetune --task {task} makes one)")
 
 
 def expect_tokenizer(tokenizer: Tokenizer | None, model: str, instead: str = "") -> Tokenizer:

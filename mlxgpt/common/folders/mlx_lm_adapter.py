@@ -76,7 +76,7 @@ def gap(targets: Mapping[str, Target], arrays: Mapping[str, Any], apart: bool = 
     ``apart``: its base is tied, and it gives the head weights of its own.
     """
     if "score.weight" in arrays:
-        return "mlx-lm has no classifiers: the adapter is for PEFT alone"
+        return "mlx-lm has no heads of labels or scores: the adapter is for PEFT alone"
     whole = [name for name in arrays if name.endswith((".weight", ".bias", ".rows"))]
     if apart:
         return (

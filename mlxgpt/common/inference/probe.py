@@ -41,7 +41,7 @@ class Request:
     def check(self, config: ModelConfig, where: str) -> None:
         """Refuses a classifier, ids that the model does not have, and more than its context holds."""
         if config.labels:
-            raise UserError(f"{where}: a classifier, which predicts no tokens: expected a language model")
+            raise UserError(f"{where}: {config.kind}, which predicts no tokens: expected a language model")
         if len(self.ids) < 2 or len(self.ids) - 1 > config.block_size:
             raise UserError(
                 f"{where}: {len(self.ids) - 1} tokens: expected 1 to {config.block_size}, and a target more"

@@ -57,6 +57,7 @@ def describe(model: Any, arrays: Mapping[str, Any], trained: Collection[str]) ->
     if config.n_kv_head != config.n_head:
         heads += f", {config.n_kv_head} of keys and values"
     end = f"labels {', '.join(config.labels)}" if config.labels else f"vocabulary {config.vocab_size}"
+    end = "a score" if config.scores else end
     rows = _rows(sizes)
     if config.tied and not config.labels:
         rows.append(Row(0, "head", "wte.weight, transposed", 0))

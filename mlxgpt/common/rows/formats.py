@@ -81,6 +81,17 @@ def hold_out(splits: dict[str, list[Any]], tune: TuneConfig) -> list[str]:
     return [f"{path}: {what} trained on, and none is left for validation"]
 
 
+def read_row(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Row]:
+    """(format, the row), by its own keys.
+
+    Raises:
+        UserError: it is of none of the formats.
+    """
+    kind = _detect((where, row), tune) if tune.format == "auto" else tune.format
+    made = _FORMATS[kind](row, where, tune)
+    return "chat" if made.messages else kind, made
+
+
 def _detect(first: tuple[str, dict[str, Any]], tune: TuneConfig) -> str:
     """The format, by the first row's keys."""
     where, row = first

@@ -103,10 +103,8 @@ def _equal(rows: list[str], count: int) -> list[str]:
         UserError: they are more than a tenth of the rows, so that something else is wrong.
     """
     if 10 * len(rows) > count:
-        raise UserError(
-            f"{rows[0]}: chosen equals rejected, here and in {len(rows) - 1:,} other rows of {count:,}: "
-            "expected two different answers"
-        )
+        also = f", as in {len(rows) - 1:,} other rows of {count:,}" if len(rows) > 1 else ""
+        raise UserError(f"{rows[0]}: chosen equals rejected{also}: expected two different answers")
     return [f"{rows[0]}: chosen equals rejected, in {len(rows):,} of {count:,} rows: left out"] if rows else []
 
 
@@ -120,7 +118,7 @@ def _apart(item: Judged) -> list[Judged]:
 def _read(row: dict[str, Any], where: str, tune: TuneConfig, single: bool) -> tuple[str, Judged | None]:
     """(format, what the row says); None of a pair whose answers are equal."""
     if any(key in row for key in ANSWERS):
-        return _pair(row, where, tune)
+        return read_pair(row, where, tune)
     if tune.label_key in row:
         if not single:
             raise UserError(f"{where}: one answer with a label: expected --set prefer.loss=kto, or chosen and rejected")
@@ -143,11 +141,17 @@ def _labeled(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Ju
         made = _alpaca(plain, where, tune)
     else:
         made = completion_row(plain, where, tune)
-    return "chat" if made.messages else "completion", Judged(where, (made,), text in (True, "true", "1"))
+    good = text in (True, "true", "1")
+    named = dataclasses.replace(made, where=f"{where} {'good' if good else 'bad'}")
+    return "chat" if made.messages else "completion", Judged(where, (named,), good)
 
 
-def _pair(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Judged | None]:
-    """A better and a worse answer to one prompt; None if they are equal."""
+def read_pair(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Judged | None]:
+    """(format, a better and a worse answer to one prompt); None if they are equal.
+
+    Raises:
+        UserError: the row is no pair.
+    """
     row = {key: value for key, value in row.items() if key != tune.label_key}
     answers = [_answer(row, key, where) for key in ANSWERS]
     talks = [isinstance(answer, list) for answer in answers]

@@ -57,6 +57,7 @@ class Encoder:
     context: int = 0  # the model's
     labels: tuple[str, ...] = ()
     label_weights: tuple[float, ...] = ()
+    whole: bool = False  # an example is a whole text, whose last token is given a score
     kept: list[int] = field(default_factory=list)
 
     def examples(self, rows: Sequence[Row], together: int = 1) -> tuple[list[Example], Counts]:
@@ -112,16 +113,20 @@ class Encoder:
         for start in range(0, len(rows), together):
             item, before = rows[start : start + together], dataclasses.replace(counts)
             answers = [len(ids) - int(np.argmax(mask)) for _, ids, mask, _ in item]
-            most = [self.size + 1 - max(answers) + answer for answer in answers]
+            most = [self.size + self._unseen - max(answers) + answer for answer in answers]
             found = [self._fitted(*row, room, counts) for row, room in zip(item, most, strict=True)]
             whole = not any(isinstance(each, int) for each in found)
             cut = together > 1 and any(len(ids) > room for (_, ids, *_), room in zip(item, most, strict=True))
-            if cut and len({each.prompt.tobytes() for each in found if isinstance(each, Example)}) > 1:
+            if (
+                cut
+                and not self.whole
+                and len({each.prompt.tobytes() for each in found if isinstance(each, Example)}) > 1
+            ):
                 whole = False
             if not whole:
                 counts.truncated, counts.cut, counts.lost = before.truncated, before.cut, before.lost
                 counts.unanswerable = before.unanswerable + (self.tune.overflow != "drop")
-                found = [len(ids) - 1 for _, ids, *_ in item]
+                found = [len(ids) - self._unseen for _, ids, *_ in item]
             made += found
         return made
 
@@ -147,7 +152,7 @@ class Encoder:
 
     def _turns(self, talks: Sequence[Talk]) -> list[Encoded]:
         assert self.template
-        if self.tune.train_on_prompt:
+        if self.tune.train_on_prompt or self.whole:
             wholes = [np.asarray(ids, np.int32) for ids in self.template.encode_whole(talks)]
             return [Encoded(ids, np.ones(len(ids), bool)) for ids in wholes]
         return self.template.encode_turns(talks, self.tune.unroll, self.tune.train_on)
@@ -189,6 +194,11 @@ class Encoder:
                     raise UserError(f"{row.where}: {error}") from None
             raise
 
+    @property
+    def _unseen(self) -> int:
+        """Tokens of a row that are only a target: its last, unless that is given a score."""
+        return 0 if self.whole else 1
+
     def _fitted(
         self, where: str, ids: np.ndarray, mask: np.ndarray, talk: Talk | None, most: int, counts: Counts
     ) -> Example | int:
@@ -201,14 +211,16 @@ class Encoder:
         if self.tune.overflow == "start":  # as trl counts: the last token among them
             most = self.size
         if len(ids) > most:
-            self._too_long(where, len(ids) - 1)
+            self._too_long(where, len(ids) - self._unseen)
             fitted = None if self.tune.overflow == "drop" else self._shortened(ids, mask, talk, most)
             if fitted is None:
                 counts.unanswerable += self.tune.overflow != "drop"
-                return len(ids) - 1
+                return len(ids) - self._unseen
             counts.lost += len(ids) - len(fitted[0][0])
             (ids, mask), truncated, cut = fitted
             counts.truncated, counts.cut = counts.truncated + truncated, counts.cut + cut
+        if self.whole:
+            return Example(where, ids, np.zeros(len(ids), np.int32), np.eye(1, len(ids), len(ids) - 1, np.float32)[0])
         return Example(where, ids[:-1], ids[1:], mask[1:].astype(np.float32))
 
     def _untrained(self, count: int) -> str:

@@ -68,6 +68,7 @@ class Finetuning(Kind[SftSource]):
         text_metrics.check_packages(recipe.tune.metrics)
         self._base, given = sft_weights.locate(recipe)
         config = model_folder.read_config(self._base)
+        _check_head(config, recipe.tune.task, self._base)
         recipe = settings.with_layers(dataclasses.replace(recipe, model=config), chosen, config)
         self.recipe, self._adapter = sft_weights.with_adapter(recipe, chosen, self._base, given, self.args.force)
         self._earlier = tuple(generation_ends(given)) if given else ()
@@ -210,10 +211,22 @@ class Finetuning(Kind[SftSource]):
         Answers(job, self.source).finish()
 
 
+def _check_head(config: ModelConfig, task: str, base: Path) -> None:
+    """Refuses a base whose head is another task's.
+
+    Raises:
+        UserError: it is.
+    """
+    fits = {"classify": not config.scores, "reward": config.scores}.get(task, False)
+    if config.labels and not fits:
+        expected = {"classify": "a language model or a classifier", "reward": "a language model or a reward model"}
+        raise UserError(f"{base}: {config.kind}: expected {expected.get(task, 'a language model')} for --task {task}")
+
+
 def _with_new_tokens(recipe: Recipe, source: SftSource) -> Recipe:
     """The recipe for a tokenizer that was given more tokens: embedding and head grow, and train whole."""
     assert recipe.adapter
-    if recipe.model.labels and source.tokenizer.n_vocab > recipe.model.vocab_size:
+    if recipe.model.labels and not source.added and source.tokenizer.n_vocab > recipe.model.vocab_size:
         print(f"embedding: {recipe.model.vocab_size:,} rows become {source.tokenizer.n_vocab:,}: a token that pads")
         return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=source.tokenizer.n_vocab))
     if not source.added:
@@ -224,7 +237,7 @@ def _with_new_tokens(recipe: Recipe, source: SftSource) -> Recipe:
         families.config_to_hf(model)
         print(f"embedding: {old:,} rows become {model.vocab_size:,}; the new ones start as the mean of the others")
     if adapter.method != "full":
-        names = ("wte",) if model.tied else ("wte", "lm_head")
+        names = ("wte",) if model.tied or model.labels else ("wte", "lm_head")
         adapter = dataclasses.replace(adapter, train=tuple(dict.fromkeys([*adapter.train, *names])))
         print(f"{' and '.join(names)} train whole, for the new tokens")
     return dataclasses.replace(recipe, model=model, adapter=adapter)

@@ -248,7 +248,9 @@ def encoder_of(
     after = {template.end_id} if template else set()
     after |= set(text_ends.named(tune.end_tokens, tokenizer, "tune.end_tokens"))
     tokenizer.ends = frozenset(end for end in before | after if end not in (None, tokenizer.eos_id))
-    return Encoder(tune, tokenizer, template, size, config.block_size), added
+    whole = tune.task == "reward"
+    tokenizer = with_padding(tokenizer) if whole else tokenizer
+    return Encoder(tune, tokenizer, template, size, config.block_size, whole=whole), added
 
 
 def _bin(asked: int, examples: dict[str, list[Example]]) -> int:

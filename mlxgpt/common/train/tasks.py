@@ -104,7 +104,8 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer | None, say: Callable[[str], No
             "train.tasks: expected train.eval_every, and data to validate on: tasks are asked at validations"
         )
     if recipe.model.labels:
-        raise UserError("train.tasks: the model gives labels, no text: expected tasks with a language model alone")
+        what = "a score" if recipe.model.scores else "labels"
+        raise UserError(f"train.tasks: the model gives {what}, no text: expected tasks with a language model alone")
     if tokenizer is None:
         raise UserError("train.tasks: the data has ids and no tokenizer, and tasks have text: expected a tokenizer")
     limit = settings.task_limit or None

@@ -79,7 +79,7 @@ class RolloutSource:
 
     def begin(self, run: Any, say: Callable[[str], None], status: Callable[[str], None], step: int) -> None:
         """The run whose rollouts.jsonl is written; what it has after ``step`` is dropped."""
-        self._run, self._say, self._status = run, say, status
+        self._run, self._say, self._status, self.drawing = run, say, status, 0.0
         left = rollouts.cut(run, step)
         if step % self._config.updates and left:
             self._held = self._made((step - 1) // self._config.updates, left)
@@ -193,8 +193,8 @@ class RolloutSource:
         idle = ""
         if not mask.any():
             idle = "no completion ended"
-        elif not better[counted].any() and "reference" not in beside:
-            idle = "equal rewards in every group"
+        elif not better[counted].any() and (not config.kl or not self._engine or not self._engine.t):
+            idle = "equal rewards in every group"  # nor has the policy moved away from the reference
         made = replace(batch, weights=self._weights(mask), beside=beside, each=1.0, idle=idle)
         return Rollout(number, lines, made, self._figures(lines))
 
