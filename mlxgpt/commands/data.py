@@ -38,9 +38,11 @@ def fetch_command(args: Namespace) -> int:
 def inspect_command(args: Namespace) -> int:
     """``data inspect SOURCE|SHARDS [--tokenizer PATH] [--json]``; with ``--model``, fine-tuning examples."""
     if args.model:
+        from mlxgpt.common.align.source import open_recipe
         from mlxgpt.common.sft.inspect import inspect_examples
 
-        return inspect_examples(args)
+        task = recipes.apply_sets({}, args.set).get("tune", {}).get("task")
+        return inspect_examples(args, open_recipe) if task in ("prefer", "reward") else inspect_examples(args)
     if args.set or args.rows is not None:
         raise UserError("--set and --rows: only with --model, for fine-tuning examples")
     notes: list[str] = []

@@ -83,6 +83,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
             "color": color,
             "facts": facts(run),
             "samples": run.samples,
+            "kinds": list(dict.fromkeys(kind for sample in run.samples for kind in sample.parts)),
             "recipe": (run.path / "recipe.toml").read_text(encoding="utf-8"),
         }
         for color, run in plots.colored(runs)
@@ -101,6 +102,7 @@ def render(runs: list[Run], refresh: int = 0, export: Path | None = None) -> str
         figures=figures,
         tables=tables,
         refresh=refresh,
+        losses="" if any(run.aligned for run in runs) else "Losses are nats a token.",
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mlxgpt.common.align import reference
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import resolve
 from mlxgpt.common.runs import checkpoint, metrics, run_folder
@@ -60,7 +61,7 @@ def entry(place: Path) -> dict[str, Any]:
 
 
 def check_command(args: Namespace) -> int:
-    """Checks every file of every checkpoint, and metrics.jsonl; returns 1 if something is damaged."""
+    """Checks every file of every checkpoint, the reference and metrics.jsonl; returns 1 if something is damaged."""
     run = Path(args.run)
     if not resolve.is_run(run):
         raise UserError(f"{run}: not a run; expected the --out of a training")
@@ -76,15 +77,22 @@ def check_command(args: Namespace) -> int:
 
 def find_damage(run: Path) -> tuple[list[str], list[str]]:
     """(damage, one line each; names of what was checked)."""
-    damage, checked = [], []
+    damage, checked, expected = [], [], ""
     for step in resolve.steps_of(run):
         place = resolve.path_of(run, step)
         checked.append(place.name)
         try:
             state = checkpoint.verify(place)
+            expected = state.data.get(reference.DIGEST, "") or expected
             if state.step != step:
                 damage.append(f"{place}: its state is of step {state.step}, expected {step}")
             damage += unlisted(place)
+        except UserError as error:
+            damage.append(str(error))
+    if expected:
+        checked.append(reference.FILE)
+        try:
+            reference.check(run, expected)
         except UserError as error:
             damage.append(str(error))
     if (run / metrics.FILE).exists():

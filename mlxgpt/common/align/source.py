@@ -16,7 +16,7 @@ import numpy as np
 from mlxgpt.common.align import kto
 from mlxgpt.common.align_config import REFERENCE, PreferConfig
 from mlxgpt.common.batch import Batch
-from mlxgpt.common.config import ModelConfig, TrainConfig, TuneConfig
+from mlxgpt.common.config import ModelConfig, Recipe, TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
 from mlxgpt.common.model_config import SCORE
@@ -57,6 +57,11 @@ class PairSource(SftSource):
     def single(self) -> bool:
         """Whether rows stand alone, each good or bad."""
         return self.together == 1
+
+    def describe(self) -> dict[str, object]:
+        """Counts and settings; also the good ones of single answers."""
+        good = {split: int(values.sum()) for split, values in self.good.items()} if self.single else {}
+        return super().describe() | {"answers_of_an_item": self.together} | ({"good": good} if good else {})
 
     def mismatched(self, split: str, rows: Sequence[int]) -> list[Example]:
         """The prompts of kto's rows, each with the answer of the row before it in its batch."""
@@ -167,6 +172,12 @@ def open_source(
     return source
 
 
+def open_recipe(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, say: Callable[[str], None]) -> PairSource:
+    """The preferences of a recipe."""
+    assert recipe.tune and recipe.prefer
+    return open_source(recipe.tune, recipe.prefer, recipe.train, tokenizer, config, say)
+
+
 def _expect_one_answer(rows: Sequence[Row]) -> None:
     """Refuses rows of which tune.unroll would make several examples."""
     for row in rows:
@@ -181,8 +192,9 @@ def _check_judged(tune: TuneConfig, train: TrainConfig, items: Sequence[Judged])
     """Refuses what KTO cannot learn from."""
     kinds = Counter(item.good for item in items)
     if len(items) < 2 or len(kinds) < 2:
-        found = "one answer" if len(items) == 1 else f"{len(items):,} answers, all {'good' if kinds[True] else 'bad'}"
-        raise UserError(f"{tune.source}: {found} to train on: prefer.loss = kto expected good and bad ones")
+        same = "good" if kinds[True] else "bad"
+        found = f"one {same} answer" if len(items) == 1 else f"{len(items):,} answers, all {same}"
+        raise UserError(f"{tune.source}: {found}, to train on: expected good and bad ones, as prefer.loss = kto needs")
     if train.batch_size < 2:
         raise UserError("train.batch_size = 1: prefer.loss = kto compares the rows of a batch: expected 2 or more")
 

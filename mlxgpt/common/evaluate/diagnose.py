@@ -99,6 +99,10 @@ def diagnose(run: Run, corpus: Corpus | None = None) -> list[Finding]:
     if not len(run.train["step"]):
         raise UserError(f"{run.path}: no step in metrics.jsonl yet: expected a run that has trained")
     parts = (_ladder, _gap, _high, _low, _amount, _vocabulary, _trained, _copies, _law)
+    if run.aligned:
+        parts = (_gap, _high, _trained)  # the others know what a loss of tokens can be
+    if run.recipe.get("rl"):
+        parts = (_trained,)  # nothing is validated, and the loss says nothing
     found = [finding for part in parts for finding in part(run, corpus)]
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 

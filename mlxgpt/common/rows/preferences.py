@@ -103,10 +103,8 @@ def _equal(rows: list[str], count: int) -> list[str]:
         UserError: they are more than a tenth of the rows, so that something else is wrong.
     """
     if 10 * len(rows) > count:
-        raise UserError(
-            f"{rows[0]}: chosen equals rejected, here and in {len(rows) - 1:,} other rows of {count:,}: "
-            "expected two different answers"
-        )
+        also = f", as in {len(rows) - 1:,} other rows of {count:,}" if len(rows) > 1 else ""
+        raise UserError(f"{rows[0]}: chosen equals rejected{also}: expected two different answers")
     return [f"{rows[0]}: chosen equals rejected, in {len(rows):,} of {count:,} rows: left out"] if rows else []
 
 
@@ -143,7 +141,9 @@ def _labeled(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Ju
         made = _alpaca(plain, where, tune)
     else:
         made = completion_row(plain, where, tune)
-    return "chat" if made.messages else "completion", Judged(where, (made,), text in (True, "true", "1"))
+    good = text in (True, "true", "1")
+    named = dataclasses.replace(made, where=f"{where} {'good' if good else 'bad'}")
+    return "chat" if made.messages else "completion", Judged(where, (named,), good)
 
 
 def read_pair(row: dict[str, Any], where: str, tune: TuneConfig) -> tuple[str, Judged | None]:

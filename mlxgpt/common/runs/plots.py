@@ -23,6 +23,21 @@ BINS = 600
 _SIZE = (5.4, 2.8)  # inches; small, so that text stays readable on a phone
 _WIDE = (6.4, 3.0)  # of the loss, which takes the page's width
 _MIB = 2.0**20
+_ALIGNED = {
+    "rewards": ("Rewards", "of chosen and rejected answers", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    "accuracies": ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("rewards/accuracies",)),
+    "logps": ("Log-probabilities", "of whole answers", ("logps/chosen", "logps/rejected")),
+    "kl": ("Divergence", "from the model that the run began with, estimated", ("kl",)),
+    "reward": ("Reward", "mean of a rollout's completions, and their deviation", ("reward", "reward_std")),
+    "completions": ("Length", "tokens of a completion, mean of a rollout", ("completions/mean_length",)),
+    "shares": (
+        "Shares",
+        "of completions cut at rl.max_tokens, groups of equal rewards, tokens whose ratio was clipped",
+        ("completions/clipped_ratio", "frac_reward_zero_std", "clip_ratio/region_mean"),
+    ),
+    "likelihood": ("Likelihood and odds", "of chosen answers", ("nll_loss", "log_odds_chosen", "log_odds_ratio")),
+}
+"""What preferences and rewards measure: figure -> title, note and metrics."""
 
 
 class Figure(NamedTuple):
@@ -137,6 +152,11 @@ def _figures(runs: list[Run], export: Path | None) -> Iterator[Figure]:
             lambda ax: _lines(ax, runs, lambda run: run.train.get("memory", run.train["step"] * np.nan) / _MIB, True)
         ]
         yield figure("memory", "Memory", "MiB, peak since the start", scaled)
+    for name, (title, said, metrics) in _ALIGNED.items():
+        columns = [column for column in metrics if any(column in {**run.train, **run.val} for run in runs)]
+        if columns:
+            note = f"{said}; dots: validation"
+            yield figure(name, title, note, [functools.partial(_several, runs=runs, columns=columns)])
     for task, names in tasks(runs).items():
         panels = [functools.partial(_task, runs=runs, task=task, names=group) for group in names]
         file = f"task_{re.sub(r'[^A-Za-z0-9_]', '_', task)}"
@@ -153,6 +173,18 @@ def tasks(runs: list[Run]) -> dict[str, list[list[str]]]:
         share = not metric.endswith(("perplexity", "bits_per_byte")) and np.nanmax(values, initial=0) <= 1
         groups[0].append(metric) if share else groups.append([metric])
     return {task: [group for group in groups if group] for task, groups in found.items()}
+
+
+def _several(ax: Any, runs: list[Run], columns: list[str]) -> None:
+    """Metrics in training and, as dots, at validations. Colors are runs, dashes are metrics."""
+    for dashes, column in zip(itertools.cycle(("-", "--", ":", "-.")), columns, strict=False):
+        for number, (color, run) in enumerate(colored(runs)):
+            line = curve(run.train["step"], run.train.get(column, run.train["step"] * np.nan))
+            ax.plot(line.x, line.mean, dashes, color=color, label=None if number else column.rpartition("/")[2])
+            if column in run.val:
+                ax.plot(run.val["step"], run.val[column], "o", color=color, markersize=3, markeredgecolor="white")
+    if len(columns) > 1:
+        ax.legend(loc="best", fontsize=8)
 
 
 def _task(ax: Any, runs: list[Run], task: str, names: list[str]) -> None:
@@ -189,7 +221,7 @@ def _losses(ax: Any, runs: list[Run]) -> None:
         ax.plot(line.x, line.mean, color=color, label=run.name)
         if len(run.val["step"]):
             ax.plot(run.val["step"], scale * run.val["loss"], "o", color=color, markersize=4, markeredgecolor="white")
-    ax.set_ylabel("bits a byte" if bits else "nats a token")
+    ax.set_ylabel("loss" if any(run.aligned for run in runs) else "bits a byte" if bits else "nats a token")
     if len(runs) > 1 and any(len(run.train["step"]) for run in runs):
         ax.legend(loc="upper right")
 

@@ -72,6 +72,11 @@ class Run:
         return tokens / size / math.log(2) if _number(tokens) and _number(size) and size else math.nan
 
     @property
+    def aligned(self) -> bool:
+        """Whether its loss is not one of tokens: it trains on preferences or rewards."""
+        return any(self.recipe.get(section) for section in ("prefer", "rl"))
+
+    @property
     def framework(self) -> str:
         """The framework of its newest segment."""
         return str(self.segments[-1].get("framework", "")) if self.segments else ""

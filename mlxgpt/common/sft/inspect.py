@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlxgpt.common import recipes
+from mlxgpt.common.config import ModelConfig, Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import base_and_adapters, model_folder
 from mlxgpt.common.sft import source as sft_source
@@ -16,27 +18,35 @@ from mlxgpt.common.sft.pack import Example
 from mlxgpt.common.sft.source import SftSource
 from mlxgpt.common.tokenizers import beginning
 from mlxgpt.common.tokenizers.load import load_last
+from mlxgpt.common.tokenizers.protocol import Tokenizer
 
 _MARKS = ("[[", "]]")  # around trained tokens, without color
 
 
-def inspect_examples(args: Namespace) -> int:
-    """``data inspect DATA --model DIR [--rows N] [--set tune.KEY=VALUE] [--json]``."""
+Open = Callable[[Recipe, Tokenizer, ModelConfig, Callable[[str], None]], SftSource]
+
+
+def _open(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, say: Callable[[str], None]) -> SftSource:
+    assert recipe.tune
+    return sft_source.open_source(recipe.tune, recipe.train, tokenizer, config, say)
+
+
+def inspect_examples(args: Namespace, opened: Open = _open) -> int:
+    """``data inspect DATA --model DIR [--rows N] [--set tune.KEY=VALUE] [--json]``; ``opened`` makes the source."""
     if args.tokenizer:
         raise UserError("--tokenizer: only for a corpus; examples are shown in the tokens of --model")
     place, adapters = base_and_adapters.find_base(args.model)
     tokenizer = load_last([place, *(each for each, _ in adapters)])
     tokenizer = base_and_adapters.expect_tokenizer(tokenizer, args.model)
     sections = recipes.apply_sets({"tune": {"source": args.source, "model": args.model}, "train": {}}, args.set)
-    other = next((name for name in sections if name not in ("tune", "train")), None)
+    other = next((name for name in sections if name not in ("tune", "train", "prefer")), None)
     if other:
-        raise UserError(f"--set {other}: expected a key of tune or train")
+        raise UserError(f"--set {other}: expected a key of tune, train or prefer")
     recipe = recipes.build(sections)
-    assert recipe.tune
     notes: list[str] = []
     say = notes.append if args.json else print
-    source = sft_source.open_source(recipe.tune, recipe.train, tokenizer, model_folder.read_config(place), say)
-    shown = source.examples["train"][: args.rows or 3]
+    source = opened(recipe, tokenizer, model_folder.read_config(place), say)
+    shown = source.examples["train"][: (args.rows or 3) * source.together]
     if args.json:
         print(json.dumps(source.describe() | {"notes": notes, "rows": [_as_dict(source, row) for row in shown]}))
         return 0

@@ -165,8 +165,8 @@ class Rewards:
             if (found != second[name]).any():
                 at = int(np.flatnonzero(found != second[name])[0])
                 raise UserError(
-                    f"--reward {name}: {found[at]:g} and then {second[name][at]:g} for the same completion: expected a "
-                    "function of prompt, completion and columns alone"
+                    f"--reward {name}: {found[at].item()} and then {second[name][at].item()} for the same completion: "
+                    "expected a function of prompt, completion and columns alone"
                 )
         return first
 

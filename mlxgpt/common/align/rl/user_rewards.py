@@ -37,12 +37,20 @@ class Process:
         """
         if self._process is None:
             self._begin()
+        end = time.monotonic() + seconds
         line = _read(self._requests, self._answers, (json.dumps(request) + "\n").encode(), seconds)
         if not line.endswith(b"\n"):
-            code = self._process.poll() if self._process else None
+            process, late = self._process, time.monotonic() >= end
+            assert process
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0 if late else 5)
+            code = process.poll()
             self.close()
-            late = f"{seconds:g} s were not enough: expected an answer sooner, or a larger rl.seconds"
-            raise UserError(f"{where}: {late if code is None else f'its process ended with exit code {code}'}")
+            if code is not None:
+                raise UserError(f"{where}: its process ended with exit code {code}")
+            raise UserError(
+                f"{where}: {seconds:g} s were not enough: expected an answer sooner, or a larger rl.seconds"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise UserError(f"{where}: {answer['error']}")

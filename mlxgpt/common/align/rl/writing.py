@@ -52,6 +52,6 @@ def open_rewards(backend: Backend, config: RLConfig, device: str, run_code: bool
     """
 
     def judge(place: str) -> Any:
-        return scorer.open_scorer(backend, place, device, config.raw)
+        return scorer.open_scorer(backend, place, device)
 
     return Rewards(config.rewards, config.weights, config.seconds, judge, run_code)
