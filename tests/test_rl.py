@@ -155,7 +155,8 @@ def test_one_curve_in_both_frameworks_stopped_within_a_rollout_and_resumed(at: P
     (at / "other" / "reference.safetensors").write_bytes(damaged)
     capsys.readouterr()
     assert cli.main(["rl", "--resume", "other", "--backend", "mlx", "--device", "cpu"]) == 2
-    assert "reference has sha256" in capsys.readouterr().err
+    assert "reference.safetensors: sha256" in capsys.readouterr().err
+    assert cli.main(["runs", "check", "other"]) == 1 and cli.main(["runs", "check", "mlx"]) == 0
 
 
 def test_the_reference_is_the_run_as_it_began_from_a_given_adapter(at: Path) -> None:
