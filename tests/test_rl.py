@@ -375,7 +375,7 @@ def test_a_reward_model_rewards_as_score_does(at: Path, name: str, capsys: Any) 
 
 
 def test_the_best_completions_are_rows_to_train_on_and_the_better_model_wins(at: Path, capsys: Any) -> None:
-    assert go("learned", "--set", "optim.lr=2e-2", "--backend", "torch", steps=20) == 0
+    assert go("learned", "--set", "optim.lr=4e-2", "--backend", "torch", steps=10) == 0
     sets = [word for item in SMALL[:3] for word in ("--set", item)]
     rated = ["--prompts", "prompts.jsonl", "--reward", "rewards.py:letters", "--backend", "torch", "--device", "cpu"]
     assert cli.main(["rl", "-m", "base", "--method", "best-of-n", "-o", "best.jsonl", *rated, *sets]) == 0

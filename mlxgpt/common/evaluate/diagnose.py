@@ -101,6 +101,8 @@ def diagnose(run: Run, corpus: Corpus | None = None) -> list[Finding]:
     parts = (_ladder, _gap, _high, _low, _amount, _vocabulary, _trained, _copies, _law)
     if run.aligned:
         parts = (_gap, _high, _trained)  # the others know what a loss of tokens can be
+    if run.recipe.get("rl"):
+        parts = (_trained,)  # nothing is validated, and the loss says nothing
     found = [finding for part in parts for finding in part(run, corpus)]
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 

@@ -28,9 +28,16 @@ _ALIGNED = {
     "accuracies": ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("rewards/accuracies",)),
     "logps": ("Log-probabilities", "of whole answers", ("logps/chosen", "logps/rejected")),
     "kl": ("Divergence", "from the model that the run began with, estimated", ("kl",)),
+    "reward": ("Reward", "mean of a rollout's completions, and their deviation", ("reward", "reward_std")),
+    "completions": ("Length", "tokens of a completion, mean of a rollout", ("completions/mean_length",)),
+    "shares": (
+        "Shares",
+        "of completions cut at rl.max_tokens, groups of equal rewards, tokens whose ratio was clipped",
+        ("completions/clipped_ratio", "frac_reward_zero_std", "clip_ratio/region_mean"),
+    ),
     "likelihood": ("Likelihood and odds", "of chosen answers", ("nll_loss", "log_odds_chosen", "log_odds_ratio")),
 }
-"""What preference training measures: figure -> title, note and metrics."""
+"""What preferences and rewards measure: figure -> title, note and metrics."""
 
 
 class Figure(NamedTuple):

@@ -144,9 +144,7 @@ class Reinforcing(Finetuning):
         self.source.begin(job.run, job.progress.say, job.progress.status, job.state.step)
         self._say = job.progress.say
         if self.recipe.train.compute_dtype == "bfloat16":
-            job.progress.say(
-                "bfloat16: MLX and PyTorch draw other tokens after a while; float32 keeps them equal longer"
-            )
+            job.progress.say("bfloat16: that MLX and PyTorch draw the same tokens is not promised")
 
     def figures(self, step: int, sums: dict[str, float]) -> dict[str, float]:
         """Rewards and lengths of the rollout, ratios and divergence of the update, and the time that drawing took."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common import rng
-from mlxgpt.common.align.rl import draw, rewards, rollouts
+from mlxgpt.common.align.rl import draw, figures, rewards, rollouts
 from mlxgpt.common.align.rl.prompts import Prompt, Prompts
 from mlxgpt.common.align.rl.rewards import Rewards
 from mlxgpt.common.align.rl.rollouts import Line
@@ -81,8 +81,13 @@ class RolloutSource:
         """The run whose rollouts.jsonl is written; what it has after ``step`` is dropped."""
         self._run, self._say, self._status, self.drawing = run, say, status, 0.0
         left = rollouts.cut(run, step)
-        if step % self._config.updates and left:
-            self._held = self._made((step - 1) // self._config.updates, left)
+        if step % self._config.updates:
+            number = (step - 1) // self._config.updates
+            if not left or left[0].step != number * self._config.updates + 1:
+                raise UserError(
+                    f"{run / rollouts.FILE}: the rollout of step {step} is not there, which the run goes on with"
+                )
+            self._held = self._made(number, left)
             self._held.written = True
 
     def first(self) -> Rollout:
@@ -195,19 +200,8 @@ class RolloutSource:
             idle = "no completion ended"
         elif not better[counted].any() and (not config.kl or not self._engine or not self._engine.t):
             idle = "equal rewards in every group"  # nor has the policy moved away from the reference
-        made = replace(batch, weights=self._weights(mask), beside=beside, each=1.0, idle=idle)
-        return Rollout(number, lines, made, self._figures(lines))
-
-    def _weights(self, mask: np.ndarray) -> np.ndarray:
-        """Weights (B, T) with which the sum over tokens, divided by B, is the mean that rl.mean asks for."""
-        config, rows = self._config, len(mask)
-        if config.method == "rloo":
-            return mask
-        if config.averaged == "constant":
-            return mask / np.float32(config.max_tokens)
-        if config.averaged == "token":
-            return mask * np.float32(rows / max(1.0, mask.sum()))
-        return mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)
+        made = replace(batch, weights=figures.weights(mask, config), beside=beside, each=1.0, idle=idle)
+        return Rollout(number, lines, made, figures.of_rollout(lines, config.completions))
 
     def _tokens(self, lines: Sequence[Line]) -> Batch:
         """The rows, weights 1 where a token of a completion is the target."""
@@ -303,34 +297,11 @@ class RolloutSource:
     def _rows(self, number: int) -> list[int]:
         return self.prompts.of_rollout(number, self._config.prompts, self.recipe.train.seed)
 
-    def _figures(self, lines: Sequence[Line]) -> dict[str, float]:
-        """Metrics of a rollout, by trl's names."""
-        total = np.array([line.reward for line in lines])
-        groups = total.reshape(-1, self._config.completions)
-        lengths, ended = np.array([len(line.ids) for line in lines]), np.array([line.ended for line in lines])
-        made = {"reward": float(total.mean()), "reward_std": rewards.deviation(total)}
-        for name in lines[0].rewards:
-            values = np.array([line.rewards[name] for line in lines])
-            made |= {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": rewards.deviation(values)}
-        made["frac_reward_zero_std"] = float((groups.max(axis=1) == groups.min(axis=1)).mean())
-        made["completions/mean_length"] = float(lengths.mean())
-        made["completions/clipped_ratio"] = float(1 - ended.mean())
-        if ended.any():
-            made["completions/mean_terminated_length"] = float(lengths[ended].mean())
-        return made
-
     def told(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics of an update: of its rollout, and of what the objective added up."""
         assert self._held
         batch, made = self._held.batch, dict(self._held.figures)
-        tokens = max(1, np.count_nonzero(batch.weights))
-        clips = len(batch.tokens) if self._config.method == "rloo" else tokens
-        if "low" in sums:
-            low, high = sums["low"] / clips, sums["high"] / clips
-            made |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-            made["logps"] = sums["logp"] / tokens
-        if "kl" in sums:
-            made["kl"] = sums["kl"] / tokens
+        made |= figures.of_update(sums, batch, self._config.method)
         whole = time.perf_counter() - self._began[0]
         made["generation/share"] = round((self.drawing - self._began[1]) / whole, 4) if whole else 0.0
         self.spent += whole
