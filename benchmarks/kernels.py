@@ -126,8 +126,8 @@ class Counted(engines.Engine):
 
     def step(self, rows: int, packed: bool = False) -> list[mx.array]:
         """What an update from one micro-batch makes: its results and the new state."""
-        made = self._run_step(self.arrays(rows, packed), self._keys(1), mx.array(0, mx.uint32), _like((6,)))
-        return [*made, *self.state()]
+        terms, _, *norms = self._run_step(self.arrays(rows, packed), self._keys(1), mx.array(0, mx.uint32), _like((6,)))
+        return [terms, *norms, *self.state()]
 
     def gradients(self, rows: int, packed: bool = False) -> tuple[mx.array, dict[str, mx.array]]:
         """What a further micro-batch makes of gradients that were there."""
