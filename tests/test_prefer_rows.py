@@ -20,6 +20,7 @@ from mlxgpt.common.config import TrainConfig, TuneConfig
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.rows.preferences import open_preferences
 from mlxgpt.common.sft import encode, pack
+from mlxgpt.common.sft.template import with_chatml
 from mlxgpt.common.tokenizers import beginning
 
 
@@ -148,6 +149,31 @@ def test_a_few_equal_answers_are_left_out_and_said(tmp_path: Path) -> None:
     made = opened(write(tmp_path, rows), say=lines.append)
     assert sum(map(len, made.examples.values())) == 2 * 29
     assert any("row 8: chosen equals rejected, in 1 of 30 rows: left out" in line for line in lines)
+
+
+def test_answers_that_a_template_makes_equal_are_left_out(tmp_path: Path) -> None:
+    rows = [{"chosen": said(f"q{n}", "yes"), "rejected": said(f"q{n}", "no")} for n in range(30)]
+    rows[7]["rejected"] = said("q7", "yes ")
+    template = tmp_path / "strips.jinja"
+    turn = "{{ '<|im_start|>' + m.role + m.content.strip() + '<|im_end|>' }}"
+    asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    template.write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}{asked}")
+    path, lines = write(tmp_path, rows), list[str]()
+    tokenizer = with_chatml(small_tokenizer())
+    model = tiny(family="llama", block_size=256, vocab_size=400)
+    tune = TuneConfig(task="prefer", source=str(path), date="2026-11-25", template=str(template))
+    made = source.open_source(tune, PreferConfig(), TrainConfig(batch_size=2), tokenizer, model, lines.append)
+    assert sum(map(len, made.examples.values())) == 2 * 29
+    assert any("row 8: chosen equals rejected as the model reads them, in 1 of 30 rows" in line for line in lines)
+
+
+def test_a_batch_of_pairs_that_are_cut_alike_is_idle(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} ", "chosen": "stone " * 30 + "a", "rejected": "stone " * 30 + "b"} for n in range(30)]
+    lines: list[str] = []
+    made = opened(write(tmp_path, rows), "simpo", block_size=20, overflow="start", say=lines.append)
+    assert made.batch(1).idle and any("pairs are cut to the same tokens" in line for line in lines)
+    assert not opened(write(tmp_path, rows), "simpo").batch(1).idle
+    assert not opened(write(tmp_path, rows), "orpo", block_size=20, overflow="start").batch(1).idle
 
 
 def test_the_instruction_file_is_read_as_it_is(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.model import rotary
 from mlxgpt.common.model_config import SCORE
 from mlxgpt.common.rows import duplicates as row_duplicates
-from mlxgpt.common.rows.preferences import Judged, Preferences, open_preferences
+from mlxgpt.common.rows.preferences import Judged, Preferences, equal_pairs, open_preferences
 from mlxgpt.common.rows.row import Row
 from mlxgpt.common.sft import pack
 from mlxgpt.common.sft import source as sft_source
@@ -83,9 +83,12 @@ class PairSource(SftSource):
         items = [item for (item,) in plan]
         rows = [self.together * item + k for item in items for k in range(self.together)]
         batch = self.padded(self.examples[split], rows)
-        beside = self._beside(split, items, rows, batch)
+        beside, idle = self._beside(split, items, rows, batch), ""
+        held = [self.examples[split][row] for row in rows]
+        if not (self.single or "nll" in beside or self.prefer.center) and all(map(_equal, held[0::2], held[1::2])):
+            idle = "the answers of its pairs are cut to the same tokens"
         each = 1.0 / self.together
-        return dataclasses.replace(batch, together=self.together, each=each, beside=beside)
+        return dataclasses.replace(batch, together=self.together, each=each, beside=beside, idle=idle)
 
     def padded(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
         """Examples by index, padded on the right."""
@@ -155,7 +158,7 @@ def open_source(
     if single:
         _check_judged(tune, train, kept["train"])
     else:
-        _check_different(examples, encoder)
+        found.notes += _different(examples, kept, encoder)
     duplicates = row_duplicates.near_duplicates(found.splits["train"], found.splits["valid"])
     digest = found.digest | {"tokenizer": encoder.tokenizer.digest}
     source = PairSource(train, encoder, False, encoder.size, examples, counts, digest, added, duplicates)
@@ -199,14 +202,28 @@ def _check_judged(tune: TuneConfig, train: TrainConfig, items: Sequence[Judged])
         raise UserError("train.batch_size = 1: prefer.loss = kto compares the rows of a batch: expected 2 or more")
 
 
-def _check_different(examples: Mapping[str, Sequence[Example]], encoder: Encoder) -> None:
-    """Refuses answers that differ as text and not in tokens, where nothing was cut."""
-    for rows in examples.values():
-        for better, worse in zip(rows[0::2], rows[1::2], strict=True):
-            same = np.array_equal(better.tokens, worse.tokens) and better.targets[-1] == worse.targets[-1]
-            if same and len(better) < encoder.size - 1:
-                where = better.where.removesuffix(" chosen")
-                raise UserError(f"{where}: chosen equals rejected as the model reads them: expected different answers")
+def _equal(better: Example, worse: Example) -> bool:
+    """Whether a model reads the same in both."""
+    return np.array_equal(better.tokens, worse.tokens) and better.targets[-1] == worse.targets[-1]
+
+
+def _different(examples: dict[str, list[Example]], kept: dict[str, list[Judged]], encoder: Encoder) -> Iterator[str]:
+    """Leaves out pairs whose answers differ as text and not in tokens, and counts those that are cut to the same ones.
+
+    Raises:
+        UserError: the former are more than a tenth.
+    """
+    equal: list[str] = []
+    for split, rows in examples.items():
+        same = [n for n in range(len(kept[split])) if _equal(rows[2 * n], rows[2 * n + 1])]
+        cut = {n for n in same if len(rows[2 * n]) >= encoder.size - 1}
+        equal += [kept[split][n].where for n in same if n not in cut]
+        stay = [n for n in range(len(kept[split])) if n not in same or n in cut]
+        examples[split] = [rows[2 * n + k] for n in stay for k in range(2)]
+        kept[split] = [kept[split][n] for n in stay]
+        if cut:
+            yield f"{split}: {len(cut):,} pairs are cut to the same tokens, of which nothing is learned"
+    yield from equal_pairs(equal, len(equal) + sum(map(len, kept.values())), " as the model reads them")
 
 
 def _lines(

@@ -82,7 +82,7 @@ def open_preferences(tune: TuneConfig, single: bool = False) -> Preferences:
                 splits[split].append(found)
             else:
                 equal.append(where)
-    notes = _equal(equal, sum(map(len, raw.values())))
+    notes = equal_pairs(equal, sum(map(len, raw.values())))
     if not splits["train"]:
         raise UserError(f"{equal[0]}: chosen equals rejected, as in all training rows: expected two different answers")
     if "text" in kinds and len(kinds) > 1:
@@ -96,7 +96,7 @@ def open_preferences(tune: TuneConfig, single: bool = False) -> Preferences:
     return Preferences("chat" if "chat" in kinds else next(iter(kinds)), splits, digest, notes)
 
 
-def _equal(rows: list[str], count: int) -> list[str]:
+def equal_pairs(rows: list[str], count: int, how: str = "") -> list[str]:
     """A line about the pairs whose answers are equal, of which nothing can be learned: they are left out.
 
     Raises:
@@ -104,8 +104,8 @@ def _equal(rows: list[str], count: int) -> list[str]:
     """
     if 10 * len(rows) > count:
         also = f", as in {len(rows) - 1:,} other rows of {count:,}" if len(rows) > 1 else ""
-        raise UserError(f"{rows[0]}: chosen equals rejected{also}: expected two different answers")
-    return [f"{rows[0]}: chosen equals rejected, in {len(rows):,} of {count:,} rows: left out"] if rows else []
+        raise UserError(f"{rows[0]}: chosen equals rejected{how}{also}: expected two different answers")
+    return [f"{rows[0]}: chosen equals rejected{how}, in {len(rows):,} of {count:,} rows: left out"] if rows else []
 
 
 def _apart(item: Judged) -> list[Judged]:
