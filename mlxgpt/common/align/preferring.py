@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxgpt.common import failures
 from mlxgpt.common.align import reference
 from mlxgpt.common.align import source as pair_source
 from mlxgpt.common.align.source import PairSource
@@ -101,7 +102,8 @@ class Preferring(Finetuning):
                 said = time.perf_counter()
 
         splits = tuple(name for name, examples in self.pairs.examples.items() if examples)
-        arrays = reference.measure(self.pairs, splits, ask, status)
+        with failures.doing("log-probabilities of the reference", failures.ADVICE[self.verb]):
+            arrays = reference.measure(self.pairs, splits, ask, status)
         reference.write(job.run, arrays)
         job.state.data[reference.DIGEST] = reference.digest(job.run)
         job.progress.status("")
