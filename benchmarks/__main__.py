@@ -50,8 +50,11 @@ SECTIONS = {
         "Quantization", 3, "--rounds 1 --models trained --bits 4 --steps 60 --tuning 0 --peers convert"
     ),
     "tasks": Section("Tasks", 5, "--rounds 1 --questions 4 --sets endings --peers mlx_lm"),
+    "align": Section("Preferences", 5, "--rounds 1 --methods lora"),
     "page": Section("Report", 5, "--rounds 1 --steps 1000"),
 }
+APART = {"tasks": ("MLXGPT_LM_EVAL",), "align": ("MLXGPT_TRL", "MLXGPT_MLX_LM_LORA")}
+"""Sections whose peers have environments of their own: the variables that name one."""
 PACKAGES = ("mlxgpt", "mlx", "torch", "mlx-lm", "peft", "transformers", "tokenizers", "tiktoken", "numpy")
 REPORT = DOCS / "benchmarks.md"
 NOTES = "Notes"
@@ -107,7 +110,9 @@ def write(name: str, made: str, seconds: float) -> None:
 def main() -> None:
     """Runs the sections, prints their tables and writes each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all; tasks: see its --help")
+    parser.add_argument(
+        "section", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all; tasks and align: see their --help"
+    )
     parser.add_argument("--rounds", type=int, help="pairs of each comparison; default: 3 to 7, by section")
     parser.add_argument("--quick", action="store_true", help="fewest pairs, smallest sizes; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md as it is")
@@ -115,8 +120,7 @@ def main() -> None:
     if unknown := set(args.section) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: expected sections of {', '.join(SECTIONS)}")
     began = time.perf_counter()
-    # lm_eval has an environment of its own
-    every = [name for name in SECTIONS if name != "tasks" or "MLXGPT_LM_EVAL" in os.environ]
+    every = [name for name in SECTIONS if any(key in os.environ for key in APART.get(name, os.environ))]
     for name in args.section or every:
         start = time.perf_counter()
         section = SECTIONS[name]

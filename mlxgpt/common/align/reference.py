@@ -84,7 +84,7 @@ def check(run: Path, expected: str) -> None:
     if found != expected:
         what = f"sha256 {found[:12]}" if found else "missing"
         raise UserError(
-            f"{run / FILE}: {what}: expected sha256 {expected[:12]}, the log-probabilities that the run began with, "
+            f"{run / FILE}: {what}: expected sha256 {expected[:12]}, what the run began with, "
             "which the trained weights cannot give again: expected the file from a copy of the run, or a new run"
         )
 

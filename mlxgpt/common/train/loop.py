@@ -95,7 +95,7 @@ def _steps(job: Job, signals: Signals, saver: Saver) -> None:
             progress.say(f"first step: {now - start:.2f} s{compiling}")
         if message := finite.check(step, stats, batch):
             progress.say(message)
-        elif not batch.idle:
+        elif not batch.idle and (stats.grad_norm or not job.recipe.rl):  # clipped ratios may leave no gradient
             watch.check(stats, rate)
         saver.check()
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlxgpt.common import backend as backends
+from mlxgpt.common.align import reference
 from mlxgpt.common.align.rl import prompts as prompt_files
 from mlxgpt.common.align.rl import rollouts, settings, writing
 from mlxgpt.common.align.rl.rewards import Rewards
@@ -24,9 +25,6 @@ from mlxgpt.common.tokenizers.protocol import Tokenizer
 from mlxgpt.common.train.job import Job, Weights
 from mlxgpt.common.train.made import name_of
 
-REFERENCE = "reference.safetensors"  # in the run: what trains, as the run began
-_DIGEST = "reference"  # its name among the digests
-
 
 class Reinforcing(Finetuning):
     """See job.Kind. ``args``: those of the verb rl (mlxgpt/arguments/training.py)."""
@@ -34,7 +32,8 @@ class Reinforcing(Finetuning):
     verb = "rl"
     begin_only = ("out", "adapter", "config", "method", "lr", "replay", "check")
     source: Any  # a RolloutSource, where Finetuning has examples
-    _reference: dict[str, np.ndarray] | None = None
+    _reference: dict[str, np.ndarray] | None = None  # what trains, as the run began; with rl.kl
+    _run: Path | None = None  # of a resumed one, where the reference lies
     _rewards: Rewards | None = None
 
     def read_settings(self) -> tuple[Path | None, str]:
@@ -108,8 +107,9 @@ class Reinforcing(Finetuning):
 
     def reopen_source(self, run: Path, newest: Checkpoint | None) -> None:
         """Prompts, rewards and the reference."""
-        if self.recipe.rl and self.recipe.rl.kl:
-            self._reference = tensors.read_tensors(run / REFERENCE)
+        if self.recipe.rl and self.recipe.rl.kl and newest:
+            reference.check(run, newest[1].data.get(reference.DIGEST, ""))
+            self._reference, self._run = tensors.read_tensors(run / reference.FILE), run
         super().reopen_source(run, newest)
 
     def _open_examples(self, tokenizer: Any, config: Any, labels: tuple[str, ...]) -> None:
@@ -125,9 +125,9 @@ class Reinforcing(Finetuning):
         return found
 
     def digests(self) -> dict[str, str]:
-        """Also of the reference."""
-        found = super().digests()
-        return found | ({_DIGEST: _sha256(self._reference)} if self._reference else {})
+        """In a resumed run also of the reference, which a new one adds when it is written."""
+        more = {reference.DIGEST: reference.digest(self._run)} if self._run else {}
+        return super().digests() | more
 
     def set_first_state(self, engine: Engine, state: RunState) -> None:
         """Draws the first rollout and rewards it: what is wrong with rewards is found before a folder is made."""
@@ -138,8 +138,9 @@ class Reinforcing(Finetuning):
     def begun(self, job: Job) -> None:
         """Keeps the reference, and gives the source the engine."""
         assert self.recipe.rl
-        if self._reference and not job.state.step and not (job.run / REFERENCE).exists():
-            tensors.write_tensors(job.run / REFERENCE, self._reference, {})
+        if self._reference and not self._run:
+            reference.write(job.run, self._reference)
+            job.state.data[reference.DIGEST] = reference.digest(job.run)
         self.source.attach(job.engine, job.backend)
         self.source.begin(job.run, job.progress.say, job.progress.status, job.state.step)
         self._say = job.progress.say
@@ -169,13 +170,6 @@ class Reinforcing(Finetuning):
         """Ends the process of the reward functions."""
         if self._rewards:
             self._rewards.close()
-
-
-def _sha256(arrays: dict[str, np.ndarray]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(name.encode() + np.ascontiguousarray(arrays[name], np.float32).tobytes())
-    return total.hexdigest()
 
 
 def _shown(figures: dict[str, float]) -> str:
