@@ -259,7 +259,7 @@ def test_inspect_marks_what_is_trained(tmp_path: Path, model: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--set", "optim.lr=1"), "--set optim: expected a key of tune or train"),
+        (("--set", "optim.lr=1"), "--set optim: expected a key of tune, train or prefer"),
         (("--set", "tune.block_size=65"), "tune.block_size = 65: the model's context holds 64"),
         (("--tokenizer", "x"), "--tokenizer: only for a corpus"),
     ],
