@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import align_cases
+import align_rollouts
 import numpy as np
 import pytest
 from align_cases import CASES, CURVES, STEPS, UNTRIED, Case
+from align_rollouts import METHODS
 
 from mlxgpt.common.batch import Batch
 
@@ -96,11 +98,53 @@ def test_compiled_it_is_the_same(name: str) -> None:
     assert off(made, HELD[name])[1] <= ALL
 
 
+def run_method(name: str, backend: str, count: int, **rl: Any) -> dict[str, list[float]]:
+    made = align_rollouts.recipe(METHODS[name])
+    assert made.rl
+    made = dataclasses.replace(made, rl=dataclasses.replace(made.rl, **rl))
+    engine = importlib.import_module(f"{backend}.engine").Engine(made, align_cases.weights(made), device="cpu")
+    return align_rollouts.train(METHODS[name], engine, count)
+
+
+def check_method(name: str, backend: str, count: int) -> None:
+    first, worst = off(run_method(name, backend, count), HELD[name])
+    print(f"{name} {backend}: step 1 {first:.1e}, {count} steps {worst:.1e}")
+    assert first <= FIRST and worst <= ALL, (first, worst)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_rollouts_begin_as_trls(name: str, backend: str) -> None:
+    check_method(name, backend, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_rollouts_are_trls(name: str, backend: str) -> None:
+    check_method(name, backend, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("dapo", {"temperature": 1.0}),
+        ("dapo", {"mean": "sequence"}),
+        ("dr_grpo", {"mean": "token"}),
+        ("grpo", {"kl": 0.08}),
+        ("grpo", {"clip": 0.02}),
+        ("rloo", {"method": "grpo"}),
+    ],
+)
+def test_other_settings_are_another_curve(name: str, wrong: dict[str, Any]) -> None:
+    assert off(run_method(name, "torch_ref", 4, **wrong), HELD[name])[1] > 3 * ALL
+
+
 @pytest.mark.slow
 def test_trl_makes_these_curves_again() -> None:
     pytest.importorskip("trl")
     align_trl = importlib.import_module("align_trl")
-    for name in CASES:
+    for name in align_trl.ALL:
         assert align_trl.again(name) <= 1e-5, name
 
 
