@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxgpt.common import failures
 from mlxgpt.common.align import reference
 from mlxgpt.common.align import source as pair_source
 from mlxgpt.common.align.source import PairSource
@@ -18,6 +19,7 @@ from mlxgpt.common.sft.finetune import Finetuning
 from mlxgpt.common.train.job import Job
 
 KINDS = ("chosen", "rejected")
+_PATIENCE = 30.0  # seconds between lines about a reference that takes long
 
 
 class Preferring(Finetuning):
@@ -83,18 +85,30 @@ class Preferring(Finetuning):
             return reference.logps(engine, batch, micro)
 
         self.pairs.policy = ask
-        if self._prefer.loss not in REFERENCE:
-            return
-        if self._run is None:
-            began = time.perf_counter()
-            splits = tuple(name for name, examples in self.pairs.examples.items() if examples)
-            arrays = reference.measure(self.pairs, splits, ask, job.progress.status)
-            reference.write(job.run, arrays)
-            job.state.data[reference.DIGEST] = reference.digest(job.run)
-            job.progress.status("")
-            for line in reference.told(arrays, began):
-                job.progress.say(line)
-        self.pairs.reference = reference.read(job.run, self.pairs)
+        if self._prefer.loss in REFERENCE:
+            if self._run is None:
+                self._measure(job, ask)
+            self.pairs.reference = reference.read(job.run, self.pairs)
+
+    def _measure(self, job: Job, ask: Any) -> None:
+        """Writes what the model says of every answer as the run begins."""
+        began = said = time.perf_counter()
+
+        def status(text: str) -> None:
+            nonlocal said
+            job.progress.status(text)
+            if time.perf_counter() - said > _PATIENCE:
+                job.progress.say(text)
+                said = time.perf_counter()
+
+        splits = tuple(name for name, examples in self.pairs.examples.items() if examples)
+        with failures.doing("log-probabilities of the reference", failures.ADVICE[self.verb]):
+            arrays = reference.measure(self.pairs, splits, ask, status)
+        reference.write(job.run, arrays)
+        job.state.data[reference.DIGEST] = reference.digest(job.run)
+        job.progress.status("")
+        for line in reference.told(arrays, began):
+            job.progress.say(line)
 
     def figures(self, step: int, sums: dict[str, float]) -> dict[str, float]:
         """Metrics by trl's names."""
