@@ -17,6 +17,7 @@ from mlxgpt.common.errors import UserError
 from mlxgpt.common.folders import model_folder, resolve
 from mlxgpt.common.inference import kv_cache
 from mlxgpt.common.model import adapters, params
+from mlxgpt.common.model_config import SCORE
 from mlxgpt.common.plan import budget as plan_budget
 from mlxgpt.common.plan import calibrate as plan_calibrate
 from mlxgpt.common.plan import chips, machine, measured
@@ -84,7 +85,10 @@ def _recipe(args: Namespace) -> tuple[Recipe, list[str]]:
     recipe = build(sections, where)
     if args.model:
         place = resolve.resolve_model(args.model)
-        return dataclasses.replace(recipe, model=model_folder.read_config(place)), []
+        model = model_folder.read_config(place)
+        if recipe.tune and recipe.tune.task == "reward":
+            model = dataclasses.replace(model, labels=SCORE)
+        return dataclasses.replace(recipe, model=model), []
     if recipe.model.vocab_size:
         return recipe, []
     tokenizer, notes = recipe.data.tokenizer, []

@@ -132,6 +132,7 @@ def batch(recipe: Recipe, rows: int, length: int) -> Batch:
     """
     rows *= recipe.together
     tokens, targets = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (2, rows, length)).astype(np.int32)
+    targets = targets % len(recipe.model.labels) if recipe.model.labels else targets
     made = Batch(tokens, targets, np.ones((rows, length), np.float32))
     tune = recipe.tune
     if recipe.prefer:

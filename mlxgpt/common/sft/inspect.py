@@ -85,20 +85,22 @@ def runs(source: SftSource, row: Example) -> list[tuple[bool, str]]:
     ]
 
 
-def _label(source: SftSource, row: Example) -> str | None:
-    return source.labels[int(row.targets[-1])] if source.labels else None
+def _label(source: SftSource, row: Example) -> str:
+    """A classifier's label of the example; '' for others."""
+    return source.labels[int(row.targets[-1])] if len(source.labels) > 1 else ""
 
 
 def _as_dict(source: SftSource, row: Example) -> dict[str, Any]:
     pieces = runs(source, row)
     found: dict[str, Any] = {"row": row.where, "tokens": len(row), "trained": int(np.count_nonzero(row.weights))}
     found |= {"pieces": [{"trained": trained, "text": text} for trained, text in pieces]}
-    return found | ({"label": _label(source, row)} if source.labels else {})
+    label = _label(source, row)
+    return found | ({"label": label} if label else {})
 
 
 def _shown(source: SftSource, row: Example, colored: bool) -> Text:
     """A heading, and the example with its trained tokens in color or between marks."""
-    label = f", label {_label(source, row)}" if source.labels else ""
+    label = f", label {_label(source, row)}" if _label(source, row) else ""
     text = Text(f"{row.where}: {len(row):,} tokens, {np.count_nonzero(row.weights):,} trained{label}\n", style="bold")
     for trained, piece in runs(source, row):
         start, stop = _MARKS if trained and not colored else ("", "")
