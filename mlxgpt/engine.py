@@ -118,7 +118,9 @@ class Engine:
     def _arrays(self, batch: Batch) -> losses.Arrays:
         tokens, targets, weights = (mx.array(field) for field in (batch.tokens, batch.targets, batch.weights))
         extra = (None if field is None else mx.array(field) for field in (batch.positions, batch.segments))
-        return losses.Arrays(tokens, targets, weights, *extra, {name: mx.array(a) for name, a in batch.beside.items()})
+        return losses.Arrays(
+            tokens, targets, weights, *extra, beside={name: mx.array(a) for name, a in batch.beside.items()}
+        )
 
     def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""

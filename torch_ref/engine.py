@@ -98,7 +98,7 @@ class Engine:
     def _arrays(self, batch: Batch) -> losses.Arrays:
         fields = (batch.tokens, batch.targets, batch.weights, batch.positions, batch.segments)
         placed = transfer.put([*fields, *batch.beside.values()], self.device)
-        return losses.Arrays(*placed[: len(fields)], dict(zip(batch.beside, placed[len(fields) :], strict=True)))
+        return losses.Arrays(*placed[: len(fields)], beside=dict(zip(batch.beside, placed[len(fields) :], strict=True)))
 
     def _keys(self, step: int) -> Array:
         """A 32-bit key a site of dropout or noise of this step, in the order of _drop; 0 where nothing is drawn."""
