@@ -96,6 +96,7 @@ class Engine:
         self._run_update = compiled(self._update, outputs=state)
         self._run_evaluate = compiled(self._evaluate)
         self._run_token_losses = compiled(self._token_losses)
+        self._run_logps = compiled(self._logps)
 
     def _put(self, params: dict[str, np.ndarray]) -> None:
         parameters.check({name: param.shape for name, param in self.table.items()}, params)
@@ -247,6 +248,16 @@ class Engine:
         self.model.train()
         self._show()
         return made
+
+    def logps(self, batch: Batch) -> np.ndarray:
+        """Log-probabilities (B,) float32 of the rows' targets, each by its weight, added up as a training step does."""
+        made = np.array(self._run_logps(self._arrays(batch)))
+        self._show()
+        return made
+
+    def _logps(self, batch: losses.Arrays) -> Array:
+        self._show()
+        return preference.told(self.model, batch, self.recipe.train, None)[0]
 
     def _token_losses(self, batch: losses.Arrays) -> Array:
         self._show()

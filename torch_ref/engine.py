@@ -88,6 +88,7 @@ class Engine:
         self._run_objective = compiled(self._objective)
         self._run_evaluate = compiled(self._evaluate)
         self._run_token_losses = compiled(self._token_losses)
+        self._run_logps = compiled(self._logps)
 
     @torch.no_grad()
     def _put(self, params: dict[str, np.ndarray]) -> None:
@@ -216,6 +217,14 @@ class Engine:
         made = self._run_token_losses(self._arrays(batch)).cpu().numpy()
         self.model.train()
         return made
+
+    def logps(self, batch: Batch) -> np.ndarray:
+        """Log-probabilities (B,) float32 of the rows' targets, each by its weight, added up as a training step does."""
+        return self._run_logps(self._arrays(batch)).cpu().numpy()
+
+    @torch.no_grad()
+    def _logps(self, batch: losses.Arrays) -> Array:
+        return preference.told(self.model, batch, self.recipe.train, None)[0]
 
     @torch.no_grad()
     def _token_losses(self, batch: losses.Arrays) -> Array:

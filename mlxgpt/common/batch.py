@@ -130,6 +130,10 @@ class Engine(Protocol):
         """The plain next-token losses (B, T) float32, without dropout and unweighted; with rl.temperature, at it."""
         ...
 
+    def logps(self, batch: Batch) -> np.ndarray:
+        """Log-probabilities (B,) float32 of the rows' targets, each by its weight, added up as a training step does."""
+        ...
+
     def snapshot(self) -> State:
         """Host copies that the caller owns."""
         ...
