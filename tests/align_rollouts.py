@@ -96,6 +96,7 @@ def train(method: Method, engine: Any, count: int = STEPS) -> dict[str, list[flo
     assert config
     batches = [_batch(rollout, config) for rollout in rollouts()]
     reference = [-engine.token_losses(batch) for batch in batches]  # at the temperature
+    beside: dict[str, np.ndarray] = {}
     for step in range(1, count + 1):
         at = (step - 1) // UPDATES
         if step % UPDATES == 1:

@@ -109,6 +109,12 @@ class Engine:
         time.sleep(self.delay)
         return {"loss": self._loss(batch)[0], "weight": batch.weight}
 
+    def token_losses(self, batch: Batch) -> np.ndarray:
+        raise NotImplementedError
+
+    def logps(self, batch: Batch) -> np.ndarray:
+        raise NotImplementedError
+
     def snapshot(self) -> State:
         p, m, v = ({name: array.copy() for name, array in group.items()} for group in (self.p, self.m, self.v))
         return State(params=p, m=m, v=v, t=self.t)
