@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlxgpt.layers import Array, Dropout
 
 TILE = 64  # queries whose weights exist at a time; 128 costs an eighth more CPU time, at a width of 512
+SHAPES = 256  # for which a function is compiled
 MANY = 1 << 14  # elements below which the kernels' overhead is all that counts
 SCORES = 1 << 25  # attention scores that may exist at once on a GPU: 128 MiB in float32
 FUSED = {64, 72, 80, 96, 128}  # widths of heads for which Metal's attention of many queries keeps no scores
@@ -24,6 +25,25 @@ FUSED = {64, 72, 80, 96, 128}  # widths of heads for which Metal's attention of 
 def helps(x: Array) -> bool:
     """Whether this file is faster than the backend's own functions on x."""
     return x.size >= MANY and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def compiled(function: Callable[..., Array]) -> Callable[..., Array]:
+    """``function`` compiled for the first SHAPES shapes of its arguments, and as it is for others.
+
+    MLX keeps what it compiled for each shape and looks through all of it at each call; a server sees ever new shapes.
+    """
+    known: set[tuple[tuple[int, ...], ...]] = set()
+    quick = mx.compile(function)
+
+    def call(*arrays: Array) -> Array:
+        shapes = tuple(each.shape for each in arrays)
+        if shapes not in known:
+            if len(known) >= SHAPES:
+                return function(*arrays)
+            known.add(shapes)
+        return quick(*arrays)
+
+    return call
 
 
 def exp(x: Array) -> Array:
@@ -45,8 +65,8 @@ def logistic(x: Array) -> Array:
     return 1 / (1 + exp(mx.minimum(-x, 87.0)))
 
 
-_logistic = mx.compile(logistic)
-_silu_times = mx.compile(lambda x, y: x * logistic(x) * y)
+_logistic = compiled(logistic)
+_silu_times = compiled(lambda x, y: x * logistic(x) * y)
 
 
 @mx.custom_function
@@ -79,7 +99,7 @@ def exp_or_zero(x: Array) -> Array:
     return mx.where(x < -80.0, 0.0, exp(x))
 
 
-_weights = mx.compile(lambda scores, top: exp_or_zero(scores - top))
+_weights = compiled(lambda scores, top: exp_or_zero(scores - top))
 
 
 def few(q: Array, k: Array) -> bool:

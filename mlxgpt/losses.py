@@ -65,7 +65,8 @@ def lm(
     module: Any = model.wte if model.config.tied else model.lm_head
     chunk = config.head_chunk(prod(batch.tokens.shape), model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
-        logits = model.head(hidden, drop) / temperature if temperature != 1 else model.head(hidden, drop)
+        logits = model.head(hidden, drop)
+        logits = logits if temperature == 1 else logits / temperature
         return cross_entropy(logits, batch.targets, smoothing, z_loss, config.deterministic)
     biased: Any = model.lm_head if model.config.has_bias("lm_head") else None
     bias = biased.bias if biased else None

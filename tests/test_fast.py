@@ -97,6 +97,16 @@ def test_attention_of_few_scores_a_head(T: int, masked: bool) -> None:
     same("attention", lambda q, k, v: fast.whole(q, k, v, mask, 0.7), expected, [q, k, v], cotangent)
 
 
+def test_so_many_shapes_are_compiled_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of a function that was not compiled for its shapes runs the Python of it."""
+    monkeypatch.setattr(fast, "SHAPES", 2)
+    called = []
+    square = fast.compiled(lambda x: (called.append(x.shape), mx.square(x))[1])
+    for size in (1, 2, 1, 3, 2, 3):
+        assert square(mx.full((size,), 3.0)).tolist() == [9.0] * size
+    assert called == [(1,), (2,), (3,), (3,)]
+
+
 def test_which_attention_is_chosen() -> None:
     def few(B: int, T: int, S: int, dtype: mx.Dtype = mx.float32) -> bool:
         return fast.few(mx.zeros((B, 4, T, 8), dtype), mx.zeros((B, 4, S, 8), dtype))

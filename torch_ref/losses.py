@@ -58,7 +58,8 @@ def lm(
     tokens = (config.micro_batch_size or config.batch_size) * model.config.block_size
     chunk = config.head_chunk(tokens, model.config.vocab_size, device.is_gpu(hidden))
     if not chunk or hasattr(module, "magnitude"):  # dora needs the norms of all vocabulary entries
-        logits = model.head(hidden, drop) / temperature if temperature != 1 else model.head(hidden, drop)
+        logits = model.head(hidden, drop)
+        logits = logits if temperature == 1 else logits / temperature
         return cross_entropy(logits, batch.targets, smoothing, z_loss)
     biased: Any = model.lm_head if model.config.has_bias("lm_head") else None
     bias = biased.bias if biased else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxgpt.common.align_config import RLConfig
 from mlxgpt.common.backend import Backend
 from mlxgpt.common.config import SampleConfig
 from mlxgpt.common.errors import RunError
@@ -22,6 +23,11 @@ class Drawn:
     ids: tuple[int, ...]  # with the token that ended it
     ended: bool  # by such a token; else it was cut at max_tokens
     text: str  # without that token
+
+
+def settings(config: RLConfig, seed: int) -> SampleConfig:
+    """How completions are drawn: from the whole distribution at rl.temperature."""
+    return SampleConfig(prompt="", max_tokens=config.max_tokens, temperature=config.temperature, seed=seed)
 
 
 def vocabulary(model: Any, tokenizer: Tokenizer) -> int:

@@ -93,7 +93,6 @@ def read(
 def _template(tune: TuneConfig, tokenizer: Tokenizer, raw: bool) -> Template | None:
     if tune.template not in ("auto", ""):
         raise UserError(f"tune.template = {tune.template}: expected auto: the model's own template asks, as in chat")
-
     where = f"{tune.model}: chat template"
     return template_of(tokenizer, where, date=tune.date, kwargs=tune.chat_template_kwargs)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxgpt.common.align.rl.prompts import Prompt
-from mlxgpt.common.align.rl.user_rewards import Function, Process
+from mlxgpt.common.align.rl.user_rewards import Function, Process, parse
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.user_code import limited
 
@@ -95,8 +95,7 @@ class Rewards:
 
     def _label(self, name: str) -> str:
         """What metrics call it; a second of the same name gets a number."""
-        path, _, function = name.rpartition(":")
-        label = function if path.endswith(".py") else Path(name).stem if _is_path(name) else name
+        label = parse(name)[1] or (Path(name).stem if _is_path(name) else name)
         number, made = 2, label
         while made in self.rewards:
             made, number = f"{label}-{number}", number + 1
@@ -120,7 +119,7 @@ class Rewards:
                 )
             limited.check()
             return _tests
-        path, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+        path, function = parse(name)
         if path.endswith(".py"):
             if not Path(path).is_file():
                 raise UserError(f"--reward {path}: no such file")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common.errors import RunError, UserError
-from mlxgpt.common.files import atomic_write
+from mlxgpt.common.files import atomic_write, flush
 
 FILE = "rollouts.jsonl"
 
@@ -68,7 +68,7 @@ def _lines(path: Path) -> Iterator[Line]:
 
 
 def append(run: Path, lines: Sequence[Line]) -> None:
-    """Adds a rollout.
+    """Adds a rollout; it is on disk before a checkpoint can need it.
 
     Raises:
         RunError: the system refuses to write.
@@ -76,6 +76,8 @@ def append(run: Path, lines: Sequence[Line]) -> None:
     try:
         with open(run / FILE, "a", encoding="utf-8") as file:
             file.write("".join(map(_text, lines)))
+            file.flush()
+            flush(file.fileno())
     except OSError as error:
         raise RunError(f"{run / FILE}: {error.strerror}") from None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxgpt.common import recipes
+from mlxgpt.common.align.rl.user_rewards import parse
 from mlxgpt.common.config import Recipe
 from mlxgpt.common.errors import UserError
 from mlxgpt.common.recipes import apply_sets
@@ -106,7 +107,7 @@ def recipe(sections: Sections, where: str) -> Recipe:
 
 def _absolute(reward: str) -> str:
     """A reward whose file or folder has its whole path, so that a run may move."""
-    path, _, function = reward.rpartition(":") if ".py:" in reward else (reward, "", "")
+    path, function = parse(reward)
     place = Path(path).expanduser()
     if not (path.endswith(".py") or place.is_dir()):
         return reward
@@ -121,7 +122,7 @@ def digests(rewards: tuple[str, ...]) -> dict[str, str]:
 
     found: dict[str, Any] = {}
     for number, each in enumerate(rewards, 1):
-        path, _, function = each.rpartition(":") if ".py:" in each else (each, "", "")
+        path, function = parse(each)
         if path.endswith(".py") and Path(path).is_file():
             made = hashlib.sha256(Path(path).read_bytes() + function.encode()).hexdigest()
         elif Path(path).is_dir():

@@ -234,8 +234,7 @@ class RolloutSource:
 
     def sampling(self, number: int) -> SampleConfig:
         """How the completions of a rollout are drawn."""
-        config, seed = self._config, rng.key32(self.recipe.train.seed, "rollout", number)
-        return SampleConfig(prompt="", max_tokens=config.max_tokens, temperature=config.temperature, seed=seed)
+        return draw.settings(self._config, rng.key32(self.recipe.train.seed, "rollout", number))
 
     def _drawn(self, number: int, rows: Sequence[int]) -> list[draw.Drawn]:
         assert self._engine and self._backend

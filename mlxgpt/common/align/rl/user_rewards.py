@@ -22,6 +22,12 @@ _START = (
 _LOADING = 60.0  # seconds for a file's own imports
 
 
+def parse(name: str) -> tuple[str, str]:
+    """FILE.py:FUNCTION as (file, function); the function is '' where none is named."""
+    path, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+    return path, function
+
+
 class Process:
     """The worker; it starts when it is first asked, and again after one that had to be ended."""
 

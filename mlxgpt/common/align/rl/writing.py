@@ -10,7 +10,7 @@ from mlxgpt.common.align.rl.prompts import Prompts
 from mlxgpt.common.align.rl.rewards import Rewards
 from mlxgpt.common.align_config import RLConfig
 from mlxgpt.common.backend import Backend
-from mlxgpt.common.config import SampleConfig, TuneConfig
+from mlxgpt.common.config import TuneConfig
 from mlxgpt.common.folders import base_and_adapters
 from mlxgpt.common.tokenizers.protocol import Tokenizer
 
@@ -38,7 +38,7 @@ class Writer:
     def write(self, each: int, seed: int, say: Callable[[str], None], rows: Sequence[int] | None = None) -> list[Drawn]:
         """``each`` completions of every prompt, or of those in ``rows``, a prompt's behind each other."""
         config = self._config
-        sample = SampleConfig(prompt="", max_tokens=config.max_tokens, temperature=config.temperature, seed=seed)
+        sample = draw.settings(config, seed)
         kept = self.prompts.rows if rows is None else [self.prompts.rows[row] for row in rows]
         ids = [row.ids for row in kept]
         return draw.draw(self._backend, self.model, self.tokenizer, ids, each, sample, config.prompts, say)
